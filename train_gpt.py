@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import difflib
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -25,7 +23,6 @@ import math
 import os
 import platform
 import statistics
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -41,6 +38,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    from flash_attn_interface import flash_attn_func as flash_attention_3
+except ImportError:
+    flash_attention_3 = None
+
 # ---- Settings ----------------------------------------------------------------------------------------------
 
 
@@ -48,7 +50,7 @@ class UserError(Exception):
     """Something a person can mend: the message says what was wrong, where, and what to do."""
 
 
-def setting(default, meaning: str, low=None, high=None, choices=(), model=False):
+def setting(default, meaning: str, low=0, high=math.inf, choices=(), model=False):
     """One variable: its default (and so its type), meaning, range; `model` marks what rebuilds the model."""
     rule = {"meaning": meaning, "low": low, "high": high, "choices": choices, "model": model}
     return dataclasses.field(default=default, metadata=rule)
@@ -56,8 +58,8 @@ def setting(default, meaning: str, low=None, high=None, choices=(), model=False)
 
 @dataclasses.dataclass(init=False)
 class Hyperparameters:
-    """Every setting; the variable's name is the field's in capitals. `Hyperparameters()` reads the environment,
-    keyword arguments win over it. Raises UserError with all that is wrong at once."""
+    """Every setting; its variable is its name in capitals. `Hyperparameters()` reads the environment, keywords
+    win over it. Raises UserError that names all that is wrong at once."""
 
     # Run
     run_id: str = setting("", "name of the run's folder; empty: the time of the start")
@@ -72,21 +74,19 @@ class Hyperparameters:
     allow_unknown: int = setting(0, "1: accept variables that look like a misspelt setting", 0, 1)
     author: str = setting("", "for submission.json")
     github_id: str = setting("", "for submission.json")
-
     # Data
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     holdout_tokens: int = setting(1_048_576, "training tokens kept back to choose between averages", 1)
-
     # Model
     vocab_size: int = setting(1024, "pieces of the tokenizer", 8, 65_536, model=True)
     num_layers: int = setting(11, "transformer blocks", 1, 256, model=True)
     model_dim: int = setting(512, "width of the residual stream", 8, 16_384, model=True)
     num_heads: int = setting(8, "query heads", 1, 256, model=True)
     num_kv_heads: int = setting(4, "key and value heads", 1, 256, model=True)
-    mlp_mult: float = setting(3.0, "hidden width of the MLP over MODEL_DIM", 0.01, 64.0, model=True)
+    mlp_mult: float = setting(3.0, "hidden width of the MLP over MODEL_DIM", 0.01, 64, model=True)
     rope_dims: int = setting(16, "rotated dimensions of each head", 0, 1024, model=True)
-    rope_base: float = setting(10_000.0, "base of the rotary frequencies", 1.0, 1e9, model=True)
+    rope_base: float = setting(10_000.0, "base of the rotary frequencies", 1, 1e9, model=True)
     xsa_last_n: int = setting(11, "last N layers use exclusive self-attention", 0, 256, model=True)
     ln_scale: int = setting(1, "1: scale each pre-norm by 1/sqrt(layer + 1)", 0, 1, model=True)
     bigram_vocab_size: int = setting(2048, "buckets of the bigram embedding; 0: none", 0, 2**24, model=True)
@@ -97,75 +97,70 @@ class Hyperparameters:
     vrl_enabled: int = setting(1, "1: later layers add layer 0's values", 0, 1, model=True)
     smear_enabled: int = setting(1, "1: mix each embedding with the previous one", 0, 1, model=True)
     skips_enabled: int = setting(1, "1: U-Net skips from first to second half", 0, 1, model=True)
-    qk_gain_init: float = setting(1.5, "initial gain of each query head", 0.0, 100.0)
+    qk_gain_init: float = setting(1.5, "initial gain of each query head", 0, 100)
     logit_softcap: float = setting(30.0, "logits are c·tanh(z/c)", 1e-3, 1e6, model=True)
-    tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0.0, 10.0)
-
+    tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0, 10)
     # Random maps
     use_random_adapters: int = setting(1, "1: every map random, with LoRA; 0: all learned", 0, 1, model=True)
     random_adapter_rank: int = setting(32, "rank of the LoRA on each random map", 1, 16_384, model=True)
     random_adapter_seed: int = setting(12_345, "base seed of the random maps", 0, 2**62, model=True)
-
     # Training
     iterations: int = setting(20_000, "training steps at most", 1)
-    warmup_steps: int = setting(20, "steps before the clock starts, whose effect is undone", 0)
-    warmdown_iters: int = setting(3500, "last steps, over which learning rates fall to 0", 0)
+    warmup_steps: int = setting(20, "steps before the clock starts, whose effect is undone")
+    warmdown_iters: int = setting(3500, "last steps, over which learning rates fall to 0")
     train_batch_tokens: int = setting(786_432, "tokens a step, over all processes", 1)
     train_seq_len: int = setting(2048, "tokens of a training sequence", 1, 2**20)
     micro_batch_tokens: int = setting(98_304, "most tokens of one forward pass on one device", 1)
-    max_wallclock_seconds: float = setting(600.0, "training and export together; 0: no limit", 0.0)
-    gptq_reserve_seconds: float = setting(45.0, "the part of it kept for the export", 0.0)
-    val_loss_every: int = setting(4000, "steps between validations; 0: at the end only", 0)
-    train_log_every: int = setting(200, "steps between log lines; 0: none", 0)
-
+    max_wallclock_seconds: float = setting(600.0, "training and export together; 0: no limit")
+    gptq_reserve_seconds: float = setting(45.0, "the part of it kept for the export")
+    val_loss_every: int = setting(4000, "steps between validations; 0: at the end only")
+    train_log_every: int = setting(200, "steps between log lines; 0: none")
     # Optimisers
-    matrix_lr: float = setting(0.025, "Muon: matrices and adapters", 0.0)
-    tied_embed_lr: float = setting(0.035, "AdamW: embeddings", 0.0)
-    scalar_lr: float = setting(0.025, "AdamW: gains, gates and scales", 0.0)
-    muon_momentum: float = setting(0.99, "Muon's momentum", 0.0, 1.0)
-    muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the first step", 0.0, 1.0)
-    muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM", 0)
+    matrix_lr: float = setting(0.025, "Muon: matrices and adapters")
+    tied_embed_lr: float = setting(0.035, "AdamW: embeddings")
+    scalar_lr: float = setting(0.025, "AdamW: gains, gates and scales")
+    muon_momentum: float = setting(0.99, "Muon's momentum", 0, 1)
+    muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the first step", 0, 1)
+    muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20)
-    muon_wd: float = setting(0.04, "decoupled weight decay of Muon", 0.0)
-    adam_wd: float = setting(0.04, "decoupled weight decay of AdamW", 0.0)
-    beta1: float = setting(0.9, "AdamW: decay of the mean", 0.0, 0.9999)
-    beta2: float = setting(0.95, "AdamW: decay of the variance", 0.0, 0.99999)
-    adam_eps: float = setting(1e-8, "AdamW: added to the deviation", 0.0)
-    grad_clip_norm: float = setting(0.3, "largest norm of all gradients together; 0: no clip", 0.0)
-    ema_decay: float = setting(0.997, "exponential moving average of the weights; 0: none", 0.0, 0.999999)
+    muon_wd: float = setting(0.04, "decoupled weight decay of Muon")
+    adam_wd: float = setting(0.04, "decoupled weight decay of AdamW")
+    beta1: float = setting(0.9, "AdamW: decay of the mean", 0, 0.9999)
+    beta2: float = setting(0.95, "AdamW: decay of the variance", 0, 0.99999)
+    adam_eps: float = setting(1e-8, "AdamW: added to the deviation")
+    grad_clip_norm: float = setting(0.3, "largest norm of all gradients together; 0: no clip")
+    ema_decay: float = setting(0.997, "exponential moving average of the weights; 0: none", 0, 0.999999)
     swa_enabled: int = setting(1, "1: plain average of late weights", 0, 1)
     swa_interval: int = setting(50, "steps between two weights of that average", 1)
-    swa_threshold: float = setting(0.2, "learning-rate scale below which it begins", 0.0, 1.0)
-    late_qat_threshold: float = setting(0.15, "scale below which quantised weights are trained", 0.0, 1.0)
-
+    swa_threshold: float = setting(0.2, "learning-rate scale below which it begins", 0, 1)
+    late_qat_threshold: float = setting(0.15, "scale below which quantised weights are trained", 0, 1)
     # Quantisation and artifact
     matrix_bits: int = setting(6, "bits of a matrix's code", 2, 8)
     embed_bits: int = setting(8, "bits of an embedding's code", 2, 8)
-    matrix_clip_sigmas: float = setting(12.85, "deviations of a row that its largest code spans", 0.5, 100.0)
-    embed_clip_sigmas: float = setting(20.0, "likewise for embeddings", 0.5, 100.0)
-    gptq_calib_batches: int = setting(256, "calibration batches of 16,384 training tokens; 0: no GPTQ", 0)
-    gptq_damping: float = setting(0.01, "added to a Hessian's diagonal, as a share of its mean", 1e-6, 10.0)
-    prune_pct: float = setting(0.0, "percentage of each matrix, the smallest, set to zero", 0.0, 99.0)
+    matrix_clip_sigmas: float = setting(12.85, "deviations of a row that its largest code spans", 0.5, 100)
+    embed_clip_sigmas: float = setting(20.0, "likewise for embeddings", 0.5, 100)
+    gptq_calib_batches: int = setting(256, "calibration batches of 16,384 training tokens; 0: no GPTQ")
+    gptq_damping: float = setting(0.01, "added to a Hessian's diagonal, as a share of its mean", 1e-6, 10)
+    prune_pct: float = setting(0.0, "percentage of each matrix, the smallest, set to zero", 0, 99)
     artifact_limit_bytes: int = setting(16_000_000, "code and model together", 1)
-
     # Evaluation
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
     eval_stride: int = setting(64, "new tokens that each window scores", 1)
     eval_batch_tokens: int = setting(131_072, "tokens of one forward pass of the evaluation", 1)
 
     def __init__(self, /, **given):
-        problems = [f"{name}: no such setting" for name in set(given) - {f.name for f in dataclasses.fields(self)}]
-        for f in dataclasses.fields(self):
+        fields = dataclasses.fields(self)
+        problems = [f"{name}: no such setting" for name in set(given) - {f.name for f in fields}]
+        for f in fields:
             raw = given.get(f.name, os.environ.get(f.name.upper(), f.default))
+            setattr(self, f.name, f.default)
             try:
                 setattr(self, f.name, parse_setting(f, raw))
             except ValueError as error:
                 problems.append(f"{f.name.upper()}={raw}: {error}")
-                setattr(self, f.name, f.default)
         self.head_dim = self.model_dim // self.num_heads
-        self.kv_dim = self.head_dim * self.num_kv_heads
-        self.mlp_dim = int(self.mlp_mult * self.model_dim)
-        layers = [i.strip() for i in self.ve_layers.split(",") if i.strip()] if self.ve_enabled else []
+        self.kv_dim, self.mlp_dim = self.head_dim * self.num_kv_heads, int(self.mlp_mult * self.model_dim)
+        layers = self.ve_layers.replace(",", " ").split() if self.ve_enabled else []
         self.value_layers = [int(i) if i.isdecimal() else self.num_layers for i in layers]
         problems += contradictions(self) + foreign_variables(self)
         if problems:
@@ -178,53 +173,47 @@ class Hyperparameters:
 
 def parse_setting(f: dataclasses.Field, raw):
     """A field's value from its text; whole numbers may be hexadecimal. ValueError says what is wrong."""
-    kind, rule = type(f.default), f.metadata
+    kind, low, high, choices = type(f.default), *(f.metadata[key] for key in ("low", "high", "choices"))
     try:
         value = int(str(raw), 0) if kind is int else kind(raw)
     except ValueError:
-        raise ValueError("needs a whole number" if kind is int else "needs a number") from None
-    if kind is float and not math.isfinite(value):
-        raise ValueError("needs a finite number")
-    if rule["low"] is not None and value < rule["low"]:
-        raise ValueError(f"must be at least {rule['low']}")
-    if rule["high"] is not None and value > rule["high"]:
-        raise ValueError(f"must be at most {rule['high']}")
-    if rule["choices"] and value not in rule["choices"]:
-        raise ValueError(f"must be one of {', '.join(rule['choices'])}")
+        raise ValueError(f"needs a {'whole ' if kind is int else ''}number") from None
+    if kind is not str and not (low <= value <= high and value < math.inf):
+        raise ValueError(f"must be at least {low:,}" + (f" and at most {high:,}" if high < math.inf else ""))
+    if choices and value not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}")
     return value
 
 
 def contradictions(h: Hyperparameters) -> list[str]:
     """Settings that are fine alone and impossible together, with their numbers."""
-    narrowest = min(h.model_dim, h.kv_dim, h.mlp_dim)
-    share = h.train_seq_len * int(os.environ.get("WORLD_SIZE", 1))
-    checks = [
-        (h.model_dim % h.num_heads == 0, f"MODEL_DIM={h.model_dim} is no multiple of NUM_HEADS={h.num_heads}"),
-        (h.num_heads % h.num_kv_heads == 0,
-         f"NUM_HEADS={h.num_heads} is no multiple of NUM_KV_HEADS={h.num_kv_heads}"),
-        (h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
-         f"ROPE_DIMS={h.rope_dims} must be even and at most the {h.head_dim} dimensions of a head"),
-        (max(h.value_layers, default=0) < h.num_layers,
-         f"VE_LAYERS={h.ve_layers} must name layers from 0 to {h.num_layers - 1}, with commas between them"),
-        (not h.use_random_adapters or h.random_adapter_rank <= narrowest,
-         f"RANDOM_ADAPTER_RANK={h.random_adapter_rank} is over the narrowest map's {narrowest}"),
-        (h.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 must be 0 or at least 2"),
-        (h.eval_stride <= h.eval_seq_len,
-         f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}: tokens would be skipped"),
-        (h.train_batch_tokens % share == 0, f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of {share},"
-         f" TRAIN_SEQ_LEN={h.train_seq_len} times the number of processes"),
-        (not 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
-         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves no time to train of"
-         f" MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g}"),
-        (not h.eval_only or h.model_path, "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate"),
-        (not h.export_only or h.checkpoint_path, "EXPORT_ONLY=1 needs CHECKPOINT_PATH, the checkpoint to export"),
-    ]
-    return [message for fine, message in checks if not fine]
+    narrowest, processes = min(h.model_dim, h.kv_dim, h.mlp_dim), int(os.environ.get("WORLD_SIZE", 1))
+    no_training_time = 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds
+    wrong = {
+        f"NUM_HEADS={h.num_heads} does not divide MODEL_DIM={h.model_dim}": h.model_dim % h.num_heads,
+        f"NUM_KV_HEADS={h.num_kv_heads} does not divide NUM_HEADS={h.num_heads}": h.num_heads % h.num_kv_heads,
+        f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head":
+            h.rope_dims % 2 or h.rope_dims > h.head_dim,
+        f"VE_LAYERS={h.ve_layers} must be layers from 0 to {h.num_layers - 1}, with commas between them":
+            max(h.value_layers, default=0) >= h.num_layers,
+        f"RANDOM_ADAPTER_RANK={h.random_adapter_rank} is over the narrowest map's {narrowest}":
+            h.use_random_adapters and h.random_adapter_rank > narrowest,
+        "BIGRAM_VOCAB_SIZE=1 must be 0 or at least 2": h.bigram_vocab_size == 1,
+        f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}: tokens would be skipped":
+            h.eval_stride > h.eval_seq_len,
+        f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} does not split into sequences of TRAIN_SEQ_LEN={h.train_seq_len}"
+        f" for {processes} processes": h.train_batch_tokens % (h.train_seq_len * processes),
+        f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves no time to train of MAX_WALLCLOCK_SECONDS="
+        f"{h.max_wallclock_seconds:g}": no_training_time,
+        "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
+        "EXPORT_ONLY=1 needs CHECKPOINT_PATH, the checkpoint to export": h.export_only and not h.checkpoint_path,
+    }
+    return [message for message, is_wrong in wrong.items() if is_wrong]
 
 
 # Variables of published scripts that ask for what is not here, and why it is not.
-NOT_HERE = dict.fromkeys(("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "RAND_PROJ_LAYERS",
-                          "RAND_GAIN", "LORA_RANK", "RANDOM_BASIS_SEED", "TTT_ENABLED"), "not built yet")
+NOT_HERE = dict.fromkeys(("RANDOM_BASIS_ENABLED", "RANDOM_BASIS_SEED", "LORA_RANK", "SELECTIVE_FREEZE", "TTT_ENABLED",
+                          "PROGRESSIVE_FREEZE_FRAC", "RAND_PROJ_LAYERS", "RAND_GAIN"), "not built yet")
 NOT_HERE |= dict.fromkeys(("NGRAM_EVAL", "KNN_LAMBDA"), "as published it gives no normalised distribution")
 
 
@@ -232,8 +221,8 @@ def foreign_variables(h: Hyperparameters) -> list[str]:
     """Variables of the environment that ask for what is not here, or look like a misspelt setting."""
     asked = [name for name in NOT_HERE if os.environ.get(name, "") not in ("", "0", "0.0")]
     problems = [f"{name}={os.environ[name]}: {NOT_HERE[name]}; unset it" for name in asked]
-    known = {f.name.upper() for f in dataclasses.fields(h)}
-    for name in [] if h.allow_unknown else sorted(set(os.environ) - known - set(NOT_HERE)):
+    known = [f.name.upper() for f in dataclasses.fields(h)]
+    for name in [] if h.allow_unknown else sorted(set(os.environ) - set(known) - set(NOT_HERE)):
         for near in difflib.get_close_matches(name, known, n=1, cutoff=0.9):
             problems.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
     return problems
@@ -243,16 +232,15 @@ def foreign_variables(h: Hyperparameters) -> list[str]:
 
 
 class Processes:
-    """This process among those of the run, its device and its type of activations.
+    """This process among those of the run, its device and its type of activations; joins torchrun's group.
 
-    A context manager that joins and leaves torchrun's process group. With one process every method is the
-    identity, so no other code asks how many there are.
+    With one process every method is the identity, so no other code asks how many there are.
     """
 
     def __init__(self, h: Hyperparameters):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.on_cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.on_cuda else torch.device("cpu")
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
         self.dtype = getattr(torch, h.dtype)
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
 
@@ -260,14 +248,14 @@ class Processes:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # what is computed in float32 there tolerates tf32
-        else:  # let glibc keep freed memory: the kernel would map and clear each activation anew, which costs
-            with contextlib.suppress(OSError, AttributeError):  # more than the arithmetic (bench/cpu_memory.py)
-                libc, m_trim_threshold, m_mmap_max = ctypes.CDLL("libc.so.6"), -1, -4
-                libc.mallopt(m_mmap_max, 0)
-                libc.mallopt(m_trim_threshold, 2**31 - 1)
+        with contextlib.suppress(OSError, AttributeError):
+            # Unless glibc keeps what is freed, a CPU's activations are fresh pages each time, and clearing them
+            # costs more than the arithmetic (bench/cpu.py).
+            m_trim_threshold, m_mmap_max = -1, -4
+            ctypes.CDLL("libc.so.6").mallopt(m_mmap_max, 0)
+            ctypes.CDLL("libc.so.6").mallopt(m_trim_threshold, 2**31 - 1)
         if self.count > 1:
-            backend = "cpu:gloo,cuda:nccl" if self.on_cuda else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=15))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.on_cuda else "gloo")
         return self
 
     def __exit__(self, *_) -> None:
@@ -286,13 +274,6 @@ class Processes:
             flat = self.sum_(torch.cat([t.flatten() for t in tensors])) / self.count
             pieces = flat.split([t.numel() for t in tensors])
             torch._foreach_copy_(tensors, [piece.view_as(t) for piece, t in zip(pieces, tensors)])
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """(n, …) of each process -> (count · n, …) on all, in the order of the ranks."""
-        parts = [torch.empty_like(tensor) for _ in range(self.count)] if self.count > 1 else [tensor]
-        if self.count > 1:
-            dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
 
     def share(self, value):
         """Rank 0's object on every process: clocks differ, and decisions must not."""
@@ -320,7 +301,14 @@ class Log:
             print(self.clear + text, end="", flush=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def read_file(variable: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{variable}={path}: {error.strerror}") from None
+
+
+def write_file(path: Path, content: bytes) -> None:
     """A reader sees the old file or the whole new one, whatever happens in between."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as f:
@@ -335,78 +323,67 @@ def write_atomically(path: Path, content: bytes) -> None:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
-def read_shards(folder: str, split: str, vocab_size: int) -> list[np.ndarray]:
+def read_shards(folder: str, split: str) -> list[np.ndarray]:
     """The tokens of every shard of a split, memory-mapped, each (n,) uint16; headers and sizes are checked."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), f"fineweb_{split}_*.bin")))
+    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; data/prepare.py makes them")
     shards = []
     for path in paths:
-        header = np.fromfile(path, dtype="<i4", count=3).tolist()
+        header, size = np.fromfile(path, "<i4", 3).tolist(), path.stat().st_size
         if header[:2] != [SHARD_MAGIC, SHARD_VERSION]:
             raise UserError(f"{path}: not a token shard of version {SHARD_VERSION}; its header begins {header}")
-        if header[2] < 1 or os.path.getsize(path) != SHARD_HEADER_BYTES + 2 * header[2]:
-            raise UserError(f"{path}: {os.path.getsize(path)} bytes do not hold {header[2]} tokens; fetch it again")
-        tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(header[2],))
-        largest = int(tokens[:10_000_000].max())
-        if largest >= vocab_size:
-            raise UserError(f"{path}: token {largest} is outside VOCAB_SIZE={vocab_size}")
-        shards.append(tokens)
+        if header[2] < 1 or size != SHARD_HEADER_BYTES + 2 * header[2]:
+            raise UserError(f"{path}: {size} bytes do not hold {header[2]} tokens; fetch it again")
+        shards.append(np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (header[2],)))
     return shards
 
 
-class TrainingData:
-    """The training shards as sequences of `seq_len` + 1 tokens, in a fixed order without end.
+def check_tokens(tokens: np.ndarray, h: Hyperparameters) -> np.ndarray:
+    if tokens.max(initial=0) >= h.vocab_size:
+        raise UserError(f"DATA_PATH={h.data_path}: token {tokens.max()} is outside VOCAB_SIZE={h.vocab_size}")
+    return tokens
 
-    Shard after shard; within a shard the order is shuffled anew each epoch. What stands at a position depends on
-    the seed and the position alone: any number of processes sees the same steps, and there is no state to keep.
-    The last sequences of the last shard are held out of training.
+
+class TrainingData:
+    """The training shards as sequences of TRAIN_SEQ_LEN + 1 tokens, shuffled anew each epoch, without end.
+
+    The sequence at a position depends on the seed and the position alone: any number of processes sees the same
+    steps, and there is no state to keep. The last sequences are held out of training.
     """
 
     def __init__(self, h: Hyperparameters):
-        self.shards = read_shards(h.data_path, "train", h.vocab_size)
-        self.seq_len, self.seed = h.train_seq_len, h.seed
-        counts = [(len(shard) - 1) // self.seq_len for shard in self.shards]
-        self.held_out = max(1, min(h.holdout_tokens // self.seq_len, sum(counts) // 50, counts[-1] - 1))
-        counts[-1] -= self.held_out
-        if min(counts) < 1:
-            raise UserError(f"DATA_PATH={h.data_path}: too few training tokens for TRAIN_SEQ_LEN={self.seq_len}")
-        self.first = np.cumsum([0] + counts)  # position in the epoch at which each shard begins
+        self.h, self.shards, length = h, read_shards(h.data_path, "train"), h.train_seq_len
+        places = np.array([(shard, start) for shard, tokens in enumerate(self.shards)
+                           for start in range(0, len(tokens) - length, length)])
+        if len(places) < 2:
+            raise UserError(f"DATA_PATH={h.data_path}: too few training tokens for TRAIN_SEQ_LEN={length}")
+        held_out = min(max(1, h.holdout_tokens // length), max(1, len(places) // 50))
+        self.places, self.held_out = places[:-held_out], places[-held_out:]
+
+    def read(self, places: Iterable[tuple[int, int]]) -> Tensor:
+        """(n, TRAIN_SEQ_LEN + 1) int64: the sequences at these places, (shard, start) each."""
+        rows = [self.shards[shard][start : start + self.h.train_seq_len + 1] for shard, start in places]
+        return torch.from_numpy(check_tokens(np.stack(rows), self.h).astype(np.int64))
 
     def sequences(self, position: int, count: int) -> Tensor:
-        """(count, seq_len + 1) int64: the sequences at `position` and after it."""
-        rows = []
-        while count:
-            epoch, place = divmod(position, int(self.first[-1]))
-            shard = int(np.searchsorted(self.first, place, side="right")) - 1
-            take = min(count, int(self.first[shard + 1]) - place)
-            begin = place - int(self.first[shard])
-            rows.append(self._rows(shard, self._order(shard, epoch)[begin : begin + take]))
-            position, count = position + take, count - take
-        return torch.from_numpy(np.concatenate(rows))
+        """(count, TRAIN_SEQ_LEN + 1) int64: the sequences at `position` and after it."""
+        turns = (divmod(i, len(self.places)) for i in range(position, position + count))
+        return self.read(self.places[self._order(epoch)[i]] for epoch, i in turns)
 
-    def holdout(self) -> Tensor:
-        """(held_out, seq_len + 1) int64: never trained on."""
-        begin = int(self.first[-1] - self.first[-2])
-        return torch.from_numpy(self._rows(len(self.shards) - 1, np.arange(begin, begin + self.held_out)))
-
-    def micro_batches(self, step: int, h: Hyperparameters, processes: Processes) -> list[tuple[Tensor, Tensor]]:
-        """This process's share of a step: inputs and targets, each (sequences, seq_len), in equal parts of at most
-        MICRO_BATCH_TOKENS."""
-        per_step = h.train_batch_tokens // self.seq_len
+    def micro_batches(self, step: int, processes: Processes) -> list[tuple[Tensor, Tensor]]:
+        """This process's share of a step: inputs and targets, (n, TRAIN_SEQ_LEN) each, in equal parts that fit."""
+        per_step, fits = (tokens // self.h.train_seq_len for tokens in
+                          (self.h.train_batch_tokens, self.h.micro_batch_tokens))
         mine = per_step // processes.count
-        fits = max(1, h.micro_batch_tokens // self.seq_len)
-        size = max(n for n in range(1, min(mine, fits) + 1) if mine % n == 0)
-        rows = self.sequences(step * per_step + processes.rank * mine, mine).to(processes.device, non_blocking=True)
+        size = max(n for n in range(1, min(mine, max(fits, 1)) + 1) if mine % n == 0)
+        rows = self.sequences(step * per_step + processes.rank * mine, mine)
+        rows = rows.to(processes.device, non_blocking=True)
         return [(part[:, :-1], part[:, 1:]) for part in rows.split(size)]
 
-    @functools.lru_cache(maxsize=2)
-    def _order(self, shard: int, epoch: int) -> np.ndarray:
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed} {epoch} {shard}".encode()).digest()[:8], "little")
-        return np.argsort(random_words(seed, int(self.first[shard + 1] - self.first[shard])), kind="stable")
-
-    def _rows(self, shard: int, index: np.ndarray) -> np.ndarray:
-        return self.shards[shard][index[:, None] * self.seq_len + np.arange(self.seq_len + 1)].astype(np.int64)
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (it lives as long as the run)
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.argsort(random_words(self.h.seed + (epoch << 64), len(self.places)), kind="stable")
 
 
 def random_words(seed: int, n: int) -> np.ndarray:
@@ -415,24 +392,23 @@ def random_words(seed: int, n: int) -> np.ndarray:
 
 
 class Tokenizer:
-    """A SentencePiece model, and how many bytes of text each token stands for.
-
-    A token's bytes: the UTF-8 length of its piece without the leading ▁, 1 for a byte token, 0 for a control
-    token; plus 1 for the leading ▁ where the previous token is no control token.
-    """
+    """A SentencePiece model, and how many bytes of text each token stands for: the UTF-8 length of its piece
+    without the leading ▁, 1 for a byte token, 0 for a control token; plus 1 for the leading ▁ where the previous
+    token is no control token."""
 
     def __init__(self, path: str, vocab_size: int):
+        self.sha256 = hashlib.sha256(proto := read_file("TOKENIZER_PATH", path)).hexdigest()
         try:
-            self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            self.model = model = sentencepiece.SentencePieceProcessor(model_file=path)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"TOKENIZER_PATH={path}: no SentencePiece model to be read there ({error})") from None
+            self.model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except RuntimeError as error:
+            raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({error})") from None
         if model.vocab_size() != vocab_size:
-            raise UserError(f"TOKENIZER_PATH={path} has {model.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+            raise UserError(f"TOKENIZER_PATH={path} has {model.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
         if model.is_unknown(model.piece_to_id("▁")):
             raise UserError(f"TOKENIZER_PATH={path}: ▁ is no piece of its own, so bytes cannot be counted")
         ids, pieces = range(vocab_size), [model.id_to_piece(i) for i in range(vocab_size)]
-        self.is_control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids])
+        kinds = model.is_control, model.is_unknown, model.is_unused
+        self.is_control = np.array([any(is_kind(i) for is_kind in kinds) for i in ids])
         self.is_byte = np.array([model.is_byte(i) for i in ids])
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_control
         lengths = np.array([len(piece.removeprefix("▁").encode()) for piece in pieces])
@@ -449,26 +425,21 @@ class Tokenizer:
 
 
 class ValidationStream:
-    """All validation tokens as one stream, the bytes of its text counted once and audited.
-
-    Refuses a stream whose counted bytes are not the length of its decoded text: its bits per byte would be wrong.
-    """
+    """All validation tokens as one stream; the bytes of its text, counted once. Refuses a stream whose count is
+    not the length of its decoded text: its bits per byte would be wrong."""
 
     def __init__(self, h: Hyperparameters, tokenizer: Tokenizer):
-        tokens = np.concatenate(read_shards(h.data_path, "val", h.vocab_size))
-        if len(tokens) < 2 or int(tokens.max()) >= h.vocab_size:
-            raise UserError(f"DATA_PATH={h.data_path}: the validation tokens are too few or outside VOCAB_SIZE")
+        tokens = check_tokens(np.concatenate(read_shards(h.data_path, "val")), h)
+        if len(tokens) < 2:
+            raise UserError(f"DATA_PATH={h.data_path}: the validation stream has no token to score")
         whole = len(tokens) - int(np.argmin(tokenizer.is_byte[tokens[::-1]]))  # the end may cut a character
         self.text = tokenizer.decode(tokens[:whole])
-        counted = tokenizer.count_bytes(np.append(tokenizer.is_control.argmax(), tokens[: whole - 1]), tokens[:whole])
-        if counted != len(self.text):
+        before = np.append(tokenizer.is_control.argmax(), tokens[: whole - 1])
+        if (counted := tokenizer.count_bytes(before, tokens[:whole])) != len(self.text):
             raise UserError(f"DATA_PATH={h.data_path}: the validation tokens count {counted} bytes and decode to"
                             f" {len(self.text)}; is TOKENIZER_PATH={h.tokenizer_path} the one that made them?")
-        self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])  # of what is scored: all but the first token
+        self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])  # scored: all but the first token
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
-
-    def bits_per_byte(self, nats: float) -> float:
-        return nats / math.log(2) / self.bytes
 
 
 # ---- Random maps -------------------------------------------------------------------------------------------
@@ -480,7 +451,7 @@ class MapRow(NamedTuple):
     name: str  # path of its module in the model
     out_features: int
     in_features: int
-    basis: str  # "learned", or a key of BASES for a frozen random map
+    basis: str = "learned"  # or a key of BASES for a frozen random map
     seed: int = 0  # of a frozen map
     rank: int = 0  # of its LoRA
 
@@ -496,7 +467,7 @@ def map_table(h: Hyperparameters) -> list[MapRow]:
     rows = []
     for layer in range(h.num_layers):
         for kind, (offset, out_features, in_features) in kinds.items():
-            row = MapRow(f"blocks.{layer}.{kind}", out_features, in_features, "learned")
+            row = MapRow(f"blocks.{layer}.{kind}", out_features, in_features)
             if h.use_random_adapters:
                 seed = h.random_adapter_seed + 100 * layer + offset
                 row = row._replace(basis="orthogonal", seed=seed, rank=h.random_adapter_rank)
@@ -505,7 +476,7 @@ def map_table(h: Hyperparameters) -> list[MapRow]:
 
 
 def normal_deviates(seed: int, n: int) -> np.ndarray:
-    """(n,) float64 standard normal deviates by Box and Muller's formula; no library's sampler has a part in it."""
+    """(n,) float64 standard normal deviates by Box and Muller's formula: no library's sampler has a part in it."""
     half = (n + 1) // 2
     uniform = (random_words(seed, 2 * half) >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
     radius, angle = np.sqrt(-2 * np.log1p(-uniform[:half])), 2 * np.pi * uniform[half:]
@@ -524,9 +495,9 @@ def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
 BASES: dict[str, Callable[[int, int, int], Tensor]] = {"orthogonal": orthogonal}
 
 
-def draw_map(basis: str, out_features: int, in_features: int, seed: int) -> Tensor:
+def draw_map(row: MapRow) -> Tensor:
     """(out, in) bfloat16, drawn on the CPU. The map *is* this rounding, on every device and in every type."""
-    return BASES[basis](out_features, in_features, seed).to(torch.bfloat16)
+    return BASES[row.basis](row.out_features, row.in_features, row.seed).to(torch.bfloat16)
 
 
 # ---- Linear layers -----------------------------------------------------------------------------------------
@@ -535,13 +506,12 @@ MATRIX, EMBEDDING, SCALAR = "matrix", "embedding", "scalar"
 
 
 class Owner(nn.Module):
-    """A module that says of each learned tensor of its own what role it has; others are SCALAR.
+    """A module that says what role each of its learned tensors has; a tensor without an owner is a SCALAR.
 
-    The role decides the optimiser and the quantiser. While `observe` is set, the module gives it its inputs.
+    The role decides the optimiser and the quantiser.
     """
 
     roles: dict[str, str] = {}
-    observe: Callable[[Tensor], None] | None = None
 
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         """Codes of each tensor in `roles`; `hessian` is Σ x xᵀ (in, in) over calibration inputs, if any came."""
@@ -558,8 +528,6 @@ class Linear(Owner):
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(out_features, in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observe:
-            self.observe(x)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -594,39 +562,33 @@ class FrozenRandomLinearWithLoRA(Owner):
     roles = {"lora_B": MATRIX, "lora_A": MATRIX}
 
     def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias: bool = False,
-                 basis: str = "orthogonal", weight: Tensor | None = None):
+                 weight: Tensor | None = None):
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank {rank} is not between 1 and the shorter side, {min(in_features, out_features)}")
-        weight = draw_map(basis, out_features, in_features, seed) if weight is None else weight
+            raise ValueError(f"rank {rank} is not from 1 to the shorter side, {min(in_features, out_features)}")
+        if weight is None:
+            weight = draw_map(MapRow("", out_features, in_features, "orthogonal", seed))
         self.register_buffer("weight", weight, persistent=False)
         self.lora_A = nn.Parameter(torch.zeros(out_features, rank))
         self.lora_B = nn.Parameter(torch.randn(rank, in_features) / math.sqrt(in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observe:
-            self.observe(x)
         y = MergedLinear.apply(x, self.weight.to(x.dtype), self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
-        """B against its inputs x; then A against its own, x B̂ᵀ with the quantised B̂, so that A mends B's error."""
+        """B against its inputs x; then A against its own, x B̂ᵀ with the quantised B̂."""
         b_codes = quantizers[MATRIX].gptq(self.lora_B.data, hessian)
-        a = self.lora_A.data
-        if hessian is not None:
-            b, b_hat, hessian = self.lora_B.data.double(), b_codes.values().double(), hessian.double()
-            seen = b_hat @ hessian @ b_hat.T  # (rank, rank)
-            seen.diagonal().add_(1e-4 * seen.diagonal().mean() + 1e-12)
-            a = torch.linalg.solve(seen, b_hat @ hessian @ b.T @ a.double().T).T.float()  # least squares
-            hessian = seen
-        return {"lora_B": b_codes, "lora_A": quantizers[MATRIX].gptq(a, hessian)}
+        b = b_codes.values()
+        seen = None if hessian is None else b @ hessian @ b.T  # (rank, rank)
+        return {"lora_B": b_codes, "lora_A": quantizers[MATRIX].gptq(self.lora_A.data, seen)}
 
 
 class Embedding(Owner):
-    """A learned table (vocabulary, dim) float32, looked up in `dtype`; `logits` uses it as the output map.
+    """A learned table (vocabulary, dim) float32: ids look up its rows in `dtype`, vectors are multiplied by all.
 
-    Without that use its inputs are one-hot, no Hessian is seen, and GPTQ is rounding to the nearest.
+    Ids are one-hot inputs, whose Hessian is diagonal: for a table that is only looked up, GPTQ is rounding.
     """
 
     roles = {"weight": EMBEDDING}
@@ -636,13 +598,10 @@ class Embedding(Owner):
         self.weight = nn.Parameter(torch.randn(vocabulary, dim) * std)
         self.dtype = dtype
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight).to(self.dtype)
-
-    def logits(self, x: Tensor) -> Tensor:
-        if self.observe:
-            self.observe(x)
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return F.linear(x, self.weight.to(x.dtype))
+        return F.embedding(x, self.weight).to(self.dtype)
 
 
 def tensors_by_role(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -661,27 +620,19 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-@functools.cache
-def flash_attention_3() -> Callable | None:
-    with contextlib.suppress(ImportError):
-        from flash_attn_interface import flash_attn_func
-        return flash_attn_func
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D); H / H_kv query heads share a key head."""
-    if q.is_cuda and q.dtype is torch.bfloat16 and flash_attention_3():
-        out = flash_attention_3()(q, k, v, causal=True)
+    if q.is_cuda and q.dtype is torch.bfloat16 and flash_attention_3:
+        out = flash_attention_3(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     batch, heads, length, dim = q.shape
     if q.is_cuda or length > 1024:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    # On a CPU, plain products are faster than the fused kernel at such lengths (bench/cpu_attention.py).
+    # On a CPU, plain products are faster than the fused kernel at such lengths (bench/cpu.py).
     k, v = k.reshape(-1, length, dim), v.reshape(-1, length, dim)  # (B · H_kv, T, D)
     q = q.reshape(len(k), -1, dim)  # the query heads of a group one below the other
-    future = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    future = future.repeat(heads * batch // len(k), 1)
+    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1).repeat(heads * batch // len(k), 1)
     weights = torch.baddbmm(future, q, k.mT, alpha=dim**-0.5).softmax(-1)
     return (weights @ v).view(batch, heads, length, dim).transpose(1, 2)
 
@@ -709,8 +660,7 @@ class Attention(nn.Module):
         self.proj = linear("attention.proj")
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
-        self.head_dim = h.head_dim
-        self.xsa = layer >= h.num_layers - h.xsa_last_n
+        self.head_dim, self.xsa = h.head_dim, layer >= h.num_layers - h.xsa_last_n
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], added_v: Tensor | None, first_v: Tensor | None):
         """x (B, T, d) -> output (B, T, d) and this layer's own values (B, T, kv_dim)."""
@@ -758,25 +708,6 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.norm_scale), own_v
 
 
-class ProjectedEmbedding(nn.Module):
-    """A narrow learned table, widened by a learned map, times a learned scale."""
-
-    def __init__(self, vocabulary: int, dim: int, out_features: int, std: float, scale: float, dtype: torch.dtype):
-        super().__init__()
-        self.table, self.proj = Embedding(vocabulary, dim, std, dtype), Linear(dim, out_features)
-        self.scale = nn.Parameter(torch.tensor([scale]))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.proj(self.table(ids))
-        return x * self.scale.to(x.dtype)
-
-
-def bigram_buckets(ids: Tensor, buckets: int) -> Tensor:
-    """(B, T) -> (B, T): a hash of each token and the one before; the last bucket where there is none."""
-    hashed = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % (buckets - 1)
-    return F.pad(hashed, (1, 0), value=buckets - 1)
-
-
 class GPT(nn.Module):
     """The model that the table of maps and the settings describe; `forward` gives the mean loss in nats.
 
@@ -786,26 +717,28 @@ class GPT(nn.Module):
     def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.softcap, self.bigram_buckets = h.logit_softcap, h.bigram_vocab_size
-        self.ve_layers, self.skipping = h.value_layers, h.num_layers // 2 if h.skips_enabled else 0
+        self.value_layers, self.skipping = h.value_layers, h.num_layers // 2 if h.skips_enabled else 0
         self.table = {row.name: row for row in map_table(h)}
         self.frozen = [row for row in self.table.values() if row.basis != "learned"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            drawn = pool.map(lambda row: draw_map(row.basis, *row[1:3], row.seed), self.frozen)
-            maps = {row.name: weight for row, weight in zip(self.frozen, drawn)}
+            maps = dict(zip(self.frozen, pool.map(draw_map, self.frozen)))
 
         def linear(layer: int, kind: str) -> nn.Module:
             row = self.table[f"blocks.{layer}.{kind}"]
             if row.basis == "learned":
                 return Linear(row.in_features, row.out_features)
-            return FrozenRandomLinearWithLoRA(row.in_features, row.out_features, row.rank, weight=maps[row.name])
+            return FrozenRandomLinearWithLoRA(row.in_features, row.out_features, row.rank, weight=maps[row])
 
         self.embedding = Embedding(h.vocab_size, h.model_dim, h.tied_embed_init_std, dtype)
         if h.bigram_vocab_size:
-            self.bigram = ProjectedEmbedding(h.bigram_vocab_size, h.bigram_dim, h.model_dim, 0.0, 0.05, dtype)
+            table = Embedding(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype)
+            self.bigram = nn.Sequential(table, Linear(h.bigram_dim, h.model_dim))
+            self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(h.model_dim)) if h.smear_enabled else None
-        if self.ve_layers:
-            self.value_embedding = ProjectedEmbedding(h.vocab_size, h.ve_dim, h.kv_dim, 0.01, 0.1, dtype)
-            self.value_scales = nn.Parameter(torch.ones(len(self.ve_layers)))
+        if h.value_layers:
+            table = Embedding(h.vocab_size, h.ve_dim, 0.01, dtype)
+            self.value_embedding = nn.Sequential(table, Linear(h.ve_dim, h.kv_dim))
+            self.value_scales = nn.Parameter(torch.full((len(h.value_layers),), 0.1))
         self.blocks = nn.ModuleList(Block(h, i, functools.partial(linear, i)) for i in range(h.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.skipping, h.model_dim)) if self.skipping else None
         frequencies = h.rope_base ** -(torch.arange(0, h.rope_dims, 2) / max(h.rope_dims, 1))
@@ -821,22 +754,23 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> the last norm's output (B, T, d), which the logits are made of."""
         x = self.embedding(ids)
-        if self.bigram_buckets:
-            x = x + self.bigram(bigram_buckets(ids, self.bigram_buckets))
+        if self.bigram_buckets:  # a hash of each token and the one before; the last bucket where there is none
+            buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % (self.bigram_buckets - 1)
+            buckets = F.pad(buckets, (1, 0), value=self.bigram_buckets - 1)
+            x = x + self.bigram(buckets) * self.bigram_scale.to(x.dtype)
         x = norm(x)
-        if self.smear_gate is not None:  # a mix with the position before, per channel
+        if self.smear_gate is not None:  # SmearGate: a mix with the position before, per channel
             x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), torch.sigmoid(self.smear_gate).to(x.dtype))
-        x0 = x
         angles = torch.arange(ids.size(1), device=ids.device)[:, None, None] * self.frequencies
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # each (T, 1, rope_dims / 2)
-        added_v = self.value_embedding(ids) if self.ve_layers else None
-        skips, first_v = [], None
+        added_v = self.value_embedding(ids) if self.value_layers else None
+        x0, skips, first_v = x, [], None
         for layer, block in enumerate(self.blocks):
             if skips and layer >= self.skipping:
                 x = x + self.skip_weights[layer - self.skipping].to(x.dtype) * skips.pop()
             v = None
-            if layer in self.ve_layers:
-                v = added_v * self.value_scales[self.ve_layers.index(layer)].to(x.dtype)
+            if layer in self.value_layers:
+                v = added_v * self.value_scales[self.value_layers.index(layer)].to(x.dtype)
             x, own_v = block(x, x0, rope, v, first_v)
             first_v = own_v if first_v is None else first_v
             if layer < self.skipping:
@@ -845,7 +779,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, d) -> (…, vocabulary) float32, softly capped."""
-        return self.softcap * torch.tanh(self.embedding.logits(hidden).float() / self.softcap)
+        return self.softcap * torch.tanh(self.embedding(hidden).float() / self.softcap)
 
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """ids (B, T) and the targets (B, n) of their last n positions -> loss of each in nats, (B, n) float32."""
@@ -903,34 +837,32 @@ class Muon(torch.optim.Optimizer):
         stacked = torch.stack(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
         if self.processes is None or self.processes.count == 1:
             return list(orthogonalize(stacked, group["backend_steps"]))
-        share = -(-len(params) // self.processes.count)
-        stacked = F.pad(stacked, (0, 0, 0, 0, 0, share * self.processes.count - len(params)))
-        mine = stacked[self.processes.rank * share :][:share]
-        return list(self.processes.gather(orthogonalize(mine, group["backend_steps"]))[: len(params)])
+        everyone, mine = torch.zeros_like(stacked), slice(self.processes.rank, None, self.processes.count)
+        everyone[mine] = orthogonalize(stacked[mine], group["backend_steps"])
+        return list(self.processes.sum_(everyone))
 
 
 class Optimizers:
-    """Muon for the matrices, AdamW for the rest; `step` clips the gradients and applies the schedule's scale."""
+    """Muon for the matrices, AdamW for the rest; `step` averages and clips the gradients and applies them."""
 
     def __init__(self, groups: dict[str, dict[str, nn.Parameter]], h: Hyperparameters, processes: Processes):
         self.h, self.processes = h, processes
         self.params = [p for group in groups.values() for p in group.values()]
+        self.muon = Muon(groups[MATRIX].values(), h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd,
+                         processes)
         adam = [{"params": list(groups[role].values()), "lr": lr}
                 for role, lr in ((EMBEDDING, h.tied_embed_lr), (SCALAR, h.scalar_lr))]
-        self.muon = Muon(list(groups[MATRIX].values()), h.matrix_lr, h.muon_momentum, h.muon_backend_steps,
-                         h.muon_wd, processes)
         self.adam = torch.optim.AdamW(adam, betas=(h.beta1, h.beta2), eps=h.adam_eps, weight_decay=h.adam_wd,
                                       fused=True)
-        self.base_lrs = [(g, g["lr"]) for o in (self.muon, self.adam) for g in o.param_groups]
+        self.base_lrs = [(g, g["lr"]) for g in self.muon.param_groups + self.adam.param_groups]
 
     def step(self, step: int, scale: float) -> None:
-        h = self.h
-        self.processes.average_([p.grad for p in self.params])
-        warm = min(1.0, step / max(h.muon_momentum_warmup_steps, 1))
-        self.muon.param_groups[0]["momentum"] = torch.lerp(
-            torch.tensor(h.muon_momentum_warmup_start), torch.tensor(h.muon_momentum), warm).item()
+        """`scale` is the learning rates' share of their base values."""
+        h, warm = self.h, min(1.0, step / max(self.h.muon_momentum_warmup_steps, 1))
+        self.muon.param_groups[0]["momentum"] = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
         for group, lr in self.base_lrs:
             group["lr"] = lr * scale
+        self.processes.average_([p.grad for p in self.params])
         if h.grad_clip_norm:
             torch.nn.utils.clip_grad_norm_(self.params, h.grad_clip_norm)
         self.muon.step()
@@ -940,32 +872,29 @@ class Optimizers:
 
 
 class Averages:
-    """Averages of the weights along training, each a candidate for the export beside the last weights.
+    """Averages of the weights along training, candidates for the export beside the last weights.
 
-    `ema` is corrected for its start at zero, (1 - d) Σ dⁱ w / (1 - dᵗ): weights that begin at zero, as adapters
-    do, are not pulled back to it. `swa` is the plain mean of late weights.
+    `ema` is corrected for its start at zero by 1 / (1 - dᵗ), so that weights that begin at zero, as adapters do,
+    are not pulled back to it. `swa` is the plain mean of late weights.
     """
 
     def __init__(self, params: list[nn.Parameter], h: Hyperparameters):
-        self.h = h
-        self.params = [p.detach() for p in params]
-        self.sums = {"ema": [torch.zeros_like(p) for p in self.params], "swa": [torch.zeros_like(p) for p in self.params]}
-        self.weights = {"ema": 0.0, "swa": 0.0}
+        self.h, self.params = h, [p.detach() for p in params]
+        self.sums = {name: [torch.zeros_like(p) for p in self.params] for name in ("ema", "swa")}
+        self.totals = {"ema": 0.0, "swa": 0.0}
 
-    @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
-        d = self.h.ema_decay
-        if d:
-            torch._foreach_lerp_(self.sums["ema"], self.params, 1 - d)
-            self.weights["ema"] = d * self.weights["ema"] + 1 - d
+        decay = self.h.ema_decay
+        if decay:
+            torch._foreach_lerp_(self.sums["ema"], self.params, 1 - decay)
+            self.totals["ema"] += (1 - decay) * (1 - self.totals["ema"])
         if self.h.swa_enabled and scale < self.h.swa_threshold and step % self.h.swa_interval == 0:
             torch._foreach_add_(self.sums["swa"], self.params)
-            self.weights["swa"] += 1.0
+            self.totals["swa"] += 1.0
 
     def candidates(self) -> dict[str, list[Tensor]]:
-        averages = {name: torch._foreach_div(self.sums[name], weight)
-                    for name, weight in self.weights.items() if weight}
-        return {"last": [p.clone() for p in self.params]} | averages
+        means = {name: torch._foreach_div(self.sums[name], total) for name, total in self.totals.items() if total}
+        return {"last": [p.clone() for p in self.params]} | means
 
 
 # ---- Quantisation ------------------------------------------------------------------------------------------
@@ -979,18 +908,18 @@ class Codes(NamedTuple):
 
     def values(self) -> Tensor:
         """(rows, columns) float32."""
-        return self.codes.float() * row_steps(self.exponents)
+        return self.codes.float() * row_steps(self.exponents).float()
 
 
 def row_steps(exponents: Tensor) -> Tensor:
-    """(rows,) uint8 -> (rows, 1) float32: the width of a row's quantisation step."""
-    return torch.exp2((exponents.double() - 160) / 8).where(exponents > 0, 0.0).float()[:, None]
+    """(rows,) uint8 -> (rows, 1) float64: the width of each row's quantisation step."""
+    return torch.exp2((exponents.double() - 160) / 8).where(exponents > 0, 0.0)[:, None]
 
 
 class Quantizer(NamedTuple):
-    """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row.
+    """Symmetric, with one step width a row: its largest code stands for `sigmas` root mean squares of the row.
 
-    Entropy coding comes after, so the width, not the number of codes, sets the bytes.
+    Entropy coding comes after, so it is the width, and hardly the number of codes, that sets the bytes.
     """
 
     bits: int
@@ -1008,27 +937,25 @@ class Quantizer(NamedTuple):
         return (w / steps.clamp(min=1e-30)).round().clamp(-largest, largest)
 
     def nearest(self, w: Tensor) -> Tensor:
-        """(rows, columns): w as the artifact would hold it, without error feedback. Late QAT trains this."""
+        """w (rows, columns) as the artifact would hold it, without error feedback. Late QAT trains this."""
         steps = row_steps(self.exponents(w)).to(w.dtype)
         return self.round(w, steps) * steps
 
     def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
-        """Codes of w (rows, columns) that keep w x near for inputs with `hessian` (columns, columns) = Σ x xᵀ.
+        """Codes that keep w x near, w (rows, columns), for inputs of `hessian` (columns, columns) = Σ x xᵀ.
 
         GPTQ (arXiv:2210.17323): column by column, largest input first, each column's rounding error is made
         good in those that follow. Without a Hessian every value is rounded to the nearest.
         """
         exponents, w = self.exponents(w), w.double()
-        steps = row_steps(exponents).double()
-        kept = w.abs() >= torch.quantile(w.abs().flatten().float(), self.prune_pct / 100)
+        steps, codes = row_steps(exponents), torch.empty_like(w)
+        kept = w.abs() >= w.abs().flatten().sort().values[int(w.numel() * self.prune_pct / 100)]
         if hessian is None:
             return Codes((self.round(w, steps) * kept).to(torch.int8), exponents)
         order = hessian.diagonal().argsort(descending=True)
         w, kept, hessian = w[:, order], kept[:, order], hessian[order][:, order].double()
         hessian.diagonal().add_(self.damping * hessian.diagonal().mean() + 1e-12)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        factor = torch.linalg.cholesky(inverse, upper=True)
-        codes = torch.empty_like(w)
+        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
         for begin in range(0, w.size(1), block):
             end = min(begin + block, w.size(1))
             errors = torch.empty_like(w[:, begin:end])
@@ -1041,6 +968,7 @@ class Quantizer(NamedTuple):
 
 
 def quantizers_of(h: Hyperparameters) -> dict[str, Quantizer]:
+    """How each role is stored; SCALAR is float16."""
     return {MATRIX: Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.gptq_damping, h.prune_pct),
             EMBEDDING: Quantizer(h.embed_bits, h.embed_clip_sigmas, h.gptq_damping)}
 
@@ -1049,8 +977,7 @@ def quantizers_of(h: Hyperparameters) -> dict[str, Quantizer]:
 def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: dict[str, Quantizer]):
     """Within, every tensor that the artifact quantises holds its quantised value; after, its own again.
 
-    A gradient taken within is the straight-through one of the float32 master, for any part of the model, and
-    the compiled graph knows nothing of it.
+    So a gradient taken within is the straight-through one, and a compiled graph need not know of it.
     """
     stored = [(quantizers[role], p.detach()) for role in quantizers for p in groups[role].values()]
     masters = [p.clone() for _, p in stored]
@@ -1060,64 +987,33 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
     torch._foreach_copy_([p for _, p in stored], masters)
 
 
+@torch.no_grad()
 def collect_hessians(model: GPT, batches: Iterable[Tensor], processes: Processes) -> dict[nn.Module, Tensor]:
-    """Σ x xᵀ (in, in) float32 over all processes, for every module that asks for it with `observe`."""
+    """Σ x xᵀ (in, in) float32 of every owner's inputs over the batches of all processes, ids left out."""
     hessians: dict[nn.Module, Tensor] = {}
 
-    def observer(module: nn.Module) -> Callable[[Tensor], None]:
-        def add(x: Tensor) -> None:
-            x = x.detach().flatten(0, -2)
+    def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if inputs[0].is_floating_point():
+            x = inputs[0].flatten(0, -2)
             product = (x.t() @ x).float()
             hessians[module] = hessians[module] + product if module in hessians else product
-        return add
 
-    owners = [module for module in model.modules() if isinstance(module, Owner)]
-    for module in owners:
-        module.observe = observer(module)
-    with torch.no_grad():
-        for ids in batches:
-            model.logits(model.hidden(ids))
-    for module in owners:
-        module.observe = None
-        if module in hessians:
-            processes.sum_(hessians[module])
-    return hessians
+    hooks = [module.register_forward_pre_hook(add) for module in model.modules() if isinstance(module, Owner)]
+    for ids in batches:
+        model.logits(model.hidden(ids))
+    for hook in hooks:
+        hook.remove()
+    return {module: processes.sum_(hessian) for module, hessian in hessians.items()}
 
 
 # ---- Artifact ----------------------------------------------------------------------------------------------
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 1
-CODECS = {
-    "brotli": lambda raw: brotli.compress(raw, quality=11, lgwin=24),
-    "lzma": lambda raw: lzma.compress(raw, lzma.FORMAT_ALONE, filters=[LZMA_FILTER]),
-}
-LZMA_FILTER = {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}
-
-
-def byte_planes(array: np.ndarray) -> bytes:
-    """All first bytes of the items, then all second ones, …: like stands beside like for the compressor."""
-    return array.reshape(-1, 1).view(np.uint8).T.tobytes()
-
-
-def from_byte_planes(raw: bytes, dtype: str, count: int) -> np.ndarray:
-    planes = np.frombuffer(raw, np.uint8).reshape(np.dtype(dtype).itemsize, count)
-    return np.ascontiguousarray(planes.T).view(dtype)[:, 0]
-
-
-def decompress(codec: str, packed: bytes, size: int) -> bytes:
-    """Exactly `size` bytes, or UserError; never more than a little above that in memory."""
-    out, decoder = bytearray(), brotli.Decompressor() if codec == "brotli" else lzma.LZMADecompressor()
-    try:
-        for begin in range(0, len(packed), 64):
-            piece = packed[begin : begin + 64]
-            out += decoder.process(piece) if codec == "brotli" else decoder.decompress(piece, size + 1 - len(out))
-            if len(out) > size:
-                break
-    except (brotli.error, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"the artifact's data are damaged: {error}") from None
-    if len(out) != size:
-        raise UserError(f"the artifact's data are damaged: a section of {size} bytes unpacks to {len(out)}")
-    return bytes(out)
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
+PACK = {"brotli": functools.partial(brotli.compress, quality=11, lgwin=24),
+        "lzma": functools.partial(lzma.compress, format=lzma.FORMAT_ALONE, filters=LZMA_FILTERS)}
+UNPACK = {"brotli": brotli.decompress, "lzma": lzma.decompress}
+GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16}
 
 
 def versions() -> dict[str, str]:
@@ -1125,125 +1021,84 @@ def versions() -> dict[str, str]:
             "machine": platform.machine()}
 
 
-def write_artifact(h: Hyperparameters, model_fingerprint: str, tokenizer_sha256: str,
-                   tensors: dict[str, Codes | Tensor]) -> tuple[bytes, dict[str, int]]:
+def write_artifact(header: dict, tensors: dict[str, Codes | Tensor]) -> tuple[bytes, dict[str, int]]:
     """The artifact's bytes, and how many of them each group of like tensors takes.
 
-    Layout, little-endian: magic (8 bytes), version and length of the header (uint32 each), header (JSON,
-    brotli), the groups one after another, SHA-256 over all before it. The header holds the configuration, the
-    maps' fingerprint, the tensor table [name, group, shape] and the groups [name, codec, size, packed size].
+    Layout, little-endian: magic (8 bytes), format version and length of the header (uint32 each), header (JSON,
+    brotli), the groups, SHA-256 over all before it. To `header` come the versions at work, the tensor table
+    [name, shape, groups] and the groups [name, codec, packed size]. A group is its tensors' values in byte
+    planes, all first bytes and then all second ones, packed by the codec that makes it smallest.
     """
-    table, streams = [], {}
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rsplit(".", 1)[-1]):
-        kind = name.rsplit(".", 1)[-1]
-        quantized = isinstance(tensor, Codes)
-        group = f"codes {kind}" if quantized else "float16"
-        table.append([name, group, list((tensor.codes if quantized else tensor).shape)])
-        array = tensor.codes.cpu().numpy() if quantized else tensor.detach().cpu().numpy().astype("<f2")
-        streams.setdefault(group, []).append(array.ravel())
-        if quantized:
-            streams.setdefault(f"exponents {kind}", []).append(tensor.exponents.cpu().numpy())
-    groups, payload = [], b""
-    raws = {group: byte_planes(np.concatenate(arrays)) for group, arrays in streams.items()}
+    table, groups = [], {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
+        kind, parts = name.rpartition(".")[-1], {"float16": tensor}
+        if isinstance(tensor, Codes):
+            parts = {f"{kind} codes": tensor.codes, f"{kind} exponents": tensor.exponents}
+        table.append([name, list(next(iter(parts.values())).shape), list(parts)])
+        for group, part in parts.items():
+            groups.setdefault(group, []).append(part.cpu().flatten().to(GROUP_TYPES[group.split()[-1]]))
     with ThreadPoolExecutor() as pool:
-        tried = {(g, c): pool.submit(compress, raw) for g, raw in raws.items() for c, compress in CODECS.items()}
-    for group, raw in raws.items():
-        packed, codec = min(((tried[group, c].result(), c) for c in CODECS), key=lambda pair: len(pair[0]))
-        groups.append([group, codec, len(raw), len(packed)])
-        payload += packed
-    header = {"model": h.model_settings(), "fingerprint": model_fingerprint, "tokenizer_sha256": tokenizer_sha256,
-              "versions": versions(), "tensors": table, "groups": groups}
-    packed_header = CODECS["brotli"](json.dumps(header, separators=(",", ":")).encode())
-    body = ARTIFACT_MAGIC + struct.pack("<II", ARTIFACT_VERSION, len(packed_header)) + packed_header + payload
-    sizes = {"header": len(body) - len(payload) + 32} | {group: size for group, _, _, size in groups}
-    return body + hashlib.sha256(body).digest(), sizes
+        jobs = {}
+        for group, parts in groups.items():
+            raw = torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
+            jobs[group] = [(codec, pool.submit(pack, raw)) for codec, pack in PACK.items()]
+        packed = {group: min(((codec, job.result()) for codec, job in tried), key=lambda pair: len(pair[1]))
+                  for group, tried in jobs.items()}
+    entries = [[group, codec, len(data)] for group, (codec, data) in packed.items()]
+    text = json.dumps(header | {"versions": versions(), "tensors": table, "groups": entries})
+    text = brotli.compress(text.encode())
+    numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
+    body = b"".join([ARTIFACT_MAGIC, numbers, text, *(data for _, data in packed.values())])
+    return body + hashlib.sha256(body).digest(), {"header": len(text) + 48} | {e[0]: e[2] for e in entries}
 
 
-class Artifact:
-    """A parsed artifact. Raises UserError for anything that is not exactly what `write_artifact` makes."""
+def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
+    """The header, and every tensor by name in float32. UserError for all but what `write_artifact` makes."""
+    if len(blob) < 48 or blob[:8] != ARTIFACT_MAGIC:
+        raise UserError(f"not an artifact of this project: {len(blob)} bytes that begin with {blob[:8]!r}")
+    if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+        raise UserError("the artifact is damaged, its checksum does not match; copy it again")
+    version, size = np.frombuffer(blob[8:16], "<u4").tolist()
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"the artifact has format version {version}, this script reads {ARTIFACT_VERSION}")
+    header = json.loads(brotli.decompress(blob[16 : 16 + size]))
+    place, streams, tensors = 16 + size, {}, {}
+    for group, codec, packed in header["groups"]:
+        dtype = GROUP_TYPES[group.split()[-1]]
+        raw = bytearray(UNPACK[codec](blob[place : place + packed]))
+        planes = torch.frombuffer(raw, dtype=torch.uint8).view(dtype.itemsize, -1)
+        streams[group] = planes.t().contiguous().view(dtype).flatten()
+        place += packed
+    for name, shape, groups in header["tensors"]:
+        parts = []
+        for group, count in zip(groups, (math.prod(shape), *shape)):
+            parts.append(streams[group][:count])
+            streams[group] = streams[group][count:]
+        values = parts[0].view(shape)
+        tensors[name] = values.float() if len(parts) == 1 else Codes(values, parts[1]).values()
+    return header, tensors
 
-    def __init__(self, blob: bytes):
-        if len(blob) < 48 or blob[:8] != ARTIFACT_MAGIC:
-            raise UserError(f"not an artifact of this project ({len(blob)} bytes beginning {blob[:8]!r})")
-        if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
-            raise UserError("the artifact is damaged: its checksum does not match; copy it again")
-        version, header_size = struct.unpack("<II", blob[8:16])
-        if version != ARTIFACT_VERSION:
-            raise UserError(f"the artifact has format version {version}, this script reads {ARTIFACT_VERSION}")
-        try:
-            packed_header = blob[16 : 16 + header_size]
-            self.bytes = len(blob)
-            self.header = json.loads(brotli.decompress(packed_header))
-            self.h = Hyperparameters(**self.header["model"])
-            self.tensors = self._unpack(memoryview(blob)[16 + header_size : -32])
-        except (brotli.error, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the artifact is damaged: {type(error).__name__}: {error}") from None
 
-    @property
-    def codec(self) -> str:
-        return max(self.header["groups"], key=lambda group: group[3])[1]
-
-    def _unpack(self, payload: memoryview) -> dict[str, Tensor]:
-        """Every tensor by name, float32."""
-        table, groups = self.header["tensors"], self.header["groups"]
-        wanted = {}
-        for _, group, shape in table:
-            wanted[group] = wanted.get(group, 0) + math.prod(shape) * (2 if group == "float16" else 1)
-            if group != "float16":
-                rows = group.replace("codes", "exponents")
-                wanted[rows] = wanted.get(rows, 0) + shape[0]
-        streams, place = {}, 0
-        for name, codec, size, packed in groups:
-            if size != wanted.get(name):
-                raise ValueError(f"group {name} has {size} bytes, its tensors need {wanted.get(name)}")
-            raw = decompress(codec, bytes(payload[place : place + packed]), size)
-            kind = "<f2" if name == "float16" else "i1" if name.startswith("codes") else "u1"
-            streams[name] = torch.from_numpy(from_byte_planes(raw, kind, size // np.dtype(kind).itemsize).copy())
-            place += packed
-        if place != len(payload):
-            raise ValueError("the groups do not fill the file")
-        tensors, used = {}, dict.fromkeys(streams, 0)
-
-        def take(group: str, count: int) -> Tensor:
-            used[group] += count
-            return streams[group][used[group] - count : used[group]]
-
-        for name, group, shape in table:
-            values = take(group, math.prod(shape)).view(shape)
-            if group != "float16":
-                values = Codes(values, take(group.replace("codes", "exponents"), shape[0])).values()
-            tensors[name] = values.float()
-        return tensors
-
-    def build(self, processes: Processes) -> GPT:
-        """A model that computes from this artifact alone, its maps drawn anew and proved to be the same."""
-        model = GPT(self.h, processes.dtype)
-        here, there = model.fingerprint(), self.header["fingerprint"]
-        if here != there:
-            raise UserError(
-                f"the random maps drawn here are not those of the artifact ({here[:16]} here, {there[:16]} there);"
-                f" made with {self.header['versions']}, read with {versions()}: use those versions"
-            )
-        expected = {name: list(t.shape) for name, t in model.state_dict().items()}
-        if expected != {name: list(t.shape) for name, t in self.tensors.items()}:
-            raise UserError("the artifact's tensors are not those of the model that its configuration describes")
-        model.load_state_dict(self.tensors)
-        return model.to(processes.device).eval()
+def build_model(header: dict, tensors: dict[str, Tensor], processes: Processes) -> GPT:
+    """A model that computes from an artifact alone; its maps are drawn anew and proved to be the same."""
+    model = GPT(Hyperparameters(**header["model"]), processes.dtype)
+    if model.fingerprint() != header["fingerprint"]:
+        raise UserError(f"the random maps drawn here are not the artifact's ({model.fingerprint()[:16]} is not"
+                        f" {header['fingerprint'][:16]}): made with {header['versions']}, read with {versions()}")
+    model.load_state_dict(tensors)
+    return model.to(processes.device)
 
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 
 
 def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each window starts, and how many of its last positions it scores; the sum is `targets`.
+    """Where each window starts, and how many of its last positions it scores: those that none before it scored.
 
-    The first window scores all its positions, each later one those that no window scored before: `stride` of
-    them, and in the last, which ends with the stream, what remains.
+    The first scores all its positions, the last, which ends with the stream, what remains, others `stride`.
     """
-    length = min(length, targets)
     starts = np.append(np.arange(0, targets - length, stride), targets - length)
-    ends = starts + length
-    return starts, np.diff(ends, prepend=0)
+    return starts, np.diff(starts + length, prepend=0)
 
 
 @torch.no_grad()
@@ -1251,27 +1106,25 @@ def evaluate(model: GPT, val: ValidationStream, h: Hyperparameters, processes: P
              log: Log) -> tuple[float, float]:
     """Mean loss in nats and bits per byte over every token of the stream after the first, each scored once.
 
-    Batches are the same for any number of processes, which take them in turn.
+    The batches are the same for any number of processes, which take them in turn.
     """
-    starts, counts = plan_windows(len(val.tokens) - 1, h.eval_seq_len, stride)
-    length = min(h.eval_seq_len, len(val.tokens) - 1)
+    targets = len(val.tokens) - 1
+    length = min(h.eval_seq_len, targets)
+    starts, counts = plan_windows(targets, length, stride)
     per_batch = max(1, h.eval_batch_tokens // length)
     batches = [slice(0, 1)] + [slice(i, i + per_batch) for i in range(1, len(starts), per_batch)]
-    score = torch.compile(model.losses, dynamic=False) if processes.compile else model.losses
-    tokens = val.tokens.to(processes.device)
+    compiled = torch.compile(model.losses, dynamic=False) if processes.compile else model.losses
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     for done, batch in enumerate(batches[processes.rank :: processes.count]):
-        first, scored = starts[batch], torch.from_numpy(counts[batch]).to(processes.device)
+        rows = val.tokens[torch.from_numpy(starts[batch, None] + np.arange(length + 1))].to(processes.device)
         tail = int(counts[batch].max())
-        places = torch.from_numpy(first[:, None] + np.arange(length + 1)).to(processes.device)
-        rows = tokens[places]  # (windows, length + 1)
-        whole = len(first) == per_batch and tail == stride
-        losses = (score if whole else model.losses)(rows[:, :-1], rows[:, 1:][:, -tail:])
-        new = torch.arange(tail, device=processes.device) >= tail - scored[:, None]
-        total += torch.where(new, losses.double(), 0.0).sum()
+        score = compiled if (len(rows), tail) == (per_batch, stride) else model.losses  # odd shapes are not compiled
+        losses = score(rows[:, :-1], rows[:, 1:][:, -tail:])  # (windows, tail)
+        old = torch.arange(tail)[None] < tail - torch.from_numpy(counts[batch, None])  # scored by the window before
+        total += losses.double().masked_fill(old.to(processes.device), 0.0).sum()
         log.progress(f"evaluating: {100 * done * processes.count // len(batches)}%")
     nats = processes.sum_(total).item()
-    return nats / (len(val.tokens) - 1), val.bits_per_byte(nats)
+    return nats / targets, nats / math.log(2) / val.bytes
 
 
 # ---- Training ----------------------------------------------------------------------------------------------
@@ -1292,9 +1145,12 @@ class Clock:
         self.recent = self.recent[-99:] + [seconds]
 
     def remaining(self, step: int) -> int:
-        left = self.seconds - self.elapsed
-        typical = statistics.median(self.recent) if len(self.recent) >= 5 or left <= 0 else 0.0
-        return int(min(self.iterations - step, max(0.0, left) // typical if typical else math.inf))
+        left = max(0.0, self.seconds - self.elapsed)
+        known = len(self.recent) >= 5 or left == 0
+        return int(min(self.iterations - step, left // statistics.median(self.recent) if known else math.inf))
+
+    def times(self, step: int) -> str:
+        return f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(step, 1):.2f}ms"
 
 
 def warmdown_scale(step: int, remaining: int, warmdown: int) -> float:
@@ -1304,7 +1160,7 @@ def warmdown_scale(step: int, remaining: int, warmdown: int) -> float:
 
 def train_step(run: Callable, optimizers: Optimizers, batches: list, step: int, scale: float) -> Tensor:
     """Gradients over all micro-batches and processes, then an update; this process's mean loss, on the device."""
-    total = 0.0
+    total = torch.zeros((), device=optimizers.processes.device)
     for ids, targets in batches:
         loss = run(ids, targets) / len(batches)
         loss.backward()
@@ -1315,38 +1171,29 @@ def train_step(run: Callable, optimizers: Optimizers, batches: list, step: int, 
 
 def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingData, val: ValidationStream,
           log: Log) -> dict:
-    """Trains the model, leaves in it the average that did best on held-out training text; returns the figures."""
+    """Trains the model, leaves in it the average that does best on held-out training text; returns figures."""
     groups, quantizers = tensors_by_role(model), quantizers_of(h)
     params = [p for group in groups.values() for p in group.values()]
     run = torch.compile(model, dynamic=False, fullgraph=True) if processes.compile else model
-    initial = [p.detach().clone() for p in params]
-    optimizers = Optimizers(groups, h, processes)
+    initial, optimizers = [p.detach().clone() for p in params], Optimizers(groups, h, processes)
     for step in range(h.warmup_steps):
-        log.progress(f"warming up: {step}/{h.warmup_steps}")
-        train_step(run, optimizers, data.micro_batches(step, h, processes), step, 1.0)
+        log.progress(f"warming up: {step} of {h.warmup_steps}")
+        train_step(run, optimizers, data.micro_batches(step, processes), step, 1.0)
     torch._foreach_copy_([p.detach() for p in params], initial)  # in place: a new tensor would mean a new graph
     optimizers, averages = Optimizers(groups, h, processes), Averages(params, h)
-    clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
-    step, qat, loss = 0, False, None
+    clock, step, qat, loss = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds), 0, False, None
     began = time.perf_counter()
-    while True:
-        remaining = processes.share(clock.remaining(step))
-        times = f"train_time:{1000 * clock.elapsed:.0f}ms step_avg:{1000 * clock.elapsed / max(step, 1):.2f}ms"
-        if remaining <= 0 or (h.val_loss_every and step and step % h.val_loss_every == 0):
-            if remaining <= 0:
-                choose_average(model, params, averages, data.holdout(), h, processes, log)
+    while (remaining := processes.share(clock.remaining(step))) > 0:
+        if h.val_loss_every and step and step % h.val_loss_every == 0:
             val_loss, val_bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
-            log(f"step:{step}/{h.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {times}")
+            log(f"step:{step}/{h.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {clock.times(step)}")
             began = time.perf_counter()
-        if remaining <= 0:
-            break
-        scale = warmdown_scale(step, remaining, h.warmdown_iters)
+        scale, previous = warmdown_scale(step, remaining, h.warmdown_iters), loss
         if scale < h.late_qat_threshold and not qat:
             qat = True
             log(f"late_qat:on step:{step} scale:{scale:.4f}")
-        previous = loss
         with weights_as_stored(groups, quantizers) if qat else contextlib.nullcontext():
-            loss = train_step(run, optimizers, data.micro_batches(step, h, processes), step, scale)
+            loss = train_step(run, optimizers, data.micro_batches(step, processes), step, scale)
         averages.update(step, scale)
         step += 1
         if previous is not None and not math.isfinite(previous.item()):  # waits: the device is a step behind at most
@@ -1354,29 +1201,29 @@ def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingDa
         now = time.perf_counter()
         clock.step_took(now - began)
         began = now
-        tokens_per_second = h.train_batch_tokens * step / clock.elapsed
-        log.progress(f"step {step}, {remaining - 1} to go: {tokens_per_second:,.0f} tokens/s,"
+        log.progress(f"step {step}, {remaining - 1} to go, {h.train_batch_tokens * step / clock.elapsed:,.0f} tokens/s,"
                      f" {(remaining - 1) * clock.elapsed / step:.0f} s left")
         if h.train_log_every and (step <= 10 or step % h.train_log_every == 0):
             mean = processes.sum_(loss.clone()).item() / processes.count
-            times = f"train_time:{1000 * clock.elapsed:.0f}ms step_avg:{1000 * clock.elapsed / step:.2f}ms"
-            log(f"step:{step}/{h.iterations} train_loss:{mean:.4f} {times}")
+            log(f"step:{step}/{h.iterations} train_loss:{mean:.4f} {clock.times(step)}")
+    choose_average(model, params, averages.candidates(), data.read(data.held_out), h, processes, log)
+    val_loss, val_bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
+    log(f"step:{step}/{h.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {clock.times(step)}")
     return {"steps": step, "train_seconds": round(clock.elapsed, 3), "val_loss_before": val_loss,
             "val_bpb_before": val_bpb, "tokens_per_second": round(h.train_batch_tokens * step / clock.elapsed)}
 
 
-def choose_average(model: GPT, params: list, averages: Averages, holdout: Tensor, h: Hyperparameters,
-                   processes: Processes, log: Log) -> None:
+@torch.no_grad()
+def choose_average(model: GPT, params: list, candidates: dict[str, list[Tensor]], holdout: Tensor,
+                   h: Hyperparameters, processes: Processes, log: Log) -> None:
     """Leaves in the model the candidate with the least loss on text that was neither trained on nor validation."""
-    scores, candidates = {}, averages.candidates()
-    size = max(1, h.eval_batch_tokens // holdout.size(1))
+    scores = {}
     for name, weights in candidates.items():
         torch._foreach_copy_([p.detach() for p in params], weights)
         total = torch.zeros((), dtype=torch.float64, device=processes.device)
-        with torch.no_grad():
-            for rows in holdout.split(size)[processes.rank :: processes.count]:
-                rows = rows.to(processes.device)
-                total += model.losses(rows[:, :-1], rows[:, 1:]).double().sum()
+        for rows in holdout.split(max(1, h.eval_batch_tokens // h.train_seq_len))[processes.rank :: processes.count]:
+            rows = rows.to(processes.device)
+            total += model.losses(rows[:, :-1], rows[:, 1:]).double().sum()
         scores[name] = processes.sum_(total).item() / holdout[:, 1:].numel()
     best = min(scores, key=scores.get)
     torch._foreach_copy_([p.detach() for p in params], candidates[best])
@@ -1386,11 +1233,10 @@ def choose_average(model: GPT, params: list, averages: Averages, holdout: Tensor
 def export(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingData, step: int, tokenizer: Tokenizer,
            log: Log) -> bytes:
     """The artifact of the model, on every process; UserError if it and the code are over the limit."""
-    blob, began, code = b"", time.perf_counter(), len(Path(__file__).read_bytes())
-    size = max(1, 16_384 // h.train_seq_len)
-    first = step * (h.train_batch_tokens // h.train_seq_len)
-    calibration = (data.sequences(first + i * size, size)[:, :-1].to(processes.device)
-                   for i in range(processes.rank, h.gptq_calib_batches, processes.count))
+    blob, began, code = b"", time.perf_counter(), os.path.getsize(__file__)
+    size, first = max(1, 16_384 // h.train_seq_len), step * (h.train_batch_tokens // h.train_seq_len)
+    mine = range(processes.rank, h.gptq_calib_batches + (-h.gptq_calib_batches) % processes.count, processes.count)
+    calibration = (data.sequences(first + i * size, size)[:, :-1].to(processes.device) for i in mine)
     hessians = collect_hessians(model, calibration, processes)
     if processes.rank == 0:
         tensors, quantizers = dict(model.state_dict()), quantizers_of(h)
@@ -1399,21 +1245,24 @@ def export(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingD
                 log.progress(f"quantising {prefix}")
                 codes = module.quantize(quantizers, hessians.get(module))
                 tensors |= {f"{prefix}.{name}": value for name, value in codes.items()}
-        blob, sizes = write_artifact(h, model.fingerprint(), tokenizer.sha256, tensors)
-        for name, size in sizes.items():
-            log(f"artifact {name}: {size:,} bytes")
+        header = {"model": h.model_settings(), "fingerprint": model.fingerprint(), "tokenizer": tokenizer.sha256}
+        blob, sizes = write_artifact(header, tensors)
         total = code + len(blob)
-        log(f"artifact code {code:,} + model {len(blob):,} = {total:,} bytes,"
-            f" {total / h.artifact_limit_bytes:.1%} of {h.artifact_limit_bytes:,};"
-            f" exported in {time.perf_counter() - began:.1f} s")
+        log("artifact " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + " bytes")
+        log(f"artifact code {code:,} + model {len(blob):,} = {total:,} bytes, {total / h.artifact_limit_bytes:.1%} of"
+            f" {h.artifact_limit_bytes:,}, in {time.perf_counter() - began:.1f} s")
         if total > h.artifact_limit_bytes:
             raise UserError(f"code and model take {total:,} bytes, the limit is {h.artifact_limit_bytes:,}. The trained"
-                            " weights are in checkpoint.pt: export them with EXPORT_ONLY=1 CHECKPOINT_PATH=… and a"
-                            " larger MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS, or train with a smaller rank or width")
+                            " weights are in checkpoint.pt: EXPORT_ONLY=1 CHECKPOINT_PATH=… exports them again with a"
+                            " larger MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS; or train with a smaller rank or width")
     return processes.share(blob)
 
 
 # ---- Main --------------------------------------------------------------------------------------------------
+
+
+def hardware(processes: Processes) -> str:
+    return f"{processes.count} x {torch.cuda.get_device_name() if processes.on_cuda else platform.machine() + ' CPU'}"
 
 
 def describe(h: Hyperparameters, processes: Processes, model: GPT, log: Log) -> None:
@@ -1421,104 +1270,90 @@ def describe(h: Hyperparameters, processes: Processes, model: GPT, log: Log) -> 
     log(Path(__file__).read_text(encoding="utf-8"), console=False)
     for f in dataclasses.fields(h):
         log(f"{f.name.upper()}={getattr(h, f.name)}", console=False)
-    device = torch.cuda.get_device_name() if processes.on_cuda else f"{platform.machine()} CPU"
-    log(f"versions {json.dumps(versions())} device {processes.count} x {device}, {torch.get_num_threads()} threads")
     for row in model.table.values():
         log(f"map {row.name} {row.out_features}x{row.in_features} {row.basis} seed:{row.seed} rank:{row.rank}", False)
-    trained = sum(p.numel() for p in model.parameters())
+    log(f"versions {json.dumps(versions())} device {hardware(processes)}, {torch.get_num_threads()} threads")
     frozen = sum(row.out_features * row.in_features for row in model.frozen)
-    log(f"model {trained:,} trained and {frozen:,} frozen parameters, maps {model.fingerprint()[:16]}")
+    log(f"model {sum(p.numel() for p in model.parameters()):,} trained and {frozen:,} frozen parameters")
+
+
+def train_and_export(h: Hyperparameters, processes: Processes, tokenizer: Tokenizer, val: ValidationStream,
+                     folder: Path, log: Log) -> tuple[bytes, dict]:
+    """The artifact of a new model, or of the checkpoint of an old one, and the run's figures."""
+    data = TrainingData(h)
+    torch.manual_seed(h.seed)
+    model = GPT(h, processes.dtype).to(processes.device)
+    describe(h, processes, model, log)
+    if h.export_only:
+        saved = torch.load(io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path)), weights_only=True)
+        model.load_state_dict(saved["weights"])
+        figures = saved["figures"]
+    else:
+        figures = train(h, processes, model, data, val, log)
+    if processes.rank == 0:
+        torch.save({"figures": figures, "weights": model.state_dict()}, buffer := io.BytesIO())
+        write_file(folder / "checkpoint.pt", buffer.getvalue())
+    began = time.perf_counter()
+    blob = export(h, processes, model, data, figures["steps"], tokenizer, log)
+    if processes.rank == 0:
+        write_file(folder / "model.int6.ptz", blob)
+    return blob, figures | {"export_seconds": round(time.perf_counter() - began, 3)}
 
 
 def run(h: Hyperparameters, processes: Processes) -> None:
-    """The job: train and export, or take a checkpoint or an artifact; evaluate the artifact; report."""
-    artifact = None
+    """The job: train and export, unless there is an artifact; then evaluate from its bytes alone, and report."""
+    blob, figures, folder = b"", {}, None
     if h.eval_only:
-        artifact = Artifact(read_file("MODEL_PATH", h.model_path))
-        h = Hyperparameters(**artifact.header["model"])
+        blob = read_file("MODEL_PATH", h.model_path)
+        h = Hyperparameters(**read_artifact(blob)[0]["model"])
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     val = ValidationStream(h, tokenizer)
-    name = h.run_id or time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(h.output_dir) / name
-    figures = {}
-    if artifact is None:
-        data = TrainingData(h)
+    if not h.eval_only:
+        folder = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S"))
         if processes.rank == 0 and folder.exists():
-            raise UserError(f"{folder} is another run's; set RUN_ID to a new name")
+            raise UserError(f"{folder} is another run's; choose a new RUN_ID")
         if processes.rank == 0:
             folder.mkdir(parents=True)
-    log = Log(processes.rank == 0, None if artifact else folder / "train.log")
-    if artifact is None:
-        torch.manual_seed(h.seed)
-        model = GPT(h, processes.dtype).to(processes.device)
-        describe(h, processes, model, log)
-        if h.export_only:
-            saved = torch.load(io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path)), weights_only=True)
-            figures = saved["figures"]
-            model.load_state_dict(saved["weights"])
-        else:
-            figures = train(h, processes, model, data, val, log)
-        if processes.rank == 0:
-            buffer = io.BytesIO()
-            torch.save({"model": h.model_settings(), "figures": figures, "weights": model.state_dict()}, buffer)
-            write_atomically(folder / "checkpoint.pt", buffer.getvalue())
-        began = time.perf_counter()
-        blob = export(h, processes, model, data, figures["steps"], tokenizer, log)
-        figures["export_seconds"] = round(time.perf_counter() - began, 3)
-        if processes.rank == 0:
-            write_atomically(folder / "model.int6.ptz", blob)
-        del model
-        artifact = Artifact(blob)
-    if artifact.header["tokenizer_sha256"] != tokenizer.sha256:
-        raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer the artifact was made with")
-    began = time.perf_counter()
-    model = artifact.build(processes)
-    results = {}
+    log = Log(processes.rank == 0, folder and folder / "train.log")
+    if not h.eval_only:
+        blob, figures = train_and_export(h, processes, tokenizer, val, folder, log)
+    header, tensors = read_artifact(blob)
+    if header["tokenizer"] != tokenizer.sha256:
+        raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer that the artifact was made with")
+    began, codec = time.perf_counter(), max(header["groups"], key=lambda group: group[2])[1]
+    model = build_model(header, tensors, processes)
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
-        val_loss, val_bpb = results[kind] = evaluate(model, val, h, processes, stride, log)
-        prefix = f"final_int6_{artifact.codec}_{kind}"
-        log(f"{prefix} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} stride:{stride}"
-            f" eval_time:{1000 * (time.perf_counter() - began):.0f}ms")
-        log(f"{prefix}_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}")
-    figures["eval_seconds"] = round(time.perf_counter() - began, 3)
+        loss, bpb = evaluate(model, val, h, processes, stride, log)
+        figures |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_seconds": round(time.perf_counter() - began, 3)}
+        log(f"final_int6_{codec}_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride}"
+            f" eval_time:{1000 * figures['eval_seconds']:.0f}ms")
+        log(f"final_int6_{codec}_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     if processes.rank == 0:
-        report(h, processes, artifact, val, figures, results, folder if not h.eval_only else None, log)
+        report(h, processes, len(blob), val, figures, folder, log)
 
 
-def read_file(variable: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{variable}={path}: {error.strerror}") from None
-
-
-def report(h: Hyperparameters, processes: Processes, artifact: Artifact, val: ValidationStream, figures: dict,
-           results: dict, folder: Path | None, log: Log) -> None:
+def report(h: Hyperparameters, processes: Processes, model_bytes: int, val: ValidationStream, figures: dict,
+           folder: Path | None, log: Log) -> None:
     """The table for people, and submission.json."""
-    code = len(Path(__file__).read_bytes())
-    text = val.text[:4_000_000]
-    part = "" if len(text) == len(val.text) else " (of its first 4 MB)"
-    log()
-    log(f"{'':<36}{'val_loss':>10}{'val_bpb':>10}")
-    if "val_bpb_before" in figures:
-        log(f"{'before quantisation':<36}{figures['val_loss_before']:>10.4f}{figures['val_bpb_before']:>10.4f}")
-    for kind, (val_loss, val_bpb) in results.items():
-        log(f"{'artifact, ' + kind.replace('_', ' '):<36}{val_loss:>10.4f}{val_bpb:>10.4f}")
+    code, text = os.path.getsize(__file__), val.text[:4_000_000]
+    log(f"\n{'':<34}{'val_loss':>10}{'val_bpb':>10}")
+    for kind in ("before", "roundtrip", "sliding_window"):
+        if f"val_bpb_{kind}" in figures:
+            label = "before quantisation" if kind == "before" else "artifact, " + kind.replace("_", " ")
+            log(f"{label:<34}{figures[f'val_loss_{kind}']:>10.4f}{figures[f'val_bpb_{kind}']:>10.4f}")
+    part = "" if len(text) == len(val.text) else ", first 4 MB"
     for name, packed in (("brotli 11", brotli.compress(text)), ("xz -9", lzma.compress(text, preset=9))):
-        log(f"{'for scale, ' + name + part:<36}{'':>10}{8 * len(packed) / len(text):>10.4f}")
-    log(f"artifact {code + artifact.bytes:,} bytes: code {code:,}, model {artifact.bytes:,}")
+        log(f"{'for scale, ' + name + part:<34}{'':>10}{8 * len(packed) / len(text):>10.4f}")
+    log(f"artifact {code + model_bytes:,} bytes: code {code:,}, model {model_bytes:,}")
     if folder:
-        hardware = torch.cuda.get_device_name() if processes.on_cuda else f"{platform.machine()} CPU"
-        submission = {
-            "author": h.author, "github_id": h.github_id, "name": f"Adapters on random linear maps ({folder.name})",
-            "blurb": f"{h.num_layers}L x {h.model_dim}d, frozen random maps with LoRA of rank {h.random_adapter_rank}"
-                     if h.use_random_adapters else f"{h.num_layers}L x {h.model_dim}d, everything learned",
-            "date": time.strftime("%Y-%m-%d"), "val_loss": results["sliding_window"][0],
-            "val_bpb": results["sliding_window"][1], "bytes_total": code + artifact.bytes, "bytes_code": code,
-            "dataset": Path(h.data_path).name, "hardware": f"{processes.count} x {hardware}", "seeds": [h.seed], **figures,
-        }
-        write_atomically(folder / "submission.json", (json.dumps(submission, indent=2) + "\n").encode())
-        log(f"written to {folder}: model.int6.ptz, submission.json, checkpoint.pt, train.log")
+        kind = f"random maps with LoRA of rank {h.random_adapter_rank}" if h.use_random_adapters else "all learned"
+        submission = {"author": h.author, "github_id": h.github_id, "name": "Adapters on random linear maps",
+                      "blurb": f"{h.num_layers} layers of width {h.model_dim}, {kind}", "date": time.strftime("%Y-%m-%d"),
+                      "val_loss": figures["val_loss_sliding_window"], "val_bpb": figures["val_bpb_sliding_window"],
+                      "bytes_total": code + model_bytes, "bytes_code": code, "dataset": Path(h.data_path).name,
+                      "hardware": hardware(processes), "seeds": [h.seed], **figures}
+        write_file(folder / "submission.json", (json.dumps(submission, indent=2) + "\n").encode())
+        log(f"written: {folder}/ model.int6.ptz, submission.json, checkpoint.pt, train.log")
 
 
 def main() -> None:
