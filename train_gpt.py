@@ -1,17 +1,15 @@
 """Learning adapters on random linear maps: a language model for Parameter Golf in one script.
 
 Most weight matrices are frozen random maps, regenerated from a seed and stored in 0 bytes. What is learned
-around them (low-rank adapters, gains, embeddings) is quantised, compressed and written as one artifact.
+around them (low-rank adapters, gains, embeddings) is quantised, compressed and written as one artifact. Every
+setting is an environment variable, declared once in `Hyperparameters`.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # train, export, evaluate from the artifact
     EVAL_ONLY=1 MODEL_PATH=model.int6.ptz python train_gpt.py  # repeat the evaluation
-
-Every setting is an environment variable, declared once in `Hyperparameters`.
 """
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import functools
@@ -38,28 +36,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:
+flash_attention_3 = None
+with contextlib.suppress(ImportError):
     from flash_attn_interface import flash_attn_func as flash_attention_3
-except ImportError:
-    flash_attention_3 = None
 
 # ---- Settings ----------------------------------------------------------------------------------------------
-
-
 class UserError(Exception):
     """Something a person can mend: the message says what was wrong, where, and what to do."""
-
 
 def setting(default, meaning: str, low=0, high=math.inf, choices=(), model=False):
     """One variable: its default (and so its type), meaning, range; `model` marks what rebuilds the model."""
     rule = {"meaning": meaning, "low": low, "high": high, "choices": choices, "model": model}
     return dataclasses.field(default=default, metadata=rule)
 
-
 @dataclasses.dataclass(init=False)
 class Hyperparameters:
-    """Every setting; its variable is its name in capitals. `Hyperparameters()` reads the environment, keywords
-    win over it. Raises UserError that names all that is wrong at once."""
+    """Every setting: from keywords, else from the variable of its name in capitals, else its default. Raises
+    UserError that names all that is wrong at once."""
 
     # Run
     run_id: str = setting("", "name of the run's folder; empty: the time of the start")
@@ -89,7 +82,7 @@ class Hyperparameters:
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", 1, 1e9, model=True)
     xsa_last_n: int = setting(11, "last N layers use exclusive self-attention", 0, 256, model=True)
     ln_scale: int = setting(1, "1: scale each pre-norm by 1/sqrt(layer + 1)", 0, 1, model=True)
-    bigram_vocab_size: int = setting(2048, "buckets of the bigram embedding; 0: none", 0, 2**24, model=True)
+    bigram_vocab_size: int = setting(2048, "buckets of the bigram hash; under 2: none", 0, 2**24, model=True)
     bigram_dim: int = setting(128, "width of the bigram embedding", 1, 4096, model=True)
     ve_enabled: int = setting(1, "1: value embedding, shared by VE_LAYERS", 0, 1, model=True)
     ve_dim: int = setting(128, "width of the value embedding", 1, 4096, model=True)
@@ -170,7 +163,6 @@ class Hyperparameters:
         """What the artifact stores, and all that rebuilding the model depends on."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["model"]}
 
-
 def parse_setting(f: dataclasses.Field, raw):
     """A field's value from its text; whole numbers may be hexadecimal. ValueError says what is wrong."""
     kind, low, high, choices = type(f.default), *(f.metadata[key] for key in ("low", "high", "choices"))
@@ -184,38 +176,33 @@ def parse_setting(f: dataclasses.Field, raw):
         raise ValueError(f"must be one of {', '.join(choices)}")
     return value
 
-
 def contradictions(h: Hyperparameters) -> list[str]:
     """Settings that are fine alone and impossible together, with their numbers."""
     narrowest, processes = min(h.model_dim, h.kv_dim, h.mlp_dim), int(os.environ.get("WORLD_SIZE", 1))
-    no_training_time = 0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds
     wrong = {
-        f"NUM_HEADS={h.num_heads} does not divide MODEL_DIM={h.model_dim}": h.model_dim % h.num_heads,
-        f"NUM_KV_HEADS={h.num_kv_heads} does not divide NUM_HEADS={h.num_heads}": h.num_heads % h.num_kv_heads,
+        f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}": h.model_dim % h.num_heads,
+        f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}": h.num_heads % h.num_kv_heads,
         f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head":
             h.rope_dims % 2 or h.rope_dims > h.head_dim,
         f"VE_LAYERS={h.ve_layers} must be layers from 0 to {h.num_layers - 1}, with commas between them":
             max(h.value_layers, default=0) >= h.num_layers,
         f"RANDOM_ADAPTER_RANK={h.random_adapter_rank} is over the narrowest map's {narrowest}":
             h.use_random_adapters and h.random_adapter_rank > narrowest,
-        "BIGRAM_VOCAB_SIZE=1 must be 0 or at least 2": h.bigram_vocab_size == 1,
         f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}: tokens would be skipped":
             h.eval_stride > h.eval_seq_len,
-        f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} does not split into sequences of TRAIN_SEQ_LEN={h.train_seq_len}"
-        f" for {processes} processes": h.train_batch_tokens % (h.train_seq_len * processes),
-        f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves no time to train of MAX_WALLCLOCK_SECONDS="
-        f"{h.max_wallclock_seconds:g}": no_training_time,
+        f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={h.train_seq_len} times"
+        f" {processes} processes": h.train_batch_tokens % (h.train_seq_len * processes),
+        f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS to train":
+            0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
         "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
-        "EXPORT_ONLY=1 needs CHECKPOINT_PATH, the checkpoint to export": h.export_only and not h.checkpoint_path,
+        "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt": h.export_only and not h.checkpoint_path,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
-
 # Variables of published scripts that ask for what is not here, and why it is not.
-NOT_HERE = dict.fromkeys(("RANDOM_BASIS_ENABLED", "RANDOM_BASIS_SEED", "LORA_RANK", "SELECTIVE_FREEZE", "TTT_ENABLED",
+NOT_HERE = dict.fromkeys(("RANDOM_BASIS_ENABLED", "RANDOM_BASIS_SEED", "LORA_RANK", "SELECTIVE_FREEZE",
                           "PROGRESSIVE_FREEZE_FRAC", "RAND_PROJ_LAYERS", "RAND_GAIN"), "not built yet")
 NOT_HERE |= dict.fromkeys(("NGRAM_EVAL", "KNN_LAMBDA"), "as published it gives no normalised distribution")
-
 
 def foreign_variables(h: Hyperparameters) -> list[str]:
     """Variables of the environment that ask for what is not here, or look like a misspelt setting."""
@@ -227,33 +214,19 @@ def foreign_variables(h: Hyperparameters) -> list[str]:
             problems.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
     return problems
 
-
 # ---- Processes and log -------------------------------------------------------------------------------------
-
-
 class Processes:
-    """This process among those of the run, its device and its type of activations; joins torchrun's group.
-
-    With one process every method is the identity, so no other code asks how many there are.
-    """
-
+    """This process among those of the run, its device and type of activations; joins torchrun's group."""
     def __init__(self, h: Hyperparameters):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.on_cuda = torch.cuda.is_available()
+        self.on_cuda, self.dtype = torch.cuda.is_available(), getattr(torch, h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
-        self.dtype = getattr(torch, h.dtype)
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
 
     def __enter__(self) -> Processes:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # what is computed in float32 there tolerates tf32
-        with contextlib.suppress(OSError, AttributeError):
-            # Unless glibc keeps what is freed, a CPU's activations are fresh pages each time, and clearing them
-            # costs more than the arithmetic (bench/cpu.py).
-            m_trim_threshold, m_mmap_max = -1, -4
-            ctypes.CDLL("libc.so.6").mallopt(m_mmap_max, 0)
-            ctypes.CDLL("libc.so.6").mallopt(m_trim_threshold, 2**31 - 1)
         if self.count > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.on_cuda else "gloo")
         return self
@@ -268,13 +241,6 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def average_(self, tensors: list[Tensor]) -> None:
-        """Replaces each tensor by its mean over the processes, in one message."""
-        if self.count > 1:
-            flat = self.sum_(torch.cat([t.flatten() for t in tensors])) / self.count
-            pieces = flat.split([t.numel() for t in tensors])
-            torch._foreach_copy_(tensors, [piece.view_as(t) for piece, t in zip(pieces, tensors)])
-
     def share(self, value):
         """Rank 0's object on every process: clocks differ, and decisions must not."""
         box = [value]
@@ -282,15 +248,13 @@ class Processes:
             dist.broadcast_object_list(box, 0)
         return box[0]
 
-
 class Log:
     """Rank 0's lines, to the run's file and to the console; `progress` goes to a terminal only."""
-
     def __init__(self, on: bool, path: Path | None = None):
         self.on, self.file = on, path.open("a", encoding="utf-8") if on and path else None
         self.clear = "\r\033[K" if on and sys.stdout.isatty() else ""
 
-    def __call__(self, text: str = "", console: bool = True) -> None:
+    def __call__(self, text: str, console: bool = True) -> None:
         if self.file:
             print(text, file=self.file, flush=True)
         if self.on and console:
@@ -300,31 +264,23 @@ class Log:
         if self.clear:
             print(self.clear + text, end="", flush=True)
 
-
 def read_file(variable: str, path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{variable}={path}: {error.strerror}") from None
 
-
 def write_file(path: Path, content: bytes) -> None:
     """A reader sees the old file or the whole new one, whatever happens in between."""
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
+    part.write_bytes(content)
     part.replace(path)
 
-
 # ---- Data --------------------------------------------------------------------------------------------------
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
-
 def read_shards(folder: str, split: str) -> list[np.ndarray]:
-    """The tokens of every shard of a split, memory-mapped, each (n,) uint16; headers and sizes are checked."""
+    """The tokens of each shard of a split, memory-mapped, (n,) uint16; headers and sizes are checked."""
     paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; data/prepare.py makes them")
@@ -332,34 +288,33 @@ def read_shards(folder: str, split: str) -> list[np.ndarray]:
     for path in paths:
         header, size = np.fromfile(path, "<i4", 3).tolist(), path.stat().st_size
         if header[:2] != [SHARD_MAGIC, SHARD_VERSION]:
-            raise UserError(f"{path}: not a token shard of version {SHARD_VERSION}; its header begins {header}")
-        if header[2] < 1 or size != SHARD_HEADER_BYTES + 2 * header[2]:
-            raise UserError(f"{path}: {size} bytes do not hold {header[2]} tokens; fetch it again")
+            raise UserError(f"{path}: no token shard of version {SHARD_VERSION}; its header begins {header}")
+        if header[2:] < [1] or size != SHARD_HEADER_BYTES + 2 * header[2]:
+            raise UserError(f"{path}: {size} bytes do not hold {header[2:]} tokens; fetch it again")
         shards.append(np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (header[2],)))
     return shards
-
 
 def check_tokens(tokens: np.ndarray, h: Hyperparameters) -> np.ndarray:
     if tokens.max(initial=0) >= h.vocab_size:
         raise UserError(f"DATA_PATH={h.data_path}: token {tokens.max()} is outside VOCAB_SIZE={h.vocab_size}")
     return tokens
 
+def random_words(seed: int, n: int) -> np.ndarray:
+    """(n,) uint64 of Philox, a counter-based generator whose raw stream NumPy promises never to change."""
+    return np.random.Philox(key=seed).random_raw(n)
 
 class TrainingData:
     """The training shards as sequences of TRAIN_SEQ_LEN + 1 tokens, shuffled anew each epoch, without end.
-
-    The sequence at a position depends on the seed and the position alone: any number of processes sees the same
-    steps, and there is no state to keep. The last sequences are held out of training.
-    """
-
+    What stands at a position depends on it and the seed alone: any number of processes sees the same steps,
+    and there is no state to keep. The last sequences are held out of training."""
     def __init__(self, h: Hyperparameters):
         self.h, self.shards, length = h, read_shards(h.data_path, "train"), h.train_seq_len
-        places = np.array([(shard, start) for shard, tokens in enumerate(self.shards)
-                           for start in range(0, len(tokens) - length, length)])
+        places = [(shard, start) for shard, tokens in enumerate(self.shards)
+                  for start in range(0, len(tokens) - length, length)]
         if len(places) < 2:
             raise UserError(f"DATA_PATH={h.data_path}: too few training tokens for TRAIN_SEQ_LEN={length}")
-        held_out = min(max(1, h.holdout_tokens // length), max(1, len(places) // 50))
-        self.places, self.held_out = places[:-held_out], places[-held_out:]
+        held_out = max(1, min(h.holdout_tokens // length, len(places) // 50))
+        self.places, self.held_out = np.array(places[:-held_out]), places[-held_out:]
 
     def read(self, places: Iterable[tuple[int, int]]) -> Tensor:
         """(n, TRAIN_SEQ_LEN + 1) int64: the sequences at these places, (shard, start) each."""
@@ -372,32 +327,23 @@ class TrainingData:
         return self.read(self.places[self._order(epoch)[i]] for epoch, i in turns)
 
     def micro_batches(self, step: int, processes: Processes) -> list[tuple[Tensor, Tensor]]:
-        """This process's share of a step: inputs and targets, (n, TRAIN_SEQ_LEN) each, in equal parts that fit."""
-        per_step, fits = (tokens // self.h.train_seq_len for tokens in
-                          (self.h.train_batch_tokens, self.h.micro_batch_tokens))
-        mine = per_step // processes.count
-        size = max(n for n in range(1, min(mine, max(fits, 1)) + 1) if mine % n == 0)
-        rows = self.sequences(step * per_step + processes.rank * mine, mine)
-        rows = rows.to(processes.device, non_blocking=True)
+        """This process's share of a step: inputs and targets (n, TRAIN_SEQ_LEN), in equal parts that fit."""
+        mine = self.h.train_batch_tokens // self.h.train_seq_len // processes.count
+        fits = max(1, self.h.micro_batch_tokens // self.h.train_seq_len)
+        size = max(n for n in range(1, min(mine, fits) + 1) if mine % n == 0)
+        rows = self.sequences((step * processes.count + processes.rank) * mine, mine).to(processes.device)
         return [(part[:, :-1], part[:, 1:]) for part in rows.split(size)]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (it lives as long as the run)
     def _order(self, epoch: int) -> np.ndarray:
         return np.argsort(random_words(self.h.seed + (epoch << 64), len(self.places)), kind="stable")
 
-
-def random_words(seed: int, n: int) -> np.ndarray:
-    """(n,) uint64 of Philox, a counter-based generator whose raw stream NumPy promises never to change."""
-    return np.random.Philox(key=seed).random_raw(n)
-
-
 class Tokenizer:
-    """A SentencePiece model, and how many bytes of text each token stands for: the UTF-8 length of its piece
-    without the leading ▁, 1 for a byte token, 0 for a control token; plus 1 for the leading ▁ where the previous
-    token is no control token."""
-
+    """A SentencePiece model, and the bytes of text that each token stands for: the UTF-8 length of its piece
+    less the leading ▁, 1 for a byte, 0 for a control token; plus 1 for the ▁ not after a control token."""
     def __init__(self, path: str, vocab_size: int):
-        self.sha256 = hashlib.sha256(proto := read_file("TOKENIZER_PATH", path)).hexdigest()
+        proto = read_file("TOKENIZER_PATH", path)
+        self.sha256 = hashlib.sha256(proto).hexdigest()
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
@@ -406,10 +352,10 @@ class Tokenizer:
             raise UserError(f"TOKENIZER_PATH={path} has {model.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
         if model.is_unknown(model.piece_to_id("▁")):
             raise UserError(f"TOKENIZER_PATH={path}: ▁ is no piece of its own, so bytes cannot be counted")
-        ids, pieces = range(vocab_size), [model.id_to_piece(i) for i in range(vocab_size)]
+        pieces = [model.id_to_piece(i) for i in range(vocab_size)]
         kinds = model.is_control, model.is_unknown, model.is_unused
-        self.is_control = np.array([any(is_kind(i) for is_kind in kinds) for i in ids])
-        self.is_byte = np.array([model.is_byte(i) for i in ids])
+        self.is_control = np.array([any(is_kind(i) for is_kind in kinds) for i in range(vocab_size)])
+        self.is_byte = np.array([model.is_byte(i) for i in range(vocab_size)])
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_control
         lengths = np.array([len(piece.removeprefix("▁").encode()) for piece in pieces])
         self.own_bytes = np.where(self.is_byte, 1, np.where(self.is_control, 0, lengths))
@@ -423,11 +369,9 @@ class Tokenizer:
         documents = np.split(tokens, np.flatnonzero(self.is_control[tokens]))
         return "".join(self.model.decode([document.tolist() for document in documents])).encode()
 
-
 class ValidationStream:
-    """All validation tokens as one stream; the bytes of its text, counted once. Refuses a stream whose count is
-    not the length of its decoded text: its bits per byte would be wrong."""
-
+    """All validation tokens as one stream; the bytes of its text, counted once. Refuses a stream whose count
+    is not the length of its decoded text: its bits per byte would be wrong."""
     def __init__(self, h: Hyperparameters, tokenizer: Tokenizer):
         tokens = check_tokens(np.concatenate(read_shards(h.data_path, "val")), h)
         if len(tokens) < 2:
@@ -435,19 +379,16 @@ class ValidationStream:
         whole = len(tokens) - int(np.argmin(tokenizer.is_byte[tokens[::-1]]))  # the end may cut a character
         self.text = tokenizer.decode(tokens[:whole])
         before = np.append(tokenizer.is_control.argmax(), tokens[: whole - 1])
-        if (counted := tokenizer.count_bytes(before, tokens[:whole])) != len(self.text):
-            raise UserError(f"DATA_PATH={h.data_path}: the validation tokens count {counted} bytes and decode to"
-                            f" {len(self.text)}; is TOKENIZER_PATH={h.tokenizer_path} the one that made them?")
+        counted = tokenizer.count_bytes(before, tokens[:whole])
+        if counted != len(self.text):
+            raise UserError(f"DATA_PATH={h.data_path}: validation tokens count {counted} bytes, their text"
+                            f" has {len(self.text)}; is TOKENIZER_PATH={h.tokenizer_path} what made them?")
         self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])  # scored: all but the first token
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
 
-
 # ---- Random maps -------------------------------------------------------------------------------------------
-
-
 class MapRow(NamedTuple):
     """What one linear map of the model is made of. The table of these rows decides all of it."""
-
     name: str  # path of its module in the model
     out_features: int
     in_features: int
@@ -455,12 +396,9 @@ class MapRow(NamedTuple):
     seed: int = 0  # of a frozen map
     rank: int = 0  # of its LoRA
 
-
 def map_table(h: Hyperparameters) -> list[MapRow]:
-    """The maps of all blocks in order: the one place that decides which are random, and how.
-
-    A map's seed is base + 100 · layer + offset (PR #1113); the offset stands before its shape.
-    """
+    """The maps of all blocks in order: the one place that decides which are random, and how. A map's seed is
+    base + 100 · layer + offset (PR #1113); the offset stands before its shape."""
     d, kv, hidden = h.model_dim, h.kv_dim, h.mlp_dim
     kinds = {"attention.q": (0, d, d), "attention.k": (1, kv, d), "attention.v": (2, kv, d),
              "attention.proj": (3, d, d), "mlp.fc": (10, hidden, d), "mlp.proj": (11, d, hidden)}
@@ -474,14 +412,12 @@ def map_table(h: Hyperparameters) -> list[MapRow]:
             rows.append(row)
     return rows
 
-
 def normal_deviates(seed: int, n: int) -> np.ndarray:
-    """(n,) float64 standard normal deviates by Box and Muller's formula: no library's sampler has a part in it."""
+    """(n,) float64 standard normal deviates by Box and Muller's formula, without any library's sampler."""
     half = (n + 1) // 2
     uniform = (random_words(seed, 2 * half) >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
     radius, angle = np.sqrt(-2 * np.log1p(-uniform[:half])), 2 * np.pi * uniform[half:]
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
-
 
 def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
     """Haar-random (out, in) float64 with orthonormal columns, or rows where those are longer: QR of a normal
@@ -491,36 +427,26 @@ def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
     q = q * r.diagonal().sign()
     return q if out_features >= in_features else q.T.contiguous()
 
-
 BASES: dict[str, Callable[[int, int, int], Tensor]] = {"orthogonal": orthogonal}
-
 
 def draw_map(row: MapRow) -> Tensor:
     """(out, in) bfloat16, drawn on the CPU. The map *is* this rounding, on every device and in every type."""
     return BASES[row.basis](row.out_features, row.in_features, row.seed).to(torch.bfloat16)
 
-
 # ---- Linear layers -----------------------------------------------------------------------------------------
-
-MATRIX, EMBEDDING, SCALAR = "matrix", "embedding", "scalar"
-
+MATRIX, EMBEDDING, SCALAR = "matrix", "embedding", "scalar"  # roles: they decide optimiser and quantiser
 
 class Owner(nn.Module):
-    """A module that says what role each of its learned tensors has; a tensor without an owner is a SCALAR.
-
-    The role decides the optimiser and the quantiser.
-    """
-
+    """A module that gives each of its learned tensors a role; a tensor without an owner is a SCALAR."""
     roles: dict[str, str] = {}
 
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
-        """Codes of each tensor in `roles`; `hessian` is Σ x xᵀ (in, in) over calibration inputs, if any came."""
-        return {name: quantizers[role].gptq(getattr(self, name).data, hessian) for name, role in self.roles.items()}
-
+        """Codes of each tensor in `roles`; `hessian` is Σ x xᵀ (in, in) of calibration inputs, if any."""
+        return {name: quantizers[role].gptq(getattr(self, name).data, hessian)
+                for name, role in self.roles.items()}
 
 class Linear(Owner):
     """A learned map: y = x Wᵀ; W (out, in) float32, orthogonal at first, computed in the type of x."""
-
     roles = {"weight": MATRIX}
 
     def __init__(self, in_features: int, out_features: int):
@@ -530,13 +456,9 @@ class Linear(Owner):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-
 class MergedLinear(torch.autograd.Function):
     """y = x (W + A B)ᵀ with a frozen W: one GEMM forward, one backward for the input, thin ones for A and B.
-
-    The dense weight gradient, as costly as a GEMM again, is never formed.
-    """
-
+    The dense weight gradient, as costly as a GEMM again, is never formed."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         merged = torch.addmm(weight, a, b)
@@ -551,30 +473,25 @@ class MergedLinear(torch.autograd.Function):
         db = (rows_dy @ a).t() @ rows_x
         return dy @ merged, None, da, db
 
-
 class FrozenRandomLinearWithLoRA(Owner):
-    """y = x (W + A B)ᵀ (+ bias): W (out, in) frozen and random, A (out, rank) and B (rank, in) learned.
-
-    W is a non-persistent bfloat16 buffer, never in a state_dict; `weight` takes one that is already drawn. A
-    starts at zero, B normal with std 1/√in. LoRA is arXiv:2106.09685, its use on random maps PR #1113.
-    """
-
+    """y = x (W + A B)ᵀ (+ bias): W (out, in) frozen and random, A (out, rank) and B (rank, in) learned. W is
+    a non-persistent bfloat16 buffer, never in a state_dict; `weight` takes one already drawn. A starts at
+    zero, B normal with std 1/√in. LoRA is arXiv:2106.09685, its use on random maps PR #1113."""
     roles = {"lora_B": MATRIX, "lora_A": MATRIX}
 
     def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias: bool = False,
                  weight: Tensor | None = None):
         super().__init__()
         if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank {rank} is not from 1 to the shorter side, {min(in_features, out_features)}")
-        if weight is None:
-            weight = draw_map(MapRow("", out_features, in_features, "orthogonal", seed))
-        self.register_buffer("weight", weight, persistent=False)
+            raise ValueError(f"rank {rank} does not fit a map of {out_features} x {in_features}")
+        row = MapRow("", out_features, in_features, "orthogonal", seed)
+        self.register_buffer("weight", draw_map(row) if weight is None else weight, persistent=False)
         self.lora_A = nn.Parameter(torch.zeros(out_features, rank))
         self.lora_B = nn.Parameter(torch.randn(rank, in_features) / math.sqrt(in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = MergedLinear.apply(x, self.weight.to(x.dtype), self.lora_A.to(x.dtype), self.lora_B.to(x.dtype))
+        y = MergedLinear.apply(x, *(t.to(x.dtype) for t in (self.weight, self.lora_A, self.lora_B)))
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
@@ -584,25 +501,19 @@ class FrozenRandomLinearWithLoRA(Owner):
         seen = None if hessian is None else b @ hessian @ b.T  # (rank, rank)
         return {"lora_B": b_codes, "lora_A": quantizers[MATRIX].gptq(self.lora_A.data, seen)}
 
-
 class Embedding(Owner):
-    """A learned table (vocabulary, dim) float32: ids look up its rows in `dtype`, vectors are multiplied by all.
-
-    Ids are one-hot inputs, whose Hessian is diagonal: for a table that is only looked up, GPTQ is rounding.
-    """
-
+    """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors are multiplied by all.
+    Ids are one-hot inputs with a diagonal Hessian: for a table that is only looked up, GPTQ is rounding."""
     roles = {"weight": EMBEDDING}
 
     def __init__(self, vocabulary: int, dim: int, std: float, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(vocabulary, dim) * std)
-        self.dtype = dtype
+        self.weight, self.dtype = nn.Parameter(torch.randn(vocabulary, dim) * std), dtype
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_floating_point():
             return F.linear(x, self.weight.to(x.dtype))
         return F.embedding(x, self.weight).to(self.dtype)
-
 
 def tensors_by_role(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters by name, sorted into the roles that their owners gave them."""
@@ -612,13 +523,9 @@ def tensors_by_role(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
             groups[getattr(module, "roles", {}).get(name.rpartition(".")[-1], SCALAR)][name] = parameter
     return groups
 
-
 # ---- Transformer -------------------------------------------------------------------------------------------
-
-
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
-
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D); H / H_kv query heads share a key head."""
@@ -626,16 +533,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = flash_attention_3(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    batch, heads, length, dim = q.shape
+    (batch, heads, length, dim), group = q.shape, q.size(1) // k.size(1)
     if q.is_cuda or length > 1024:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     # On a CPU, plain products are faster than the fused kernel at such lengths (bench/cpu.py).
     k, v = k.reshape(-1, length, dim), v.reshape(-1, length, dim)  # (B · H_kv, T, D)
     q = q.reshape(len(k), -1, dim)  # the query heads of a group one below the other
-    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1).repeat(heads * batch // len(k), 1)
+    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1).repeat(group, 1)
     weights = torch.baddbmm(future, q, k.mT, alpha=dim**-0.5).softmax(-1)
     return (weights @ v).view(batch, heads, length, dim).transpose(1, 2)
-
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Partial RoPE: x (B, T, H, D), cos and sin (T, 1, R); the first 2R dimensions turn, the rest stay."""
@@ -643,17 +549,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], dim=-1)
 
-
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """XSA: y (B, T, H, D) without its projection on the position's own value v (B, T, H_kv, D)."""
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, H_kv, H / H_kv, D)
     direction = F.normalize(v, dim=-1)[..., None, :]
     return (grouped - (grouped * direction).sum(-1, keepdim=True) * direction).flatten(2, 3)
 
-
 class Attention(nn.Module):
     """Causal attention with grouped queries, normalised q and k, partial RoPE, XSA and value residual."""
-
     def __init__(self, h: Hyperparameters, layer: int, linear: Callable[[str], nn.Module]):
         super().__init__()
         self.q, self.k, self.v = linear("attention.q"), linear("attention.k"), linear("attention.v")
@@ -671,14 +574,11 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (self.q(x), self.k(x), v))  # (B, T, H, D)
         q = rotate(norm(q), *rope) * self.q_gain.to(x.dtype)
         y = causal_attention(q, rotate(norm(k), *rope), v)
-        if self.xsa:
-            y = exclude_self(y, v)
+        y = exclude_self(y, v) if self.xsa else y
         return self.proj(y.flatten(2)), own_v
-
 
 class MLP(nn.Module):
     """LeakyReLU(0.5)² between two maps."""
-
     def __init__(self, linear: Callable[[str], nn.Module]):
         super().__init__()
         self.fc, self.proj = linear("mlp.fc"), linear("mlp.proj")
@@ -686,10 +586,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x), 0.5).square())
 
-
 class Block(nn.Module):
     """Pre-norm attention and MLP on a learned mix, per channel, of the stream x and the embedding x0."""
-
     def __init__(self, h: Hyperparameters, layer: int, linear: Callable[[str], nn.Module]):
         super().__init__()
         self.attention, self.mlp = Attention(h, layer, linear), MLP(linear)
@@ -707,13 +605,9 @@ class Block(nn.Module):
         x = x + self.attention_scale.to(x.dtype) * y
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.norm_scale), own_v
 
-
 class GPT(nn.Module):
     """The model that the table of maps and the settings describe; `forward` gives the mean loss in nats.
-
-    Frozen maps are drawn here, initial weights come from torch's global generator.
-    """
-
+    Frozen maps are drawn here, initial weights come from torch's global generator."""
     def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.softcap, self.bigram_buckets = h.logit_softcap, h.bigram_vocab_size
@@ -730,14 +624,14 @@ class GPT(nn.Module):
             return FrozenRandomLinearWithLoRA(row.in_features, row.out_features, row.rank, weight=maps[row])
 
         self.embedding = Embedding(h.vocab_size, h.model_dim, h.tied_embed_init_std, dtype)
-        if h.bigram_vocab_size:
-            table = Embedding(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype)
-            self.bigram = nn.Sequential(table, Linear(h.bigram_dim, h.model_dim))
+        if h.bigram_vocab_size > 1:
+            self.bigram = nn.Sequential(Embedding(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype),
+                                        Linear(h.bigram_dim, h.model_dim))
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(h.model_dim)) if h.smear_enabled else None
         if h.value_layers:
-            table = Embedding(h.vocab_size, h.ve_dim, 0.01, dtype)
-            self.value_embedding = nn.Sequential(table, Linear(h.ve_dim, h.kv_dim))
+            self.value_embedding = nn.Sequential(Embedding(h.vocab_size, h.ve_dim, 0.01, dtype),
+                                                 Linear(h.ve_dim, h.kv_dim))
             self.value_scales = nn.Parameter(torch.full((len(h.value_layers),), 0.1))
         self.blocks = nn.ModuleList(Block(h, i, functools.partial(linear, i)) for i in range(h.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.skipping, h.model_dim)) if self.skipping else None
@@ -748,13 +642,14 @@ class GPT(nn.Module):
         """SHA-256 over the bfloat16 bytes of the maps it computes with, in the order of the table."""
         digest = hashlib.sha256()
         for row in self.frozen:
-            digest.update(self.get_submodule(row.name).weight.cpu().view(torch.int16).numpy().astype("<i2").tobytes())
+            weight = self.get_submodule(row.name).weight.cpu()
+            digest.update(weight.view(torch.int16).numpy().astype("<i2").tobytes())
         return digest.hexdigest()
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> the last norm's output (B, T, d), which the logits are made of."""
         x = self.embedding(ids)
-        if self.bigram_buckets:  # a hash of each token and the one before; the last bucket where there is none
+        if self.bigram_buckets > 1:  # a hash of two tokens; the last bucket where there is one only
             buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % (self.bigram_buckets - 1)
             buckets = F.pad(buckets, (1, 0), value=self.bigram_buckets - 1)
             x = x + self.bigram(buckets) * self.bigram_scale.to(x.dtype)
@@ -782,19 +677,16 @@ class GPT(nn.Module):
         return self.softcap * torch.tanh(self.embedding(hidden).float() / self.softcap)
 
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """ids (B, T) and the targets (B, n) of their last n positions -> loss of each in nats, (B, n) float32."""
+        """ids (B, T), targets (B, n) of their last n positions -> loss of each in nats, (B, n) float32."""
         logits = self.logits(self.hidden(ids)[:, -targets.size(1) :])
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
         return self.losses(ids, targets).mean()
 
-
 # ---- Optimisers and averages -------------------------------------------------------------------------------
-
-
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
-    """(n, rows, columns) -> each matrix with its singular values near 1, by a quintic Newton-Schulz iteration."""
+    """(n, rows, columns) -> each matrix with singular values near 1, by a quintic Newton-Schulz iteration."""
     x = g.to(torch.bfloat16 if g.is_cuda else torch.float32)
     is_tall = g.size(1) > g.size(2)
     x = x.mT if is_tall else x
@@ -804,18 +696,13 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.mT if is_tall else x).to(g.dtype)
 
-
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised (Jordan et al. 2024), decoupled weight decay; for 2-D parameters.
-
-    Matrices of one shape are orthogonalised in one batch, which the processes share out between them.
-    """
-
+    Those of one shape are orthogonalised in one batch, which the processes share out between them."""
     def __init__(self, params, lr: float = 0.025, momentum: float = 0.95, backend_steps: int = 5,
                  weight_decay: float = 0.0, processes: Processes | None = None):
-        defaults = {"lr": lr, "momentum": momentum, "backend_steps": backend_steps, "weight_decay": weight_decay}
-        super().__init__(params, defaults)
-        self.processes = processes
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.backend_steps, self.processes = backend_steps, processes
 
     @torch.no_grad()
     def step(self) -> None:
@@ -825,33 +712,30 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
-                updates = self._updates(params, group)
+                updates = self._updates(params, group["momentum"])
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
-    def _updates(self, params: list[nn.Parameter], group: dict) -> list[Tensor]:
+    def _updates(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
         gradients = [p.grad for p in params]
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_mul_(momenta, momentum)
         torch._foreach_add_(momenta, gradients)
-        stacked = torch.stack(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
+        stacked = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
         if self.processes is None or self.processes.count == 1:
-            return list(orthogonalize(stacked, group["backend_steps"]))
+            return list(orthogonalize(stacked, self.backend_steps))
         everyone, mine = torch.zeros_like(stacked), slice(self.processes.rank, None, self.processes.count)
-        everyone[mine] = orthogonalize(stacked[mine], group["backend_steps"])
+        everyone[mine] = orthogonalize(stacked[mine], self.backend_steps)
         return list(self.processes.sum_(everyone))
 
-
 class Optimizers:
-    """Muon for the matrices, AdamW for the rest; `step` averages and clips the gradients and applies them."""
-
+    """Muon for the matrices, AdamW for the rest; `step` averages the gradients, clips and applies them."""
     def __init__(self, groups: dict[str, dict[str, nn.Parameter]], h: Hyperparameters, processes: Processes):
         self.h, self.processes = h, processes
         self.params = [p for group in groups.values() for p in group.values()]
-        self.muon = Muon(groups[MATRIX].values(), h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd,
-                         processes)
-        adam = [{"params": list(groups[role].values()), "lr": lr}
-                for role, lr in ((EMBEDDING, h.tied_embed_lr), (SCALAR, h.scalar_lr))]
+        matrices, embeddings, scalars = (groups[role].values() for role in (MATRIX, EMBEDDING, SCALAR))
+        self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, processes)
+        adam = [{"params": embeddings, "lr": h.tied_embed_lr}, {"params": scalars, "lr": h.scalar_lr}]
         self.adam = torch.optim.AdamW(adam, betas=(h.beta1, h.beta2), eps=h.adam_eps, weight_decay=h.adam_wd,
                                       fused=True)
         self.base_lrs = [(g, g["lr"]) for g in self.muon.param_groups + self.adam.param_groups]
@@ -859,10 +743,15 @@ class Optimizers:
     def step(self, step: int, scale: float) -> None:
         """`scale` is the learning rates' share of their base values."""
         h, warm = self.h, min(1.0, step / max(self.h.muon_momentum_warmup_steps, 1))
-        self.muon.param_groups[0]["momentum"] = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
+        momentum = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
+        self.muon.param_groups[0]["momentum"] = momentum
         for group, lr in self.base_lrs:
             group["lr"] = lr * scale
-        self.processes.average_([p.grad for p in self.params])
+        if self.processes.count > 1:  # the mean over the processes, in one message
+            gradients = [p.grad for p in self.params]
+            mean = self.processes.sum_(torch.cat([g.flatten() for g in gradients])) / self.processes.count
+            pieces = mean.split([g.numel() for g in gradients])
+            torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients)])
         if h.grad_clip_norm:
             torch.nn.utils.clip_grad_norm_(self.params, h.grad_clip_norm)
         self.muon.step()
@@ -870,39 +759,29 @@ class Optimizers:
         for p in self.params:
             p.grad = None
 
-
 class Averages:
-    """Averages of the weights along training, candidates for the export beside the last weights.
-
-    `ema` is corrected for its start at zero by 1 / (1 - dᵗ), so that weights that begin at zero, as adapters do,
-    are not pulled back to it. `swa` is the plain mean of late weights.
-    """
-
+    """Averages of the weights, candidates for the export beside the last: `ema`, divided by 1 - dᵗ so that
+    adapters, which start at zero as it does, are not drawn back to it; `swa`, the mean of late weights."""
     def __init__(self, params: list[nn.Parameter], h: Hyperparameters):
         self.h, self.params = h, [p.detach() for p in params]
         self.sums = {name: [torch.zeros_like(p) for p in self.params] for name in ("ema", "swa")}
         self.totals = {"ema": 0.0, "swa": 0.0}
 
     def update(self, step: int, scale: float) -> None:
-        decay = self.h.ema_decay
-        if decay:
-            torch._foreach_lerp_(self.sums["ema"], self.params, 1 - decay)
-            self.totals["ema"] += (1 - decay) * (1 - self.totals["ema"])
+        if self.h.ema_decay:
+            torch._foreach_lerp_(self.sums["ema"], self.params, 1 - self.h.ema_decay)
+            self.totals["ema"] += (1 - self.h.ema_decay) * (1 - self.totals["ema"])
         if self.h.swa_enabled and scale < self.h.swa_threshold and step % self.h.swa_interval == 0:
             torch._foreach_add_(self.sums["swa"], self.params)
             self.totals["swa"] += 1.0
 
     def candidates(self) -> dict[str, list[Tensor]]:
-        means = {name: torch._foreach_div(self.sums[name], total) for name, total in self.totals.items() if total}
+        means = {name: torch._foreach_div(self.sums[name], n) for name, n in self.totals.items() if n}
         return {"last": [p.clone() for p in self.params]} | means
 
-
 # ---- Quantisation ------------------------------------------------------------------------------------------
-
-
 class Codes(NamedTuple):
-    """A quantised matrix: value = code · 2^((exponent - 160) / 8), one exponent a row; exponent 0: a zero row."""
-
+    """A quantised matrix: value = code · 2^((exponent - 160) / 8), one exponent a row (0: a zero row)."""
     codes: Tensor  # (rows, columns) int8
     exponents: Tensor  # (rows,) uint8
 
@@ -910,18 +789,13 @@ class Codes(NamedTuple):
         """(rows, columns) float32."""
         return self.codes.float() * row_steps(self.exponents).float()
 
-
 def row_steps(exponents: Tensor) -> Tensor:
     """(rows,) uint8 -> (rows, 1) float64: the width of each row's quantisation step."""
     return torch.exp2((exponents.double() - 160) / 8).where(exponents > 0, 0.0)[:, None]
 
-
 class Quantizer(NamedTuple):
-    """Symmetric, with one step width a row: its largest code stands for `sigmas` root mean squares of the row.
-
-    Entropy coding comes after, so it is the width, and hardly the number of codes, that sets the bytes.
-    """
-
+    """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row.
+    Entropy coding comes after: the width, and hardly the number of codes, sets the bytes."""
     bits: int
     sigmas: float
     damping: float = 0.01
@@ -943,10 +817,8 @@ class Quantizer(NamedTuple):
 
     def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
         """Codes that keep w x near, w (rows, columns), for inputs of `hessian` (columns, columns) = Σ x xᵀ.
-
         GPTQ (arXiv:2210.17323): column by column, largest input first, each column's rounding error is made
-        good in those that follow. Without a Hessian every value is rounded to the nearest.
-        """
+        good in those that follow. Without a Hessian every value is rounded to the nearest."""
         exponents, w = self.exponents(w), w.double()
         steps, codes = row_steps(exponents), torch.empty_like(w)
         kept = w.abs() >= w.abs().flatten().sort().values[int(w.numel() * self.prune_pct / 100)]
@@ -966,26 +838,21 @@ class Quantizer(NamedTuple):
             w[:, end:] -= errors @ factor[begin:end, end:]
         return Codes(codes[:, order.argsort()].to(torch.int8), exponents)
 
-
 def quantizers_of(h: Hyperparameters) -> dict[str, Quantizer]:
     """How each role is stored; SCALAR is float16."""
     return {MATRIX: Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.gptq_damping, h.prune_pct),
             EMBEDDING: Quantizer(h.embed_bits, h.embed_clip_sigmas, h.gptq_damping)}
 
-
 @contextlib.contextmanager
 def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: dict[str, Quantizer]):
-    """Within, every tensor that the artifact quantises holds its quantised value; after, its own again.
-
-    So a gradient taken within is the straight-through one, and a compiled graph need not know of it.
-    """
+    """Within, every tensor that the artifact quantises holds its quantised value; after, its own again. So a
+    gradient taken within is the straight-through one, and a compiled graph need not know of it."""
     stored = [(quantizers[role], p.detach()) for role in quantizers for p in groups[role].values()]
     masters = [p.clone() for _, p in stored]
     for quantizer, p in stored:
         p.copy_(quantizer.nearest(p))
     yield
     torch._foreach_copy_([p for _, p in stored], masters)
-
 
 @torch.no_grad()
 def collect_hessians(model: GPT, batches: Iterable[Tensor], processes: Processes) -> dict[nn.Module, Tensor]:
@@ -1005,9 +872,7 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor], processes: Processes
         hook.remove()
     return {module: processes.sum_(hessian) for module, hessian in hessians.items()}
 
-
 # ---- Artifact ----------------------------------------------------------------------------------------------
-
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 1
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 PACK = {"brotli": functools.partial(brotli.compress, quality=11, lgwin=24),
@@ -1015,20 +880,15 @@ PACK = {"brotli": functools.partial(brotli.compress, quality=11, lgwin=24),
 UNPACK = {"brotli": brotli.decompress, "lzma": lzma.decompress}
 GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16}
 
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "machine": platform.machine()}
 
-
 def write_artifact(header: dict, tensors: dict[str, Codes | Tensor]) -> tuple[bytes, dict[str, int]]:
-    """The artifact's bytes, and how many of them each group of like tensors takes.
-
-    Layout, little-endian: magic (8 bytes), format version and length of the header (uint32 each), header (JSON,
-    brotli), the groups, SHA-256 over all before it. To `header` come the versions at work, the tensor table
-    [name, shape, groups] and the groups [name, codec, packed size]. A group is its tensors' values in byte
-    planes, all first bytes and then all second ones, packed by the codec that makes it smallest.
-    """
+    """The artifact's bytes, and how many of them each group of like tensors takes. Little-endian: magic (8
+    bytes), format version and length of the header (uint32 each), header (JSON, brotli), the groups, SHA-256
+    over all before it. To `header` come the versions at work, the tensor table [name, shape, groups] and the
+    groups [name, codec, packed size]. A group is its tensors' values in byte planes, all first bytes and then
+    all second ones, packed by the codec that makes it smallest."""
     table, groups = [], {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
         kind, parts = name.rpartition(".")[-1], {"float16": tensor}
@@ -1037,20 +897,19 @@ def write_artifact(header: dict, tensors: dict[str, Codes | Tensor]) -> tuple[by
         table.append([name, list(next(iter(parts.values())).shape), list(parts)])
         for group, part in parts.items():
             groups.setdefault(group, []).append(part.cpu().flatten().to(GROUP_TYPES[group.split()[-1]]))
+    jobs, packed = {}, {}
     with ThreadPoolExecutor() as pool:
-        jobs = {}
         for group, parts in groups.items():
             raw = torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
-            jobs[group] = [(codec, pool.submit(pack, raw)) for codec, pack in PACK.items()]
-        packed = {group: min(((codec, job.result()) for codec, job in tried), key=lambda pair: len(pair[1]))
-                  for group, tried in jobs.items()}
+            jobs[group] = {codec: pool.submit(pack, raw) for codec, pack in PACK.items()}
+    for group, tried in jobs.items():
+        packed[group] = min(((codec, job.result()) for codec, job in tried.items()), key=lambda p: len(p[1]))
     entries = [[group, codec, len(data)] for group, (codec, data) in packed.items()]
-    text = json.dumps(header | {"versions": versions(), "tensors": table, "groups": entries})
+    text = json.dumps(header | {"versions": VERSIONS, "tensors": table, "groups": entries})
     text = brotli.compress(text.encode())
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
     body = b"".join([ARTIFACT_MAGIC, numbers, text, *(data for _, data in packed.values())])
     return body + hashlib.sha256(body).digest(), {"header": len(text) + 48} | {e[0]: e[2] for e in entries}
-
 
 def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     """The header, and every tensor by name in float32. UserError for all but what `write_artifact` makes."""
@@ -1064,8 +923,7 @@ def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     header = json.loads(brotli.decompress(blob[16 : 16 + size]))
     place, streams, tensors = 16 + size, {}, {}
     for group, codec, packed in header["groups"]:
-        dtype = GROUP_TYPES[group.split()[-1]]
-        raw = bytearray(UNPACK[codec](blob[place : place + packed]))
+        dtype, raw = GROUP_TYPES[group.split()[-1]], bytearray(UNPACK[codec](blob[place : place + packed]))
         planes = torch.frombuffer(raw, dtype=torch.uint8).view(dtype.itemsize, -1)
         streams[group] = planes.t().contiguous().view(dtype).flatten()
         place += packed
@@ -1078,36 +936,28 @@ def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
         tensors[name] = values.float() if len(parts) == 1 else Codes(values, parts[1]).values()
     return header, tensors
 
-
 def build_model(header: dict, tensors: dict[str, Tensor], processes: Processes) -> GPT:
     """A model that computes from an artifact alone; its maps are drawn anew and proved to be the same."""
     model = GPT(Hyperparameters(**header["model"]), processes.dtype)
-    if model.fingerprint() != header["fingerprint"]:
-        raise UserError(f"the random maps drawn here are not the artifact's ({model.fingerprint()[:16]} is not"
-                        f" {header['fingerprint'][:16]}): made with {header['versions']}, read with {versions()}")
+    here, there = model.fingerprint(), header["fingerprint"]
+    if here != there:
+        raise UserError(f"the random maps drawn here are not the artifact's ({here[:16]}, not {there[:16]}):"
+                        f" it was made with {header['versions']}, this is {VERSIONS}; use the same versions")
     model.load_state_dict(tensors)
     return model.to(processes.device)
 
-
 # ---- Evaluation --------------------------------------------------------------------------------------------
-
-
 def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each window starts, and how many of its last positions it scores: those that none before it scored.
-
-    The first scores all its positions, the last, which ends with the stream, what remains, others `stride`.
-    """
+    """Where each window starts, and how many of its last positions it scores: those that none before did. The
+    first scores all its positions, the last, which ends with the stream, what remains, others `stride`."""
     starts = np.append(np.arange(0, targets - length, stride), targets - length)
     return starts, np.diff(starts + length, prepend=0)
-
 
 @torch.no_grad()
 def evaluate(model: GPT, val: ValidationStream, h: Hyperparameters, processes: Processes, stride: int,
              log: Log) -> tuple[float, float]:
     """Mean loss in nats and bits per byte over every token of the stream after the first, each scored once.
-
-    The batches are the same for any number of processes, which take them in turn.
-    """
+    The batches are the same for any number of processes, which take them in turn."""
     targets = len(val.tokens) - 1
     length = min(h.eval_seq_len, targets)
     starts, counts = plan_windows(targets, length, stride)
@@ -1116,26 +966,20 @@ def evaluate(model: GPT, val: ValidationStream, h: Hyperparameters, processes: P
     compiled = torch.compile(model.losses, dynamic=False) if processes.compile else model.losses
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     for done, batch in enumerate(batches[processes.rank :: processes.count]):
-        rows = val.tokens[torch.from_numpy(starts[batch, None] + np.arange(length + 1))].to(processes.device)
-        tail = int(counts[batch].max())
-        score = compiled if (len(rows), tail) == (per_batch, stride) else model.losses  # odd shapes are not compiled
+        places = torch.from_numpy(starts[batch, None] + np.arange(length + 1))
+        rows, tail = val.tokens[places].to(processes.device), int(counts[batch].max())
+        score = compiled if (len(rows), tail) == (per_batch, stride) else model.losses  # others stay eager
         losses = score(rows[:, :-1], rows[:, 1:][:, -tail:])  # (windows, tail)
-        old = torch.arange(tail)[None] < tail - torch.from_numpy(counts[batch, None])  # scored by the window before
-        total += losses.double().masked_fill(old.to(processes.device), 0.0).sum()
+        scored = torch.arange(tail)[None] < tail - torch.from_numpy(counts[batch, None])  # in earlier windows
+        total += losses.double().masked_fill(scored.to(processes.device), 0.0).sum()
         log.progress(f"evaluating: {100 * done * processes.count // len(batches)}%")
     nats = processes.sum_(total).item()
     return nats / targets, nats / math.log(2) / val.bytes
 
-
 # ---- Training ----------------------------------------------------------------------------------------------
-
-
 class Clock:
-    """How many steps remain, by their number and by the wall-clock, whichever ends first.
-
-    A step's time is the median of the recent ones: a slow step costs its time, and does not move the schedule.
-    """
-
+    """How many steps remain, by their number and by the wall-clock, whichever ends first. A step's time is
+    the median of recent ones: a slow step costs its time, and does not move the schedule."""
     def __init__(self, iterations: int, seconds: float):
         self.iterations, self.seconds = iterations, seconds if seconds > 0 else math.inf
         self.elapsed, self.recent = 0.0, []
@@ -1152,14 +996,12 @@ class Clock:
     def times(self, step: int) -> str:
         return f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(step, 1):.2f}ms"
 
-
 def warmdown_scale(step: int, remaining: int, warmdown: int) -> float:
     """1, then linear to 0 over the last `warmdown` steps, or over all where there are fewer."""
     return min(1.0, remaining / max(1, min(warmdown, step + remaining)))
 
-
 def train_step(run: Callable, optimizers: Optimizers, batches: list, step: int, scale: float) -> Tensor:
-    """Gradients over all micro-batches and processes, then an update; this process's mean loss, on the device."""
+    """Gradients over all micro-batches and processes, an update; this process's mean loss, on the device."""
     total = torch.zeros((), device=optimizers.processes.device)
     for ids, targets in batches:
         loss = run(ids, targets) / len(batches)
@@ -1168,26 +1010,33 @@ def train_step(run: Callable, optimizers: Optimizers, batches: list, step: int, 
     optimizers.step(step, scale)
     return total
 
-
 def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingData, val: ValidationStream,
           log: Log) -> dict:
-    """Trains the model, leaves in it the average that does best on held-out training text; returns figures."""
+    """Trains the model, leaves in it the average that does best on held-out training text; gives figures."""
     groups, quantizers = tensors_by_role(model), quantizers_of(h)
-    params = [p for group in groups.values() for p in group.values()]
     run = torch.compile(model, dynamic=False, fullgraph=True) if processes.compile else model
-    initial, optimizers = [p.detach().clone() for p in params], Optimizers(groups, h, processes)
+    optimizers = Optimizers(groups, h, processes)
+    params, initial = optimizers.params, [p.detach().clone() for p in optimizers.params]
     for step in range(h.warmup_steps):
         log.progress(f"warming up: {step} of {h.warmup_steps}")
         train_step(run, optimizers, data.micro_batches(step, processes), step, 1.0)
-    torch._foreach_copy_([p.detach() for p in params], initial)  # in place: a new tensor would mean a new graph
+    torch._foreach_copy_([p.detach() for p in params], initial)  # in place: a new tensor means a new graph
     optimizers, averages = Optimizers(groups, h, processes), Averages(params, h)
-    clock, step, qat, loss = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds), 0, False, None
-    began = time.perf_counter()
-    while (remaining := processes.share(clock.remaining(step))) > 0:
-        if h.val_loss_every and step and step % h.val_loss_every == 0:
+    clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
+    step, qat, loss, began = 0, False, None, time.perf_counter()
+    while True:
+        remaining = processes.share(clock.remaining(step))
+        if remaining <= 0:
+            choose_average(model, params, averages.candidates(), data, processes, log)
+        if remaining <= 0 or (h.val_loss_every and step and step % h.val_loss_every == 0):
             val_loss, val_bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
-            log(f"step:{step}/{h.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {clock.times(step)}")
+            score = f"val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}"
+            log(f"step:{step}/{h.iterations} {score} {clock.times(step)}")
             began = time.perf_counter()
+        if remaining <= 0:
+            speed = round(h.train_batch_tokens * step / clock.elapsed)
+            return {"steps": step, "train_seconds": round(clock.elapsed, 3), "tokens_per_second": speed,
+                    "val_loss_before": val_loss, "val_bpb_before": val_bpb}
         scale, previous = warmdown_scale(step, remaining, h.warmdown_iters), loss
         if scale < h.late_qat_threshold and not qat:
             qat = True
@@ -1196,94 +1045,76 @@ def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingDa
             loss = train_step(run, optimizers, data.micro_batches(step, processes), step, scale)
         averages.update(step, scale)
         step += 1
-        if previous is not None and not math.isfinite(previous.item()):  # waits: the device is a step behind at most
+        if previous is not None and not math.isfinite(previous.item()):  # waits for the step before this one
             raise UserError(f"the loss of step {step - 1} is not finite; lower the learning rates")
-        now = time.perf_counter()
-        clock.step_took(now - began)
-        began = now
-        log.progress(f"step {step}, {remaining - 1} to go, {h.train_batch_tokens * step / clock.elapsed:,.0f} tokens/s,"
-                     f" {(remaining - 1) * clock.elapsed / step:.0f} s left")
+        clock.step_took(time.perf_counter() - began)
+        began = time.perf_counter()
+        log.progress(f"step {step}, {remaining - 1} to go, {(remaining - 1) * clock.elapsed / step:.0f} s,"
+                     f" {h.train_batch_tokens * step / clock.elapsed:,.0f} tokens/s")
         if h.train_log_every and (step <= 10 or step % h.train_log_every == 0):
             mean = processes.sum_(loss.clone()).item() / processes.count
             log(f"step:{step}/{h.iterations} train_loss:{mean:.4f} {clock.times(step)}")
-    choose_average(model, params, averages.candidates(), data.read(data.held_out), h, processes, log)
-    val_loss, val_bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
-    log(f"step:{step}/{h.iterations} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} {clock.times(step)}")
-    return {"steps": step, "train_seconds": round(clock.elapsed, 3), "val_loss_before": val_loss,
-            "val_bpb_before": val_bpb, "tokens_per_second": round(h.train_batch_tokens * step / clock.elapsed)}
-
 
 @torch.no_grad()
-def choose_average(model: GPT, params: list, candidates: dict[str, list[Tensor]], holdout: Tensor,
-                   h: Hyperparameters, processes: Processes, log: Log) -> None:
-    """Leaves in the model the candidate with the least loss on text that was neither trained on nor validation."""
-    scores = {}
+def choose_average(model: GPT, params: list[nn.Parameter], candidates: dict[str, list[Tensor]],
+                   data: TrainingData, processes: Processes, log: Log) -> None:
+    """Leaves in the model the candidate with the least loss on the text held out of training."""
+    scores, holdout = {}, data.read(data.held_out)
     for name, weights in candidates.items():
         torch._foreach_copy_([p.detach() for p in params], weights)
         total = torch.zeros((), dtype=torch.float64, device=processes.device)
-        for rows in holdout.split(max(1, h.eval_batch_tokens // h.train_seq_len))[processes.rank :: processes.count]:
+        for rows in holdout.split(max(1, 16_384 // data.h.train_seq_len))[processes.rank :: processes.count]:
             rows = rows.to(processes.device)
             total += model.losses(rows[:, :-1], rows[:, 1:]).double().sum()
         scores[name] = processes.sum_(total).item() / holdout[:, 1:].numel()
     best = min(scores, key=scores.get)
+    if not math.isfinite(scores[best]):
+        raise UserError(f"the trained weights give no finite loss: {scores}; lower the learning rates")
     torch._foreach_copy_([p.detach() for p in params], candidates[best])
     log("average " + " ".join(f"{name}:{score:.4f}" for name, score in scores.items()) + f" exported:{best}")
 
-
-def export(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingData, step: int, tokenizer: Tokenizer,
-           log: Log) -> bytes:
+def export(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingData, step: int,
+           tokenizer: Tokenizer, log: Log) -> bytes:
     """The artifact of the model, on every process; UserError if it and the code are over the limit."""
-    blob, began, code = b"", time.perf_counter(), os.path.getsize(__file__)
     size, first = max(1, 16_384 // h.train_seq_len), step * (h.train_batch_tokens // h.train_seq_len)
-    mine = range(processes.rank, h.gptq_calib_batches + (-h.gptq_calib_batches) % processes.count, processes.count)
-    calibration = (data.sequences(first + i * size, size)[:, :-1].to(processes.device) for i in mine)
-    hessians = collect_hessians(model, calibration, processes)
-    if processes.rank == 0:
-        tensors, quantizers = dict(model.state_dict()), quantizers_of(h)
-        for prefix, module in model.named_modules():
-            if isinstance(module, Owner):
-                log.progress(f"quantising {prefix}")
-                codes = module.quantize(quantizers, hessians.get(module))
-                tensors |= {f"{prefix}.{name}": value for name, value in codes.items()}
-        header = {"model": h.model_settings(), "fingerprint": model.fingerprint(), "tokenizer": tokenizer.sha256}
-        blob, sizes = write_artifact(header, tensors)
-        total = code + len(blob)
-        log("artifact " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + " bytes")
-        log(f"artifact code {code:,} + model {len(blob):,} = {total:,} bytes, {total / h.artifact_limit_bytes:.1%} of"
-            f" {h.artifact_limit_bytes:,}, in {time.perf_counter() - began:.1f} s")
-        if total > h.artifact_limit_bytes:
-            raise UserError(f"code and model take {total:,} bytes, the limit is {h.artifact_limit_bytes:,}. The trained"
-                            " weights are in checkpoint.pt: EXPORT_ONLY=1 CHECKPOINT_PATH=… exports them again with a"
-                            " larger MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS; or train with a smaller rank or width")
+    rounds = -(-h.gptq_calib_batches // processes.count)  # the same number on every process
+    mine = range(processes.rank, rounds * processes.count, processes.count)
+    batches = (data.sequences(first + i * size, size)[:, :-1].to(processes.device) for i in mine)
+    hessians = collect_hessians(model, batches, processes)
+    if processes.rank:
+        return processes.share(None)
+    tensors, quantizers = dict(model.state_dict()), quantizers_of(h)
+    for prefix, module in model.named_modules():
+        if isinstance(module, Owner):
+            codes = module.quantize(quantizers, hessians.get(module))
+            tensors |= {f"{prefix}.{name}": value for name, value in codes.items()}
+    facts = {"fingerprint": model.fingerprint(), "tokenizer": tokenizer.sha256}
+    blob, sizes = write_artifact({"model": h.model_settings()} | facts, tensors)
+    log("artifact bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    code, limit = os.path.getsize(__file__), h.artifact_limit_bytes
+    total = f"code {code:,} + model {len(blob):,} = {code + len(blob):,} bytes"
+    log(f"artifact {total}, {(code + len(blob)) / limit:.1%} of {limit:,}")
+    if code + len(blob) > limit:
+        raise UserError(f"{total}, over the limit of {limit:,}; checkpoint.pt has the weights: export"
+                        " them with EXPORT_ONLY=1 CHECKPOINT_PATH=… and a larger MATRIX_CLIP_SIGMAS or"
+                        " EMBED_CLIP_SIGMAS, or train a smaller rank or width")
     return processes.share(blob)
 
-
 # ---- Main --------------------------------------------------------------------------------------------------
-
-
-def hardware(processes: Processes) -> str:
-    return f"{processes.count} x {torch.cuda.get_device_name() if processes.on_cuda else platform.machine() + ' CPU'}"
-
-
-def describe(h: Hyperparameters, processes: Processes, model: GPT, log: Log) -> None:
-    """Everything that a run depends on: source, settings, versions, device, the table of maps."""
-    log(Path(__file__).read_text(encoding="utf-8"), console=False)
-    for f in dataclasses.fields(h):
-        log(f"{f.name.upper()}={getattr(h, f.name)}", console=False)
-    for row in model.table.values():
-        log(f"map {row.name} {row.out_features}x{row.in_features} {row.basis} seed:{row.seed} rank:{row.rank}", False)
-    log(f"versions {json.dumps(versions())} device {hardware(processes)}, {torch.get_num_threads()} threads")
-    frozen = sum(row.out_features * row.in_features for row in model.frozen)
-    log(f"model {sum(p.numel() for p in model.parameters()):,} trained and {frozen:,} frozen parameters")
-
-
-def train_and_export(h: Hyperparameters, processes: Processes, tokenizer: Tokenizer, val: ValidationStream,
-                     folder: Path, log: Log) -> tuple[bytes, dict]:
+def train_and_export(h: Hyperparameters, processes: Processes, device: str, tokenizer: Tokenizer,
+                     val: ValidationStream, folder: Path, log: Log) -> tuple[bytes, dict]:
     """The artifact of a new model, or of the checkpoint of an old one, and the run's figures."""
     data = TrainingData(h)
     torch.manual_seed(h.seed)
     model = GPT(h, processes.dtype).to(processes.device)
-    describe(h, processes, model, log)
+    log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
+    for f in dataclasses.fields(h):
+        log(f"{f.name.upper()}={getattr(h, f.name)}", console=False)
+    for row in model.table.values():
+        log("map " + " ".join(f"{key}:{value}" for key, value in row._asdict().items()), console=False)
+    frozen = sum(row.out_features * row.in_features for row in model.frozen)
+    log(f"model {sum(p.numel() for p in model.parameters()):,} trained and {frozen:,} frozen parameters")
+    log(f"versions {json.dumps(VERSIONS)} device {device}, {torch.get_num_threads()} threads")
     if h.export_only:
         saved = torch.load(io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path)), weights_only=True)
         model.load_state_dict(saved["weights"])
@@ -1291,7 +1122,8 @@ def train_and_export(h: Hyperparameters, processes: Processes, tokenizer: Tokeni
     else:
         figures = train(h, processes, model, data, val, log)
     if processes.rank == 0:
-        torch.save({"figures": figures, "weights": model.state_dict()}, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save({"figures": figures, "weights": model.state_dict()}, buffer)
         write_file(folder / "checkpoint.pt", buffer.getvalue())
     began = time.perf_counter()
     blob = export(h, processes, model, data, figures["steps"], tokenizer, log)
@@ -1299,15 +1131,15 @@ def train_and_export(h: Hyperparameters, processes: Processes, tokenizer: Tokeni
         write_file(folder / "model.int6.ptz", blob)
     return blob, figures | {"export_seconds": round(time.perf_counter() - began, 3)}
 
-
 def run(h: Hyperparameters, processes: Processes) -> None:
-    """The job: train and export, unless there is an artifact; then evaluate from its bytes alone, and report."""
+    """The job: train and export, unless there is an artifact; evaluate it from its bytes alone; report."""
     blob, figures, folder = b"", {}, None
     if h.eval_only:
         blob = read_file("MODEL_PATH", h.model_path)
         h = Hyperparameters(**read_artifact(blob)[0]["model"])
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     val = ValidationStream(h, tokenizer)
+    device = torch.cuda.get_device_name() if processes.on_cuda else f"{platform.machine()} CPU"
     if not h.eval_only:
         folder = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S"))
         if processes.rank == 0 and folder.exists():
@@ -1316,45 +1148,45 @@ def run(h: Hyperparameters, processes: Processes) -> None:
             folder.mkdir(parents=True)
     log = Log(processes.rank == 0, folder and folder / "train.log")
     if not h.eval_only:
-        blob, figures = train_and_export(h, processes, tokenizer, val, folder, log)
+        blob, figures = train_and_export(h, processes, device, tokenizer, val, folder, log)
     header, tensors = read_artifact(blob)
     if header["tokenizer"] != tokenizer.sha256:
-        raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer that the artifact was made with")
+        raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer the artifact was made with")
     began, codec = time.perf_counter(), max(header["groups"], key=lambda group: group[2])[1]
     model = build_model(header, tensors, processes)
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
         loss, bpb = evaluate(model, val, h, processes, stride, log)
-        figures |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_seconds": round(time.perf_counter() - began, 3)}
+        seconds = round(time.perf_counter() - began, 3)
+        figures |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_seconds": seconds}
         log(f"final_int6_{codec}_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride}"
-            f" eval_time:{1000 * figures['eval_seconds']:.0f}ms")
+            f" eval_time:{1000 * seconds:.0f}ms")
         log(f"final_int6_{codec}_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     if processes.rank == 0:
-        report(h, processes, len(blob), val, figures, folder, log)
+        report(h, f"{processes.count} x {device}", len(blob), val.text, figures, folder, log)
 
-
-def report(h: Hyperparameters, processes: Processes, model_bytes: int, val: ValidationStream, figures: dict,
+def report(h: Hyperparameters, hardware: str, model_bytes: int, text: bytes, figures: dict,
            folder: Path | None, log: Log) -> None:
     """The table for people, and submission.json."""
-    code, text = os.path.getsize(__file__), val.text[:4_000_000]
+    code, sample = os.path.getsize(__file__), text[:4_000_000]
     log(f"\n{'':<34}{'val_loss':>10}{'val_bpb':>10}")
-    for kind in ("before", "roundtrip", "sliding_window"):
+    labels = {"before": "before quantisation", "roundtrip": "artifact", "sliding_window": "artifact, sliding"}
+    for kind, label in labels.items():
         if f"val_bpb_{kind}" in figures:
-            label = "before quantisation" if kind == "before" else "artifact, " + kind.replace("_", " ")
             log(f"{label:<34}{figures[f'val_loss_{kind}']:>10.4f}{figures[f'val_bpb_{kind}']:>10.4f}")
-    part = "" if len(text) == len(val.text) else ", first 4 MB"
-    for name, packed in (("brotli 11", brotli.compress(text)), ("xz -9", lzma.compress(text, preset=9))):
-        log(f"{'for scale, ' + name + part:<34}{'':>10}{8 * len(packed) / len(text):>10.4f}")
+    part = "" if len(sample) == len(text) else ", first 4 MB"
+    for name, packed in (("brotli 11", brotli.compress(sample)), ("xz -9", lzma.compress(sample, preset=9))):
+        log(f"{'for scale, ' + name + part:<34}{'':>10}{8 * len(packed) / len(sample):>10.4f}")
     log(f"artifact {code + model_bytes:,} bytes: code {code:,}, model {model_bytes:,}")
     if folder:
-        kind = f"random maps with LoRA of rank {h.random_adapter_rank}" if h.use_random_adapters else "all learned"
-        submission = {"author": h.author, "github_id": h.github_id, "name": "Adapters on random linear maps",
-                      "blurb": f"{h.num_layers} layers of width {h.model_dim}, {kind}", "date": time.strftime("%Y-%m-%d"),
-                      "val_loss": figures["val_loss_sliding_window"], "val_bpb": figures["val_bpb_sliding_window"],
-                      "bytes_total": code + model_bytes, "bytes_code": code, "dataset": Path(h.data_path).name,
-                      "hardware": hardware(processes), "seeds": [h.seed], **figures}
+        maps = f"random maps, LoRA {h.random_adapter_rank}" if h.use_random_adapters else "all learned"
+        submission = {
+            "author": h.author, "github_id": h.github_id, "name": "Adapters on random linear maps",
+            "blurb": f"{h.num_layers} layers of width {h.model_dim}, {maps}", "date": time.strftime("%F"),
+            "val_loss": figures["val_loss_sliding_window"], "val_bpb": figures["val_bpb_sliding_window"],
+            "bytes_total": code + model_bytes, "bytes_code": code, "dataset": Path(h.data_path).name,
+            "hardware": hardware, "seeds": [h.seed], **figures}
         write_file(folder / "submission.json", (json.dumps(submission, indent=2) + "\n").encode())
         log(f"written: {folder}/ model.int6.ptz, submission.json, checkpoint.pt, train.log")
-
 
 def main() -> None:
     try:
@@ -1363,7 +1195,6 @@ def main() -> None:
             run(h, processes)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-
 
 if __name__ == "__main__":
     main()

@@ -9,14 +9,16 @@ Written, below --out (this folder unless said):
     datasets/<name>_sp<vocab>/fineweb_{train,val}_000000.bin …, manifest.json
     tokenizers/<name>_<vocab>_bpe.model
 
-A shard is a header of 256 little-endian int32 (20240520, 1, number of tokens) and little-endian uint16 tokens;
-a BOS stands before each document. Files appear under their names only when they are whole.
+A shard is a header of 256 little-endian int32 (20240520, 1, number of tokens) and little-endian uint16
+tokens; a BOS stands before each document. Files appear under their names only when they are whole.
 """
+
 from __future__ import annotations
 
 import argparse
 import ast
 import bz2
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -28,6 +30,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -61,8 +64,14 @@ def python_documents() -> dict[str, str]:
     """
     from pydoc_data.topics import topics
 
-    documents = {f"topic {name}": text for name, text in topics.items()}
     seen: set[str] = set()
+    documents = {}
+    for name, text in topics.items():
+        if (
+            text not in seen
+        ):  # some topics are one text under two names, which could come to stand in both splits
+            documents[f"topic {name}"] = text
+            seen.add(text)
     numpy_root = os.path.dirname(importlib.util.find_spec("numpy").origin)
     roots = {"stdlib": sysconfig.get_paths()["stdlib"], "numpy": numpy_root}
     for label, root in roots.items():
@@ -90,7 +99,11 @@ def docstrings(tree: ast.Module) -> Iterator[str]:
                 yield text
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add_newdoc":
             for constant in ast.walk(node):
-                if isinstance(constant, ast.Constant) and isinstance(constant.value, str) and len(constant.value) > 80:
+                if (
+                    isinstance(constant, ast.Constant)
+                    and isinstance(constant.value, str)
+                    and len(constant.value) > 80
+                ):
                     yield constant.value.strip()
 
 
@@ -98,19 +111,22 @@ OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def file_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: a line's `text` in .jsonl, the file in .txt (cut at line ends when it is long)."""
+    """The documents of one file: a line's `text` in .jsonl, the file in .txt (a long one is cut at line ends)."""
     opener = OPENERS.get(path.suffix, open)
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in (".txt", ".jsonl"):
         raise PrepareError(f"{path}: only .txt and .jsonl are read, also with .gz, .bz2 or .xz behind")
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:
             yield from (json_documents(path, lines) if kind == ".jsonl" else text_documents(lines))
     except FileNotFoundError:
         raise PrepareError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise PrepareError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+        wrong = error.object[
+            error.start : error.end
+        ]  # error.start counts from the last read, not the file's start
+        raise PrepareError(f"{path}: not UTF-8 ({error.reason}: {wrong!r})") from None
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise PrepareError(f"{path}: cannot be read to its end ({error})") from None
 
 
@@ -120,10 +136,13 @@ def json_documents(path: Path, lines: Iterable[str]) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
+            text.encode()  # half a surrogate pair, which JSON can write, is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             text = None
         if not isinstance(text, str):
-            raise PrepareError(f'{path}, line {number}: needs a JSON object with a string "text"')
+            raise PrepareError(
+                f'{path}, line {number}: needs a JSON object with a string "text" of whole characters'
+            )
         if text:
             yield text
 
@@ -159,20 +178,42 @@ def sample(documents: Iterable[str], limit: int) -> list[str]:
 
 
 def train_tokenizer(documents: Iterable[str], vocab: int) -> bytes:
-    """A SentencePiece BPE model with the challenge's settings; PrepareError if `vocab` is too small for the text."""
-    lines = (line[at : at + 4000] for text in sample(documents, TRAINER_BYTES) for line in text.split("\n")
-             for at in range(0, len(line), 4000))
+    """A SentencePiece BPE model with the challenge's settings; PrepareError if `vocab` is too small."""
+    texts = sample(documents, TRAINER_BYTES)
+    if not texts:
+        raise PrepareError("there is no training text to make a tokenizer from")
+    lines = (
+        line[at : at + 4000]
+        for text in texts
+        for line in text.split("\n")
+        for at in range(0, len(line), 4000)
+    )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=vocab, model_type="bpe", byte_fallback=True,
-            split_digits=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, character_coverage=0.999,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, max_sentence_length=20_000,
-            num_threads=os.cpu_count(), minloglevel=2,
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            character_coverage=0.999,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            hard_vocab_limit=False,
+            max_sentence_length=20_000,
+            num_threads=os.cpu_count(),
+            minloglevel=2,
         )
     except RuntimeError as error:
-        raise PrepareError(f"--vocab {vocab}: no tokenizer of this size can be made of this text; 4 control tokens,"
-                           f" 256 bytes and each common character need a piece each ({error})") from None
+        raise PrepareError(
+            f"--vocab {vocab}: no tokenizer of this size can be made of this text; 4 control tokens,"
+            f" 256 bytes and each common character need a piece each ({error})"
+        ) from None
     return model.getvalue()
 
 
@@ -224,8 +265,10 @@ class ShardWriter:
             self.file, self.in_shard, self.shards = None, 0, self.shards + 1
 
 
-def write_dataset(out: Path, name: str, model: bytes, source: dict, documents: Iterable[tuple[str, str]]) -> None:
-    """Encodes (split, text) pairs into shards; the folder and the tokenizer appear when all of it is there."""
+def write_dataset(
+    out: Path, name: str, model: bytes, source: dict, documents: Iterable[tuple[str, str]]
+) -> None:
+    """Encodes (split, text) pairs into shards; folder and tokenizer appear when all of it is there."""
     tokenizer = load_tokenizer(model, f"the tokenizer of {name}")
     vocab = tokenizer.vocab_size()
     folder = out / "datasets" / f"{name}_sp{vocab}"
@@ -250,11 +293,22 @@ def write_dataset(out: Path, name: str, model: bytes, source: dict, documents: I
         for split, writer in writers.items():
             writer.close()
             if not writer.tokens:
-                raise PrepareError(f"there is no {split} text; name more text, or another --val-fraction")
-        manifest = {"source": source, "vocab_size": vocab, "tokenizer": f"../../tokenizers/{tokenizer_path.name}",
-                    "tokenizer_sha256": hashlib.sha256(model).hexdigest()}
+                raise PrepareError(
+                    f"there is no {split} text; name more text, another --val-fraction or --val files"
+                )
+        manifest = {
+            "source": source,
+            "vocab_size": vocab,
+            "tokenizer": f"../../tokenizers/{tokenizer_path.name}",
+            "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
+        }
         for split, w in writers.items():
-            manifest[split] = {"documents": w.documents, "tokens": w.tokens, "bytes": w.bytes, "shards": w.shards}
+            manifest[split] = {
+                "documents": w.documents,
+                "tokens": w.tokens,
+                "bytes": w.bytes,
+                "shards": w.shards,
+            }
         (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         whole = tokenizer_path.with_name(tokenizer_path.name + ".part")
@@ -263,8 +317,14 @@ def write_dataset(out: Path, name: str, model: bytes, source: dict, documents: I
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    print(f"\r\033[K{folder}: {writers['train'].tokens:,} training and {writers['val'].tokens:,} validation tokens,"
-          f" vocabulary {vocab}, in {time.perf_counter() - began:.0f} s")
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # goes only when it is empty
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(
+        f"{folder}: {writers['train'].tokens:,} training and {writers['val'].tokens:,} validation tokens,"
+        f" vocabulary {vocab}, in {time.perf_counter() - began:.0f} s"
+    )
 
 
 def flush(writers: dict, waiting: dict, tokenizer, began: float) -> None:
@@ -317,17 +377,26 @@ def prepare_text(args: argparse.Namespace) -> None:
     name = args.name or args.files[0].name.split(".")[0]
     if args.tokenizer:
         model = args.tokenizer.read_bytes()
+        load_tokenizer(model, str(args.tokenizer))
     else:
         model = train_tokenizer((text for split, text in pairs() if split == "train"), args.vocab)
-    write_dataset(args.out, name, model, {"kind": "text", "files": [path.name for path in args.files],
-                                          "val_files": [path.name for path in args.val or ()]}, pairs())
+    write_dataset(
+        args.out,
+        name,
+        model,
+        {
+            "kind": "text",
+            "files": [path.name for path in args.files],
+            "val_files": [path.name for path in args.val or ()],
+        },
+        pairs(),
+    )
 
 
 def prepare_fineweb(args: argparse.Namespace) -> None:
-    """Fetches the published shards one by one; those that are there and whole are kept, so it can be repeated."""
+    """Fetches the published shards one by one; those that are there and whole are kept."""
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise PrepareError("fineweb needs the package huggingface_hub: pip install huggingface_hub") from None
     name = f"{args.name or 'fineweb10B'}_{args.variant}"
@@ -336,9 +405,11 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
     def fetch(path: str) -> Path:
         try:
             return Path(hf_hub_download(args.repo, path, repo_type="dataset", local_dir=download))
-        except (HfHubHTTPError, OSError) as error:
-            raise PrepareError(f"{args.repo}/{path} could not be fetched ({error}); run the command again to carry"
-                               " on where it stopped") from None
+        except Exception as error:  # noqa: BLE001 (requests', httpx' or hf_xet's, by the version)
+            raise PrepareError(
+                f"{args.repo}/{path} could not be fetched ({error}); run the command again to carry"
+                " on where it stopped"
+            ) from None
 
     manifest = json.loads(fetch("datasets/manifest.json").read_text())
     entry = next((d for d in manifest["datasets"] if d["name"] == name), None)
@@ -352,16 +423,16 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
     shards += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
     folder = args.out / "datasets" / name
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = {"train": 0, "val": 0}
     for number, shard in enumerate(shards, 1):
         target = folder / shard
         if not target.exists() or shard_tokens(target) is None:
             path = fetch(f"datasets/datasets/{name}/{shard}")
             if shard_tokens(path) is None:
                 path.unlink()
-                raise PrepareError(f"{args.repo}/{shard}: its header and its size disagree; run the command again")
+                raise PrepareError(
+                    f"{args.repo}/{shard}: its header and its size disagree; run the command again"
+                )
             path.replace(target)
-        tokens[shard.split("_")[1]] += shard_tokens(target)
         print(f"{number}/{len(shards)} {shard}", file=sys.stderr)
     tokenizer_entry = next(t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"])
     model_path = args.out / "tokenizers" / Path(tokenizer_entry["model_path"]).name
@@ -369,10 +440,18 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
     if not model_path.exists():
         fetch(f"datasets/tokenizers/{model_path.name}").replace(model_path)
     model = model_path.read_bytes()
-    own = {"source": {"kind": "fineweb", "repository": args.repo, "variant": args.variant},
-           "vocab_size": load_tokenizer(model, str(model_path)).vocab_size(),
-           "tokenizer": f"../../tokenizers/{model_path.name}", "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
-           "train": {"tokens": tokens["train"]}, "val": {"tokens": tokens["val"]}}
+    tokens = {
+        split: sum(shard_tokens(path) or 0 for path in folder.glob(f"fineweb_{split}_*.bin"))
+        for split in ("train", "val")
+    }  # of all that lie there, as a trainer reads them
+    own = {
+        "source": {"kind": "fineweb", "repository": args.repo, "variant": args.variant},
+        "vocab_size": load_tokenizer(model, str(model_path)).vocab_size(),
+        "tokenizer": f"../../tokenizers/{model_path.name}",
+        "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
+        "train": {"tokens": tokens["train"]},
+        "val": {"tokens": tokens["val"]},
+    }
     (folder / "manifest.json").write_text(json.dumps(own, indent=2) + "\n")
     shutil.rmtree(download, ignore_errors=True)
     print(f"{folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens")
@@ -392,6 +471,12 @@ def vocabulary_size(text: str) -> int:
     return int(text)
 
 
+def folder_name(text: str) -> str:
+    if not text or Path(text).name != text:
+        raise argparse.ArgumentTypeError("needs the name of a folder, not a path")
+    return text
+
+
 def fraction(text: str) -> float:
     try:
         if 0 < float(text) < 1:
@@ -402,8 +487,12 @@ def fraction(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write below")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write below"
+    )
     sources = parser.add_subparsers(required=True)
     docs = sources.add_parser("docs", help="the English that comes with every Python")
     docs.set_defaults(prepare=prepare_docs)
@@ -413,19 +502,23 @@ def main() -> None:
     text.add_argument("--val", type=Path, nargs="+", metavar="FILE", help="validation text; else a fraction")
     text.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model")
     for source in (docs, text):
-        source.add_argument("--vocab", type=vocabulary_size, default=1024, help="pieces, 256 to 65536 (%(default)s)")
-        source.add_argument("--val-fraction", type=fraction, default=0.04, help="share of validation (%(default)s)")
+        source.add_argument(
+            "--vocab", type=vocabulary_size, default=1024, help="pieces, 256 to 65536 (%(default)s)"
+        )
+        source.add_argument(
+            "--val-fraction", type=fraction, default=0.04, help="share of validation (%(default)s)"
+        )
     fineweb = sources.add_parser("fineweb", help="the challenge's published shards")
     fineweb.set_defaults(prepare=prepare_fineweb)
     fineweb.add_argument("--variant", default="sp1024", help="tokenizer of the export (%(default)s)")
     fineweb.add_argument("--train-shards", type=int, default=80, help="of 100 M tokens each (%(default)s)")
     fineweb.add_argument("--repo", default="willdepueoai/parameter-golf", help="Hugging Face dataset")
     for source in (docs, text, fineweb):
-        source.add_argument("--name", help="first part of the dataset's name")
+        source.add_argument("--name", type=folder_name, help="first part of the dataset's name")
     args = parser.parse_args()
     try:
         args.prepare(args)
-    except PrepareError as error:
+    except (PrepareError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
