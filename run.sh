@@ -64,9 +64,12 @@ elif [ "$gpus" -gt 0 ]; then
 else
     preset=cpu why="there is no CUDA GPU"
 fi
-[ -f "$preset" ] || preset=$root/presets/${preset%.env}.env
-[ -f "$preset" ] || fail "no preset $preset; there are: $(cd "$root/presets" && echo *.env)"
-load_preset "$preset"
+found=
+for file in "$preset" "$root/$preset" "$root/presets/${preset%.env}.env"; do
+    if [[ -z $found && $file == *.env && -f $file ]]; then found=$file; fi
+done
+[ -n "$found" ] || fail "no preset $preset; there are: $(cd "$root/presets" && echo *.env)"
+load_preset "$found"
 
 # The data: DATA_PATH, else the English that comes with Python.
 if [ -z "${DATA_PATH:-}" ]; then
@@ -77,15 +80,15 @@ if [ -z "${DATA_PATH:-}" ]; then
 else
     data_why="DATA_PATH names it"
     manifest=$DATA_PATH/manifest.json
-    if [ -z "${TOKENIZER_PATH:-}" ] && [ -f "$manifest" ]; then
-        TOKENIZER_PATH=$DATA_PATH/$("$venv/bin/python" -c \
-            'import json, sys; print(json.load(open(sys.argv[1]))["tokenizer"])' "$manifest")
-        export TOKENIZER_PATH
+    if [ -z "${TOKENIZER_PATH:-}" ] && [ -f "$manifest" ]; then # data/prepare.py says which tokenizer made them
+        entry='import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])'
+        export TOKENIZER_PATH=$DATA_PATH/$("$venv/bin/python" -c "$entry" "$manifest" tokenizer)
+        export VOCAB_SIZE=${VOCAB_SIZE:-$("$venv/bin/python" -c "$entry" "$manifest" vocab_size)}
     fi
 fi
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/runs}
 
-echo "preset $preset ($why)"
+echo "preset $found ($why)"
 echo "data   $DATA_PATH ($data_why)"
 if [ "$gpus" -gt 0 ]; then
     echo "device $gpus CUDA GPU(s), one process each"

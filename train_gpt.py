@@ -130,8 +130,8 @@ class Hyperparameters:
     # Quantisation and artifact
     matrix_bits: int = setting(6, "bits of a matrix's code", 2, 8)
     embed_bits: int = setting(8, "bits of an embedding's code", 2, 8)
-    matrix_clip_sigmas: float = setting(12.85, "deviations of a row that its largest code spans", 0.5, 100)
-    embed_clip_sigmas: float = setting(20.0, "likewise for embeddings", 0.5, 100)
+    matrix_clip_sigmas: float = setting(10.0, "deviations of a row that its largest code spans", 0.5, 100)
+    embed_clip_sigmas: float = setting(15.0, "likewise for embeddings", 0.5, 100)
     gptq_calib_batches: int = setting(256, "calibration batches of 16,384 training tokens; 0: no GPTQ")
     gptq_damping: float = setting(0.01, "added to a Hessian's diagonal, as a share of its mean", 1e-6, 10)
     prune_pct: float = setting(0.0, "percentage of each matrix, the smallest, set to zero", 0, 99)
@@ -861,8 +861,8 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor], processes: Processes
 
     def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
         if inputs[0].is_floating_point():
-            x = inputs[0].flatten(0, -2)
-            product = (x.t() @ x).float()
+            x = inputs[0].flatten(0, -2).float()  # a product rounded to bfloat16 need not be positive
+            product = x.t() @ x
             hessians[module] = hessians[module] + product if module in hessians else product
 
     hooks = [module.register_forward_pre_hook(add) for module in model.modules() if isinstance(module, Owner)]
