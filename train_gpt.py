@@ -58,7 +58,7 @@ class Hyperparameters:
     run_id: str = setting("", "name of the run's folder; empty: the time of the start")
     output_dir: str = setting("runs", "where the run's folder is made")
     seed: int = setting(1337, "seed of initial weights and data order", 0, 2**63 - 1)
-    dtype: str = setting("bfloat16", "type of activations", choices=("bfloat16", "float32"))
+    dtype: str = setting("auto", "type of activations", choices=("auto", "bfloat16", "float32"))
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH, nothing else", 0, 1)
     model_path: str = setting("", "artifact that EVAL_ONLY reads")
@@ -219,7 +219,9 @@ class Processes:
     """This process among those of the run, its device and type of activations; joins torchrun's group."""
     def __init__(self, h: Hyperparameters):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.on_cuda, self.dtype = torch.cuda.is_available(), getattr(torch, h.dtype)
+        self.on_cuda = torch.cuda.is_available()
+        fast = "bfloat16" if self.on_cuda or torch.cpu._is_avx512_bf16_supported() else "float32"
+        self.dtype = getattr(torch, fast if h.dtype == "auto" else h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
 
@@ -309,12 +311,12 @@ class TrainingData:
     and there is no state to keep. The last sequences are held out of training."""
     def __init__(self, h: Hyperparameters):
         self.h, self.shards, length = h, read_shards(h.data_path, "train"), h.train_seq_len
-        places = [(shard, start) for shard, tokens in enumerate(self.shards)
-                  for start in range(0, len(tokens) - length, length)]
+        starts = [np.arange(0, len(tokens) - length, length) for tokens in self.shards]
+        places = np.concatenate([np.stack([np.full_like(s, i), s], 1) for i, s in enumerate(starts)])
         if len(places) < 2:
             raise UserError(f"DATA_PATH={h.data_path}: too few training tokens for TRAIN_SEQ_LEN={length}")
         held_out = max(1, min(h.holdout_tokens // length, len(places) // 50))
-        self.places, self.held_out = np.array(places[:-held_out]), places[-held_out:]
+        self.places, self.held_out = places[:-held_out], places[-held_out:]
 
     def read(self, places: Iterable[tuple[int, int]]) -> Tensor:
         """(n, TRAIN_SEQ_LEN + 1) int64: the sequences at these places, (shard, start) each."""
@@ -559,8 +561,7 @@ class Attention(nn.Module):
     """Causal attention with grouped queries, normalised q and k, partial RoPE, XSA and value residual."""
     def __init__(self, h: Hyperparameters, layer: int, linear: Callable[[str], nn.Module]):
         super().__init__()
-        self.q, self.k, self.v = linear("attention.q"), linear("attention.k"), linear("attention.v")
-        self.proj = linear("attention.proj")
+        self.q, self.k, self.v, self.proj = (linear(f"attention.{kind}") for kind in ("q", "k", "v", "proj"))
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
         self.head_dim, self.xsa = h.head_dim, layer >= h.num_layers - h.xsa_last_n
@@ -595,8 +596,7 @@ class Block(nn.Module):
         share = 1 / (1 + math.exp(-3 * (layer / max(h.num_layers - 1, 1) - 0.5)))
         self.stream_mix = nn.Parameter(torch.full((h.model_dim,), share))
         self.embedding_mix = nn.Parameter(torch.full((h.model_dim,), 1 - share))
-        self.attention_scale = nn.Parameter(torch.ones(h.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
+        self.attention_scale, self.mlp_scale = (nn.Parameter(torch.ones(h.model_dim)) for _ in range(2))
 
     def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], added_v: Tensor | None,
                 first_v: Tensor | None) -> tuple[Tensor, Tensor]:
