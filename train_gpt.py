@@ -459,8 +459,7 @@ class Linear(Owner):
         return F.linear(x, self.weight.to(x.dtype))
 
 class MergedLinear(torch.autograd.Function):
-    """y = x (W + A B)ᵀ with a frozen W: one GEMM forward, one backward for the input, thin ones for A and B.
-    The dense weight gradient, as costly as a GEMM again, is never formed."""
+    """y = x (W + A B)ᵀ, W frozen: one GEMM forward, one backward, and never the dense weight gradient."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         merged = torch.addmm(weight, a, b)
@@ -687,9 +686,8 @@ class GPT(nn.Module):
 # ---- Optimisers and averages -------------------------------------------------------------------------------
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """(n, rows, columns) -> each matrix with singular values near 1, by a quintic Newton-Schulz iteration."""
-    x = g.to(torch.bfloat16 if g.is_cuda else torch.float32)
     is_tall = g.size(1) > g.size(2)
-    x = x.mT if is_tall else x
+    x = (g.mT if is_tall else g).to(torch.bfloat16 if g.is_cuda else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -787,7 +785,7 @@ class Codes(NamedTuple):
 
     def values(self) -> Tensor:
         """(rows, columns) float32."""
-        return self.codes.float() * row_steps(self.exponents).float()
+        return (self.codes * row_steps(self.exponents)).float()
 
 def row_steps(exponents: Tensor) -> Tensor:
     """(rows,) uint8 -> (rows, 1) float64: the width of each row's quantisation step."""
@@ -812,8 +810,8 @@ class Quantizer(NamedTuple):
 
     def nearest(self, w: Tensor) -> Tensor:
         """w (rows, columns) as the artifact would hold it, without error feedback. Late QAT trains this."""
-        steps = row_steps(self.exponents(w)).to(w.dtype)
-        return self.round(w, steps) * steps
+        steps = row_steps(self.exponents(w))
+        return (self.round(w.double(), steps) * steps).to(w.dtype)
 
     def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
         """Codes that keep w x near, w (rows, columns), for inputs of `hessian` (columns, columns) = Σ x xᵀ.
@@ -851,8 +849,10 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
     masters = [p.clone() for _, p in stored]
     for quantizer, p in stored:
         p.copy_(quantizer.nearest(p))
-    yield
-    torch._foreach_copy_([p for _, p in stored], masters)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p for _, p in stored], masters)
 
 @torch.no_grad()
 def collect_hessians(model: GPT, batches: Iterable[Tensor], processes: Processes) -> dict[nn.Module, Tensor]:
@@ -1000,14 +1000,13 @@ def warmdown_scale(step: int, remaining: int, warmdown: int) -> float:
     """1, then linear to 0 over the last `warmdown` steps, or over all where there are fewer."""
     return min(1.0, remaining / max(1, min(warmdown, step + remaining)))
 
-def train_step(run: Callable, optimizers: Optimizers, batches: list, step: int, scale: float) -> Tensor:
-    """Gradients over all micro-batches and processes, an update; this process's mean loss, on the device."""
-    total = torch.zeros((), device=optimizers.processes.device)
+def accumulate_gradients(run: Callable, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Adds up the gradients of the mean loss over micro-batches; gives that loss, still on the device."""
+    total = 0.0
     for ids, targets in batches:
         loss = run(ids, targets) / len(batches)
         loss.backward()
-        total += loss.detach()
-    optimizers.step(step, scale)
+        total = total + loss.detach()
     return total
 
 def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingData, val: ValidationStream,
@@ -1019,7 +1018,8 @@ def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingDa
     params, initial = optimizers.params, [p.detach().clone() for p in optimizers.params]
     for step in range(h.warmup_steps):
         log.progress(f"warming up: {step} of {h.warmup_steps}")
-        train_step(run, optimizers, data.micro_batches(step, processes), step, 1.0)
+        accumulate_gradients(run, data.micro_batches(step, processes))
+        optimizers.step(step, 1.0)
     torch._foreach_copy_([p.detach() for p in params], initial)  # in place: a new tensor means a new graph
     optimizers, averages = Optimizers(groups, h, processes), Averages(params, h)
     clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
@@ -1029,20 +1029,20 @@ def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingDa
         if remaining <= 0:
             choose_average(model, params, averages.candidates(), data, processes, log)
         if remaining <= 0 or (h.val_loss_every and step and step % h.val_loss_every == 0):
-            val_loss, val_bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
-            score = f"val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}"
-            log(f"step:{step}/{h.iterations} {score} {clock.times(step)}")
+            nats, bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
+            log(f"step:{step}/{h.iterations} val_loss:{nats:.4f} val_bpb:{bpb:.4f} {clock.times(step)}")
             began = time.perf_counter()
         if remaining <= 0:
             speed = round(h.train_batch_tokens * step / clock.elapsed)
             return {"steps": step, "train_seconds": round(clock.elapsed, 3), "tokens_per_second": speed,
-                    "val_loss_before": val_loss, "val_bpb_before": val_bpb}
+                    "val_loss_before": nats, "val_bpb_before": bpb}
         scale, previous = warmdown_scale(step, remaining, h.warmdown_iters), loss
         if scale < h.late_qat_threshold and not qat:
             qat = True
             log(f"late_qat:on step:{step} scale:{scale:.4f}")
         with weights_as_stored(groups, quantizers) if qat else contextlib.nullcontext():
-            loss = train_step(run, optimizers, data.micro_batches(step, processes), step, scale)
+            loss = accumulate_gradients(run, data.micro_batches(step, processes))
+        optimizers.step(step, scale)  # on the float32 masters
         averages.update(step, scale)
         step += 1
         if previous is not None and not math.isfinite(previous.item()):  # waits for the step before this one

@@ -1,4 +1,4 @@
-"""What two choices for the CPU are worth, each as a ratio from one run (medians of 7, machine and versions first).
+"""What two choices for the CPU are worth, each as a ratio from one run: medians of 7.
 
     python bench/cpu.py
 
@@ -6,6 +6,7 @@
 2. A training step of presets/cpu.env's model with glibc keeping freed memory (as run.sh asks it to) against
    glibc's defaults; each side is a process of its own, because glibc reads its settings at the start.
 """
+
 from __future__ import annotations
 
 import os
@@ -31,7 +32,9 @@ def median_seconds(work, runs: int = 7) -> float:
     return statistics.median(times)
 
 
-def compare_attention(length: int, tokens: int = 8192, heads: int = 4, kv_heads: int = 2, dim: int = 64) -> None:
+def compare_attention(
+    length: int, tokens: int = 8192, heads: int = 4, kv_heads: int = 2, dim: int = 64
+) -> None:
     import torch
     import torch.nn.functional as F
 
@@ -51,7 +54,9 @@ def compare_attention(length: int, tokens: int = 8192, heads: int = 4, kv_heads:
         out.backward(out.detach())
 
     a, b = median_seconds(fused), median_seconds(plain)
-    print(f"attention, {length:>4} tokens: fused {1e3 * a:6.1f} ms, plain {1e3 * b:6.1f} ms, ratio {a / b:.2f}")
+    print(
+        f"attention, {length:>4} tokens: fused {1e3 * a:6.1f} ms, plain {1e3 * b:6.1f} ms, ratio {a / b:.2f}"
+    )
 
 
 def time_step() -> None:
@@ -67,7 +72,12 @@ def time_step() -> None:
     optimizers = t.Optimizers(t.tensors_by_role(model), h, processes)
     ids = torch.randint(0, h.vocab_size, (h.train_batch_tokens // h.train_seq_len, h.train_seq_len + 1))
     batches = [(ids[:, :-1], ids[:, 1:])]
-    print(median_seconds(lambda: t.train_step(model, optimizers, batches, 0, 1.0)))
+
+    def step():
+        t.accumulate_gradients(model, batches)
+        optimizers.step(0, 1.0)
+
+    print(median_seconds(step))
 
 
 def compare_allocator() -> None:
@@ -76,15 +86,22 @@ def compare_allocator() -> None:
     for name, extra in (("glibc's defaults", {}), ("kept memory", KEEP)):
         command = [sys.executable, __file__, "step"]
         environment = {key: value for key, value in os.environ.items() if key not in KEEP} | settings | extra
-        seconds[name] = float(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+        seconds[name] = float(
+            subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+        )
     a, b = seconds.values()
-    print(", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in seconds.items()), f"a step, ratio {a / b:.2f}")
+    print(
+        ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in seconds.items()),
+        f"a step, ratio {a / b:.2f}",
+    )
 
 
 def main() -> None:
     import torch
 
-    print(f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, {platform.python_version()}")
+    print(
+        f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, {platform.python_version()}"
+    )
     for length in (256, 512, 1024):
         compare_attention(length)
     compare_allocator()

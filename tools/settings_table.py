@@ -1,7 +1,8 @@
 """Prints the README's table of settings from their declaration in train_gpt.py.
 
-    python tools/settings_table.py
+python tools/settings_table.py
 """
+
 from __future__ import annotations
 
 import dataclasses
