@@ -154,7 +154,7 @@ class Hyperparameters:
         self.head_dim = self.model_dim // self.num_heads
         self.kv_dim, self.mlp_dim = self.head_dim * self.num_kv_heads, int(self.mlp_mult * self.model_dim)
         layers = self.ve_layers.replace(",", " ").split() if self.ve_enabled else []
-        self.value_layers = [int(i) if i.isdecimal() else self.num_layers for i in layers]
+        self.value_layers = list(dict.fromkeys(int(i) if i.isdecimal() else self.num_layers for i in layers))
         problems += contradictions(self) + foreign_variables(self)
         if problems:
             raise UserError("these settings cannot be used:\n  " + "\n  ".join(problems))
@@ -191,11 +191,9 @@ def contradictions(h: Hyperparameters) -> list[str]:
         f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}: tokens would be skipped":
             h.eval_stride > h.eval_seq_len,
         f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={h.train_seq_len} times"
-        f" {processes} processes": h.train_batch_tokens % (h.train_seq_len * processes),
+        f" {processes} processes": not h.eval_only and h.train_batch_tokens % (h.train_seq_len * processes),
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS to train":
             0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
-        "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
-        "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt": h.export_only and not h.checkpoint_path,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
@@ -279,21 +277,19 @@ def write_file(path: Path, content: bytes) -> None:
     part.replace(path)
 
 # ---- Data --------------------------------------------------------------------------------------------------
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-
 def read_shards(folder: str, split: str) -> list[np.ndarray]:
     """The tokens of each shard of a split, memory-mapped, (n,) uint16; headers and sizes are checked."""
     paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; data/prepare.py makes them")
-    shards = []
+    shards, magic, version, header_bytes = [], 20240520, 1, 1024
     for path in paths:
         header, size = np.fromfile(path, "<i4", 3).tolist(), path.stat().st_size
-        if header[:2] != [SHARD_MAGIC, SHARD_VERSION]:
-            raise UserError(f"{path}: no token shard of version {SHARD_VERSION}; its header begins {header}")
-        if header[2:] < [1] or size != SHARD_HEADER_BYTES + 2 * header[2]:
+        if header[:2] != [magic, version]:
+            raise UserError(f"{path}: no token shard of version {version}; its header begins {header}")
+        if header[2:] < [1] or size != header_bytes + 2 * header[2]:
             raise UserError(f"{path}: {size} bytes do not hold {header[2:]} tokens; fetch it again")
-        shards.append(np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (header[2],)))
+        shards.append(np.memmap(path, "<u2", "r", header_bytes, (header[2],)))
     return shards
 
 def check_tokens(tokens: np.ndarray, h: Hyperparameters) -> np.ndarray:
@@ -427,13 +423,13 @@ def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
     tall, short = max(out_features, in_features), min(out_features, in_features)
     q, r = torch.linalg.qr(torch.from_numpy(normal_deviates(seed, tall * short).reshape(tall, short)))
     q = q * r.diagonal().sign()
-    return q if out_features >= in_features else q.T.contiguous()
+    return q if out_features >= in_features else q.T
 
 BASES: dict[str, Callable[[int, int, int], Tensor]] = {"orthogonal": orthogonal}
 
 def draw_map(row: MapRow) -> Tensor:
     """(out, in) bfloat16, drawn on the CPU. The map *is* this rounding, on every device and in every type."""
-    return BASES[row.basis](row.out_features, row.in_features, row.seed).to(torch.bfloat16)
+    return BASES[row.basis](row.out_features, row.in_features, row.seed).to(torch.bfloat16).contiguous()
 
 # ---- Linear layers -----------------------------------------------------------------------------------------
 MATRIX, EMBEDDING, SCALAR = "matrix", "embedding", "scalar"  # roles: they decide optimiser and quantiser
@@ -469,7 +465,7 @@ class MergedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, merged, a, b = ctx.saved_tensors
-        rows_dy, rows_x = dy.flatten(0, -2), x.flatten(0, -2)
+        rows_dy, rows_x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
         da = rows_dy.t() @ (rows_x @ b.t())
         db = (rows_dy @ a).t() @ rows_x
         return dy @ merged, None, da, db
@@ -498,8 +494,7 @@ class FrozenRandomLinearWithLoRA(Owner):
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         """B against its inputs x; then A against its own, x B̂ᵀ with the quantised B̂."""
         b_codes = quantizers[MATRIX].gptq(self.lora_B.data, hessian)
-        b = b_codes.values()
-        seen = None if hessian is None else b @ hessian @ b.T  # (rank, rank)
+        seen = None if hessian is None else (b := b_codes.values()) @ hessian @ b.T  # (rank, rank)
         return {"lora_B": b_codes, "lora_A": quantizers[MATRIX].gptq(self.lora_A.data, seen)}
 
 class Embedding(Owner):
@@ -808,18 +803,22 @@ class Quantizer(NamedTuple):
         largest = 2 ** (self.bits - 1) - 1
         return (w / steps.clamp(min=1e-30)).round().clamp(-largest, largest)
 
+    def prune(self, w: Tensor) -> Tensor:
+        """w, its smallest values set to zero."""
+        count = int(w.numel() * self.prune_pct / 100)
+        return w * (w.abs() > w.abs().flatten().kthvalue(count).values) if count else w
+
     def nearest(self, w: Tensor) -> Tensor:
         """w (rows, columns) as the artifact would hold it, without error feedback. Late QAT trains this."""
-        steps = row_steps(self.exponents(w))
+        w, steps = self.prune(w), row_steps(self.exponents(w))
         return (self.round(w.double(), steps) * steps).to(w.dtype)
 
     def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
         """Codes that keep w x near, w (rows, columns), for inputs of `hessian` (columns, columns) = Σ x xᵀ.
         GPTQ (arXiv:2210.17323): column by column, largest input first, each column's rounding error is made
         good in those that follow. Without a Hessian every value is rounded to the nearest."""
-        exponents, w = self.exponents(w), w.double()
+        exponents, kept, w = self.exponents(w), self.prune(w) != 0, w.double()
         steps, codes = row_steps(exponents), torch.empty_like(w)
-        kept = w.abs() >= w.abs().flatten().sort().values[int(w.numel() * self.prune_pct / 100)]
         if hessian is None:
             return Codes((self.round(w, steps) * kept).to(torch.int8), exponents)
         order = hessian.diagonal().argsort(descending=True)
@@ -862,8 +861,7 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor], processes: Processes
     def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
         if inputs[0].is_floating_point():
             x = inputs[0].flatten(0, -2).float()  # a product rounded to bfloat16 need not be positive
-            product = x.t() @ x
-            hessians[module] = hessians[module] + product if module in hessians else product
+            hessians[module] = hessians.get(module, 0) + x.t() @ x
 
     hooks = [module.register_forward_pre_hook(add) for module in model.modules() if isinstance(module, Owner)]
     for ids in batches:
@@ -897,13 +895,13 @@ def write_artifact(header: dict, tensors: dict[str, Codes | Tensor]) -> tuple[by
         table.append([name, list(next(iter(parts.values())).shape), list(parts)])
         for group, part in parts.items():
             groups.setdefault(group, []).append(part.cpu().flatten().to(GROUP_TYPES[group.split()[-1]]))
-    jobs, packed = {}, {}
+
+    def pack(parts: list[Tensor]) -> tuple[str, bytes]:
+        raw = torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
+        return min(((codec, pack(raw)) for codec, pack in PACK.items()), key=lambda pair: len(pair[1]))
+
     with ThreadPoolExecutor() as pool:
-        for group, parts in groups.items():
-            raw = torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
-            jobs[group] = {codec: pool.submit(pack, raw) for codec, pack in PACK.items()}
-    for group, tried in jobs.items():
-        packed[group] = min(((codec, job.result()) for codec, job in tried.items()), key=lambda p: len(p[1]))
+        packed = dict(zip(groups, pool.map(pack, groups.values())))
     entries = [[group, codec, len(data)] for group, (codec, data) in packed.items()]
     text = json.dumps(header | {"versions": VERSIONS, "tensors": table, "groups": entries})
     text = brotli.compress(text.encode())

@@ -59,3 +59,11 @@ def random_model(settings):
                 p.copy_(0.4 * torch.randn(p.shape, generator=generator) + (0.5 if p.ndim == 1 else 0.0))
         return model.double() if dtype is torch.float64 else model
     return build
+
+
+@pytest.fixture(scope="session")
+def processes(settings):
+    """One process on the CPU, also where there is a GPU: what is tested here is the same on both."""
+    alone = train_gpt.Processes(settings())
+    alone.on_cuda, alone.device = False, torch.device("cpu")
+    return alone

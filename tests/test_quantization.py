@@ -216,11 +216,11 @@ def test_pruned_values_are_made_good_like_rounding_errors():
 # ---- Calibration -------------------------------------------------------------------------------------------
 
 
-def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model):
+def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model, processes):
     """By hand: what the maps of a first layer see, the learned maps, and the tied embedding's second use."""
     h = settings(num_layers=1, smear_enabled=0, ve_layers="0")
     model, batches = random_model(h), [tokens(3, 16), tokens(2, 16, seed=1)]
-    hessians = train_gpt.collect_hessians(model, iter(batches), train_gpt.Processes(h))
+    hessians = train_gpt.collect_hessians(model, iter(batches), processes)
 
     def expected(inputs):
         x = torch.cat([inputs(ids).detach().flatten(0, 1).double() for ids in batches])
@@ -253,25 +253,25 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model)
     assert len(hessians) == 6 + 3
 
 
-def test_collecting_leaves_no_trace_in_the_model(settings, random_model):
+def test_collecting_leaves_no_trace_in_the_model(settings, random_model, processes):
     model, ids = random_model(settings()), tokens(2, 16)
     before = copy.deepcopy(model.state_dict())
-    hooks = train_gpt.collect_hessians(model, [ids], train_gpt.Processes(settings()))
+    hooks = train_gpt.collect_hessians(model, [ids], processes)
     assert hooks
     assert all(not module._forward_pre_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_hessians_of_bfloat16_activations_can_be_used(settings):
-    """Inputs with a strong mean: a product rounded to bfloat16 would have negative eigenvalues, and the export
-    would crash after all of the training."""
+def test_hessians_of_bfloat16_activations_can_be_used(settings, processes):
+    """Inputs with a strong mean: a product rounded to bfloat16 would have negative eigenvalues, and the
+    export would crash after all of the training."""
     h = settings(num_layers=1, model_dim=128, bigram_vocab_size=0, ve_enabled=0)
     torch.manual_seed(0)
     model = train_gpt.GPT(h, torch.bfloat16)
     with torch.no_grad():
         model.embedding.weight.copy_(1 + 0.05 * torch.randn(64, 128))
-    hessians = train_gpt.collect_hessians(model, [tokens(64, 16)], train_gpt.Processes(h))
+    hessians = train_gpt.collect_hessians(model, [tokens(64, 16)], processes)
     for hessian in hessians.values():
         assert torch.linalg.eigvalsh(hessian.double())[0] > -1e-3 * hessian.diagonal().mean()
     for module, hessian in hessians.items():
@@ -379,12 +379,12 @@ class Snapshots(train_gpt.Log):
             self.taken.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
 
 
-def test_weights_go_on_learning_during_late_qat(data_settings):
+def test_weights_go_on_learning_during_late_qat(data_settings, processes):
     h = data_settings(iterations=5, warmdown_iters=5, late_qat_threshold=1.0, train_log_every=1)
     torch.manual_seed(0)
     model, val = train_gpt.GPT(h), SimpleNamespace(tokens=tokens(50), bytes=50)
     log = Snapshots(model)
-    train_gpt.train(h, train_gpt.Processes(h), model, train_gpt.TrainingData(h), val, log)
+    train_gpt.train(h, processes, model, train_gpt.TrainingData(h), val, log)
     began = next(i for i, line in enumerate(log.lines) if line.startswith("late_qat:on"))
     assert "train_loss" in log.lines[began - 1], "it begins after the first step"
     assert len(log.taken) == 5
@@ -399,7 +399,7 @@ PER_CHANNEL = ("skip_weights", "q_gain")
 
 
 @pytest.fixture(scope="module")
-def exported(data_settings):
+def exported(data_settings, processes):
     """An artifact as a run makes it, the model it was made from, and the settings."""
     h = data_settings(model_dim=64, vocab_size=64)
     torch.manual_seed(0)
@@ -411,7 +411,7 @@ def exported(data_settings):
         model.embedding.weight.normal_(std=0.3)
         model.bigram[0].weight.normal_(std=0.3)
     tokenizer = SimpleNamespace(sha256="0" * 64)
-    blob = train_gpt.export(h, train_gpt.Processes(h), model, train_gpt.TrainingData(h), 3, tokenizer,
+    blob = train_gpt.export(h, processes, model, train_gpt.TrainingData(h), 3, tokenizer,
                             train_gpt.Log(on=False))
     return blob, model, h
 
@@ -436,7 +436,8 @@ def test_each_parameter_has_one_role(settings, random_maps):
     """The role decides optimiser and quantiser, so an adapter without one would be trained as a gain is."""
     model = train_gpt.GPT(settings(use_random_adapters=random_maps))
     roles = train_gpt.tensors_by_role(model)
-    assert sorted(name for group in roles.values() for name in group) == sorted(dict(model.named_parameters()))
+    named = [name for group in roles.values() for name in group]
+    assert sorted(named) == sorted(name for name, _ in model.named_parameters())
     assert set(roles[EMBEDDING]) == {"embedding.weight", "bigram.0.weight", "value_embedding.0.weight"}
     kinds = (".lora_A", ".lora_B") if random_maps else (".weight",)
     maps = {name + kind for name in model.table for kind in kinds}
@@ -454,10 +455,10 @@ def test_hardly_any_learned_value_of_the_full_configuration_stays_float16():
     assert all(name.endswith(PER_CHANNEL) for name, p in roles[SCALAR].items() if p.ndim > 1)
 
 
-def test_the_artifact_predicts_what_the_model_does(exported):
+def test_the_artifact_predicts_what_the_model_does(exported, processes):
     """From the bytes alone; 6 and 8 bits cost some accuracy, and no more."""
-    blob, model, h = exported
-    again = train_gpt.build_model(*train_gpt.read_artifact(blob), train_gpt.Processes(h))
+    blob, model, _ = exported
+    again = train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
     ids = tokens(8, 16)
     with torch.no_grad():
         exact, stored = (m.logits(m.hidden(ids)) for m in (model, again))
@@ -465,12 +466,12 @@ def test_the_artifact_predicts_what_the_model_does(exported):
     assert again.fingerprint() == model.fingerprint()
 
 
-def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported):
+def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported, processes):
     blob, model, h = exported
     _, tensors = train_gpt.read_artifact(blob)
     length = h.train_seq_len
     rows = train_gpt.TrainingData(h).sequences(3 * h.train_batch_tokens // length, 16_384 // length)
-    processes, quantizers = train_gpt.Processes(h), train_gpt.quantizers_of(h)
+    quantizers = train_gpt.quantizers_of(h)
     hessians = train_gpt.collect_hessians(model, [rows[:, :-1]], processes)
     for name in ("embedding", "bigram.0", "bigram.1", "blocks.3.mlp.proj"):
         module = model.get_submodule(name)
@@ -580,23 +581,23 @@ def stored_model(h: train_gpt.Hyperparameters, **header) -> tuple[bytes, train_g
     return train_gpt.write_artifact(header, dict(model.state_dict()))[0], model
 
 
-def test_maps_that_come_out_different_are_refused_with_the_versions(settings):
+def test_maps_that_come_out_different_are_refused_with_the_versions(settings, processes):
     """Trap 6: another stream of random numbers would mean garbage weights without a word."""
     h, other = settings(), settings(random_adapter_seed=54321)
     blob, model = stored_model(h, model=other.model_settings())
     with pytest.raises(train_gpt.UserError) as error:
-        train_gpt.build_model(*train_gpt.read_artifact(blob), train_gpt.Processes(h))
+        train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
     for told in (torch.__version__, np.__version__, model.fingerprint()[:8]):
         assert told in str(error.value)
 
 
-def test_an_artifact_is_rebuilt_from_itself_whatever_the_environment_says(settings, monkeypatch):
+def test_an_artifact_is_rebuilt_from_itself_whatever_the_environment_says(settings, monkeypatch, processes):
     h = settings(num_layers=3, ve_layers="1", bigram_vocab_size=0)
     blob, model = stored_model(h)
     for name, value in {"NUM_LAYERS": "2", "MODEL_DIM": "64", "RANDOM_ADAPTER_SEED": "1",
                         "SKIPS_ENABLED": "0", "LOGIT_SOFTCAP": "1", "QK_GAIN_INIT": "9"}.items():
         monkeypatch.setenv(name, value)
-    again = train_gpt.build_model(*train_gpt.read_artifact(blob), train_gpt.Processes(h))
+    again = train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
     assert again.fingerprint() == model.fingerprint()
     with torch.no_grad():
         for (name, p), other in zip(model.named_parameters(), again.parameters()):
@@ -668,6 +669,25 @@ def test_muon_in_batches_is_muon_one_by_one():
     for p, other in zip(together, alone):
         torch.testing.assert_close(p, other, rtol=0, atol=1e-5)
     assert torch.equal(together[4], untouched)
+
+
+def test_a_step_warms_momentum_up_and_scales_every_learning_rate(settings, random_model, processes):
+    h = settings(muon_momentum_warmup_steps=100)
+    model = random_model(h)
+    before = copy.deepcopy(model.state_dict())
+    optimizers = train_gpt.Optimizers(train_gpt.tensors_by_role(model), h, processes)
+    for step, momentum in ((0, 0.92), (50, 0.955), (100, 0.99), (1000, 0.99)):
+        model(tokens(2, 16), tokens(2, 16, seed=1)).backward()
+        optimizers.step(step, 0.0)
+        assert optimizers.muon.param_groups[0]["momentum"] == pytest.approx(momentum)
+        assert all(p.grad is None for p in model.parameters()), "the next step begins from nothing"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(tokens(2, 16), tokens(2, 16, seed=1)).backward()
+    optimizers.step(1000, 0.5)
+    rates = [group["lr"] for group in optimizers.muon.param_groups + optimizers.adam.param_groups]
+    assert rates == pytest.approx([0.5 * h.matrix_lr, 0.5 * h.tied_embed_lr, 0.5 * h.scalar_lr])
+    idle = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
+    assert idle == []
 
 
 # ---- Averages ----------------------------------------------------------------------------------------------
@@ -767,6 +787,13 @@ def test_a_slow_step_costs_its_time_and_no_more():
     clock.step_took(33.0)
     lost = before - clock.remaining(51)
     assert 330 <= lost <= 332
+
+
+def test_the_schedule_follows_a_machine_that_becomes_slower():
+    clock = train_gpt.Clock(20_000, 100.0)
+    for seconds in [0.1] * 300 + [0.2] * 100:
+        clock.step_took(seconds)
+    assert clock.remaining(400) == pytest.approx(50 / 0.2, abs=1)
 
 
 def test_one_slow_first_step_does_not_start_the_warm_down():
