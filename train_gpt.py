@@ -194,12 +194,16 @@ def contradictions(h: Hyperparameters) -> list[str]:
         f" {processes} processes": not h.eval_only and h.train_batch_tokens % (h.train_seq_len * processes),
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS to train":
             0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
+        f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit": h.mlp_dim < 1,
+        "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
+        "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt": h.export_only and not h.checkpoint_path,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
-# Variables of published scripts that ask for what is not here, and why it is not.
-NOT_HERE = dict.fromkeys(("RANDOM_BASIS_ENABLED", "RANDOM_BASIS_SEED", "LORA_RANK", "SELECTIVE_FREEZE",
-                          "PROGRESSIVE_FREEZE_FRAC", "RAND_PROJ_LAYERS", "RAND_GAIN"), "not built yet")
+# Variables of published scripts for what is not here, and why it is not.
+NOT_HERE = dict.fromkeys(
+    "RANDOM_BASIS_ENABLED RANDOM_BASIS_SEED LORA_RANK SELECTIVE_FREEZE PROGRESSIVE_FREEZE_FRAC RAND_GAIN"
+    " RAND_PROJ_LAYERS TTT_ENABLED".split(), "not built yet")
 NOT_HERE |= dict.fromkeys(("NGRAM_EVAL", "KNN_LAMBDA"), "as published it gives no normalised distribution")
 
 def foreign_variables(h: Hyperparameters) -> list[str]:
@@ -231,9 +235,11 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.on_cuda else "gloo")
         return self
 
-    def __exit__(self, *_) -> None:
-        if self.count > 1:
+    def __exit__(self, failure, *_) -> None:
+        if self.count > 1 and failure is None:
+            dist.barrier()  # rank 0 may still be writing
             dist.destroy_process_group()
+            os._exit(0)  # now and then a thread of gloo's aborts an interpreter that takes its time to exit
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor, summed over the processes in place."""
@@ -251,6 +257,8 @@ class Processes:
 class Log:
     """Rank 0's lines, to the run's file and to the console; `progress` goes to a terminal only."""
     def __init__(self, on: bool, path: Path | None = None):
+        if on and path:
+            path.parent.mkdir(parents=True)
         self.on, self.file = on, path.open("a", encoding="utf-8") if on and path else None
         self.clear = "\r\033[K" if on and sys.stdout.isatty() else ""
 
@@ -372,8 +380,9 @@ class ValidationStream:
     is not the length of its decoded text: its bits per byte would be wrong."""
     def __init__(self, h: Hyperparameters, tokenizer: Tokenizer):
         tokens = check_tokens(np.concatenate(read_shards(h.data_path, "val")), h)
-        if len(tokens) < 2:
-            raise UserError(f"DATA_PATH={h.data_path}: the validation stream has no token to score")
+        self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])  # scored: all but the first token
+        if not self.bytes:
+            raise UserError(f"DATA_PATH={h.data_path}: the validation stream has no text to score")
         whole = len(tokens) - int(np.argmin(tokenizer.is_byte[tokens[::-1]]))  # the end may cut a character
         self.text = tokenizer.decode(tokens[:whole])
         before = np.append(tokenizer.is_control.argmax(), tokens[: whole - 1])
@@ -381,7 +390,6 @@ class ValidationStream:
         if counted != len(self.text):
             raise UserError(f"DATA_PATH={h.data_path}: validation tokens count {counted} bytes, their text"
                             f" has {len(self.text)}; is TOKENIZER_PATH={h.tokenizer_path} what made them?")
-        self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])  # scored: all but the first token
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
 
 # ---- Random maps -------------------------------------------------------------------------------------------
@@ -418,8 +426,7 @@ def normal_deviates(seed: int, n: int) -> np.ndarray:
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
 
 def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
-    """Haar-random (out, in) float64 with orthonormal columns, or rows where those are longer: QR of a normal
-    matrix on its tall side, made unique by a positive diagonal of R."""
+    """(out, in) float64, Haar-random, orthonormal on its shorter side: QR of a normal matrix, diag(R) > 0."""
     tall, short = max(out_features, in_features), min(out_features, in_features)
     q, r = torch.linalg.qr(torch.from_numpy(normal_deviates(seed, tall * short).reshape(tall, short)))
     q = q * r.diagonal().sign()
@@ -600,8 +607,7 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.norm_scale), own_v
 
 class GPT(nn.Module):
-    """The model that the table of maps and the settings describe; `forward` gives the mean loss in nats.
-    Frozen maps are drawn here, initial weights come from torch's global generator."""
+    """The model of the map table and the settings; initial weights come from torch's global generator."""
     def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.softcap, self.bigram_buckets = h.logit_softcap, h.bigram_vocab_size
@@ -690,8 +696,7 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
     return (x.mT if is_tall else x).to(g.dtype)
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised (Jordan et al. 2024), decoupled weight decay; for 2-D parameters.
-    Those of one shape are orthogonalised in one batch, which the processes share out between them."""
+    """Orthogonalised Nesterov momentum (Jordan et al. 2024); the processes share out each shape's batch."""
     def __init__(self, params, lr: float = 0.025, momentum: float = 0.95, backend_steps: int = 5,
                  weight_decay: float = 0.0, processes: Processes | None = None):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -1067,7 +1072,7 @@ def choose_average(model: GPT, params: list[nn.Parameter], candidates: dict[str,
         scores[name] = processes.sum_(total).item() / holdout[:, 1:].numel()
     best = min(scores, key=scores.get)
     if not math.isfinite(scores[best]):
-        raise UserError(f"the trained weights give no finite loss: {scores}; lower the learning rates")
+        raise UserError(f"the loss of the trained weights is not finite: {scores}; lower the learning rates")
     torch._foreach_copy_([p.detach() for p in params], candidates[best])
     log("average " + " ".join(f"{name}:{score:.4f}" for name, score in scores.items()) + f" exported:{best}")
 
@@ -1100,8 +1105,8 @@ def export(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingD
 
 # ---- Main --------------------------------------------------------------------------------------------------
 def train_and_export(h: Hyperparameters, processes: Processes, device: str, tokenizer: Tokenizer,
-                     val: ValidationStream, folder: Path, log: Log) -> tuple[bytes, dict]:
-    """The artifact of a new model, or of the checkpoint of an old one, and the run's figures."""
+                     val: ValidationStream, folder: Path, saved: dict | None, log: Log) -> tuple[bytes, dict]:
+    """The artifact of a new model, or of a saved one, and the run's figures."""
     data = TrainingData(h)
     torch.manual_seed(h.seed)
     model = GPT(h, processes.dtype).to(processes.device)
@@ -1113,15 +1118,12 @@ def train_and_export(h: Hyperparameters, processes: Processes, device: str, toke
     frozen = sum(row.out_features * row.in_features for row in model.frozen)
     log(f"model {sum(p.numel() for p in model.parameters()):,} trained and {frozen:,} frozen parameters")
     log(f"versions {json.dumps(VERSIONS)} device {device}, {torch.get_num_threads()} threads")
-    if h.export_only:
-        saved = torch.load(io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path)), weights_only=True)
+    if saved:
         model.load_state_dict(saved["weights"])
-        figures = saved["figures"]
-    else:
-        figures = train(h, processes, model, data, val, log)
+    figures = saved["figures"] if saved else train(h, processes, model, data, val, log)
     if processes.rank == 0:
         buffer = io.BytesIO()
-        torch.save({"figures": figures, "weights": model.state_dict()}, buffer)
+        torch.save({"model": h.model_settings(), "figures": figures, "weights": model.state_dict()}, buffer)
         write_file(folder / "checkpoint.pt", buffer.getvalue())
     began = time.perf_counter()
     blob = export(h, processes, model, data, figures["steps"], tokenizer, log)
@@ -1131,10 +1133,13 @@ def train_and_export(h: Hyperparameters, processes: Processes, device: str, toke
 
 def run(h: Hyperparameters, processes: Processes) -> None:
     """The job: train and export, unless there is an artifact; evaluate it from its bytes alone; report."""
-    blob, figures, folder = b"", {}, None
+    blob, saved, figures, folder = b"", None, {}, None
     if h.eval_only:
         blob = read_file("MODEL_PATH", h.model_path)
         h = Hyperparameters(**read_artifact(blob)[0]["model"])
+    elif h.export_only:
+        saved = torch.load(io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path)), weights_only=True)
+        h = Hyperparameters(**saved["model"])
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     val = ValidationStream(h, tokenizer)
     device = torch.cuda.get_device_name() if processes.on_cuda else f"{platform.machine()} CPU"
@@ -1142,11 +1147,9 @@ def run(h: Hyperparameters, processes: Processes) -> None:
         folder = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S"))
         if processes.rank == 0 and folder.exists():
             raise UserError(f"{folder} is another run's; choose a new RUN_ID")
-        if processes.rank == 0:
-            folder.mkdir(parents=True)
     log = Log(processes.rank == 0, folder and folder / "train.log")
     if not h.eval_only:
-        blob, figures = train_and_export(h, processes, device, tokenizer, val, folder, log)
+        blob, figures = train_and_export(h, processes, device, tokenizer, val, folder, saved, log)
     header, tensors = read_artifact(blob)
     if header["tokenizer"] != tokenizer.sha256:
         raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer the artifact was made with")

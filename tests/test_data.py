@@ -1,0 +1,454 @@
+"""Shards, training order, byte accounting, and the plan and arithmetic of the evaluation."""
+from __future__ import annotations
+
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from helpers import TINY, UNUSUAL_DOCUMENTS, clear_settings, make_corpus, read_shard, train_gpt, write_shard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+UserError = train_gpt.UserError
+SILENT = train_gpt.Log(False)
+BOS = 1
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch):
+    clear_settings(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return train_gpt.Tokenizer(str(corpus.tokenizer), corpus.settings["VOCAB_SIZE"])
+
+
+def tiny(**given):
+    """Settings of the tiny model; keywords in small letters win."""
+    return train_gpt.Hyperparameters(**{**{name.lower(): value for name, value in TINY.items()}, **given})
+
+
+def of(corpus, **given):
+    return tiny(**{name.lower(): value for name, value in corpus.settings.items()}, **given)
+
+
+def processes_of(h, monkeypatch, rank: int = 0, count: int = 1):
+    """Where a process of a run stands; joining its group is not needed to read data."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    return train_gpt.Processes(h)
+
+
+# ---- Shards ------------------------------------------------------------------------------------------------
+
+
+def test_header_is_skipped_to_the_byte(tmp_path):
+    """Published readers skip 12 of its 1,024 bytes and train on the rest of it."""
+    first, second = np.arange(500, 600), np.arange(7)
+    write_shard(tmp_path / "fineweb_train_000000.bin", first)
+    write_shard(tmp_path / "fineweb_train_000001.bin", second)
+    write_shard(tmp_path / "fineweb_val_000000.bin", [65_535, 3])
+    read = [tokens.tolist() for tokens in train_gpt.read_shards(str(tmp_path), "train")]
+    assert read == [first.tolist(), second.tolist()]
+    assert [tokens.tolist() for tokens in train_gpt.read_shards(str(tmp_path), "val")] == [[65_535, 3]]
+
+
+def test_what_prepare_wrote_is_read_back(corpus):
+    (tokens,) = train_gpt.read_shards(str(corpus.folder), "val")
+    assert tokens[0] == BOS
+    assert (tokens == BOS).sum() == len(corpus.documents)
+    assert np.array_equal(tokens, read_shard(corpus.folder / "fineweb_val_000000.bin"))
+
+
+def truncated(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize("spoil", [
+    pytest.param(lambda path: write_shard(path, range(50), magic=20240521), id="wrong magic"),
+    pytest.param(lambda path: write_shard(path, range(50), version=2), id="wrong version"),
+    pytest.param(lambda path: write_shard(path, range(50), count=51), id="a token short"),
+    pytest.param(lambda path: write_shard(path, range(50), count=49), id="a token too long"),
+    pytest.param(lambda path: write_shard(path, range(50), count=-1), id="negative count"),
+    pytest.param(lambda path: write_shard(path, []), id="no tokens"),
+    pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+    pytest.param(lambda path: path.write_bytes(b"<html>Not Found</html>" * 100), id="an error page"),
+    pytest.param(lambda path: truncated(path, 1024 + 99), id="half a token"),
+    pytest.param(lambda path: truncated(path, 1024), id="header only"),
+    pytest.param(lambda path: truncated(path, 20), id="part of the header"),
+    pytest.param(lambda path: truncated(path, 5), id="five bytes"),
+    pytest.param(lambda path: truncated(path, 8), id="magic and version only"),
+])
+def test_damaged_shard_is_refused_by_name(tmp_path, spoil):
+    write_shard(tmp_path / "fineweb_train_000000.bin", range(50))
+    damaged = write_shard(tmp_path / "fineweb_train_000001.bin", range(50))
+    spoil(damaged)
+    with pytest.raises(UserError) as refused:
+        train_gpt.read_shards(str(tmp_path), "train")
+    assert str(refused.value).startswith(f"{damaged}: ")
+
+
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_missing_shards_are_refused_with_their_folder(tmp_path, folder):
+    write_shard(tmp_path / "fineweb_val_000000.bin", range(50))
+    with pytest.raises(UserError) as refused:
+        train_gpt.read_shards(str(tmp_path / folder), "train")
+    assert str(tmp_path / folder) in str(refused.value)
+    assert "fineweb_train_*.bin" in str(refused.value)
+
+
+# ---- Training data -----------------------------------------------------------------------------------------
+
+LENGTH = TINY["TRAIN_SEQ_LEN"]
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """Three shards of uneven lengths in which every token is another number, which tells its place."""
+    folder, first = tmp_path_factory.mktemp("numbered"), 0
+    for number, size in enumerate((LENGTH * 70 + 5, LENGTH * 40, LENGTH * 61 + 1)):
+        write_shard(folder / f"fineweb_train_{number:06d}.bin", np.arange(first, first + size))
+        first += size
+    return folder
+
+
+def training_data(numbered, **given):
+    return train_gpt.TrainingData(tiny(data_path=numbered, vocab_size=65_536, **given))
+
+
+def test_every_sequence_is_seen_once_an_epoch(numbered):
+    data = training_data(numbered, holdout_tokens=3 * LENGTH)
+    # A sequence needs LENGTH + 1 tokens of one shard: 70, 39 and 61 of them.
+    everything = [(shard, i * LENGTH) for shard, count in enumerate((70, 39, 61)) for i in range(count)]
+    starts = np.cumsum([0, LENGTH * 70 + 5, LENGTH * 40])
+    held_out, epoch = data.read(data.held_out), len(everything) - len(data.held_out)
+    assert len(held_out) == 3
+    for number in range(3):
+        rows = data.sequences(number * epoch, epoch)
+        assert (rows.diff(dim=1) == 1).all()  # whole sequences, none across the end of a shard
+        seen = torch.cat([rows[:, 0], held_out[:, 0]]).sort().values
+        assert seen.tolist() == sorted(int(starts[shard] + start) for shard, start in everything)
+
+
+def test_held_out_sequences_are_never_trained_on(numbered):
+    data = training_data(numbered, holdout_tokens=3 * LENGTH)
+    assert len(data.held_out) == 3
+    trained = data.sequences(0, 4 * len(data.places))[:, :-1].unique()
+    assert not torch.isin(data.read(data.held_out)[:, 1:], trained).any()
+
+
+def test_little_data_is_not_held_out_whole(numbered):
+    data = training_data(numbered)  # the default of 1,048,576 tokens is more than all there is
+    assert 1 <= len(data.held_out) <= (len(data.places) + len(data.held_out)) / 50
+
+
+def test_each_epoch_and_each_seed_has_its_own_order(numbered):
+    data, other = training_data(numbered), training_data(numbered, seed=5)
+    count = len(data.places)
+    orders = [data.sequences(epoch * count, count)[:, 0] for epoch in range(3)]
+    orders.append(other.sequences(0, count)[:, 0])
+    for one, another in itertools.combinations(orders, 2):
+        assert (one != another).float().mean() > 0.9
+    assert torch.equal(training_data(numbered).sequences(0, count)[:, 0], orders[0])
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 2 * LENGTH, 3 * LENGTH, 98_304])
+def test_a_step_is_the_same_for_any_number_of_processes(numbered, monkeypatch, micro_batch_tokens):
+    h = tiny(data_path=numbered, vocab_size=65_536, train_batch_tokens=12 * LENGTH,
+             micro_batch_tokens=micro_batch_tokens)
+    data = train_gpt.TrainingData(h)
+    for step in (0, 1, 40):  # the last is in a later epoch
+        expected = data.sequences(step * 12, 12)
+        for count in (1, 2, 4):
+            together = []
+            for rank in range(count):
+                batches = data.micro_batches(step, processes_of(h, monkeypatch, rank, count))
+                assert {len(inputs) for inputs, _ in batches} == {len(batches[0][0])}  # one shape: one graph
+                assert len(batches[0][0]) <= max(1, micro_batch_tokens // LENGTH)
+                for inputs, targets in batches:
+                    assert inputs.shape == targets.shape == (len(inputs), LENGTH)
+                    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+                    together.append(torch.cat([inputs, targets[:, -1:]], dim=1))
+            assert torch.equal(torch.cat(together), expected)
+
+
+def test_token_outside_the_vocabulary_is_refused(tmp_path):
+    tokens = np.full(LENGTH * 9, 3)
+    tokens[100] = 512
+    write_shard(tmp_path / "fineweb_train_000000.bin", tokens)
+    data = train_gpt.TrainingData(tiny(data_path=tmp_path, vocab_size=512))
+    with pytest.raises(UserError, match="token 512 is outside VOCAB_SIZE=512"):
+        data.sequences(0, len(data.places))
+
+
+def test_too_few_training_tokens_are_refused(tmp_path):
+    one_sequence = np.zeros(2 * LENGTH)  # and none to hold out
+    write_shard(tmp_path / "fineweb_train_000000.bin", one_sequence)
+    with pytest.raises(UserError, match="too few training tokens"):
+        train_gpt.TrainingData(tiny(data_path=tmp_path))
+
+
+# ---- Byte accounting ---------------------------------------------------------------------------------------
+
+
+def counted(tokenizer, tokens) -> int:
+    return tokenizer.count_bytes(tokens[:-1], tokens[1:])
+
+
+def stream_of(tokens, tokenizer, folder):
+    """A validation stream of these tokens, by way of a shard in this folder."""
+    write_shard(folder / "fineweb_val_000000.bin", tokens)
+    return train_gpt.ValidationStream(tiny(data_path=folder, vocab_size=512), tokenizer)
+
+
+def test_counted_bytes_are_the_decoded_text_document_by_document(corpus, tokenizer):
+    stream = read_shard(corpus.folder / "fineweb_val_000000.bin")
+    assert tokenizer.is_byte[stream].sum() > 100  # or the corpus tests nothing
+    documents = np.split(stream, np.flatnonzero(stream == BOS))[1:]
+    assert len(documents) == len(corpus.documents)
+    total = 0
+    for tokens, text in zip(documents, corpus.documents, strict=True):
+        decoded = tokenizer.decode(tokens)
+        # Normalisation folds spaces and compatibility forms; past that the text must come back as it was.
+        assert decoded.decode().split() == tokenizer.model.normalize(text).replace("▁", " ").split()
+        assert counted(tokenizer, tokens) == len(decoded)
+        total += len(decoded)
+    assert counted(tokenizer, stream) == len(tokenizer.decode(stream)) == total
+
+
+def test_plain_text_counts_its_own_length(tokenizer):
+    text = "Déjà vu, 日本語 🎉 and a line."
+    tokens = np.array([BOS, *tokenizer.model.encode(text)])
+    assert counted(tokenizer, tokens) == len(text.encode())
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.text(max_size=40) | st.text("a ▁\n\té") | st.sampled_from(UNUSUAL_DOCUMENTS), max_size=4))
+def test_any_text_counts_its_decoded_length(tokenizer, texts):
+    documents = [np.array([BOS, *tokenizer.model.encode(text)]) for text in texts]
+    stream = np.concatenate([[BOS], *documents])
+    assert counted(tokenizer, stream) == len(tokenizer.decode(stream))
+    assert counted(tokenizer, stream) == sum(counted(tokenizer, tokens) for tokens in documents)
+
+
+def test_stream_counts_all_but_its_first_token(corpus, tokenizer):
+    stream = train_gpt.ValidationStream(of(corpus), tokenizer)
+    assert stream.tokens.tolist() == read_shard(corpus.folder / "fineweb_val_000000.bin").tolist()
+    assert stream.text == tokenizer.decode(stream.tokens.numpy())
+    assert stream.bytes == len(stream.text)  # the first token is a BOS, of no bytes
+
+
+def twice_counted_space(tokenizer):
+    tokenizer.own_bytes = tokenizer.own_bytes + tokenizer.has_space
+
+
+def three_bytes_a_byte(tokenizer):
+    tokenizer.own_bytes = np.where(tokenizer.is_byte, 3, tokenizer.own_bytes)
+
+
+def six_characters_a_byte(tokenizer):
+    """The length of the piece as it is written, <0xE6>."""
+    tokenizer.own_bytes = np.where(tokenizer.is_byte, 6, tokenizer.own_bytes)
+
+
+def bytes_of_control_tokens(tokenizer):
+    tokenizer.own_bytes = np.where(tokenizer.is_control, 3, tokenizer.own_bytes)
+
+
+def forgotten_space(tokenizer):
+    tokenizer.has_space = np.zeros_like(tokenizer.has_space)
+
+
+@pytest.mark.parametrize("mistake", [twice_counted_space, three_bytes_a_byte, six_characters_a_byte,
+                                     bytes_of_control_tokens, forgotten_space])
+def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path, mistake):
+    wrong = train_gpt.Tokenizer(str(corpus.tokenizer), 512)
+    tokens = [BOS, *wrong.model.encode("plain text and 日本語 too")]
+    stream_of(tokens, wrong, tmp_path)
+    mistake(wrong)
+    with pytest.raises(UserError, match="validation tokens count"):
+        stream_of(tokens, wrong, tmp_path)
+
+
+def test_stream_may_end_within_a_character(tokenizer, tmp_path):
+    """As a shard does that was cut at a number of tokens."""
+    tokens = [BOS, *tokenizer.model.encode("some text 🎉")]
+    assert tokenizer.is_byte[tokens[-4:]].all()
+    for cut in range(5):
+        stream = stream_of(tokens[: len(tokens) - cut], tokenizer, tmp_path)
+        assert stream.bytes == len("some text 🎉".encode()) - cut
+
+
+@pytest.mark.parametrize(("tokens", "says"), [
+    ([BOS], "no text to score"), ([BOS, 300, 512], "outside VOCAB_SIZE"),
+])
+def test_unusable_stream_is_refused(tokenizer, tmp_path, tokens, says):
+    with pytest.raises(UserError, match=says):
+        stream_of(tokens, tokenizer, tmp_path)
+
+
+def test_stream_without_text_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError):
+        stream_of([BOS, 2, BOS], tokenizer, tmp_path)
+
+
+def test_space_at_the_start_of_a_document_is_not_text(corpus, tokenizer, tmp_path):
+    """Decoding drops it; an account that counts every ▁ is refused."""
+    class EverySpace(train_gpt.Tokenizer):
+        def count_bytes(self, before, tokens):
+            return int((self.own_bytes + self.has_space)[tokens].sum())
+
+    tokens = [BOS, tokenizer.model.piece_to_id("▁"), *tokenizer.model.encode("text")]
+    assert stream_of(tokens, tokenizer, tmp_path).bytes == len("text")
+    with pytest.raises(UserError, match="count 5 bytes, their text has 4"):
+        stream_of(tokens, EverySpace(str(corpus.tokenizer), 512), tmp_path)
+
+
+# ---- Tokenizers --------------------------------------------------------------------------------------------
+
+
+def trained_tokenizer(path, lines, vocab: int = 280):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
+        hard_vocab_limit=False, minloglevel=2)
+    path.write_bytes(model.getvalue())
+    return str(path), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+
+
+def test_tokenizer_without_a_piece_for_the_space_is_refused(tmp_path):
+    path, vocab = trained_tokenizer(tmp_path / "nospace.model", ["abcdefgh", "hgfedcba", "aabbccdd"] * 20)
+    with pytest.raises(UserError, match="▁ is no piece of its own"):
+        train_gpt.Tokenizer(path, vocab)
+    lines = ["abcd efgh", "hgfe dcba", "aabb ccdd"] * 20
+    train_gpt.Tokenizer(*trained_tokenizer(tmp_path / "space.model", lines))
+
+
+def test_tokenizer_of_another_size_is_refused(corpus):
+    with pytest.raises(UserError, match="has 512 pieces, VOCAB_SIZE=511"):
+        train_gpt.Tokenizer(str(corpus.tokenizer), 511)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", None])
+def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "some.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        train_gpt.Tokenizer(str(path), 512)
+    assert str(path) in str(refused.value)
+
+
+# ---- Windows -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.data(), st.integers(1, 400))
+def test_windows_score_every_token_once(data, targets):
+    length = data.draw(st.integers(1, targets), "length")
+    stride = data.draw(st.integers(1, length), "stride")
+    starts, counts = train_gpt.plan_windows(targets, length, stride)
+    scored = []
+    for number, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+        assert 0 <= start <= targets - length  # inside the stream
+        assert 1 <= count <= length
+        if number:
+            assert length - count >= length - stride  # positions before the first that it scores
+        scored += range(start + length - count, start + length)
+    assert scored == list(range(targets))  # each once, left to right, the tail too
+
+
+@pytest.mark.parametrize("stride", [2048, 4096])
+def test_windows_of_a_stream_that_is_shorter(stride):
+    """`evaluate` cuts the window to the stream, the stride stays as it was set."""
+    starts, counts = train_gpt.plan_windows(100, 100, stride)
+    assert (starts.tolist(), counts.tolist()) == ([0], [100])
+
+
+# ---- Evaluation --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stream(corpus, tokenizer, tmp_path_factory):
+    """A few hundred tokens, so that the slow loop is not too slow; no multiple of any window."""
+    tokens = read_shard(corpus.folder / "fineweb_val_000000.bin")[:331]
+    return stream_of(tokens, tokenizer, tmp_path_factory.mktemp("stream"))
+
+
+@pytest.fixture(scope="module")
+def model(corpus):
+    """A model whose predictions depend on the context: larger embeddings, and adapters that are not zero."""
+    torch.manual_seed(0)
+    model = train_gpt.GPT(of(corpus, tied_embed_init_std=1.0), torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def slow_evaluation(model, tokens, length: int, stride: int) -> float:
+    """Mean nats of every token after the first: window by window, one token at a time, in float64."""
+    length, scored, total = min(length, len(tokens) - 1), 0, 0.0
+    for start in itertools.count(0, stride):
+        start = min(start, len(tokens) - 1 - length)
+        with torch.no_grad():
+            logits = model.logits(model.hidden(tokens[None, start : start + length]))[0].double()
+        for i in range(scored - start, length):
+            total += float(logits[i].logsumexp(0) - logits[i, tokens[start + i + 1]])
+        scored = start + length
+        if scored == len(tokens) - 1:
+            return total / scored
+
+
+@pytest.mark.parametrize(("length", "stride"), [(32, 32), (32, 8), (32, 5), (17, 1), (64, 63), (1, 1)])
+def test_evaluation_equals_a_slow_loop(corpus, monkeypatch, model, stream, length, stride):
+    h = of(corpus, eval_seq_len=length, eval_stride=1)
+    nats, bpb = train_gpt.evaluate(model, stream, h, processes_of(h, monkeypatch), stride, SILENT)
+    assert nats == pytest.approx(slow_evaluation(model, stream.tokens, length, stride), abs=2e-6)
+    assert bpb == pytest.approx(nats * (len(stream.tokens) - 1) / math.log(2) / stream.bytes, rel=1e-12)
+
+
+def test_context_helps_or_these_tests_show_nothing(corpus, model, stream):
+    plans = (32, 32), (32, 8), (8, 8)
+    losses = [slow_evaluation(model, stream.tokens, length, stride) for length, stride in plans]
+    assert max(losses) - min(losses) > 1e-3
+
+
+@pytest.mark.parametrize("stride", [32, 5])
+def test_evaluation_does_not_depend_on_the_batch(corpus, monkeypatch, model, stream, stride):
+    values = []
+    for tokens in (1, 32, 100, 1000, 131_072):
+        h = of(corpus, eval_batch_tokens=tokens)
+        values.append(train_gpt.evaluate(model, stream, h, processes_of(h, monkeypatch), stride, SILENT))
+    assert np.ptp(np.array(values), axis=0).max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [2, 3, 20, 32, 33, 34])
+def test_stream_shorter_than_a_window(tokenizer, monkeypatch, tmp_path, model, stream, size):
+    short, h = stream_of(stream.tokens[:size], tokenizer, tmp_path), tiny(vocab_size=512)
+    for stride in (h.eval_seq_len, h.eval_stride):
+        nats, _ = train_gpt.evaluate(model, short, h, processes_of(h, monkeypatch), stride, SILENT)
+        assert nats == pytest.approx(slow_evaluation(model, short.tokens, 32, stride), abs=2e-6)
+
+
+def test_prediction_depends_on_the_prefix_alone_and_sums_to_one(model, stream):
+    """What makes a score valid: a later token, changed, moves no earlier prediction."""
+    ids = stream.tokens[None, :32]
+    changed = ids.clone()
+    changed[0, 20:] = (changed[0, 20:] + 7) % 512
+    with torch.no_grad():
+        one, other = (model.logits(model.hidden(x))[0] for x in (ids, changed))
+    assert torch.equal(one[:20], other[:20])
+    assert not torch.equal(one[20:], other[20:])
+    assert (one.double().softmax(-1).sum(-1) - 1).abs().max() < 1e-12

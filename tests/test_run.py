@@ -1,0 +1,424 @@
+"""The whole job as a person runs it: real processes, a tiny model, loopback where there are several."""
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    FIELDS,
+    MODEL_SETTINGS,
+    ROOT,
+    SCRIPT,
+    TINY,
+    clear_settings,
+    finish,
+    make_corpus,
+    read_shard,
+    refusal,
+    run,
+    run_well,
+    start,
+    train_gpt,
+    write_shard,
+)
+
+TORCHRUN = ("-m", "torch.distributed.run")
+LOSSES = re.compile(r"^step:(\d+)/(\d+) train_loss:(\d+\.\d+) train_time:\d+ms step_avg:\d+\.\d+ms$", re.M)
+VALIDATIONS = re.compile(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)", re.M)
+FINAL = r"^final_int6_(brotli|lzma)_{}_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$"
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch):
+    clear_settings(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder that the runs of this file lie in."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def base(corpus, runs) -> dict:
+    """Settings of the run that others are compared with: half of it trains quantised weights."""
+    return {**TINY, **corpus.settings, "OUTPUT_DIR": runs, "RUN_ID": "base", "LATE_QAT_THRESHOLD": 1,
+            "VAL_LOSS_EVERY": 10, "SEED": 42, "AUTHOR": "A. Person", "GITHUB_ID": "aperson"}
+
+
+@pytest.fixture(scope="module")
+def trained(base, runs) -> Path:
+    run_well(base | {"NGRAM_EVAL": 0, "KNN_LAMBDA": 0})  # as the published command has them
+    return runs / "base"
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "train.log").read_text(encoding="utf-8")
+
+
+def losses_of(text: str) -> list[float]:
+    return [float(found[3]) for found in LOSSES.finditer(text)]
+
+
+def final(text: str, kind: str = "sliding_window") -> tuple[float, float]:
+    """(val_loss, val_bpb) of the last lines of a log or a console."""
+    (found,) = re.finditer(FINAL.format(kind), text, re.M)
+    return float(found[2]), float(found[3])
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+# ---- One run -----------------------------------------------------------------------------------------------
+
+
+def test_run_leaves_its_four_files(trained):
+    assert sorted(path.name for path in trained.iterdir()) == [
+        "checkpoint.pt", "model.int6.ptz", "submission.json", "train.log"]
+
+
+def test_log_has_the_lines_that_others_look_for(trained):
+    text = log_of(trained)
+    steps = [(int(found[1]), int(found[2])) for found in LOSSES.finditer(text)]
+    assert steps == [(step, 20) for step in range(1, 21)]
+    assert [(int(found[1]), int(found[2])) for found in VALIDATIONS.finditer(text)] == [(10, 20), (20, 20)]
+    for kind in ("roundtrip", "sliding_window"):
+        loss, bpb = final(text, kind)
+        assert re.search(rf"^final_int6_\w+_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} ", text, re.M)
+    assert "late_qat:on step:11" in text
+
+
+def test_log_holds_all_that_the_run_depends_on(trained, base):
+    text = log_of(trained)
+    assert SCRIPT.read_text(encoding="utf-8") in text
+    logged = dict(re.findall(r"^([A-Z][A-Z0-9_]+)=(.*)$", text, re.M))
+    for f in FIELDS:
+        expected = type(f.default)(base.get(f.name.upper(), f.default))
+        assert logged[f.name.upper()] == str(expected), f.name
+    assert text.count("\nmap name:blocks.") == 6 * TINY["NUM_LAYERS"]
+
+
+def test_loss_falls(trained):
+    losses = losses_of(log_of(trained))
+    assert losses[0] == pytest.approx(math.log(512), abs=0.1)  # nothing is known at first
+    assert np.mean(losses[-5:]) < losses[0] - 0.8
+
+
+def test_submission_agrees_with_the_log_and_the_files(trained, base):
+    submission = json.loads((trained / "submission.json").read_text())
+    loss, bpb = final(log_of(trained))
+    assert submission["val_loss"] == pytest.approx(loss, abs=1e-8)
+    assert submission["val_bpb"] == pytest.approx(bpb, abs=1e-8)
+    assert submission["bytes_code"] == SCRIPT.stat().st_size
+    assert submission["bytes_total"] == SCRIPT.stat().st_size + (trained / "model.int6.ptz").stat().st_size
+    assert (submission["author"], submission["github_id"]) == ("A. Person", "aperson")
+    assert submission["dataset"] == base["DATA_PATH"].name
+    assert (submission["seeds"], submission["steps"]) == ([42], 20)
+    assert abs(time.mktime(time.strptime(submission["date"], "%Y-%m-%d")) - time.time()) < 2 * 86_400
+    for name in ("name", "blurb", "hardware"):
+        assert submission[name]
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(trained, base, corpus):
+    """Against the length of the decoded text, without this project's own table of bytes."""
+    tokens = read_shard(corpus.folder / "fineweb_val_000000.bin")
+    model = train_gpt.Tokenizer(str(corpus.tokenizer), 512).model
+    documents = [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == 1))]
+    size = sum(len(text.encode()) for text in model.decode(documents))
+    loss, bpb = final(log_of(trained))
+    assert bpb == pytest.approx(loss * (len(tokens) - 1) / math.log(2) / size, abs=1e-7)
+
+
+def test_run_into_an_old_folder_is_refused(trained, base):
+    before = contents(trained)
+    assert "choose a new RUN_ID" in refusal(base)
+    assert contents(trained) == before
+
+
+# ---- Repeatability -----------------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_bytes(trained, base, runs):
+    run_well(base | {"RUN_ID": "again"})
+    assert (runs / "again" / "model.int6.ptz").read_bytes() == (trained / "model.int6.ptz").read_bytes()
+    assert losses_of(log_of(runs / "again")) == losses_of(log_of(trained))
+
+
+def test_another_seed_gives_another_run(trained, base, runs):
+    run_well(base | {"RUN_ID": "seed", "SEED": 43})
+    assert (runs / "seed" / "model.int6.ptz").read_bytes() != (trained / "model.int6.ptz").read_bytes()
+    assert losses_of(log_of(runs / "seed")) != losses_of(log_of(trained))
+
+
+def test_validation_text_has_no_part_in_training(trained, base, runs, corpus, tmp_path):
+    """Other text is validated on, in the midst of training too, and the weights come out the same."""
+    for path in corpus.folder.glob("fineweb_train_*.bin"):
+        shutil.copy(path, tmp_path)
+    tokens = read_shard(corpus.folder / "fineweb_val_000000.bin")
+    second = np.flatnonzero(tokens == 1)[1]
+    write_shard(tmp_path / "fineweb_val_000000.bin", tokens[second:])  # without its first document
+    run_well(base | {"RUN_ID": "other", "DATA_PATH": tmp_path})
+    ours, theirs = weights_of(runs / "other"), weights_of(trained)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert final(log_of(runs / "other")) != final(log_of(trained))
+
+
+# ---- Evaluation from the artifact --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def validation_only(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("validation")
+    shutil.copy(corpus.folder / "fineweb_val_000000.bin", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eval_only(trained, validation_only, corpus) -> dict:
+    """What an evaluator sets: where things lie and how to score. The model is described by the artifact."""
+    settings = {"EVAL_ONLY": 1, "MODEL_PATH": trained / "model.int6.ptz", "DATA_PATH": validation_only,
+                "TOKENIZER_PATH": corpus.tokenizer, "EVAL_SEQ_LEN": 32, "EVAL_STRIDE": 8, "DTYPE": "float32"}
+    assert not settings.keys() & set(MODEL_SETTINGS)
+    return settings
+
+
+def test_artifact_alone_repeats_the_score(trained, eval_only, tmp_path):
+    script = Path(shutil.copy(SCRIPT, tmp_path))
+    out = run_well(eval_only, script=script, cwd=tmp_path)
+    assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-6)
+    assert final(out, "roundtrip") == pytest.approx(final(log_of(trained), "roundtrip"), abs=1e-6)
+    assert list(tmp_path.iterdir()) == [script]  # an evaluation writes nothing
+
+
+def test_two_processes_evaluate_as_one(trained, eval_only):
+    out = run_well(eval_only, launcher=(*TORCHRUN, "--standalone", "--nproc_per_node=2"))
+    assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-7)
+
+
+PLACES = [0, 7, 8, 11, 12, 16, 100, 0.2, 0.4, 0.6, 0.8, -33, -32, -1]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_flipped_bit_is_refused(trained, place):
+    blob = bytearray((trained / "model.int6.ptz").read_bytes())
+    blob[int(place * len(blob)) if isinstance(place, float) else place] ^= 4
+    with pytest.raises(train_gpt.UserError):
+        train_gpt.read_artifact(bytes(blob))
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda blob: b"", lambda blob: blob[:47], lambda blob: blob[:-1], lambda blob: blob + b"\0",
+    lambda blob: blob[1:], lambda blob: b"\0" * 1000,
+], ids=["empty", "47 bytes", "cut", "longer", "shifted", "zeros"])
+def test_damaged_artifact_is_refused(trained, spoil):
+    with pytest.raises(train_gpt.UserError):
+        train_gpt.read_artifact(spoil((trained / "model.int6.ptz").read_bytes()))
+
+
+def test_damaged_artifact_ends_a_process_with_a_message(trained, eval_only, tmp_path):
+    blob = bytearray((trained / "model.int6.ptz").read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (tmp_path / "damaged.ptz").write_bytes(blob)
+    assert "damaged" in refusal(eval_only | {"MODEL_PATH": tmp_path / "damaged.ptz"})
+
+
+def rewritten(trained: Path, **changes) -> bytes:
+    """The run's artifact with other entries in its header, and a checksum that is right."""
+    header, tensors = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())
+    return train_gpt.write_artifact(header | changes, tensors)[0]
+
+
+@pytest.mark.parametrize("change", ["fingerprint", "seed"])
+def test_other_maps_than_the_artifacts_are_refused(trained, base, change):
+    """As another release of a library could draw them; with those the weights are garbage."""
+    header, _ = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())
+    seed = header["model"]["random_adapter_seed"]
+    changes = {"fingerprint": {"fingerprint": "0" * 64},
+               "seed": {"model": header["model"] | {"random_adapter_seed": seed + 1}}}[change]
+    processes = train_gpt.Processes(train_gpt.Hyperparameters(dtype="float32"))
+    train_gpt.build_model(*train_gpt.read_artifact(rewritten(trained)), processes)
+    with pytest.raises(train_gpt.UserError, match="maps drawn here are not the artifact's"):
+        train_gpt.build_model(*train_gpt.read_artifact(rewritten(trained, **changes)), processes)
+
+
+def test_other_maps_end_a_process_with_a_message(trained, eval_only, tmp_path):
+    (tmp_path / "other.ptz").write_bytes(rewritten(trained, fingerprint="0" * 64))
+    assert "maps" in refusal(eval_only | {"MODEL_PATH": tmp_path / "other.ptz"})
+
+
+def test_another_tokenizer_than_the_artifacts_is_refused(eval_only, corpus, tmp_path):
+    """One of the same size whose text is another: its bytes per token, and so the score, would be wrong."""
+    proto = corpus.tokenizer.read_bytes()
+    assert proto.count(b"the") > 0
+    other = tmp_path / "other.model"
+    other.write_bytes(proto.replace(b"the", b"eht"))
+    message = refusal(eval_only | {"TOKENIZER_PATH": other})
+    assert str(other) in message
+    assert "not the tokenizer the artifact was made with" in message
+
+
+# ---- Several processes -------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one(trained, base, runs):
+    run_well(base | {"RUN_ID": "two"}, launcher=(*TORCHRUN, "--standalone", "--nproc_per_node=2"))
+    same_training(runs / "two", trained)
+
+
+def test_two_launchers_train_as_one(trained, base, runs):
+    """Two machines of one process each, as far as one machine can be two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = (*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
+                f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
+    processes = [start(base | {"RUN_ID": "launchers"}, launcher) for _ in range(2)]
+    for result in [finish(process) for process in processes]:
+        assert result.returncode == 0, result.stdout + result.stderr
+    same_training(runs / "launchers", trained)
+
+
+def same_training(folder: Path, other: Path) -> None:
+    ours, theirs = losses_of(log_of(folder)), losses_of(log_of(other))
+    assert len(ours) == len(theirs) == 20
+    assert ours == pytest.approx(theirs, abs=1.01e-4)  # the log has four decimals
+    assert final(log_of(folder)) == pytest.approx(final(log_of(other)), abs=1e-6)
+    assert json.loads((folder / "submission.json").read_text())["hardware"].startswith("2 x ")
+
+
+# ---- Export ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def over_the_limit(base, runs) -> str:
+    """The message of a run that trained and then found its artifact too large."""
+    return refusal(base | {"RUN_ID": "large", "ARTIFACT_LIMIT_BYTES": 1000})
+
+
+def test_artifact_over_the_limit_is_refused_and_the_weights_stay(over_the_limit, trained, runs):
+    size = SCRIPT.stat().st_size + (trained / "model.int6.ptz").stat().st_size
+    assert f"{size:,} bytes, over the limit of 1,000" in over_the_limit
+    for word in ("checkpoint.pt", "EXPORT_ONLY=1", "CHECKPOINT_PATH", "MATRIX_CLIP_SIGMAS", "rank"):
+        assert word in over_the_limit
+    assert sorted(path.name for path in (runs / "large").iterdir()) == ["checkpoint.pt", "train.log"]
+
+
+def test_its_checkpoint_exports_what_the_run_would_have(over_the_limit, trained, base, runs):
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": runs / "large" / "checkpoint.pt", "RUN_ID": "exported"}
+    run_well(base | export)
+    assert final(log_of(runs / "exported")) == pytest.approx(final(log_of(trained)), abs=1e-8)
+    assert (runs / "exported" / "model.int6.ptz").read_bytes() == (trained / "model.int6.ptz").read_bytes()
+    assert json.loads((runs / "exported" / "submission.json").read_text())["steps"] == 20
+
+
+def test_checkpoint_of_another_seed_of_maps_is_noticed(trained, base, runs):
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "forgotten"}
+    result = run(base | export | {"RANDOM_ADAPTER_SEED": 7})
+    assert result.returncode != 0 or final(result.stdout) == pytest.approx(final(log_of(trained)), abs=1e-6)
+
+
+# ---- Other configurations ----------------------------------------------------------------------------------
+
+
+def test_everything_learned_trains_and_exports(base, runs):
+    run_well(base | {"RUN_ID": "learned", "USE_RANDOM_ADAPTERS": 0})
+    text = log_of(runs / "learned")
+    losses = losses_of(text)
+    assert np.mean(losses[-5:]) < losses[0] - 0.8
+    assert "and 0 frozen parameters" in text
+    before = [float(found[4]) for found in VALIDATIONS.finditer(text)][-1]
+    assert final(text, "roundtrip")[1] == pytest.approx(before, rel=0.02)
+
+
+def test_master_weights_are_float32_under_bfloat16(base, runs):
+    """Small updates of bfloat16 weights are rounded away; no master weight may pass through that type."""
+    run_well(base | {"RUN_ID": "bfloat16", "DTYPE": "bfloat16"})
+    losses = losses_of(log_of(runs / "bfloat16"))
+    assert np.mean(losses[-5:]) < losses[0] - 0.8
+    weights = weights_of(runs / "bfloat16")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    for name, weight in weights.items():
+        assert weight.numel() < 8 or not torch.equal(weight, weight.bfloat16().float()), name
+
+
+def test_loss_that_is_not_finite_ends_the_run(base, runs):
+    """Weights that a last step ruined must not become an artifact, nor a traceback of the export."""
+    settings = base | {"RUN_ID": "diverged", "ITERATIONS": 2, "MATRIX_LR": 1e30, "TIED_EMBED_LR": 1e30}
+    assert "not finite" in refusal(settings)
+
+
+DRIVER = """
+import functools, json, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+import train_gpt
+from torch._dynamo.utils import counters
+
+torch.compile = functools.partial(torch.compile, backend="eager")  # the graphs without the minutes of code
+graphs, accumulate = [], train_gpt.accumulate_gradients
+
+def observed(*args, **kwargs):
+    before = counters["stats"]["unique_graphs"]
+    loss = accumulate(*args, **kwargs)
+    graphs.append(counters["stats"]["unique_graphs"] - before)
+    return loss
+
+train_gpt.accumulate_gradients = observed
+train_gpt.main()
+print("graphs", json.dumps([graphs, counters["stats"]["unique_graphs"]]))
+"""
+
+
+def test_nothing_compiles_in_the_timed_region(trained, base, tmp_path):
+    """Warm-up compiles the step; its undoing, validation and quantised training then reuse the one graph."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    settings = base | {"COMPILE": 1, "WARMUP_STEPS": 2, "RUN_ID": "compiled", "MICRO_BATCH_TOKENS": 64,
+                       "EVAL_BATCH_TOKENS": 128, "VAL_LOSS_EVERY": 5}
+    out = run_well(settings, launcher=(str(driver),), script=ROOT)
+    steps, total = json.loads(out.splitlines()[-1].removeprefix("graphs "))
+    assert steps == [1, 0] + [0] * 20
+    assert "late_qat:on step:11" in out
+    assert total > 1  # the evaluation was compiled too, outside the steps
+    # and the graph computes the same
+    assert losses_of(out) == pytest.approx(losses_of(log_of(trained)), abs=1e-3)
+
+
+def test_wall_clock_ends_training_with_its_schedule_complete(base, runs):
+    limits = {"MAX_WALLCLOCK_SECONDS": 2, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 1_000_000}
+    quiet = {"VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 0}
+    run_well(base | limits | quiet | {"RUN_ID": "clock", "LATE_QAT_THRESHOLD": 0.5})
+    submission = json.loads((runs / "clock" / "submission.json").read_text())
+    assert 20 < submission["steps"] < 1_000_000
+    assert 0.7 < submission["train_seconds"] < 1.3
+    assert "late_qat:on" in log_of(runs / "clock")  # the warm-down came within the time
+
+
+def test_a_slow_first_step_does_not_move_the_schedule():
+    """33 s in a budget of 555: by elapsed time over steps, 16 steps would remain, all of them warm-down."""
+    clock = train_gpt.Clock(20_000, 555)
+    for step, seconds in enumerate([33.0] + [0.12] * 20):
+        remaining = clock.remaining(step)
+        assert remaining > 3500 or step == 0
+        assert train_gpt.warmdown_scale(step, remaining, 3500) == 1.0
+        clock.step_took(seconds)
+    assert clock.remaining(21) == pytest.approx((555 - 33) / 0.12, rel=0.01)

@@ -1,0 +1,237 @@
+"""Settings: what is accepted, what is refused, and whether the message would help."""
+from __future__ import annotations
+
+import re
+
+import pytest
+from helpers import SETTINGS, TINY, clear_settings, refusal, train_gpt
+
+Hyperparameters, UserError, NOT_HERE = train_gpt.Hyperparameters, train_gpt.UserError, train_gpt.NOT_HERE
+
+# What a shell, a launcher, a scheduler, a container or a library sets, so that every run has some of them.
+COMMON_VARIABLES = """
+    PATH HOME USER LOGNAME SHELL TERM LANG LC_ALL PWD OLDPWD SHLVL TMPDIR TZ HOSTNAME DISPLAY EDITOR PAGER
+    MAIL LS_COLORS SSH_CLIENT SSH_TTY SSH_AUTH_SOCK XDG_CACHE_HOME XDG_RUNTIME_DIR MODULEPATH
+    LOADEDMODULES MANPATH LD_LIBRARY_PATH PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED VIRTUAL_ENV
+    CONDA_PREFIX CONDA_DEFAULT_ENV CC CXX CFLAGS LDFLAGS CI RANK LOCAL_RANK GROUP_RANK ROLE_RANK
+    WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT
+    TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_ERROR_FILE
+    TORCHINDUCTOR_CACHE_DIR TORCH_HOME TORCH_LOGS TORCH_NCCL_ASYNC_ERROR_HANDLING TRITON_CACHE_DIR
+    OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME
+    PYTORCH_CUDA_ALLOC_CONF CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_PATH NVIDIA_VISIBLE_DEVICES
+    NVIDIA_DRIVER_CAPABILITIES RUNPOD_POD_ID SLURM_JOB_ID SLURM_JOBID SLURM_PROCID SLURM_LOCALID
+    SLURM_NTASKS SLURM_NODELIST SLURM_ARRAY_TASK_ID PBS_JOBID HF_HOME HF_TOKEN WANDB_API_KEY WANDB_PROJECT
+    WANDB_RUN_ID WANDB_MODE GITHUB_ACTIONS GITHUB_ACTOR GITHUB_SHA GITHUB_REF GITHUB_RUN_ID GITHUB_TOKEN
+    GIT_AUTHOR_NAME MODEL_NAME MODEL_DIR DATA_DIR DATASET_PATH BATCH_SIZE
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch):
+    clear_settings(monkeypatch)
+
+
+def message_of(monkeypatch, **variables) -> str:
+    """What `Hyperparameters` says against these variables of the environment."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError) as refused:
+        Hyperparameters()
+    return str(refused.value)
+
+
+# ---- What is accepted --------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_published_configuration():
+    h = Hyperparameters()
+    assert (h.num_layers, h.model_dim, h.num_heads, h.num_kv_heads, h.head_dim) == (11, 512, 8, 4, 64)
+    assert (h.mlp_mult, h.mlp_dim, h.rope_dims, h.vocab_size, h.qk_gain_init) == (3.0, 1536, 16, 1024, 1.5)
+    assert (h.train_batch_tokens, h.train_seq_len, h.eval_stride) == (786_432, 2048, 64)
+    assert h.warmdown_iters == 3500
+    assert (h.matrix_lr, h.tied_embed_lr, h.scalar_lr, h.ema_decay) == (0.025, 0.035, 0.025, 0.997)
+    assert h.artifact_limit_bytes == 16_000_000
+
+
+def test_published_command_is_accepted(monkeypatch):
+    command = ("USE_RANDOM_ADAPTERS=1 RANDOM_ADAPTER_RANK=32 RANDOM_ADAPTER_SEED=12345 NGRAM_EVAL=0"
+               " KNN_LAMBDA=0 SEED=42 OMP_NUM_THREADS=1")
+    for assignment in command.split():
+        monkeypatch.setenv(*assignment.split("="))
+    h = Hyperparameters()
+    assert (h.use_random_adapters, h.random_adapter_rank, h.random_adapter_seed) == (1, 32, 12_345)
+    assert h.seed == 42
+
+
+def test_every_setting_is_read_from_its_variable(monkeypatch):
+    for name, value in TINY.items():
+        monkeypatch.setenv(name, str(value))
+    h = Hyperparameters()
+    for name, value in TINY.items():
+        assert str(getattr(h, name.lower())) in (str(value), f"{value}.0"), name
+
+
+def test_keywords_win_over_the_environment(monkeypatch):
+    monkeypatch.setenv("NUM_LAYERS", "99999")  # what a keyword replaces need not even be valid
+    assert Hyperparameters(num_layers=12).num_layers == 12
+
+
+def test_hexadecimal_seeds(monkeypatch):
+    monkeypatch.setenv("SEED", "0xD15EA5E")
+    monkeypatch.setenv("RANDOM_ADAPTER_SEED", "0xd15ea5e")
+    h = Hyperparameters()
+    assert h.seed == h.random_adapter_seed == 219_540_062
+
+
+def test_layers_of_a_value_embedding_that_is_off_do_not_matter(monkeypatch):
+    monkeypatch.setenv("VE_ENABLED", "0")
+    monkeypatch.setenv("VE_LAYERS", "77")
+    assert Hyperparameters().value_layers == []
+
+
+# ---- What published scripts have and this one has not ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NOT_HERE)
+def test_variant_that_is_not_here_is_refused(monkeypatch, name):
+    message = message_of(monkeypatch, **{name: "1"})
+    assert f"{name}=1: {NOT_HERE[name]}" in message
+    assert message.count("\n") == 1  # of all settings, this one alone is complained of
+
+
+@pytest.mark.parametrize("off", ["0", "0.0", ""])
+def test_variant_that_is_switched_off_is_accepted(monkeypatch, off):
+    for name in NOT_HERE:
+        monkeypatch.setenv(name, off)
+    Hyperparameters()
+
+
+def test_refused_settings_leave_no_trace(tmp_path):
+    """As a process: one message for all that is wrong, and not a file is written."""
+    wrong = dict.fromkeys(NOT_HERE, "0.5") | {"NUM_LAYER": 3, "EVAL_STRIDE": "x"}
+    message = refusal({**TINY, **wrong, "OUTPUT_DIR": tmp_path / "runs"}, cwd=tmp_path)
+    for name in wrong:
+        assert name in message
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Misspelt settings -------------------------------------------------------------------------------------
+
+TYPOS = {
+    "dropped": lambda name, i: name[:i] + name[i + 1 :],
+    "doubled": lambda name, i: name[: i + 1] + name[i:],
+    "inserted": lambda name, i: name[:i] + "X" + name[i:],
+    "swapped": lambda name, i: name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :],
+}
+# In a shorter name a typo changes too much to be told from a variable of another program.
+CERTAIN_FROM = {"dropped": 6, "doubled": 6, "inserted": 6, "swapped": 10}
+
+
+def misspellings(name: str, kind: str) -> set[str]:
+    made = {TYPOS[kind](name, i) for i in range(len(name))}
+    return {typo for typo in made if typo and not typo[0].isdigit()} - {*SETTINGS, *NOT_HERE}
+
+
+def suggestions(monkeypatch, typos: set[str]) -> dict[str, str]:
+    """The setting that the message proposes for each of these variables, all set at once."""
+    for typo in typos:
+        monkeypatch.setenv(typo, "1")
+    try:
+        Hyperparameters()
+    except UserError as error:
+        return dict(re.findall(r"^ *(\S+): no such setting; (\S+)\?", str(error), re.MULTILINE))
+    return {}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_misspelt_setting_is_refused_with_the_right_name(monkeypatch, name):
+    certain = [misspellings(name, kind) for kind, shortest in CERTAIN_FROM.items() if len(name) >= shortest]
+    typos = set().union(*certain)
+    assert suggestions(monkeypatch, typos) == dict.fromkeys(typos, name)
+
+
+def test_great_majority_of_all_misspellings_is_refused(monkeypatch):
+    """Short names and swapped letters too, of every setting, without exception."""
+    right = total = 0
+    for name in SETTINGS:
+        with monkeypatch.context() as patch:
+            typos = set().union(*(misspellings(name, kind) for kind in TYPOS))
+            right += sum(found == name for found in suggestions(patch, typos).values())
+            total += len(typos)
+    assert right / total > 0.9
+
+
+def test_misspelling_can_be_accepted(monkeypatch):
+    monkeypatch.setenv("NUM_LAYER", "3")
+    monkeypatch.setenv("ALLOW_UNKNOWN", "1")
+    assert Hyperparameters().num_layers == 11
+
+
+def test_common_variables_are_not_mistaken_for_settings(monkeypatch):
+    for name in COMMON_VARIABLES:
+        monkeypatch.setenv(name, "1")
+    Hyperparameters()
+
+
+# ---- Values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "value", "says"), [
+    ("NUM_LAYERS", "many", "whole number"), ("NUM_LAYERS", "2.5", "whole number"),
+    ("NUM_LAYERS", "", "whole number"), ("NUM_LAYERS", "0", "at least 1"),
+    ("NUM_LAYERS", "257", "at most 256"),
+    ("SEED", "0xfg", "whole number"), ("SEED", "-1", "at least 0"), ("SEED", str(2**63), "at most"),
+    ("VOCAB_SIZE", "65537", "at most 65,536"), ("EVAL_ONLY", "2", "at most 1"),
+    ("MATRIX_LR", "fast", "number"), ("MATRIX_LR", "", "number"), ("MATRIX_LR", "-0.1", "at least 0"),
+    ("MATRIX_LR", "nan", "at least 0"), ("MATRIX_LR", "inf", "at least 0"),
+    ("MAX_WALLCLOCK_SECONDS", "inf", "at least 0"), ("MAX_WALLCLOCK_SECONDS", "nan", "at least 0"),
+    ("EMA_DECAY", "1", "at most"), ("BETA1", "1.0", "at most"), ("PRUNE_PCT", "100", "at most 99"),
+    ("MATRIX_BITS", "1", "at least 2"), ("MATRIX_BITS", "9", "at most 8"), ("EVAL_STRIDE", "0", "at least 1"),
+    ("LOGIT_SOFTCAP", "0", "at least"), ("DTYPE", "float16", "bfloat16, float32"),
+    ("COMPILE", "yes", "auto, 0, 1"),
+])
+def test_impossible_value_is_refused(monkeypatch, name, value, says):
+    message = message_of(monkeypatch, **{name: value})
+    (line,) = message.splitlines()[1:]
+    assert line.strip().startswith(f"{name}={value}: ")
+    assert says in line
+
+
+@pytest.mark.parametrize(("variables", "says"), [
+    ({"NUM_HEADS": 7, "NUM_KV_HEADS": 7}, "NUM_HEADS=7 must divide MODEL_DIM=512"),
+    ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS=3 must divide NUM_HEADS=8"),
+    ({"ROPE_DIMS": 15}, "ROPE_DIMS=15 is odd"),
+    ({"ROPE_DIMS": 66}, "ROPE_DIMS=66 is odd or over the 64 dimensions"),
+    ({"VE_LAYERS": "9,11"}, "VE_LAYERS=9,11 must be layers from 0 to 10"),
+    ({"VE_LAYERS": "-1"}, "VE_LAYERS=-1"),
+    ({"VE_LAYERS": "nine"}, "VE_LAYERS=nine"),
+    ({"NUM_LAYERS": 9}, "VE_LAYERS=9,10 must be layers from 0 to 8"),
+    ({"RANDOM_ADAPTER_RANK": 257}, "RANDOM_ADAPTER_RANK=257 is over the narrowest map's 256"),
+    ({"EVAL_STRIDE": 2049}, "EVAL_STRIDE=2049 is over EVAL_SEQ_LEN=2048"),
+    ({"TRAIN_BATCH_TOKENS": 786_431}, "TRAIN_BATCH_TOKENS=786431"),
+    ({"WORLD_SIZE": 5}, "times 5 processes"),
+    ({"MAX_WALLCLOCK_SECONDS": 45}, "leaves nothing of MAX_WALLCLOCK_SECONDS to train"),
+    ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 needs MODEL_PATH"),
+    ({"EXPORT_ONLY": 1}, "EXPORT_ONLY=1 needs CHECKPOINT_PATH"),
+])
+def test_impossible_combination_is_refused(monkeypatch, variables, says):
+    message = message_of(monkeypatch, **variables)
+    assert says in message
+    assert message.count("\n") == 1, message
+
+
+def test_mlp_without_hidden_units_is_refused(monkeypatch):
+    variables = {"MLP_MULT": 0.01, "MODEL_DIM": 32, "ROPE_DIMS": 4, "USE_RANDOM_ADAPTERS": 0}
+    assert "MLP_MULT" in message_of(monkeypatch, **variables)
+
+
+def test_all_errors_are_reported_at_once(monkeypatch):
+    wrong = {"NUM_LAYERS": "x", "SEED": -1, "NUM_HEADS": 7, "TTT_ENABLED": 1, "EVAL_STRIED": 64}
+    message = message_of(monkeypatch, **wrong)
+    for name in wrong:
+        assert name in message
+
+
+def test_unknown_keyword_is_refused():
+    with pytest.raises(UserError, match="layers: no such setting"):
+        Hyperparameters(layers=3)
