@@ -734,8 +734,7 @@ class Optimizers:
         matrices, embeddings, scalars = (groups[role].values() for role in (MATRIX, EMBEDDING, SCALAR))
         self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, processes)
         adam = [{"params": embeddings, "lr": h.tied_embed_lr}, {"params": scalars, "lr": h.scalar_lr}]
-        self.adam = torch.optim.AdamW(adam, betas=(h.beta1, h.beta2), eps=h.adam_eps, weight_decay=h.adam_wd,
-                                      fused=True)
+        self.adam = torch.optim.AdamW(adam, 0.0, (h.beta1, h.beta2), h.adam_eps, h.adam_wd, fused=True)
         self.base_lrs = [(g, g["lr"]) for g in self.muon.param_groups + self.adam.param_groups]
 
     def step(self, step: int, scale: float) -> None:

@@ -100,7 +100,7 @@ def main() -> None:
     import torch
 
     print(
-        f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}, {platform.python_version()}"
+        f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}"
     )
     for length in (256, 512, 1024):
         compare_attention(length)

@@ -111,7 +111,7 @@ OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 def file_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: a line's `text` in .jsonl, the file in .txt (a long one is cut at line ends)."""
+    """The documents of one file: a line's `text` in .jsonl, the file in .txt (if long, cut at line ends)."""
     opener = OPENERS.get(path.suffix, open)
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in (".txt", ".jsonl"):
