@@ -2,9 +2,10 @@
 
     python bench/cpu.py
 
-1. Attention by plain matrix products against PyTorch's fused kernel, forward and backward, by length.
+1. Attention by plain matrix products, as `causal_attention` does it up to 1024 tokens, against PyTorch's fused
+   kernel, forward and backward.
 2. A training step of presets/cpu.env's model with glibc keeping freed memory (as run.sh asks it to) against
-   glibc's defaults; each side is a process of its own, because glibc reads its settings at the start.
+   glibc's defaults.
 """
 
 from __future__ import annotations
@@ -80,32 +81,30 @@ def time_step() -> None:
     print(median_seconds(step))
 
 
-def compare_allocator() -> None:
+def child(part: str, extra: dict[str, str]) -> str:
+    """What this program prints for one part, in its own process: glibc reads its settings at the start."""
     settings = dict(line.split("=") for line in (ROOT / "presets/cpu.env").read_text().split() if "=" in line)
-    seconds = {}
-    for name, extra in (("glibc's defaults", {}), ("kept memory", KEEP)):
-        command = [sys.executable, __file__, "step"]
-        environment = {key: value for key, value in os.environ.items() if key not in KEEP} | settings | extra
-        seconds[name] = float(
-            subprocess.run(command, env=environment, check=True, capture_output=True).stdout
-        )
-    a, b = seconds.values()
-    print(
-        ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in seconds.items()),
-        f"a step, ratio {a / b:.2f}",
-    )
+    environment = {key: value for key, value in os.environ.items() if key not in KEEP} | settings | extra
+    command = [sys.executable, __file__, part]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:
     import torch
 
+    print(f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(child("attention", KEEP), end="")
+    default, kept = float(child("step", {})), float(child("step", KEEP))
     print(
-        f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}"
+        f"a step: glibc's defaults {1e3 * default:.0f} ms, kept memory {1e3 * kept:.0f} ms, ratio {default / kept:.2f}"
     )
-    for length in (256, 512, 1024):
-        compare_attention(length)
-    compare_allocator()
 
 
 if __name__ == "__main__":
-    time_step() if sys.argv[1:] == ["step"] else main()
+    if sys.argv[1:] == ["attention"]:
+        for tokens in (256, 512, 1024):
+            compare_attention(tokens)
+    elif sys.argv[1:] == ["step"]:
+        time_step()
+    else:
+        main()
