@@ -2,8 +2,8 @@
 
     python bench/cpu.py
 
-1. Attention by plain matrix products, as `causal_attention` does it up to 1024 tokens, against PyTorch's fused
-   kernel, forward and backward.
+1. Attention by plain matrix products, as `causal_attention` does it up to 1024 tokens, against PyTorch's
+   fused kernel, forward and backward.
 2. A training step of presets/cpu.env's model with glibc keeping freed memory (as run.sh asks it to) against
    glibc's defaults.
 """
