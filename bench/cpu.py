@@ -95,10 +95,8 @@ def main() -> None:
     print(f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}")
     print(child("attention", KEEP), end="")
     default, kept = float(child("step", {})), float(child("step", KEEP))
-    print(
     times = f"glibc's defaults {1e3 * default:.0f} ms, kept memory {1e3 * kept:.0f} ms"
     print(f"a step: {times}, ratio {default / kept:.2f}")
-    )
 
 
 if __name__ == "__main__":

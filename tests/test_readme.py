@@ -26,7 +26,7 @@ def test_presets_name_settings_only():
     import train_gpt
 
     for preset in (ROOT / "presets").rglob("*.env"):
-        lines = [line for line in preset.read_text().splitlines() if line and not line.startswith("#")]
+        lines = [line for line in preset.read_text().splitlines() if "=" in line and line[0] != "#"]
         given = dict(line.split("=", 1) for line in lines)
         train_gpt.Hyperparameters(**{name.lower(): value for name, value in given.items()})
 
