@@ -33,6 +33,6 @@ def test_presets_name_settings_only():
 
 def test_submission_has_the_challenges_keys():
     submission = json.loads((ROOT / "submission.json").read_text())
-    keys = "author github_id name blurb date val_loss val_bpb bytes_total bytes_code dataset hardware seeds steps"
+    keys = "author github_id name blurb date val_loss val_bpb bytes_total bytes_code dataset hardware seeds"
     assert set(keys.split()) <= set(submission)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", submission["date"])
