@@ -335,10 +335,10 @@ class TrainingData:
     def micro_batches(self, step: int, processes: Processes) -> list[tuple[Tensor, Tensor]]:
         """This process's share of a step: inputs and targets (n, TRAIN_SEQ_LEN), in equal parts that fit."""
         mine = self.h.train_batch_tokens // self.h.train_seq_len // processes.count
-        fits = max(1, self.h.micro_batch_tokens // self.h.train_seq_len)
-        size = max(n for n in range(1, min(mine, fits) + 1) if mine % n == 0)
-        rows = self.sequences((step * processes.count + processes.rank) * mine, mine).to(processes.device)
-        return [(part[:, :-1], part[:, 1:]) for part in rows.split(size)]
+        fits = range(1, 1 + max(1, self.h.micro_batch_tokens // self.h.train_seq_len))
+        rows = self.sequences((step * processes.count + processes.rank) * mine, mine)
+        rows = (rows.pin_memory() if processes.on_cuda else rows).to(processes.device, non_blocking=True)
+        return [(part[:, :-1], part[:, 1:]) for part in rows.split(max(n for n in fits if mine % n == 0))]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (it lives as long as the run)
     def _order(self, epoch: int) -> np.ndarray:
@@ -501,7 +501,7 @@ class FrozenRandomLinearWithLoRA(Owner):
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         """B against its inputs x; then A against its own, x B̂ᵀ with the quantised B̂."""
         b_codes = quantizers[MATRIX].gptq(self.lora_B.data, hessian)
-        seen = None if hessian is None else (b := b_codes.values()) @ hessian @ b.T  # (rank, rank)
+        seen = None if hessian is None else (b := b_codes.values().double()) @ hessian.double() @ b.T
         return {"lora_B": b_codes, "lora_A": quantizers[MATRIX].gptq(self.lora_A.data, seen)}
 
 class Embedding(Owner):
@@ -614,7 +614,7 @@ class GPT(nn.Module):
         self.value_layers, self.skipping = h.value_layers, h.num_layers // 2 if h.skips_enabled else 0
         self.table = {row.name: row for row in map_table(h)}
         self.frozen = [row for row in self.table.values() if row.basis != "learned"]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
             maps = dict(zip(self.frozen, pool.map(draw_map, self.frozen)))
 
         def linear(layer: int, kind: str) -> nn.Module:
@@ -715,11 +715,9 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _updates(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        gradients = [p.grad for p in params]
-        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-        torch._foreach_mul_(momenta, momentum)
-        torch._foreach_add_(momenta, gradients)
-        stacked = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
+        gradients, state = torch.stack([p.grad for p in params]), self.state[params[0]]
+        state["momentum"] = momentum * state.get("momentum", 0.0) + gradients  # of all matrices of this shape
+        stacked = gradients + momentum * state["momentum"]
         if self.processes is None or self.processes.count == 1:
             return list(orthogonalize(stacked, self.backend_steps))
         everyone, mine = torch.zeros_like(stacked), slice(self.processes.rank, None, self.processes.count)
@@ -746,9 +744,8 @@ class Optimizers:
             group["lr"] = lr * scale
         if self.processes.count > 1:  # the mean over the processes, in one message
             gradients = [p.grad for p in self.params]
-            mean = self.processes.sum_(torch.cat([g.flatten() for g in gradients])) / self.processes.count
-            pieces = mean.split([g.numel() for g in gradients])
-            torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients)])
+            mean = self.processes.sum_(torch.nn.utils.parameters_to_vector(gradients)) / self.processes.count
+            torch.nn.utils.vector_to_parameters(mean, gradients)
         if h.grad_clip_norm:
             torch.nn.utils.clip_grad_norm_(self.params, h.grad_clip_norm)
         self.muon.step()
@@ -788,7 +785,7 @@ class Codes(NamedTuple):
 
 def row_steps(exponents: Tensor) -> Tensor:
     """(rows,) uint8 -> (rows, 1) float64: the width of each row's quantisation step."""
-    return torch.exp2((exponents.double() - 160) / 8).where(exponents > 0, 0.0)[:, None]
+    return torch.exp2((exponents.double() - 160) / 8).where(exponents > 0, 0.0)[..., None]
 
 class Quantizer(NamedTuple):
     """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row.
@@ -799,7 +796,7 @@ class Quantizer(NamedTuple):
     prune_pct: float = 0.0
 
     def exponents(self, w: Tensor) -> Tensor:
-        step = w.double().square().mean(1).sqrt() * self.sigmas / (2 ** (self.bits - 1) - 1)
+        step = w.double().square().mean(-1).sqrt() * self.sigmas / (2 ** (self.bits - 1) - 1)
         return torch.where(step > 0, (160 + 8 * step.log2()).round().clamp(1, 255), 0).to(torch.uint8)
 
     def round(self, w: Tensor, steps: Tensor) -> Tensor:
@@ -809,8 +806,8 @@ class Quantizer(NamedTuple):
 
     def prune(self, w: Tensor) -> Tensor:
         """w, its smallest values set to zero."""
-        count = int(w.numel() * self.prune_pct / 100)
-        return w * (w.abs() > w.abs().flatten().kthvalue(count).values) if count else w
+        count = int(w.size(-2) * w.size(-1) * self.prune_pct / 100)
+        return w * (w.abs() > w.abs().flatten(-2).kthvalue(count).values[..., None, None]) if count else w
 
     def nearest(self, w: Tensor) -> Tensor:
         """w (rows, columns) as the artifact would hold it, without error feedback. Late QAT trains this."""
@@ -850,8 +847,9 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
     gradient taken within is the straight-through one, and a compiled graph need not know of it."""
     stored = [(quantizers[role], p.detach()) for role in quantizers for p in groups[role].values()]
     masters = [p.clone() for _, p in stored]
-    for quantizer, p in stored:
-        p.copy_(quantizer.nearest(p))
+    for key in dict.fromkeys((quantizer, p.shape) for quantizer, p in stored):  # 300 kernels, not 4,000
+        alike = [p for quantizer, p in stored if (quantizer, p.shape) == key]
+        torch._foreach_copy_(alike, key[0].nearest(torch.stack(alike)).unbind())
     try:
         yield
     finally:
@@ -882,8 +880,8 @@ PACK = {"brotli": functools.partial(brotli.compress, quality=11, lgwin=24),
 UNPACK = {"brotli": brotli.decompress, "lzma": lzma.decompress}
 GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16}
 
-VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "machine": platform.machine()}
+VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
+            "machine": platform.machine(), "flash_attention_3": flash_attention_3 is not None}
 
 def write_artifact(header: dict, tensors: dict[str, Codes | Tensor]) -> tuple[bytes, dict[str, int]]:
     """The artifact's bytes, and how many of them each group of like tensors takes. Little-endian: magic (8
@@ -993,7 +991,7 @@ class Clock:
     def remaining(self, step: int) -> int:
         left = max(0.0, self.seconds - self.elapsed)
         known = len(self.recent) >= 5 or left == 0
-        return int(min(self.iterations - step, left // statistics.median(self.recent) if known else math.inf))
+        return int(min(self.iterations - step, left / statistics.median(self.recent) if known else math.inf))
 
     def times(self, step: int) -> str:
         return f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(step, 1):.2f}ms"
@@ -1002,11 +1000,11 @@ def warmdown_scale(step: int, remaining: int, warmdown: int) -> float:
     """1, then linear to 0 over the last `warmdown` steps, or over all where there are fewer."""
     return min(1.0, remaining / max(1, min(warmdown, step + remaining)))
 
-def accumulate_gradients(run: Callable, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Adds up the gradients of the mean loss over micro-batches; gives that loss, still on the device."""
     total = 0.0
     for ids, targets in batches:
-        loss = run(ids, targets) / len(batches)
+        loss = forward(ids, targets) / len(batches)
         loss.backward()
         total = total + loss.detach()
     return total
@@ -1015,12 +1013,12 @@ def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingDa
           log: Log) -> dict:
     """Trains the model, leaves in it the average that does best on held-out training text; gives figures."""
     groups, quantizers = tensors_by_role(model), quantizers_of(h)
-    run = torch.compile(model, dynamic=False, fullgraph=True) if processes.compile else model
+    forward = torch.compile(model, dynamic=False, fullgraph=True) if processes.compile else model
     optimizers = Optimizers(groups, h, processes)
     params, initial = optimizers.params, [p.detach().clone() for p in optimizers.params]
     for step in range(h.warmup_steps):
         log.progress(f"warming up: {step} of {h.warmup_steps}")
-        accumulate_gradients(run, data.micro_batches(step, processes))
+        accumulate_gradients(forward, data.micro_batches(step, processes))
         optimizers.step(step, 1.0)
     torch._foreach_copy_([p.detach() for p in params], initial)  # in place: a new tensor means a new graph
     optimizers, averages = Optimizers(groups, h, processes), Averages(params, h)
@@ -1043,7 +1041,7 @@ def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingDa
             qat = True
             log(f"late_qat:on step:{step} scale:{scale:.4f}")
         with weights_as_stored(groups, quantizers) if qat else contextlib.nullcontext():
-            loss = accumulate_gradients(run, data.micro_batches(step, processes))
+            loss = accumulate_gradients(forward, data.micro_batches(step, processes))
         optimizers.step(step, scale)  # on the float32 masters
         averages.update(step, scale)
         step += 1
@@ -1108,7 +1106,8 @@ def train_and_export(h: Hyperparameters, processes: Processes, device: str, toke
     """The artifact of a new model, or of a saved one, and the run's figures."""
     data = TrainingData(h)
     torch.manual_seed(h.seed)
-    model = GPT(h, processes.dtype).to(processes.device)
+    model = (build_model(saved, saved["weights"], processes) if saved
+             else GPT(h, processes.dtype).to(processes.device))
     log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
     for f in dataclasses.fields(h):
         log(f"{f.name.upper()}={getattr(h, f.name)}", console=False)
@@ -1117,12 +1116,11 @@ def train_and_export(h: Hyperparameters, processes: Processes, device: str, toke
     frozen = sum(row.out_features * row.in_features for row in model.frozen)
     log(f"model {sum(p.numel() for p in model.parameters()):,} trained and {frozen:,} frozen parameters")
     log(f"versions {json.dumps(VERSIONS)} device {device}, {torch.get_num_threads()} threads")
-    if saved:
-        model.load_state_dict(saved["weights"])
     figures = saved["figures"] if saved else train(h, processes, model, data, val, log)
     if processes.rank == 0:
         buffer = io.BytesIO()
-        torch.save({"model": h.model_settings(), "figures": figures, "weights": model.state_dict()}, buffer)
+        torch.save({"model": h.model_settings(), "fingerprint": model.fingerprint(), "versions": VERSIONS,
+                    "figures": figures, "weights": model.state_dict()}, buffer)
         write_file(folder / "checkpoint.pt", buffer.getvalue())
     began = time.perf_counter()
     blob = export(h, processes, model, data, figures["steps"], tokenizer, log)
@@ -1137,7 +1135,8 @@ def run(h: Hyperparameters, processes: Processes) -> None:
         blob = read_file("MODEL_PATH", h.model_path)
         h = Hyperparameters(**read_artifact(blob)[0]["model"])
     elif h.export_only:
-        saved = torch.load(io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path)), weights_only=True)
+        checkpoint = io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path))
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         h = Hyperparameters(**saved["model"])
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     val = ValidationStream(h, tokenizer)

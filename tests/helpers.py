@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+import train_gpt
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
-sys.path.insert(0, str(ROOT))
-
-import train_gpt  # noqa: E402 (it lies in the folder above, which is no package)
 
 FIELDS = dataclasses.fields(train_gpt.Hyperparameters)
 SETTINGS = [f.name.upper() for f in FIELDS]
@@ -39,11 +38,6 @@ UNUSUAL_DOCUMENTS = [
     "\n\nlines\n\n\nand\ttabs\n", "é", " ", "🎉", "ends in bytes 🎉",
     "a\u00a0b\u3000c\u2028d \u2581e", "<s> </s> <unk> <0x41>",
 ]
-
-
-def clear_settings(monkeypatch) -> None:
-    for name in NOT_INHERITED:
-        monkeypatch.delenv(name, raising=False)
 
 
 # ---- Corpus ------------------------------------------------------------------------------------------------

@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers import TINY, UNUSUAL_DOCUMENTS, clear_settings, make_corpus, read_shard, train_gpt, write_shard
+from helpers import TINY, UNUSUAL_DOCUMENTS, make_corpus, read_shard, train_gpt, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 UserError = train_gpt.UserError
 SILENT = train_gpt.Log(False)
 BOS = 1
-
-
-@pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch):
-    clear_settings(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -290,16 +285,11 @@ def test_stream_may_end_within_a_character(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(("tokens", "says"), [
-    ([BOS], "no text to score"), ([BOS, 300, 512], "outside VOCAB_SIZE"),
+    ([BOS], "no text"), ([BOS, 2, BOS], "no text"), ([BOS, 300, 512], "outside VOCAB_SIZE"),
 ])
 def test_unusable_stream_is_refused(tokenizer, tmp_path, tokens, says):
     with pytest.raises(UserError, match=says):
         stream_of(tokens, tokenizer, tmp_path)
-
-
-def test_stream_without_text_is_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError):
-        stream_of([BOS, 2, BOS], tokenizer, tmp_path)
 
 
 def test_space_at_the_start_of_a_document_is_not_text(corpus, tokenizer, tmp_path):
@@ -310,7 +300,7 @@ def test_space_at_the_start_of_a_document_is_not_text(corpus, tokenizer, tmp_pat
 
     tokens = [BOS, tokenizer.model.piece_to_id("▁"), *tokenizer.model.encode("text")]
     assert stream_of(tokens, tokenizer, tmp_path).bytes == len("text")
-    with pytest.raises(UserError, match="count 5 bytes, their text has 4"):
+    with pytest.raises(UserError, match=r"\b5\b.*\b4\b"):
         stream_of(tokens, EverySpace(str(corpus.tokenizer), 512), tmp_path)
 
 

@@ -18,12 +18,10 @@ from helpers import (
     ROOT,
     SCRIPT,
     TINY,
-    clear_settings,
     finish,
     make_corpus,
     read_shard,
     refusal,
-    run,
     run_well,
     start,
     train_gpt,
@@ -34,11 +32,6 @@ TORCHRUN = ("-m", "torch.distributed.run")
 LOSSES = re.compile(r"^step:(\d+)/(\d+) train_loss:(\d+\.\d+) train_time:\d+ms step_avg:\d+\.\d+ms$", re.M)
 VALIDATIONS = re.compile(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)", re.M)
 FINAL = r"^final_int6_(brotli|lzma)_{}_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$"
-
-
-@pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch):
-    clear_settings(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +96,7 @@ def test_log_has_the_lines_that_others_look_for(trained):
     for kind in ("roundtrip", "sliding_window"):
         loss, bpb = final(text, kind)
         assert re.search(rf"^final_int6_\w+_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} ", text, re.M)
+    assert final(text, "roundtrip") != final(text)  # windows that overlap score differently
     assert "late_qat:on step:11" in text
 
 
@@ -113,7 +107,7 @@ def test_log_holds_all_that_the_run_depends_on(trained, base):
     for f in FIELDS:
         expected = type(f.default)(base.get(f.name.upper(), f.default))
         assert logged[f.name.upper()] == str(expected), f.name
-    assert text.count("\nmap name:blocks.") == 6 * TINY["NUM_LAYERS"]
+    assert len(re.findall(r"^map .*\bblocks\.\d", text, re.M)) == 6 * TINY["NUM_LAYERS"]
 
 
 def test_loss_falls(trained):
@@ -179,6 +173,8 @@ def test_validation_text_has_no_part_in_training(trained, base, runs, corpus, tm
     ours, theirs = weights_of(runs / "other"), weights_of(trained)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    choices = [re.findall(r"^average .*$", log_of(folder), re.M) for folder in (runs / "other", trained)]
+    assert choices[0] == choices[1] != []
     assert final(log_of(runs / "other")) != final(log_of(trained))
 
 
@@ -272,8 +268,8 @@ def test_another_tokenizer_than_the_artifacts_is_refused(eval_only, corpus, tmp_
     other = tmp_path / "other.model"
     other.write_bytes(proto.replace(b"the", b"eht"))
     message = refusal(eval_only | {"TOKENIZER_PATH": other})
-    assert str(other) in message
-    assert "not the tokenizer the artifact was made with" in message
+    assert f"TOKENIZER_PATH={other}" in message
+    assert "artifact" in message
 
 
 # ---- Several processes -------------------------------------------------------------------------------------
@@ -316,8 +312,8 @@ def over_the_limit(base, runs) -> str:
 
 def test_artifact_over_the_limit_is_refused_and_the_weights_stay(over_the_limit, trained, runs):
     size = SCRIPT.stat().st_size + (trained / "model.int6.ptz").stat().st_size
-    assert f"{size:,} bytes, over the limit of 1,000" in over_the_limit
-    for word in ("checkpoint.pt", "EXPORT_ONLY=1", "CHECKPOINT_PATH", "MATRIX_CLIP_SIGMAS", "rank"):
+    for word in (f"{size:,} bytes", "1,000", "checkpoint.pt", "EXPORT_ONLY=1", "CHECKPOINT_PATH",
+                 "MATRIX_CLIP_SIGMAS", "rank"):
         assert word in over_the_limit
     assert sorted(path.name for path in (runs / "large").iterdir()) == ["checkpoint.pt", "train.log"]
 
@@ -330,10 +326,12 @@ def test_its_checkpoint_exports_what_the_run_would_have(over_the_limit, trained,
     assert json.loads((runs / "exported" / "submission.json").read_text())["steps"] == 20
 
 
-def test_checkpoint_of_another_seed_of_maps_is_noticed(trained, base, runs):
+def test_checkpoint_brings_the_settings_of_its_model(trained, base):
+    """Other maps than it was trained around would give a whole artifact of garbage."""
+    others = {"RANDOM_ADAPTER_SEED": 7, "LOGIT_SOFTCAP": 10, "NUM_LAYERS": 3, "XSA_LAST_N": 0}
     export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "forgotten"}
-    result = run(base | export | {"RANDOM_ADAPTER_SEED": 7})
-    assert result.returncode != 0 or final(result.stdout) == pytest.approx(final(log_of(trained)), abs=1e-6)
+    out = run_well(base | export | others)
+    assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-8)
 
 
 # ---- Other configurations ----------------------------------------------------------------------------------
@@ -361,45 +359,40 @@ def test_master_weights_are_float32_under_bfloat16(base, runs):
 
 
 def test_loss_that_is_not_finite_ends_the_run(base, runs):
-    """Weights that a last step ruined must not become an artifact, nor a traceback of the export."""
-    settings = base | {"RUN_ID": "diverged", "ITERATIONS": 2, "MATRIX_LR": 1e30, "TIED_EMBED_LR": 1e30}
+    """Ruined by the last step, whose loss was still fine."""
+    settings = base | {"RUN_ID": "diverged", "ITERATIONS": 1, "MATRIX_LR": 1e30, "TIED_EMBED_LR": 1e30}
     assert "not finite" in refusal(settings)
 
 
 DRIVER = """
-import functools, json, sys
+import functools, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 import train_gpt
-from torch._dynamo.utils import counters
 
-torch.compile = functools.partial(torch.compile, backend="eager")  # the graphs without the minutes of code
-graphs, accumulate = [], train_gpt.accumulate_gradients
+compiled = []
 
-def observed(*args, **kwargs):
-    before = counters["stats"]["unique_graphs"]
-    loss = accumulate(*args, **kwargs)
-    graphs.append(counters["stats"]["unique_graphs"] - before)
-    return loss
+def backend(graph, inputs):  # the graphs, without the minutes of making code of them
+    compiled.append("training" if torch.is_grad_enabled() else "evaluation")
+    return graph.forward
 
-train_gpt.accumulate_gradients = observed
+torch.compile = functools.partial(torch.compile, backend=backend)
 train_gpt.main()
-print("graphs", json.dumps([graphs, counters["stats"]["unique_graphs"]]))
+print("compiled", *compiled)
 """
 
 
 def test_nothing_compiles_in_the_timed_region(trained, base, tmp_path):
-    """Warm-up compiles the step; its undoing, validation and quantised training then reuse the one graph."""
+    """Warm-up compiles the step; its undoing, validation and quantised training then reuse that one graph."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     settings = base | {"COMPILE": 1, "WARMUP_STEPS": 2, "RUN_ID": "compiled", "MICRO_BATCH_TOKENS": 64,
                        "EVAL_BATCH_TOKENS": 128, "VAL_LOSS_EVERY": 5}
     out = run_well(settings, launcher=(str(driver),), script=ROOT)
-    steps, total = json.loads(out.splitlines()[-1].removeprefix("graphs "))
-    assert steps == [1, 0] + [0] * 20
+    compiled = out.splitlines()[-1].split()
+    assert compiled[:2] == ["compiled", "training"]
+    assert set(compiled[2:]) == {"evaluation"}
     assert "late_qat:on step:11" in out
-    assert total > 1  # the evaluation was compiled too, outside the steps
-    # and the graph computes the same
     assert losses_of(out) == pytest.approx(losses_of(log_of(trained)), abs=1e-3)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from helpers import SETTINGS, TINY, clear_settings, refusal, train_gpt
+from helpers import SETTINGS, TINY, refusal, train_gpt
 
 Hyperparameters, UserError, NOT_HERE = train_gpt.Hyperparameters, train_gpt.UserError, train_gpt.NOT_HERE
 
@@ -24,11 +24,6 @@ COMMON_VARIABLES = """
     WANDB_RUN_ID WANDB_MODE GITHUB_ACTIONS GITHUB_ACTOR GITHUB_SHA GITHUB_REF GITHUB_RUN_ID GITHUB_TOKEN
     GIT_AUTHOR_NAME MODEL_NAME MODEL_DIR DATA_DIR DATASET_PATH BATCH_SIZE
 """.split()
-
-
-@pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch):
-    clear_settings(monkeypatch)
 
 
 def message_of(monkeypatch, **variables) -> str:
@@ -198,31 +193,34 @@ def test_impossible_value_is_refused(monkeypatch, name, value, says):
 
 
 @pytest.mark.parametrize(("variables", "says"), [
-    ({"NUM_HEADS": 7, "NUM_KV_HEADS": 7}, "NUM_HEADS=7 must divide MODEL_DIM=512"),
-    ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS=3 must divide NUM_HEADS=8"),
-    ({"ROPE_DIMS": 15}, "ROPE_DIMS=15 is odd"),
-    ({"ROPE_DIMS": 66}, "ROPE_DIMS=66 is odd or over the 64 dimensions"),
-    ({"VE_LAYERS": "9,11"}, "VE_LAYERS=9,11 must be layers from 0 to 10"),
+    ({"NUM_HEADS": 7, "NUM_KV_HEADS": 7}, "NUM_HEADS=7 MODEL_DIM=512"),
+    ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS=3 NUM_HEADS=8"),
+    ({"ROPE_DIMS": 15}, "ROPE_DIMS=15"),
+    ({"ROPE_DIMS": 66}, "ROPE_DIMS=66 64"),
+    ({"VE_LAYERS": "9,11"}, "VE_LAYERS=9,11 10"),
     ({"VE_LAYERS": "-1"}, "VE_LAYERS=-1"),
     ({"VE_LAYERS": "nine"}, "VE_LAYERS=nine"),
-    ({"NUM_LAYERS": 9}, "VE_LAYERS=9,10 must be layers from 0 to 8"),
-    ({"RANDOM_ADAPTER_RANK": 257}, "RANDOM_ADAPTER_RANK=257 is over the narrowest map's 256"),
-    ({"EVAL_STRIDE": 2049}, "EVAL_STRIDE=2049 is over EVAL_SEQ_LEN=2048"),
-    ({"TRAIN_BATCH_TOKENS": 786_431}, "TRAIN_BATCH_TOKENS=786431"),
-    ({"WORLD_SIZE": 5}, "times 5 processes"),
-    ({"MAX_WALLCLOCK_SECONDS": 45}, "leaves nothing of MAX_WALLCLOCK_SECONDS to train"),
-    ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 needs MODEL_PATH"),
-    ({"EXPORT_ONLY": 1}, "EXPORT_ONLY=1 needs CHECKPOINT_PATH"),
+    ({"NUM_LAYERS": 9}, "VE_LAYERS=9,10 8"),
+    ({"RANDOM_ADAPTER_RANK": 257}, "RANDOM_ADAPTER_RANK=257 256"),
+    ({"MLP_MULT": 0.01, "MODEL_DIM": 32, "ROPE_DIMS": 4, "USE_RANDOM_ADAPTERS": 0}, "MLP_MULT=0.01"),
+    ({"EVAL_STRIDE": 2049}, "EVAL_STRIDE=2049 EVAL_SEQ_LEN=2048"),
+    ({"TRAIN_BATCH_TOKENS": 786_431}, "TRAIN_BATCH_TOKENS=786431 TRAIN_SEQ_LEN=2048"),
+    ({"WORLD_SIZE": 5}, "TRAIN_BATCH_TOKENS=786432 5"),
+    ({"MAX_WALLCLOCK_SECONDS": 45}, "GPTQ_RESERVE_SECONDS=45 MAX_WALLCLOCK_SECONDS"),
+    ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 MODEL_PATH"),
+    ({"EXPORT_ONLY": 1}, "EXPORT_ONLY=1 CHECKPOINT_PATH"),
 ])
 def test_impossible_combination_is_refused(monkeypatch, variables, says):
-    message = message_of(monkeypatch, **variables)
-    assert says in message
-    assert message.count("\n") == 1, message
+    (line,) = message_of(monkeypatch, **variables).splitlines()[1:]
+    for part in says.split():
+        assert re.search(rf"{re.escape(part)}\b", line), line
 
 
-def test_mlp_without_hidden_units_is_refused(monkeypatch):
-    variables = {"MLP_MULT": 0.01, "MODEL_DIM": 32, "ROPE_DIMS": 4, "USE_RANDOM_ADAPTERS": 0}
-    assert "MLP_MULT" in message_of(monkeypatch, **variables)
+def test_evaluation_takes_any_number_of_processes(monkeypatch):
+    """It has no training batch to split."""
+    for name, value in {"WORLD_SIZE": 5, "EVAL_ONLY": 1, "MODEL_PATH": "some.ptz"}.items():
+        monkeypatch.setenv(name, str(value))
+    train_gpt.Hyperparameters()
 
 
 def test_all_errors_are_reported_at_once(monkeypatch):
