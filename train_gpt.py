@@ -847,7 +847,7 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
     gradient taken within is the straight-through one, and a compiled graph need not know of it."""
     stored = [(quantizers[role], p.detach()) for role in quantizers for p in groups[role].values()]
     masters = [p.clone() for _, p in stored]
-    for key in dict.fromkeys((quantizer, p.shape) for quantizer, p in stored):  # 300 kernels, not 4,000
+    for key in dict.fromkeys((quantizer, p.shape) for quantizer, p in stored):  # by shape, not one by one
         alike = [p for quantizer, p in stored if (quantizer, p.shape) == key]
         torch._foreach_copy_(alike, key[0].nearest(torch.stack(alike)).unbind())
     try:

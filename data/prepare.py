@@ -67,9 +67,7 @@ def python_documents() -> dict[str, str]:
     seen: set[str] = set()
     documents = {}
     for name, text in topics.items():
-        if (
-            text not in seen
-        ):  # some topics are one text under two names, which could come to stand in both splits
+        if text not in seen:  # some topics are one text under two names, which could part over the splits
             documents[f"topic {name}"] = text
             seen.add(text)
     numpy_root = os.path.dirname(importlib.util.find_spec("numpy").origin)
@@ -122,9 +120,7 @@ def file_documents(path: Path) -> Iterator[str]:
     except FileNotFoundError:
         raise PrepareError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        wrong = error.object[
-            error.start : error.end
-        ]  # error.start counts from the last read, not the file's start
+        wrong = error.object[error.start : error.end]  # its place counts from the last read only
         raise PrepareError(f"{path}: not UTF-8 ({error.reason}: {wrong!r})") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise PrepareError(f"{path}: cannot be read to its end ({error})") from None
