@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash run.sh                    set up, then train, export and evaluate: the full model on GPUs, a small one on a CPU
-# bash run.sh presets/NAME.env   another preset; so does PRESET=NAME bash run.sh
+# PRESET=NAME bash run.sh        another preset; where there is no GPU, its small twin in presets/cpu
+# bash run.sh presets/NAME.env   that very file
 # bash run.sh test               set up, then run the tests
 # Variables that are set win over the preset: ITERATIONS=50 bash run.sh
 set -euo pipefail
@@ -33,17 +34,23 @@ setup() {
     done
 }
 
-# Exports the settings of a preset, KEY=VALUE a line, but for those that are set already.
+# Exports the settings of a preset, KEY=VALUE a line, but for those that are set already. PRESET_BASE names a preset
+# that holds where this one is silent.
 load_preset() {
-    local line key
+    local line key base=
     while IFS= read -r line || [ -n "$line" ]; do
         line=${line%%#*}
         line=${line%"${line##*[![:space:]]}"}
         [ -n "$line" ] || continue
         key=${line%%=*}
         [[ $line == *=* && $key =~ ^[A-Z][A-Z0-9_]*$ ]] || fail "$1: this line is not KEY=VALUE: $line"
-        [ -n "${!key+set}" ] || export "$key=${line#*=}"
+        case $key in
+        PRESET_BASE) base=${line#*=} ;;
+        TEACHER_PRESET) ;;
+        *) [ -n "${!key+set}" ] || export "$key=${line#*=}" ;;
+        esac
     done <"$1"
+    [ -z "$base" ] || load_preset "$root/presets/$base.env"
 }
 
 if [ "${1:-}" = test ]; then
@@ -59,16 +66,26 @@ if [ -n "${1:-}" ]; then
     preset=$1 why="named on the command line"
 elif [ -n "${PRESET:-}" ]; then
     preset=$PRESET why="PRESET names it"
-elif [ "$gpus" -gt 0 ]; then
-    preset=random_adapters why="there is a CUDA GPU"
 else
-    preset=cpu why="there is no CUDA GPU"
+    preset=random_adapters why="the default"
 fi
+places=("$preset" "$root/$preset" "$root/presets/${preset%.env}.env")
+[ "$gpus" -gt 0 ] || places=("$preset" "$root/$preset" "$root/presets/cpu/${preset%.env}.env" "${places[2]}")
 found=
-for file in "$preset" "$root/$preset" "$root/presets/${preset%.env}.env"; do
+for file in "${places[@]}"; do
     if [[ -z $found && $file == *.env && -f $file ]]; then found=$file; fi
 done
-[ -n "$found" ] || fail "no preset $preset; there are: $(cd "$root/presets" && echo *.env)"
+[ -n "$found" ] || fail "no preset $preset; there are: $(cd "$root/presets" && echo *.env cpu/*.env)"
+export OUTPUT_DIR=${OUTPUT_DIR:-$root/runs}
+
+# A preset with a teacher: that is trained first, with the same variables, unless DISTILL_FROM names one.
+teacher=$(sed -n 's/^TEACHER_PRESET=//p' "$found")
+if [ -n "$teacher" ] && [ -z "${DISTILL_FROM:-}" ]; then
+    name=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}-teacher
+    echo "teacher $teacher, run $name"
+    RUN_ID=$name bash "$root/run.sh" "presets/$teacher.env"
+    export DISTILL_FROM=$OUTPUT_DIR/$name/model.int6.ptz
+fi
 load_preset "$found"
 
 # The data: DATA_PATH, else the English that comes with Python.
@@ -86,7 +103,6 @@ else
         export VOCAB_SIZE=${VOCAB_SIZE:-$("$venv/bin/python" -c "$entry" "$manifest" vocab_size)}
     fi
 fi
-export OUTPUT_DIR=${OUTPUT_DIR:-$root/runs}
 
 echo "preset $found ($why)"
 echo "data   $DATA_PATH ($data_why)"

@@ -9,21 +9,25 @@ setting is an environment variable, declared once in `Hyperparameters`.
 """
 from __future__ import annotations
 
+import bisect
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -90,17 +94,37 @@ class Hyperparameters:
     vrl_enabled: int = setting(1, "1: later layers add layer 0's values", 0, 1, model=True)
     smear_enabled: int = setting(1, "1: mix each embedding with the previous one", 0, 1, model=True)
     skips_enabled: int = setting(1, "1: U-Net skips from first to second half", 0, 1, model=True)
+    skip_gates_enabled: int = setting(0, "1: a sigmoid gate mixes in each skip", 0, 1, model=True)
+    mlp_gated: int = setting(0, "1: GEGLU instead of LeakyReLU(0.5)²", 0, 1, model=True)
+    parallel_from: int = setting(256, "from this layer on attention and MLP run side by side", model=True)
+    recur_layers: str = setting("", "layers that run several times, such as 3-5", model=True)
+    recur_times: int = setting(3, "how often", 1, 64, model=True)
+    ensemble: int = setting(1, "members in one artifact, whose logits are averaged", 1, 64, model=True)
     qk_gain_init: float = setting(1.5, "initial gain of each query head", 0, 100)
     logit_softcap: float = setting(30.0, "logits are c·tanh(z/c)", 1e-3, 1e6, model=True)
     tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0, 10)
-    # Random maps
-    use_random_adapters: int = setting(1, "1: every map random, with LoRA; 0: all learned", 0, 1, model=True)
-    random_adapter_rank: int = setting(32, "rank of the LoRA on each random map", 1, 16_384, model=True)
-    random_adapter_seed: int = setting(12_345, "base seed of the random maps", 0, 2**62, model=True)
+    # The map table (MapRow): a text is VALUE or SELECTOR=VALUE, with commas between; the last that fits holds
+    map_basis: str = setting("orthogonal", "learned, or the basis of a frozen random map", model=True)
+    map_gain: str = setting("1", "factor on the basis", model=True)
+    map_seed: int = setting(12_345, "seed of the random maps", 0, 2**62, model=True)
+    map_seed_stride: int = setting(100, "what a layer adds to it", 1, 2**32, model=True)
+    map_adapter: str = setting("lora:32", "none, or NAME:SIZE with + between", model=True)
+    map_scale: str = setting("none", "learned factor: none, one a map, one a row", model=True)
+    map_gate: str = setting("none", "learned gate of each output feature: none, or how it begins", model=True)
+    map_freeze: str = setting("0", "share of training after which what is learned stands still", model=True)
     # Training
     iterations: int = setting(20_000, "training steps at most", 1)
     warmup_steps: int = setting(20, "steps before the clock starts, whose effect is undone")
     warmdown_iters: int = setting(3500, "last steps, over which learning rates fall to 0")
+    warmdown_frac: float = setting(0.0, "or the last share of training; 0: WARMDOWN_ITERS", 0, 1)
+    dropout: float = setting(0.0, "share of each attention's and MLP's output dropped", 0, 0.9)
+    recur_frac: float = setting(0.35, "share of training at which RECUR_LAYERS begin to recur", 0, 0.99)
+    distill_from: str = setting("", "artifact of a teacher")
+    self_distill: int = setting(0, "1: the model as it was at DISTILL_START_FRAC is the teacher", 0, 1)
+    distill_start_frac: float = setting(0.0, "share of training at which the teacher begins", 0, 1)
+    distill_end_frac: float = setting(1.0, "and ends", 0, 1)
+    distill_alpha: float = setting(0.5, "share of the cross-entropy in the student's loss", 0, 1)
+    distill_temperature: float = setting(2.0, "of both distributions", 0.01, 100)
     train_batch_tokens: int = setting(786_432, "tokens a step, over all processes", 1)
     train_seq_len: int = setting(2048, "tokens of a training sequence", 1, 2**20)
     micro_batch_tokens: int = setting(98_304, "most tokens of one forward pass on one device", 1)
@@ -112,12 +136,14 @@ class Hyperparameters:
     matrix_lr: float = setting(0.025, "Muon: matrices and adapters")
     tied_embed_lr: float = setting(0.035, "AdamW: embeddings")
     scalar_lr: float = setting(0.025, "AdamW: gains, gates and scales")
+    sparse_lr: float = setting(0.003, "AdamW: values of sparse adapters")
     muon_momentum: float = setting(0.99, "Muon's momentum", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "Muon's momentum at the first step", 0, 1)
     muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20)
     muon_wd: float = setting(0.04, "decoupled weight decay of Muon")
     adam_wd: float = setting(0.04, "decoupled weight decay of AdamW")
+    embed_wd: float = setting(0.04, "likewise for embeddings")
     beta1: float = setting(0.9, "AdamW: decay of the mean", 0, 0.9999)
     beta2: float = setting(0.95, "AdamW: decay of the variance", 0, 0.99999)
     adam_eps: float = setting(1e-8, "AdamW: added to the deviation")
@@ -141,27 +167,49 @@ class Hyperparameters:
     eval_stride: int = setting(64, "new tokens that each window scores", 1)
     eval_batch_tokens: int = setting(131_072, "tokens of one forward pass of the evaluation", 1)
 
-    def __init__(self, /, **given):
-        fields = dataclasses.fields(self)
-        problems = [f"{name}: no such setting" for name in set(given) - {f.name for f in fields}]
-        for f in fields:
-            raw = given.get(f.name, os.environ.get(f.name.upper(), f.default))
-            setattr(self, f.name, f.default)
+    def __init__(self, /, environment: Mapping[str, str] = os.environ, **given):
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        problems = [f"{name}: no such setting" for name in given if name not in {**fields, **PUBLISHED}]
+        names = [name for name in [*fields, *PUBLISHED] if name.upper() in environment]
+        said = {name: environment[name.upper()] for name in names} | given
+        said = expand_published(said, problems)
+        self.given = set(said)  # what somebody asked for, by name
+        for name, f in fields.items():
+            raw = said.get(name, f.default)
+            setattr(self, name, f.default)
             try:
-                setattr(self, f.name, parse_setting(f, raw))
+                setattr(self, name, parse_setting(f, raw))
             except ValueError as error:
-                problems.append(f"{f.name.upper()}={raw}: {error}")
+                problems.append(f"{name.upper()}={raw}: {error}")
         self.head_dim = self.model_dim // self.num_heads
         self.kv_dim, self.mlp_dim = self.head_dim * self.num_kv_heads, int(self.mlp_mult * self.model_dim)
-        layers = self.ve_layers.replace(",", " ").split() if self.ve_enabled else []
-        self.value_layers = list(dict.fromkeys(int(i) if i.isdecimal() else self.num_layers for i in layers))
-        problems += contradictions(self) + foreign_variables(self)
+        self.value_layers, self.recurring_layers, self.maps = [], [], []
+        for name, layers in (("ve_layers", self.value_layers), ("recur_layers", self.recurring_layers)):
+            try:
+                layers += layers_of(getattr(self, name), self.num_layers)
+            except ValueError as error:
+                problems.append(f"{name.upper()}={getattr(self, name)}: {error}")
+        self.value_layers = self.value_layers if self.ve_enabled else []
+        problems += contradictions(self, int(environment.get("WORLD_SIZE", 1)))
+        problems += foreign_variables(environment, self.allow_unknown)
+        if not problems:  # the table of impossible shapes would only repeat what is wrong with them
+            self.maps, problems = map_table(self)
         if problems:
             raise UserError("these settings cannot be used:\n  " + "\n  ".join(problems))
 
     def model_settings(self) -> dict:
         """What the artifact stores, and all that rebuilding the model depends on."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["model"]}
+
+    def adopt(self, stored: dict, what: str) -> Hyperparameters:
+        """These settings with the model of an artifact or checkpoint; UserError if one asked for another."""
+        mine = self.model_settings()
+        other = [f"{name.upper()}={mine[name]} here, {stored.get(name)} there" for name in mine
+                 if name in self.given and mine[name] != stored.get(name)]
+        if other:
+            raise UserError(f"{what} is of another model: {'; '.join(other)}. Unset what differs")
+        rest = {name: value for name, value in os.environ.items() if name.lower() not in PUBLISHED}
+        return Hyperparameters(rest, **stored)
 
 def parse_setting(f: dataclasses.Field, raw):
     """A field's value from its text; whole numbers may be hexadecimal. ValueError says what is wrong."""
@@ -176,18 +224,25 @@ def parse_setting(f: dataclasses.Field, raw):
         raise ValueError(f"must be one of {', '.join(choices)}")
     return value
 
-def contradictions(h: Hyperparameters) -> list[str]:
+def layers_of(text: str, count: int) -> list[int]:
+    """The layers that a text such as `0-2,5,9-` names among `count`; + may stand for the comma."""
+    layers: dict[int, None] = {}
+    for part in filter(None, re.split(r"[,+ ]+", text)):
+        match = re.fullmatch(r"(\d+)(-?)(\d*)", part)
+        first, dash, last = match.groups() if match else (count, "", "")
+        last = int(last or (count - 1 if dash else first))
+        if not int(first) <= last < count:
+            raise ValueError(f"{part} must be layers from 0 to {count - 1}, such as 0-2,5")
+        layers |= dict.fromkeys(range(int(first), last + 1))
+    return list(layers)
+
+def contradictions(h: Hyperparameters, processes: int) -> list[str]:
     """Settings that are fine alone and impossible together, with their numbers."""
-    narrowest, processes = min(h.model_dim, h.kv_dim, h.mlp_dim), int(os.environ.get("WORLD_SIZE", 1))
     wrong = {
         f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}": h.model_dim % h.num_heads,
         f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}": h.num_heads % h.num_kv_heads,
         f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head":
             h.rope_dims % 2 or h.rope_dims > h.head_dim,
-        f"VE_LAYERS={h.ve_layers} must be layers from 0 to {h.num_layers - 1}, with commas between them":
-            max(h.value_layers, default=0) >= h.num_layers,
-        f"RANDOM_ADAPTER_RANK={h.random_adapter_rank} is over the narrowest map's {narrowest}":
-            h.use_random_adapters and h.random_adapter_rank > narrowest,
         f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}: tokens would be skipped":
             h.eval_stride > h.eval_seq_len,
         f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={h.train_seq_len} times"
@@ -197,24 +252,191 @@ def contradictions(h: Hyperparameters) -> list[str]:
         f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit": h.mlp_dim < 1,
         "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
         "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt": h.export_only and not h.checkpoint_path,
+        "DISTILL_FROM and SELF_DISTILL=1 are two teachers": h.distill_from and h.self_distill,
+        f"DISTILL_END_FRAC={h.distill_end_frac} is not after DISTILL_START_FRAC={h.distill_start_frac}":
+            h.distill_end_frac <= h.distill_start_frac,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
-# Variables of published scripts for what is not here, and why it is not.
-NOT_HERE = dict.fromkeys(
-    "RANDOM_BASIS_ENABLED RANDOM_BASIS_SEED LORA_RANK SELECTIVE_FREEZE PROGRESSIVE_FREEZE_FRAC RAND_GAIN"
-    " RAND_PROJ_LAYERS TTT_ENABLED".split(), "not built yet")
-NOT_HERE |= dict.fromkeys(("NGRAM_EVAL", "KNN_LAMBDA"), "as published it gives no normalised distribution")
+# Variables of published scripts: what each means, what it says in the columns of the map table, {} being its
+# value, and what it says of columns on which nobody else speaks. Two that say different things contradict.
+PUBLISHED = {
+    "use_random_adapters": ("1: system A, every map random with LoRA", {"map_basis": "orthogonal"}, {}),
+    "random_adapter_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
+    "random_adapter_seed": ("its seed", {"map_seed": "{}"}, {}),
+    "random_basis_enabled": (
+        "1: system B, random MLP with LoRA and a gate a hidden unit",
+        {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"},
+        {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"}),
+    "random_basis_seed": ("its seed", {"map_seed": "{}"}, {}),
+    "lora_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
+    "selective_freeze": (
+        "1: system C, the MLP's input maps random", {"map_basis": "mlp.in=gaussian"},
+        {"map_adapter": "none", "map_seed": "42000"}),
+    "progressive_freeze_frac": (
+        "system D, share of training at which the MLP's input maps freeze", {"map_freeze": "mlp.in={}"},
+        {"map_basis": "learned"}),
+    "rand_proj_layers": (
+        "PR #1228, layers of random up-projections", {"map_basis": "mlp.in@{}=orthogonal"},
+        {"map_adapter": "none"}),
+    "rand_gain": ("1: a learned gain for each of their features", {"map_scale": "row"}, {}),
+}
 
-def foreign_variables(h: Hyperparameters) -> list[str]:
+def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, object]:
+    """What was said, in the project's own vocabulary: the published variables replaced by what they mean."""
+    columns = {name: value for name, value in said.items() if name not in PUBLISHED}
+    firm, soft = {name: (name, str(value)) for name, value in columns.items()}, {}
+    if str(said.get("use_random_adapters")) == "0":
+        soft["map_basis"] = "learned"
+    for name, (_, says, otherwise) in PUBLISHED.items():
+        value = str(said.get(name, "")).replace(" ", "").replace(",", "+")
+        is_flag = not any("{}" in text for text in says.values())
+        if is_flag and value not in ("", "0", "1"):
+            problems.append(f"{name.upper()}={value}: must be 0 or 1")
+        if not value or value in ("0", "0.0") and (is_flag or name == "progressive_freeze_frac"):
+            continue
+        soft = otherwise | soft
+        for column, text in says.items():
+            by, there = firm.setdefault(column, (name, text := text.replace("{}", value)))
+            if there != text:
+                problems.append(f"{name.upper()}={value} says {column.upper()}={text}, but {by.upper()} says"
+                                f" {there}; unset one")
+    return soft | {name: text for name, (_, text) in firm.items()} | columns
+
+# Variables of published scripts for what is not here, and why it is not.
+NOT_HERE = {"TTT_ENABLED": "test-time training is not built",
+            "NGRAM_EVAL": "a cache of hashed n-grams gives no normalised distribution",
+            "KNN_LAMBDA": "a cache of hidden states gives no distribution that is fixed before scoring"}
+
+def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> list[str]:
     """Variables of the environment that ask for what is not here, or look like a misspelt setting."""
-    asked = [name for name in NOT_HERE if os.environ.get(name, "") not in ("", "0", "0.0")]
-    problems = [f"{name}={os.environ[name]}: {NOT_HERE[name]}; unset it" for name in asked]
-    known = [f.name.upper() for f in dataclasses.fields(h)]
-    for name in [] if h.allow_unknown else sorted(set(os.environ) - set(known) - set(NOT_HERE)):
+    asked = [name for name in NOT_HERE if environment.get(name, "") not in ("", "0", "0.0")]
+    problems = [f"{name}={environment[name]}: {NOT_HERE[name]}; unset it" for name in asked]
+    known = [name.upper() for name in (*Hyperparameters.__dataclass_fields__, *PUBLISHED)]
+    for name in [] if allow_unknown else sorted(set(environment) - set(known) - set(NOT_HERE)):
         for near in difflib.get_close_matches(name, known, n=1, cutoff=0.9):
             problems.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
     return problems
+
+# ---- Map table ---------------------------------------------------------------------------------------------
+class MapRow(NamedTuple):
+    """What one linear map of the model is made of. The table of these rows decides all of it."""
+    name: str  # path of its module in the model
+    out_features: int
+    in_features: int
+    basis: str = "learned"  # or a key of BASES for a frozen random map
+    seed: int = 0  # of a frozen map
+    shared_seed: int = 0  # of what adapters draw once for all maps of one shape
+    gain: float = 1.0  # factor on the basis
+    adapter: str = "none"  # what is learned beside a frozen map: NAME:SIZE with NAME in ADAPTERS, + between
+    scale: str = "none"  # learned factor, first 1: one for the "map" or one for each output "row"
+    gate: float | None = None  # first value of a learned factor of each output, after the activation
+    freeze: float = 0.0  # share of training after which all of it stands still; 0: never
+
+    def adapters(self) -> dict[str, float]:
+        """Name -> size. ValueError for what is no adapter or does not fit the map."""
+        chosen, narrow = {}, min(self.out_features, self.in_features)
+        for part in self.adapter.split("+") if self.adapter != "none" else []:
+            name, _, text = part.partition(":")
+            if name not in ADAPTERS:
+                raise ValueError(f"no adapter {name!r}; there are {', '.join(ADAPTERS)} and none")
+            if name in chosen:
+                raise ValueError(f"{name} stands twice in {self.adapter}")
+            unit = ADAPTERS[name].size
+            low, high = {"rank": (1, narrow), "density": (1 / self.in_features, 1), "": (0, 0)}[unit]
+            with contextlib.suppress(ValueError):
+                chosen[name] = int(text) if unit == "rank" else float(text or 0)
+            if not low <= chosen.get(name, math.nan) <= high:
+                needs = f"a {unit} from {low:.3g} to {high}" if unit else "no size"
+                shape = f"{self.out_features} x {self.in_features}"
+                raise ValueError(f"{part!r} needs {needs} on a map of {shape}")
+        return chosen
+
+def read_cell(column: str, text: str) -> str | float | None:
+    """One cell of a column from its text. ValueError says what is wrong with it."""
+    choices = {"basis": ["learned", *BASES], "scale": ["none", "map", "row"]}.get(column)
+    if choices and text not in choices:
+        raise ValueError(f"{text!r} is none of {', '.join(choices)}")
+    if choices or column == "adapter":
+        return text
+    if column == "gate" and text == "none":
+        return None
+    low, high = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}[column]
+    with contextlib.suppress(ValueError):
+        if low <= float(text) <= high:
+            return float(text)
+    raise ValueError(f"{text!r} is no number from {low:g} to {high:g}")
+
+class Column:
+    """A column's rules, CELL or SELECTOR=CELL with commas between; of those that select a map the last holds.
+    A selector is KIND[@LAYERS]: `all`, `attention`, `mlp`, `mlp.in` (the MLP's maps but its proj) or one kind
+    such as `attention.q`; `m1.` before it means member 1 of an ensemble. A rule without one selects all maps
+    where it is a basis or a freezing, and the random ones elsewhere."""
+    def __init__(self, name: str, text: str, h: Hyperparameters):
+        self.name, self.rules, self.unused = name, [], []
+        for rule in text.replace(" ", "").split(","):
+            selector, _, cell = rule.rpartition("=")
+            match = re.fullmatch(r"(?:m(\d+)\.)?([a-z.]+)?(?:@([\d+-]+))?", selector)
+            if not match:
+                raise ValueError(f"{selector!r} is no selector such as all, mlp.fc or attention@0-2")
+            member, kind, layers = match.groups()
+            layers = layers_of(layers, h.num_layers) if layers else range(h.num_layers)
+            member, kind = member and int(member), kind or "all"
+            self.rules.append((selector, member, kind, layers, read_cell(name, cell)))
+            self.unused.append(selector)
+
+    def cells(self, member: int, kind: str, layer: int, random: bool) -> dict[str, str | float | None]:
+        """{column: cell} for one map, or nothing where no rule selects it."""
+        family = "mlp.in" if kind in ("mlp.fc", "mlp.gate") else kind
+        groups, chosen = ("all", kind.partition(".")[0], family, kind), {}
+        for selector, of_member, group, layers, cell in self.rules:
+            about = selector or random or self.name in ("basis", "freeze")
+            if about and group in groups and layer in layers and of_member in (None, member):
+                chosen, self.unused = {self.name: cell}, [s for s in self.unused if s != selector]
+        return chosen
+
+def map_table(h: Hyperparameters) -> tuple[list[MapRow], list[str]]:
+    """The maps of all blocks in order, the one place that decides which are random, and how; and what is
+    wrong with the columns. A map's seed is MAP_SEED + MAP_SEED_STRIDE · layer + offset (PR #1113), the offset
+    stands before its shape; members of an ensemble are a million apart."""
+    d, kv, hidden = h.model_dim, h.kv_dim, h.mlp_dim
+    kinds = {"attention.q": (0, d, d), "attention.k": (1, kv, d), "attention.v": (2, kv, d),
+             "attention.proj": (3, d, d), "mlp.fc": (10, hidden, d), "mlp.proj": (11, d, hidden)}
+    kinds |= {"mlp.gate": (12, hidden, d)} if h.mlp_gated else {}
+    columns, rows, problems = [], [], []
+    for name in ("basis", "gain", "adapter", "scale", "gate", "freeze"):
+        try:
+            columns.append(Column(name, getattr(h, f"map_{name}"), h))
+        except ValueError as error:
+            problems.append(f"MAP_{name.upper()}={getattr(h, f'map_{name}')}: {error}")
+    if problems:
+        return rows, problems
+    places = itertools.product(range(h.ensemble), range(h.num_layers), kinds)
+    for member, layer, kind in places:
+        offset, out_features, in_features = kinds[kind]
+        cells = columns[0].cells(member, kind, layer, False)
+        random = cells.get("basis", "learned") != "learned"
+        for column in columns[1:]:
+            cells |= column.cells(member, kind, layer, random)
+        if random:
+            shared = h.map_seed + 1_000_000 * member
+            cells |= {"seed": shared + h.map_seed_stride * layer + offset, "shared_seed": shared}
+        prefix = f"members.{member}." if h.ensemble > 1 else ""
+        row = MapRow(f"{prefix}blocks.{layer}.{kind}", out_features, in_features, **cells)
+        rows.append(row)
+        try:
+            if row.adapters() and not random:
+                problems.append(f"MAP_ADAPTER={h.map_adapter}: {kind} is learned in full, it has no adapter")
+        except ValueError as error:
+            problems.append(f"MAP_ADAPTER={h.map_adapter}: {error}")
+        if row.freeze and random and (row.adapter, row.scale, row.gate) == ("none", "none", None):
+            problems.append(f"MAP_FREEZE={h.map_freeze}: {kind} is random, nothing of it is learned")
+    problems += [f"MAP_{column.name.upper()}: {selector} selects no map"
+                 for column in columns for selector in column.unused if selector]
+    seeds = [row.seed for row in rows if row.basis != "learned"]
+    if len(set(seeds)) < len(seeds):
+        problems.append(f"MAP_SEED_STRIDE={h.map_seed_stride} gives two maps the same seed")
+    return rows, list(dict.fromkeys(problems))
 
 # ---- Processes and log -------------------------------------------------------------------------------------
 class Processes:
@@ -366,6 +588,17 @@ class Tokenizer:
         lengths = np.array([len(piece.removeprefix("▁").encode()) for piece in pieces])
         self.own_bytes = np.where(self.is_byte, 1, np.where(self.is_control, 0, lengths))
 
+    def check_manifest(self, h: Hyperparameters) -> None:
+        """UserError if the manifest of the shards, where there is one, names another tokenizer."""
+        path = Path(h.data_path) / "manifest.json"
+        facts = {}
+        with contextlib.suppress(OSError, ValueError):  # data from elsewhere may have none, or another one
+            facts = json.loads(path.read_bytes())
+        made_with = facts.get("tokenizer_sha256") if isinstance(facts, dict) else None
+        if made_with not in (None, self.sha256):
+            raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not what made the shards of DATA_PATH="
+                            f"{h.data_path}: {path} names a tokenizer of SHA-256 {made_with}")
+
     def count_bytes(self, before: np.ndarray, tokens: np.ndarray) -> int:
         """Bytes of text of the tokens (n,), given the token before each, (n,)."""
         return int(self.own_bytes[tokens].sum() + (self.has_space[tokens] & ~self.is_control[before]).sum())
@@ -393,31 +626,6 @@ class ValidationStream:
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
 
 # ---- Random maps -------------------------------------------------------------------------------------------
-class MapRow(NamedTuple):
-    """What one linear map of the model is made of. The table of these rows decides all of it."""
-    name: str  # path of its module in the model
-    out_features: int
-    in_features: int
-    basis: str = "learned"  # or a key of BASES for a frozen random map
-    seed: int = 0  # of a frozen map
-    rank: int = 0  # of its LoRA
-
-def map_table(h: Hyperparameters) -> list[MapRow]:
-    """The maps of all blocks in order: the one place that decides which are random, and how. A map's seed is
-    base + 100 · layer + offset (PR #1113); the offset stands before its shape."""
-    d, kv, hidden = h.model_dim, h.kv_dim, h.mlp_dim
-    kinds = {"attention.q": (0, d, d), "attention.k": (1, kv, d), "attention.v": (2, kv, d),
-             "attention.proj": (3, d, d), "mlp.fc": (10, hidden, d), "mlp.proj": (11, d, hidden)}
-    rows = []
-    for layer in range(h.num_layers):
-        for kind, (offset, out_features, in_features) in kinds.items():
-            row = MapRow(f"blocks.{layer}.{kind}", out_features, in_features)
-            if h.use_random_adapters:
-                seed = h.random_adapter_seed + 100 * layer + offset
-                row = row._replace(basis="orthogonal", seed=seed, rank=h.random_adapter_rank)
-            rows.append(row)
-    return rows
-
 def normal_deviates(seed: int, n: int) -> np.ndarray:
     """(n,) float64 standard normal deviates by Box and Muller's formula, without any library's sampler."""
     half = (n + 1) // 2
@@ -432,14 +640,47 @@ def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
     q = q * r.diagonal().sign()
     return q if out_features >= in_features else q.T
 
-BASES: dict[str, Callable[[int, int, int], Tensor]] = {"orthogonal": orthogonal}
+def gaussian(out_features: int, in_features: int, seed: int) -> Tensor:
+    """(out, in) float64, normal with std 1/√in."""
+    deviates = torch.from_numpy(normal_deviates(seed, out_features * in_features))
+    return deviates.view(out_features, in_features) / math.sqrt(in_features)
+
+def uniform(out_features: int, in_features: int, seed: int) -> Tensor:
+    """(out, in) float64, uniform between -1/√in and 1/√in."""
+    words = random_words(seed, out_features * in_features).astype(np.float64) * 2.0**-63 - 1
+    return torch.from_numpy(words).view(out_features, in_features) / math.sqrt(in_features)
+
+def rademacher(out_features: int, in_features: int, seed: int) -> Tensor:
+    """(out, in) float64, ±1/√in."""
+    signs = 1.0 - 2.0 * (random_words(seed, out_features * in_features) >> np.uint64(63))
+    return torch.from_numpy(signs).view(out_features, in_features) / math.sqrt(in_features)
+
+def hadamard(out_features: int, in_features: int, seed: int) -> Tensor:
+    """(out, in) float64, a randomised Hadamard matrix: random rows and columns, of random signs, of the
+    smallest that holds them. Every entry is ± one power of two, at most a factor √2 from 1/√(longer side):
+    exact in bfloat16 and fp8, drawn without QR. Squares of a power of two are orthogonal up to a factor."""
+    size = 2 ** (max(out_features, in_features) - 1).bit_length()
+    words = random_words(seed, 2 * size).reshape(2, size)
+    (rows, row_signs), (columns, column_signs) = ((w.argsort(kind="stable"), 1.0 - 2.0 * (w & np.uint64(1)))
+                                                  for w in words)
+    parity = np.bitwise_count if hasattr(np, "bitwise_count") else np.vectorize(int.bit_count, otypes="B")
+    shared = rows[:out_features, None] & columns[None, :in_features]
+    signs = (1.0 - 2.0 * (parity(shared) & 1)) * row_signs[:out_features, None] * column_signs[:in_features]
+    exponent = math.floor(math.log2(max(out_features, in_features)) / 2 + 0.5)
+    return torch.from_numpy(signs * 2.0**-exponent)
+
+BASES: dict[str, Callable[[int, int, int], Tensor]] = {
+    "orthogonal": orthogonal, "gaussian": gaussian, "uniform": uniform, "rademacher": rademacher,
+    "hadamard": hadamard}
 
 def draw_map(row: MapRow) -> Tensor:
     """(out, in) bfloat16, drawn on the CPU. The map *is* this rounding, on every device and in every type."""
-    return BASES[row.basis](row.out_features, row.in_features, row.seed).to(torch.bfloat16).contiguous()
+    drawn = BASES[row.basis](row.out_features, row.in_features, row.seed) * row.gain
+    return drawn.to(torch.bfloat16).contiguous()
 
 # ---- Linear layers -----------------------------------------------------------------------------------------
-MATRIX, EMBEDDING, SCALAR = "matrix", "embedding", "scalar"  # roles: they decide optimiser and quantiser
+# Roles of learned tensors: they decide optimiser and quantiser.
+MATRIX, EMBEDDING, SCALAR, SPARSE, MASK = "matrix", "embedding", "scalar", "sparse", "mask"
 
 class Owner(nn.Module):
     """A module that gives each of its learned tensors a role; a tensor without an owner is a SCALAR."""
@@ -448,21 +689,97 @@ class Owner(nn.Module):
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         """Codes of each tensor in `roles`; `hessian` is Σ x xᵀ (in, in) of calibration inputs, if any."""
         return {name: quantizers[role].gptq(getattr(self, name).data, hessian)
-                for name, role in self.roles.items()}
+                for name, role in self.roles.items() if isinstance(getattr(self, name), nn.Parameter)}
 
-class Linear(Owner):
-    """A learned map: y = x Wᵀ; W (out, in) float32, orthogonal at first, computed in the type of x."""
-    roles = {"weight": MATRIX}
+class LoRA(Owner):
+    """ΔW = A B (arXiv:2106.09685): A (out, rank) starts at zero, B (rank, in) normal with std 1/√in."""
+    size, roles = "rank", {"B": MATRIX, "A": MATRIX}
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, row: MapRow, rank: int):
         super().__init__()
-        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(out_features, in_features)))
+        self.A = nn.Parameter(torch.zeros(row.out_features, rank))
+        self.B = nn.Parameter(torch.randn(rank, row.in_features) / math.sqrt(row.in_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, rank), (rank, in), whose product is ΔW."""
+        return self.A, self.B
+
+    def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
+        """B against its inputs x; then A against its own, x B̂ᵀ with the quantised B̂."""
+        b_codes = quantizers[MATRIX].gptq(self.B.data, hessian)
+        seen = None if hessian is None else (b := b_codes.values().double()) @ hessian.double() @ b.T
+        return {"B": b_codes, "A": quantizers[MATRIX].gptq(self.A.data, seen)}
+
+class RankStabilizedLoRA(LoRA):
+    """ΔW = A B / √rank (arXiv:2312.03732)."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A * self.A.size(1) ** -0.5, self.B
+
+@functools.lru_cache(maxsize=64)
+def shared_factor(rows: int, columns: int, seed: int) -> Tensor:
+    """(rows, columns) bfloat16, normal with std 1/√columns, the same tensor for all that ask."""
+    return gaussian(rows, columns, seed + (1 << 96)).to(torch.bfloat16)  # a key that is no map's
+
+class VeRA(Owner):
+    """ΔW = diag(b) B diag(d) A (arXiv:2310.11454): A and B are random and shared by all maps of one shape,
+    learned are b (out), first 0, and d (rank), first 0.1."""
+    size = "rank"
+
+    def __init__(self, row: MapRow, rank: int):
+        super().__init__()
+        a = shared_factor(rank, row.in_features, row.shared_seed)
+        b = shared_factor(row.out_features, rank, row.shared_seed + 1)
+        self.register_buffer("A", a, persistent=False)
+        self.register_buffer("B", b, persistent=False)
+        self.b = nn.Parameter(torch.zeros(row.out_features))
+        self.d = nn.Parameter(torch.full((rank,), 0.1))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.b[:, None] * self.B, self.d[:, None] * self.A
+
+class Sparse(Owner):
+    """ΔW: in each row, learned values at a share `density` of its places, which the seed draws; first 0. The
+    places cost no bytes (after SLTrain, arXiv:2406.02214)."""
+    size, roles = "density", {"values": SPARSE}
+
+    def __init__(self, row: MapRow, density: float):
+        super().__init__()
+        count = max(1, round(density * row.in_features))
+        words = random_words(row.seed + (2 << 96), row.out_features * row.in_features)
+        places = np.sort(np.argpartition(words.reshape(-1, row.in_features), count - 1)[:, :count])
+        self.register_buffer("places", torch.from_numpy(places), persistent=False)  # (out, count)
+        self.values = nn.Parameter(torch.zeros(row.out_features, count))
+
+    def correction(self, weight: Tensor) -> Tensor:
+        return torch.zeros_like(weight).scatter(1, self.places, self.values.to(weight.dtype))
+
+    def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
+        return super().quantize(quantizers, None)  # each row has inputs of its own
+
+class Mask(Owner):
+    """W + ΔW = √2 · W where a score is positive and 0 elsewhere: one bit a weight, half of them set at first.
+    Scores learn by the straight-through gradient (edge-popup, arXiv:1911.13299)."""
+    size, roles = "", {"scores": MASK}
+
+    def __init__(self, row: MapRow, _: float):
+        super().__init__()
+        bound = row.in_features**-0.5
+        self.scores = nn.Parameter(torch.empty(row.out_features, row.in_features).uniform_(-bound, bound))
+
+    def correction(self, weight: Tensor) -> Tensor:
+        mask = (self.scores > 0).to(weight.dtype) + (self.scores - self.scores.detach()).to(weight.dtype)
+        return weight * (math.sqrt(2) * mask - 1)
+
+    def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Tensor]:
+        return {"scores": self.scores.data > 0}
+
+# What may stand beside a frozen map. One that has `factors` adds their product, one that has `correction` a
+# full matrix, whose gradient costs one GEMM more.
+ADAPTERS: dict[str, type[Owner]] = {
+    "lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
 
 class MergedLinear(torch.autograd.Function):
-    """y = x (W + A B)ᵀ, W frozen: one GEMM forward, one backward, and never the dense weight gradient."""
+    """y = x (W + A B)ᵀ: one GEMM forward, one backward, the dense gradient of W only where one asks."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         merged = torch.addmm(weight, a, b)
@@ -473,36 +790,61 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, merged, a, b = ctx.saved_tensors
         rows_dy, rows_x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
+        dw = rows_dy.t() @ rows_x if ctx.needs_input_grad[1] else None
         da = rows_dy.t() @ (rows_x @ b.t())
         db = (rows_dy @ a).t() @ rows_x
-        return dy @ merged, None, da, db
+        return dy @ merged, dw, da, db
 
-class FrozenRandomLinearWithLoRA(Owner):
-    """y = x (W + A B)ᵀ (+ bias): W (out, in) frozen and random, A (out, rank) and B (rank, in) learned. W is
-    a non-persistent bfloat16 buffer, never in a state_dict; `weight` takes one already drawn. A starts at
-    zero, B normal with std 1/√in. LoRA is arXiv:2106.09685, its use on random maps PR #1113."""
-    roles = {"lora_B": MATRIX, "lora_A": MATRIX}
+class Linear(Owner):
+    """A row of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias). W (out, in) is learned in
+    float32, orthogonal at first; or frozen and random, then a bfloat16 buffer that is never in a state_dict,
+    with ΔW the sum of its adapters. All is computed in the type of x."""
+    roles = {"weight": MATRIX}
 
-    def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias: bool = False,
-                 weight: Tensor | None = None):
+    def __init__(self, row: MapRow, weight: Tensor | None = None, bias: bool = False):
+        """`weight`: the random map, where it is already drawn."""
         super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank {rank} does not fit a map of {out_features} x {in_features}")
-        row = MapRow("", out_features, in_features, "orthogonal", seed)
-        self.register_buffer("weight", draw_map(row) if weight is None else weight, persistent=False)
-        self.lora_A = nn.Parameter(torch.zeros(out_features, rank))
-        self.lora_B = nn.Parameter(torch.randn(rank, in_features) / math.sqrt(in_features))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        shape = row.out_features, row.in_features
+        if row.basis == "learned":
+            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(shape)))
+        else:
+            self.register_buffer("weight", draw_map(row) if weight is None else weight, persistent=False)
+        for name, size in row.adapters().items():
+            self.add_module(name, ADAPTERS[name](row, size))
+        factors = {"none": None, "map": torch.ones(1), "row": torch.ones(row.out_features)}[row.scale]
+        self.scale = None if factors is None else nn.Parameter(factors)
+        self.gate = None if row.gate is None else nn.Parameter(torch.full((row.out_features,), row.gate))
+        self.bias = nn.Parameter(torch.zeros(row.out_features)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = MergedLinear.apply(x, *(t.to(x.dtype) for t in (self.weight, self.lora_A, self.lora_B)))
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        weight, adapters = self.weight.to(x.dtype), list(self.children())
+        low_rank = [adapter.factors() for adapter in adapters if hasattr(adapter, "factors")]
+        full = [adapter.correction(weight) for adapter in adapters if hasattr(adapter, "correction")]
+        weight = sum(full, weight)
+        if low_rank:
+            a, b = torch.cat([a for a, _ in low_rank], 1), torch.cat([b for _, b in low_rank], 0)
+            y = MergedLinear.apply(x, weight, a.to(x.dtype), b.to(x.dtype))
+        else:
+            y = F.linear(x, weight)
+        y = y if self.scale is None else y * self.scale.to(x.dtype)
+        y = y if self.bias is None else y + self.bias.to(x.dtype)
+        y = y if activation is None else activation(y)
+        return y if self.gate is None else y * self.gate.to(x.dtype)
 
-    def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
-        """B against its inputs x; then A against its own, x B̂ᵀ with the quantised B̂."""
-        b_codes = quantizers[MATRIX].gptq(self.lora_B.data, hessian)
-        seen = None if hessian is None else (b := b_codes.values().double()) @ hessian.double() @ b.T
-        return {"lora_B": b_codes, "lora_A": quantizers[MATRIX].gptq(self.lora_A.data, seen)}
+class FrozenRandomLinearWithLoRA(Linear):
+    """y = x (W + A B)ᵀ (+ bias): an orthogonal random map with LoRA (PR #1113), by itself."""
+    def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0,
+                 bias: bool = False):
+        row = MapRow("", out_features, in_features, "orthogonal", seed, adapter=f"lora:{rank}")
+        super().__init__(row, bias=bias)
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        return self.lora.A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        return self.lora.B
 
 class Embedding(Owner):
     """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors are multiplied by all.
@@ -520,11 +862,18 @@ class Embedding(Owner):
 
 def tensors_by_role(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters by name, sorted into the roles that their owners gave them."""
-    groups = {MATRIX: {}, EMBEDDING: {}, SCALAR: {}}
+    groups = {MATRIX: {}, EMBEDDING: {}, SCALAR: {}, SPARSE: {}, MASK: {}}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             groups[getattr(module, "roles", {}).get(name.rpartition(".")[-1], SCALAR)][name] = parameter
     return groups
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes that a module's learned tensors take in the artifact before they are packed."""
+    groups = tensors_by_role(model)
+    coded = sum(p.numel() + len(p) for role in (MATRIX, EMBEDDING, SPARSE) for p in groups[role].values())
+    bits = sum(-(-p.numel() // 8) for p in groups[MASK].values())
+    return coded + bits + 2 * sum(p.numel() for p in groups[SCALAR].values())
 
 # ---- Transformer -------------------------------------------------------------------------------------------
 def norm(x: Tensor) -> Tensor:
@@ -580,20 +929,25 @@ class Attention(nn.Module):
         return self.proj(y.flatten(2)), own_v
 
 class MLP(nn.Module):
-    """LeakyReLU(0.5)² between two maps."""
-    def __init__(self, linear: Callable[[str], nn.Module]):
+    """LeakyReLU(0.5)² between two maps, or GEGLU between three (arXiv:2002.05202)."""
+    def __init__(self, h: Hyperparameters, linear: Callable[[str], nn.Module]):
         super().__init__()
         self.fc, self.proj = linear("mlp.fc"), linear("mlp.proj")
+        self.gate = linear("mlp.gate") if h.mlp_gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x), 0.5).square())
+        if self.gate is not None:
+            return self.proj(self.fc(x) * self.gate(x, F.gelu))
+        return self.proj(self.fc(x, lambda y: F.leaky_relu(y, 0.5).square()))
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP on a learned mix, per channel, of the stream x and the embedding x0."""
+    """Pre-norm attention and MLP, one after the other or side by side, on a learned mix, per channel, of the
+    stream x and the embedding x0."""
     def __init__(self, h: Hyperparameters, layer: int, linear: Callable[[str], nn.Module]):
         super().__init__()
-        self.attention, self.mlp = Attention(h, layer, linear), MLP(linear)
+        self.attention, self.mlp = Attention(h, layer, linear), MLP(h, linear)
         self.norm_scale = 1 / math.sqrt(layer + 1) if h.ln_scale else 1.0
+        self.parallel, self.dropout = layer >= h.parallel_from, nn.Dropout(h.dropout)
         share = 1 / (1 + math.exp(-3 * (layer / max(h.num_layers - 1, 1) - 0.5)))
         self.stream_mix = nn.Parameter(torch.full((h.model_dim,), share))
         self.embedding_mix = nn.Parameter(torch.full((h.model_dim,), 1 - share))
@@ -602,49 +956,89 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], added_v: Tensor | None,
                 first_v: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
-        y, own_v = self.attention(norm(x) * self.norm_scale, rope, added_v, first_v)
-        x = x + self.attention_scale.to(x.dtype) * y
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.norm_scale), own_v
+        normed = norm(x) * self.norm_scale
+        y, own_v = self.attention(normed, rope, added_v, first_v)
+        x = x + self.attention_scale.to(x.dtype) * self.dropout(y)
+        normed = normed if self.parallel else norm(x) * self.norm_scale
+        return x + self.mlp_scale.to(x.dtype) * self.dropout(self.mlp(normed)), own_v
 
-class GPT(nn.Module):
-    """The model of the map table and the settings; initial weights come from torch's global generator."""
-    def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
+class LanguageModel(nn.Module):
+    """What training, export and evaluation ask of a model: `predict`, and all that follows from it."""
+    def __init__(self, h: Hyperparameters):
         super().__init__()
+        self.table = {row.name: row for row in h.maps}
+        self.frozen = [row for row in h.maps if row.basis != "learned"]
+        self.alpha, self.temperature = h.distill_alpha, h.distill_temperature
+
+    def predict(self, ids: Tensor, last: int) -> Tensor:
+        """ids (B, T) -> logits of the last positions (B, last, vocabulary) float32."""
+        raise NotImplementedError
+
+    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """ids (B, T), targets (B, n) of their last n positions -> loss of each in nats, (B, n) float32."""
+        logits = self.predict(ids, targets.size(1))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
+        """The loss to train on: cross-entropy, mixed with α where a teacher's logits (B, T, vocabulary) are
+        given: α CE + (1 - α) T² KL(teacher ‖ student), both at temperature T (arXiv:1503.02531)."""
+        logits = self.predict(ids, ids.size(1))
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if taught is None:
+            return loss
+        student, teacher = ((z / self.temperature).log_softmax(-1) for z in (logits, taught))
+        divergence = F.kl_div(student, teacher, log_target=True, reduction="sum") / targets.numel()
+        return self.alpha * loss + (1 - self.alpha) * self.temperature**2 * divergence
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the maps it computes with and all else that seeds drew, in the order of the table."""
+        digest = hashlib.sha256()
+        for row in self.frozen:
+            for drawn in self.get_submodule(row.name).buffers():
+                digest.update(drawn.cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def recur(self, on: bool) -> None:
+        """Whether RECUR_LAYERS run several times."""
+        for module in self.modules():
+            if isinstance(module, GPT):
+                module.recurs = on
+
+class GPT(LanguageModel):
+    """The model of the map table and the settings; initial weights come from torch's global generator. A
+    member of an ensemble finds its rows of the table by their prefix."""
+    def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32, prefix: str = ""):
+        super().__init__(h)
         self.softcap, self.bigram_buckets = h.logit_softcap, h.bigram_vocab_size
         self.value_layers, self.skipping = h.value_layers, h.num_layers // 2 if h.skips_enabled else 0
-        self.table = {row.name: row for row in map_table(h)}
-        self.frozen = [row for row in self.table.values() if row.basis != "learned"]
+        self.recurs, self.order = True, list(range(h.num_layers))  # the order in which blocks run
+        last = max(h.recurring_layers, default=-1) + 1
+        again = h.recurring_layers * (h.recur_times - 1)
+        self.recurrent_order = self.order[:last] + again + self.order[last:]
+        random = [row for row in self.frozen if row.name.startswith(prefix)]
         with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-            maps = dict(zip(self.frozen, pool.map(draw_map, self.frozen)))
+            maps = dict(zip(random, pool.map(draw_map, random)))
 
         def linear(layer: int, kind: str) -> nn.Module:
-            row = self.table[f"blocks.{layer}.{kind}"]
-            if row.basis == "learned":
-                return Linear(row.in_features, row.out_features)
-            return FrozenRandomLinearWithLoRA(row.in_features, row.out_features, row.rank, weight=maps[row])
+            row = self.table[f"{prefix}blocks.{layer}.{kind}"]
+            return Linear(row, maps.get(row))
 
         self.embedding = Embedding(h.vocab_size, h.model_dim, h.tied_embed_init_std, dtype)
         if h.bigram_vocab_size > 1:
             self.bigram = nn.Sequential(Embedding(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype),
-                                        Linear(h.bigram_dim, h.model_dim))
+                                        Linear(MapRow("bigram.1", h.model_dim, h.bigram_dim)))
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(h.model_dim)) if h.smear_enabled else None
         if h.value_layers:
             self.value_embedding = nn.Sequential(Embedding(h.vocab_size, h.ve_dim, 0.01, dtype),
-                                                 Linear(h.ve_dim, h.kv_dim))
+                                                 Linear(MapRow("value_embedding.1", h.kv_dim, h.ve_dim)))
             self.value_scales = nn.Parameter(torch.full((len(h.value_layers),), 0.1))
         self.blocks = nn.ModuleList(Block(h, i, functools.partial(linear, i)) for i in range(h.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(self.skipping, h.model_dim)) if self.skipping else None
+        gated = self.skipping and h.skip_gates_enabled
+        self.skip_gates = nn.Parameter(torch.zeros(self.skipping, h.model_dim)) if gated else None
         frequencies = h.rope_base ** -(torch.arange(0, h.rope_dims, 2) / max(h.rope_dims, 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the bfloat16 bytes of the maps it computes with, in the order of the table."""
-        digest = hashlib.sha256()
-        for row in self.frozen:
-            weight = self.get_submodule(row.name).weight.cpu()
-            digest.update(weight.view(torch.int16).numpy().astype("<i2").tobytes())
-        return digest.hexdigest()
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> the last norm's output (B, T, d), which the logits are made of."""
@@ -659,30 +1053,70 @@ class GPT(nn.Module):
         angles = torch.arange(ids.size(1), device=ids.device)[:, None, None] * self.frequencies
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # each (T, 1, rope_dims / 2)
         added_v = self.value_embedding(ids) if self.value_layers else None
-        x0, skips, first_v = x, [], None
-        for layer, block in enumerate(self.blocks):
-            if skips and layer >= self.skipping:
-                x = x + self.skip_weights[layer - self.skipping].to(x.dtype) * skips.pop()
+        x0, left, first_v = x, {}, None  # left: the stream after each layer of the first half
+        for layer in self.recurrent_order if self.recurs else self.order:
+            if 0 <= (i := layer - self.skipping) < self.skipping:
+                skip = self.skip_weights[i].to(x.dtype) * left[self.skipping - 1 - i]
+                if self.skip_gates is None:
+                    x = x + skip
+                else:
+                    x = torch.lerp(skip, x, self.skip_gates[i].sigmoid().to(x.dtype))
             v = None
             if layer in self.value_layers:
                 v = added_v * self.value_scales[self.value_layers.index(layer)].to(x.dtype)
-            x, own_v = block(x, x0, rope, v, first_v)
+            x, own_v = self.blocks[layer](x, x0, rope, v, first_v)
             first_v = own_v if first_v is None else first_v
             if layer < self.skipping:
-                skips.append(x)
+                left[layer] = x
         return norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, d) -> (…, vocabulary) float32, softly capped."""
         return self.softcap * torch.tanh(self.embedding(hidden).float() / self.softcap)
 
-    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """ids (B, T), targets (B, n) of their last n positions -> loss of each in nats, (B, n) float32."""
-        logits = self.logits(self.hidden(ids)[:, -targets.size(1) :])
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    def predict(self, ids: Tensor, last: int) -> Tensor:
+        return self.logits(self.hidden(ids)[:, -last:])
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        return self.losses(ids, targets).mean()
+class Ensemble(LanguageModel):
+    """Models in one artifact (PR #1301): each learns for itself, the mean of their logits predicts."""
+    def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
+        super().__init__(h)
+        self.members = nn.ModuleList(GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble))
+
+    def predict(self, ids: Tensor, last: int) -> Tensor:
+        return torch.stack([member.predict(ids, last) for member in self.members]).mean(0)
+
+    def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
+        return torch.stack([member(ids, targets, taught) for member in self.members]).mean()
+
+def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    return Ensemble(h, dtype) if h.ensemble > 1 else GPT(h, dtype)
+
+def describe_maps(model: LanguageModel) -> list[str]:
+    """The map table of a built model as text: one line for the maps of a kind that are alike."""
+    alike: dict[tuple, list[MapRow]] = {}
+    for row in model.table.values():
+        kind = re.sub(r"blocks\.\d+\.", "", row.name)
+        alike.setdefault((kind, *row._replace(name="", seed=0)), []).append(row)
+    lines = ["map layers shape basis seed adapter scale gate freezes trained frozen stored".split()]
+    totals = [0, 0, 0]
+    for (kind, *_), rows in alike.items():
+        row, modules = rows[0], [model.get_submodule(row.name) for row in rows]
+        random = row.basis != "learned"
+        layers = [re.search(r"blocks\.(\d+)", row.name)[1] for row in rows]
+        whole = int(layers[-1]) - int(layers[0]) == len(layers) - 1
+        counts = (sum(p.numel() for module in modules for p in module.parameters()),
+                  random * len(rows) * row.out_features * row.in_features, sum(map(stored_bytes, modules)))
+        totals = [total + count for total, count in zip(totals, counts)]
+        basis = row.basis if row.gain == 1 else f"{row.gain:g}·{row.basis}"
+        lines.append([kind, f"{layers[0]}-{layers[-1]}" if whole else ",".join(layers),
+                      f"{row.out_features}x{row.in_features}", basis, f"{row.seed}.." if random else "",
+                      row.adapter, row.scale, "none" if row.gate is None else f"{row.gate:g}",
+                      f"at {row.freeze:g}" if row.freeze else "at 0" if random else "never",
+                      *(f"{count:,}" for count in counts)])
+    lines.append(["all"] + [""] * 8 + [f"{total:,}" for total in totals])
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
 
 # ---- Optimisers and averages -------------------------------------------------------------------------------
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
@@ -715,9 +1149,14 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def _updates(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        gradients, state = torch.stack([p.grad for p in params]), self.state[params[0]]
-        state["momentum"] = momentum * state.get("momentum", 0.0) + gradients  # of all matrices of this shape
-        stacked = gradients + momentum * state["momentum"]
+        gradients = [p.grad for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in params]
+        torch._foreach_mul_(momenta, momentum)
+        torch._foreach_add_(momenta, gradients)
+        stacked = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
         if self.processes is None or self.processes.count == 1:
             return list(orthogonalize(stacked, self.backend_steps))
         everyone, mine = torch.zeros_like(stacked), slice(self.processes.rank, None, self.processes.count)
@@ -729,10 +1168,13 @@ class Optimizers:
     def __init__(self, groups: dict[str, dict[str, nn.Parameter]], h: Hyperparameters, processes: Processes):
         self.h, self.processes = h, processes
         self.params = [p for group in groups.values() for p in group.values()]
-        matrices, embeddings, scalars = (groups[role].values() for role in (MATRIX, EMBEDDING, SCALAR))
+        members = {role: list(group.values()) for role, group in groups.items()}
+        matrices = [{"params": members[MATRIX] + members[MASK]}]
         self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, processes)
-        adam = [{"params": embeddings, "lr": h.tied_embed_lr}, {"params": scalars, "lr": h.scalar_lr}]
-        self.adam = torch.optim.AdamW(adam, 0.0, (h.beta1, h.beta2), h.adam_eps, h.adam_wd, fused=True)
+        rates = {EMBEDDING: (h.tied_embed_lr, h.embed_wd), SCALAR: (h.scalar_lr, h.adam_wd),
+                 SPARSE: (h.sparse_lr, h.muon_wd)}
+        adam = [{"params": members[role], "lr": lr, "weight_decay": wd} for role, (lr, wd) in rates.items()]
+        self.adam = torch.optim.AdamW(adam, 0.0, (h.beta1, h.beta2), h.adam_eps, fused=True)
         self.base_lrs = [(g, g["lr"]) for g in self.muon.param_groups + self.adam.param_groups]
 
     def step(self, step: int, scale: float) -> None:
@@ -743,7 +1185,7 @@ class Optimizers:
         for group, lr in self.base_lrs:
             group["lr"] = lr * scale
         if self.processes.count > 1:  # the mean over the processes, in one message
-            gradients = [p.grad for p in self.params]
+            gradients = [p.grad for p in self.params if p.grad is not None]  # of all that is not frozen
             mean = self.processes.sum_(torch.nn.utils.parameters_to_vector(gradients)) / self.processes.count
             torch.nn.utils.vector_to_parameters(mean, gradients)
         if h.grad_clip_norm:
@@ -753,11 +1195,19 @@ class Optimizers:
         for p in self.params:
             p.grad = None
 
+    def forget_frozen(self) -> None:
+        """Frees the state of what is no longer learned."""
+        for p in self.params:
+            if not p.requires_grad:
+                self.muon.state.pop(p, None)
+                self.adam.state.pop(p, None)
+
 class Averages:
     """Averages of the weights, candidates for the export beside the last: `ema`, divided by 1 - dᵗ so that
-    adapters, which start at zero as it does, are not drawn back to it; `swa`, the mean of late weights."""
+    adapters, which start at zero as it does, are not drawn back to it; `swa`, the mean of late weights. What
+    was frozen on the way stays where it stands."""
     def __init__(self, params: list[nn.Parameter], h: Hyperparameters):
-        self.h, self.params = h, [p.detach() for p in params]
+        self.h, self.learned, self.params = h, params, [p.detach() for p in params]
         self.sums = {name: [torch.zeros_like(p) for p in self.params] for name in ("ema", "swa")}
         self.totals = {"ema": 0.0, "swa": 0.0}
 
@@ -770,8 +1220,12 @@ class Averages:
             self.totals["swa"] += 1.0
 
     def candidates(self) -> dict[str, list[Tensor]]:
-        means = {name: torch._foreach_div(self.sums[name], n) for name, n in self.totals.items() if n}
-        return {"last": [p.clone() for p in self.params]} | means
+        found = {"last": [p.clone() for p in self.params]}
+        for name, total in self.totals.items():
+            if total:
+                means = zip(torch._foreach_div(self.sums[name], total), self.learned)
+                found[name] = [mean if p.requires_grad else p.detach().clone() for mean, p in means]
+        return found
 
 # ---- Quantisation ------------------------------------------------------------------------------------------
 class Codes(NamedTuple):
@@ -837,8 +1291,9 @@ class Quantizer(NamedTuple):
         return Codes(codes[:, order.argsort()].to(torch.int8), exponents)
 
 def quantizers_of(h: Hyperparameters) -> dict[str, Quantizer]:
-    """How each role is stored; SCALAR is float16."""
-    return {MATRIX: Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.gptq_damping, h.prune_pct),
+    """How each role is stored as codes; SCALAR is float16, MASK is bits."""
+    matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.gptq_damping, h.prune_pct)
+    return {MATRIX: matrix, SPARSE: matrix,
             EMBEDDING: Quantizer(h.embed_bits, h.embed_clip_sigmas, h.gptq_damping)}
 
 @contextlib.contextmanager
@@ -856,8 +1311,10 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
         torch._foreach_copy_([p for _, p in stored], masters)
 
 @torch.no_grad()
-def collect_hessians(model: GPT, batches: Iterable[Tensor], processes: Processes) -> dict[nn.Module, Tensor]:
-    """Σ x xᵀ (in, in) float32 of every owner's inputs over the batches of all processes, ids left out."""
+def collect_hessians(model: LanguageModel, batches: Iterable[Tensor],
+                     processes: Processes) -> dict[nn.Module, Tensor]:
+    """Σ x xᵀ (in, in) float32 of every owner's inputs over the batches of all processes, ids left out;
+    adapters have those of their map."""
     hessians: dict[nn.Module, Tensor] = {}
 
     def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -867,10 +1324,11 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor], processes: Processes
 
     hooks = [module.register_forward_pre_hook(add) for module in model.modules() if isinstance(module, Owner)]
     for ids in batches:
-        model.logits(model.hidden(ids))
+        model.predict(ids, ids.size(1))
     for hook in hooks:
         hook.remove()
-    return {module: processes.sum_(hessian) for module, hessian in hessians.items()}
+    hessians = {module: processes.sum_(hessian) for module, hessian in hessians.items()}
+    return {owner: hessian for module, hessian in hessians.items() for owner in module.modules()}
 
 # ---- Artifact ----------------------------------------------------------------------------------------------
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 1
@@ -878,7 +1336,7 @@ LZMA_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc
 PACK = {"brotli": functools.partial(brotli.compress, quality=11, lgwin=24),
         "lzma": functools.partial(lzma.compress, format=lzma.FORMAT_ALONE, filters=LZMA_FILTERS)}
 UNPACK = {"brotli": brotli.decompress, "lzma": lzma.decompress}
-GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16}
+GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16, "bits": torch.bool}
 
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "machine": platform.machine(), "flash_attention_3": flash_attention_3 is not None}
@@ -888,18 +1346,24 @@ def write_artifact(header: dict, tensors: dict[str, Codes | Tensor]) -> tuple[by
     bytes), format version and length of the header (uint32 each), header (JSON, brotli), the groups, SHA-256
     over all before it. To `header` come the versions at work, the tensor table [name, shape, groups] and the
     groups [name, codec, packed size]. A group is its tensors' values in byte planes, all first bytes and then
-    all second ones, packed by the codec that makes it smallest."""
+    all second ones, or 8 bits to the byte, packed by the codec that makes it smallest."""
     table, groups = [], {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
         kind, parts = name.rpartition(".")[-1], {"float16": tensor}
         if isinstance(tensor, Codes):
             parts = {f"{kind} codes": tensor.codes, f"{kind} exponents": tensor.exponents}
-        table.append([name, list(next(iter(parts.values())).shape), list(parts)])
+        elif tensor.dtype is torch.bool:
+            parts = {f"{kind} bits": F.pad(tensor.flatten(), (0, -tensor.numel() % 8))}
+        table.append([name, list((tensor.codes if isinstance(tensor, Codes) else tensor).shape), list(parts)])
         for group, part in parts.items():
             groups.setdefault(group, []).append(part.cpu().flatten().to(GROUP_TYPES[group.split()[-1]]))
 
     def pack(parts: list[Tensor]) -> tuple[str, bytes]:
-        raw = torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
+        values = torch.cat(parts)
+        if values.dtype is torch.bool:
+            raw = np.packbits(values.numpy()).tobytes()
+        else:
+            raw = values[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
         return min(((codec, pack(raw)) for codec, pack in PACK.items()), key=lambda pair: len(pair[1]))
 
     with ThreadPoolExecutor() as pool:
@@ -924,27 +1388,30 @@ def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     place, streams, tensors = 16 + size, {}, {}
     for group, codec, packed in header["groups"]:
         dtype, raw = GROUP_TYPES[group.split()[-1]], bytearray(UNPACK[codec](blob[place : place + packed]))
-        planes = torch.frombuffer(raw, dtype=torch.uint8).view(dtype.itemsize, -1)
-        streams[group] = planes.t().contiguous().view(dtype).flatten()
+        if dtype is torch.bool:
+            streams[group] = torch.from_numpy(np.unpackbits(np.frombuffer(raw, np.uint8)))
+        else:
+            planes = torch.frombuffer(raw, dtype=torch.uint8).view(dtype.itemsize, -1)
+            streams[group] = planes.t().contiguous().view(dtype).flatten()
         place += packed
     for name, shape, groups in header["tensors"]:
         parts = []
         for group, count in zip(groups, (math.prod(shape), *shape)):
             parts.append(streams[group][:count])
-            streams[group] = streams[group][count:]
+            streams[group] = streams[group][count + (-count % 8 if group.endswith("bits") else 0) :]
         values = parts[0].view(shape)
         tensors[name] = values.float() if len(parts) == 1 else Codes(values, parts[1]).values()
     return header, tensors
 
-def build_model(header: dict, tensors: dict[str, Tensor], processes: Processes) -> GPT:
+def build_model(header: dict, tensors: dict[str, Tensor], processes: Processes) -> LanguageModel:
     """A model that computes from an artifact alone; its maps are drawn anew and proved to be the same."""
-    model = GPT(Hyperparameters(**header["model"]), processes.dtype)
+    model = make_model(Hyperparameters(environment={}, **header["model"]), processes.dtype)
     here, there = model.fingerprint(), header["fingerprint"]
     if here != there:
         raise UserError(f"the random maps drawn here are not the artifact's ({here[:16]}, not {there[:16]}):"
                         f" it was made with {header['versions']}, this is {VERSIONS}; use the same versions")
     model.load_state_dict(tensors)
-    return model.to(processes.device)
+    return model.to(processes.device).eval()
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
@@ -954,10 +1421,11 @@ def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np
     return starts, np.diff(starts + length, prepend=0)
 
 @torch.no_grad()
-def evaluate(model: GPT, val: ValidationStream, h: Hyperparameters, processes: Processes, stride: int,
-             log: Log) -> tuple[float, float]:
+def evaluate(model: LanguageModel, val: ValidationStream, h: Hyperparameters, processes: Processes,
+             stride: int, log: Log) -> tuple[float, float]:
     """Mean loss in nats and bits per byte over every token of the stream after the first, each scored once.
     The batches are the same for any number of processes, which take them in turn."""
+    model.eval()
     targets = len(val.tokens) - 1
     length = min(h.eval_seq_len, targets)
     starts, counts = plan_windows(targets, length, stride)
@@ -1000,34 +1468,73 @@ def warmdown_scale(step: int, remaining: int, warmdown: int) -> float:
     """1, then linear to 0 over the last `warmdown` steps, or over all where there are fewer."""
     return min(1.0, remaining / max(1, min(warmdown, step + remaining)))
 
-def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]],
+                         teach: Callable[[Tensor], Tensor | None]) -> Tensor:
     """Adds up the gradients of the mean loss over micro-batches; gives that loss, still on the device."""
     total = 0.0
     for ids, targets in batches:
-        loss = forward(ids, targets) / len(batches)
+        loss = forward(ids, targets, teach(ids)) / len(batches)
         loss.backward()
         total = total + loss.detach()
     return total
 
-def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingData, val: ValidationStream,
-          log: Log) -> dict:
+class Stages:
+    """What changes at a share of training, and nowhere else: maps freeze, layers begin to recur, a teacher
+    speaks. A stage may be entered from any other, so that all can be compiled before the clock starts."""
+    def __init__(self, h: Hyperparameters, model: LanguageModel, teacher: LanguageModel | None):
+        self.h, self.model, self.teacher, self.current, self.teaches = h, model, teacher, 0.0, False
+        marks = {0.0} | {row.freeze for row in h.maps} | ({h.recur_frac} if h.recurring_layers else set())
+        if h.self_distill:
+            self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
+        marks |= {h.distill_start_frac, h.distill_end_frac} if self.teacher else set()
+        self.marks = sorted(marks - {1.0})
+
+    def enter(self, share: float) -> str:
+        """Sets the model up for the last stage that begins by this share of training; says what it is."""
+        mark = self.marks[bisect.bisect(self.marks, share) - 1]
+        frozen = [row.name for row in self.h.maps if 0 < row.freeze <= mark]
+        for row in self.h.maps:
+            self.model.get_submodule(row.name).requires_grad_(row.name not in frozen)
+        self.model.recur(recurs := bool(self.h.recurring_layers) and self.h.recur_frac <= mark)
+        taught, self.teaches = self.teaches, bool(self.teacher) and (
+            self.h.distill_start_frac <= mark < self.h.distill_end_frac)
+        if self.h.self_distill and self.teaches and (not taught or mark == 0):
+            self.teacher.load_state_dict(self.model.state_dict())  # in place: a new tensor means a new graph
+            self.teacher.recur(recurs)
+        self.current = mark
+        return f"frozen_maps:{len(frozen)} recurrence:{recurs} teacher:{self.teaches}"
+
+    @torch.no_grad()
+    def teach(self, ids: Tensor) -> Tensor | None:
+        """The teacher's logits (B, T, vocabulary), where there is one at this stage."""
+        return self.teacher.predict(ids, ids.size(1)) if self.teaches else None
+
+def train(h: Hyperparameters, processes: Processes, model: LanguageModel, teacher: LanguageModel | None,
+          data: TrainingData, val: ValidationStream, log: Log) -> dict:
     """Trains the model, leaves in it the average that does best on held-out training text; gives figures."""
-    groups, quantizers = tensors_by_role(model), quantizers_of(h)
+    groups, quantizers, stages = tensors_by_role(model), quantizers_of(h), Stages(h, model, teacher)
     forward = torch.compile(model, dynamic=False, fullgraph=True) if processes.compile else model
     optimizers = Optimizers(groups, h, processes)
     params, initial = optimizers.params, [p.detach().clone() for p in optimizers.params]
-    for step in range(h.warmup_steps):
-        log.progress(f"warming up: {step} of {h.warmup_steps}")
-        accumulate_gradients(forward, data.micro_batches(step, processes))
+    model.train()
+    for step, mark in itertools.product(range(-(-h.warmup_steps // len(stages.marks))), stages.marks):
+        log.progress("warming up")
+        stages.enter(mark)
+        accumulate_gradients(forward, data.micro_batches(step, processes), stages.teach)
         optimizers.step(step, 1.0)
     torch._foreach_copy_([p.detach() for p in params], initial)  # in place: a new tensor means a new graph
+    stages.enter(0.0)
     optimizers, averages = Optimizers(groups, h, processes), Averages(params, h)
     clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
     step, qat, loss, began = 0, False, None, time.perf_counter()
     while True:
         remaining = processes.share(clock.remaining(step))
+        share = step / (step + remaining) if remaining > 0 else 1.0
+        if bisect.bisect(stages.marks, share) > bisect.bisect(stages.marks, stages.current):
+            log(f"stage step:{step} share:{share:.4f} {stages.enter(share)}")
+            optimizers.forget_frozen()
         if remaining <= 0:
-            choose_average(model, params, averages.candidates(), data, processes, log)
+            scores = choose_average(model, params, averages.candidates(), data, processes, log)
         if remaining <= 0 or (h.val_loss_every and step and step % h.val_loss_every == 0):
             nats, bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
             log(f"step:{step}/{h.iterations} val_loss:{nats:.4f} val_bpb:{bpb:.4f} {clock.times(step)}")
@@ -1035,13 +1542,16 @@ def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingDa
         if remaining <= 0:
             speed = round(h.train_batch_tokens * step / clock.elapsed)
             return {"steps": step, "train_seconds": round(clock.elapsed, 3), "tokens_per_second": speed,
+                    **{f"holdout_loss_{name}": score for name, score in scores.items()},
                     "val_loss_before": nats, "val_bpb_before": bpb}
-        scale, previous = warmdown_scale(step, remaining, h.warmdown_iters), loss
+        warmdown = math.ceil(h.warmdown_frac * (step + remaining)) if h.warmdown_frac else h.warmdown_iters
+        scale, previous = warmdown_scale(step, remaining, warmdown), loss
         if scale < h.late_qat_threshold and not qat:
             qat = True
             log(f"late_qat:on step:{step} scale:{scale:.4f}")
+        model.train()
         with weights_as_stored(groups, quantizers) if qat else contextlib.nullcontext():
-            loss = accumulate_gradients(forward, data.micro_batches(step, processes))
+            loss = accumulate_gradients(forward, data.micro_batches(step, processes), stages.teach)
         optimizers.step(step, scale)  # on the float32 masters
         averages.update(step, scale)
         step += 1
@@ -1056,9 +1566,10 @@ def train(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingDa
             log(f"step:{step}/{h.iterations} train_loss:{mean:.4f} {clock.times(step)}")
 
 @torch.no_grad()
-def choose_average(model: GPT, params: list[nn.Parameter], candidates: dict[str, list[Tensor]],
-                   data: TrainingData, processes: Processes, log: Log) -> None:
-    """Leaves in the model the candidate with the least loss on the text held out of training."""
+def choose_average(model: LanguageModel, params: list[nn.Parameter], candidates: dict[str, list[Tensor]],
+                   data: TrainingData, processes: Processes, log: Log) -> dict[str, float]:
+    """Leaves in the model the candidate with the least loss on the text held out of training; the losses."""
+    model.eval()
     scores, holdout = {}, data.read(data.held_out)
     for name, weights in candidates.items():
         torch._foreach_copy_([p.detach() for p in params], weights)
@@ -1072,8 +1583,9 @@ def choose_average(model: GPT, params: list[nn.Parameter], candidates: dict[str,
         raise UserError(f"the loss of the trained weights is not finite: {scores}; lower the learning rates")
     torch._foreach_copy_([p.detach() for p in params], candidates[best])
     log("average " + " ".join(f"{name}:{score:.4f}" for name, score in scores.items()) + f" exported:{best}")
+    return scores
 
-def export(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingData, step: int,
+def export(h: Hyperparameters, processes: Processes, model: LanguageModel, data: TrainingData, step: int,
            tokenizer: Tokenizer, log: Log) -> bytes:
     """The artifact of the model, on every process; UserError if it and the code are over the limit."""
     size, first = max(1, 16_384 // h.train_seq_len), step * (h.train_batch_tokens // h.train_seq_len)
@@ -1104,19 +1616,29 @@ def export(h: Hyperparameters, processes: Processes, model: GPT, data: TrainingD
 def train_and_export(h: Hyperparameters, processes: Processes, device: str, tokenizer: Tokenizer,
                      val: ValidationStream, folder: Path, saved: dict | None, log: Log) -> tuple[bytes, dict]:
     """The artifact of a new model, or of a saved one, and the run's figures."""
-    data = TrainingData(h)
+    data, teacher = TrainingData(h), None
+    if h.distill_from and not saved:
+        header, tensors = read_artifact(read_file("DISTILL_FROM", h.distill_from))
+        if header["tokenizer"] != tokenizer.sha256:
+            raise UserError(f"DISTILL_FROM={h.distill_from}: the teacher has another tokenizer")
+        teacher = build_model(header, tensors, processes).requires_grad_(False)
     torch.manual_seed(h.seed)
     model = (build_model(saved, saved["weights"], processes) if saved
-             else GPT(h, processes.dtype).to(processes.device))
+             else make_model(h, processes.dtype).to(processes.device))
     log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
     for f in dataclasses.fields(h):
         log(f"{f.name.upper()}={getattr(h, f.name)}", console=False)
     for row in model.table.values():
         log("map " + " ".join(f"{key}:{value}" for key, value in row._asdict().items()), console=False)
-    frozen = sum(row.out_features * row.in_features for row in model.frozen)
-    log(f"model {sum(p.numel() for p in model.parameters()):,} trained and {frozen:,} frozen parameters")
+    for line in describe_maps(model):
+        log(line)
+    counts = {"trained_parameters": sum(p.numel() for p in model.parameters()),
+              "frozen_parameters": sum(row.out_features * row.in_features for row in model.frozen)}
+    log("model {trained_parameters:,} trained and {frozen_parameters:,} frozen parameters".format(**counts))
+    log(f"{len(model.frozen)} of {len(model.table)} maps come from their seeds and cost 0 bytes; all that is"
+        f" learned takes {stored_bytes(model):,} before it is packed")
     log(f"versions {json.dumps(VERSIONS)} device {device}, {torch.get_num_threads()} threads")
-    figures = saved["figures"] if saved else train(h, processes, model, data, val, log)
+    figures = saved["figures"] if saved else counts | train(h, processes, model, teacher, data, val, log)
     if processes.rank == 0:
         buffer = io.BytesIO()
         torch.save({"model": h.model_settings(), "fingerprint": model.fingerprint(), "versions": VERSIONS,
@@ -1133,12 +1655,13 @@ def run(h: Hyperparameters, processes: Processes) -> None:
     blob, saved, figures, folder = b"", None, {}, None
     if h.eval_only:
         blob = read_file("MODEL_PATH", h.model_path)
-        h = Hyperparameters(**read_artifact(blob)[0]["model"])
+        h = h.adopt(read_artifact(blob)[0]["model"], f"MODEL_PATH={h.model_path}")
     elif h.export_only:
         checkpoint = io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path))
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        h = Hyperparameters(**saved["model"])
+        h = h.adopt(saved["model"], f"CHECKPOINT_PATH={h.checkpoint_path}")
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
+    tokenizer.check_manifest(h)
     val = ValidationStream(h, tokenizer)
     device = torch.cuda.get_device_name() if processes.on_cuda else f"{platform.machine()} CPU"
     if not h.eval_only:
@@ -1177,7 +1700,7 @@ def report(h: Hyperparameters, hardware: str, model_bytes: int, text: bytes, fig
         log(f"{'for scale, ' + name + part:<34}{'':>10}{8 * len(packed) / len(sample):>10.4f}")
     log(f"artifact {code + model_bytes:,} bytes: code {code:,}, model {model_bytes:,}")
     if folder:
-        maps = f"random maps, LoRA {h.random_adapter_rank}" if h.use_random_adapters else "all learned"
+        maps = f"maps {h.map_basis}, adapter {h.map_adapter}"
         submission = {
             "author": h.author, "github_id": h.github_id, "name": "Adapters on random linear maps",
             "blurb": f"{h.num_layers} layers of width {h.model_dim}, {maps}", "date": time.strftime("%F"),

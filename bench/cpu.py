@@ -4,7 +4,7 @@
 
 1. Attention by plain matrix products, as `causal_attention` does it up to 1024 tokens, against PyTorch's
    fused kernel, forward and backward.
-2. A training step of presets/cpu.env's model with glibc keeping freed memory (as run.sh asks it to) against
+2. A training step of presets/cpu/random_adapters.env's model with glibc keeping freed memory (as run.sh asks it to) against
    glibc's defaults.
 """
 
@@ -75,7 +75,7 @@ def time_step() -> None:
     batches = [(ids[:, :-1], ids[:, 1:])]
 
     def step():
-        t.accumulate_gradients(model, batches)
+        t.accumulate_gradients(model, batches, lambda ids: None)
         optimizers.step(0, 1.0)
 
     print(median_seconds(step))
@@ -83,7 +83,9 @@ def time_step() -> None:
 
 def child(part: str, extra: dict[str, str]) -> str:
     """What this program prints for one part, in its own process: glibc reads its settings at the start."""
-    settings = dict(line.split("=") for line in (ROOT / "presets/cpu.env").read_text().split() if "=" in line)
+    presets = [ROOT / "presets/cpu" / name for name in ("common.env", "random_adapters.env")]
+    lines = [line for preset in presets for line in preset.read_text().splitlines() if line[0] not in "#"]
+    settings = dict(line.split("=", 1) for line in lines if not line.startswith("PRESET_BASE"))
     environment = {key: value for key, value in os.environ.items() if key not in KEEP} | settings | extra
     command = [sys.executable, __file__, part]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout

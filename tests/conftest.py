@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # tiny models gain nothing from threads, and wait long
 TINY = {
     "num_layers": 4, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 4, "xsa_last_n": 4,
     "vocab_size": 64, "bigram_vocab_size": 32, "bigram_dim": 8, "ve_dim": 8, "ve_layers": "2,3",
-    "random_adapter_rank": 4, "train_seq_len": 16, "eval_seq_len": 16, "eval_stride": 4,
+    "map_adapter": "lora:4", "train_seq_len": 16, "eval_seq_len": 16, "eval_stride": 4,
     "train_batch_tokens": 64, "holdout_tokens": 64, "dtype": "float32", "iterations": 4, "warmup_steps": 1,
     "gptq_calib_batches": 1, "compile": "0",
 }
@@ -31,7 +31,8 @@ def clean_environment():
 
     For the whole session, so that fixtures of every scope see the same environment.
     """
-    names = {f.name.upper() for f in dataclasses.fields(train_gpt.Hyperparameters)} | set(train_gpt.NOT_HERE)
+    names = [f.name for f in dataclasses.fields(train_gpt.Hyperparameters)] + list(train_gpt.PUBLISHED)
+    names = {name.upper() for name in names} | set(train_gpt.NOT_HERE)
     with pytest.MonkeyPatch.context() as patch:
         for name in names | {"RANK", "LOCAL_RANK", "WORLD_SIZE"}:
             patch.delenv(name, raising=False)

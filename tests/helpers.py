@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
 
 FIELDS = dataclasses.fields(train_gpt.Hyperparameters)
-SETTINGS = [f.name.upper() for f in FIELDS]
+PUBLISHED = [name.upper() for name in train_gpt.PUBLISHED]
+SETTINGS = [f.name.upper() for f in FIELDS] + PUBLISHED  # every name that a variable may have
 MODEL_SETTINGS = [f.name.upper() for f in FIELDS if f.metadata["model"]]
 # What a launcher sets, or a shell may have set for other scripts, and would decide a test's outcome.
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -25,7 +26,7 @@ NOT_INHERITED = {*SETTINGS, *train_gpt.NOT_HERE, *LAUNCHER}
 
 TINY = {
     "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ROPE_DIMS": 8, "VE_LAYERS": 1,
-    "VE_DIM": 8, "BIGRAM_VOCAB_SIZE": 64, "BIGRAM_DIM": 8, "RANDOM_ADAPTER_RANK": 4, "TRAIN_SEQ_LEN": 32,
+    "VE_DIM": 8, "BIGRAM_VOCAB_SIZE": 64, "BIGRAM_DIM": 8, "MAP_ADAPTER": "lora:4", "TRAIN_SEQ_LEN": 32,
     "EVAL_SEQ_LEN": 32, "EVAL_STRIDE": 8, "TRAIN_BATCH_TOKENS": 256, "ITERATIONS": 20, "WARMUP_STEPS": 1,
     "WARMDOWN_ITERS": 10, "GPTQ_CALIB_BATCHES": 2, "MAX_WALLCLOCK_SECONDS": 0, "DTYPE": "float32",
     "TRAIN_LOG_EVERY": 1,

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
 
 import numpy as np
@@ -338,6 +339,32 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
     with pytest.raises(UserError) as refused:
         train_gpt.Tokenizer(str(path), 512)
     assert str(path) in str(refused.value)
+
+
+def test_tokenizer_that_did_not_make_the_shards_is_refused(corpus, tokenizer, tmp_path):
+    """Trap 9: one of the same size passes every other check, and its text is another."""
+    tokenizer.check_manifest(of(corpus))
+    proto = corpus.tokenizer.read_bytes()
+    other = tmp_path / "other.model"
+    other.write_bytes(proto.replace(b"the", b"eht"))
+    assert other.read_bytes() != proto
+    h = tiny(data_path=corpus.folder, tokenizer_path=other, vocab_size=512)
+    with pytest.raises(UserError) as refused:
+        train_gpt.Tokenizer(str(other), 512).check_manifest(h)
+    message = str(refused.value)
+    assert message.startswith(f"TOKENIZER_PATH={other} ")
+    for told in (corpus.folder, corpus.folder / "manifest.json", tokenizer.sha256):
+        assert str(told) in message
+
+
+@pytest.mark.parametrize("content", [
+    None, {}, [], "text", 3, {"tokenizer_sha256": None}, {"tokenizer": "some.model"},
+    ["tokenizer_sha256"]], ids=repr)
+def test_manifest_of_another_form_is_ignored(tokenizer, tmp_path, content):
+    """Shards from elsewhere have none, or one that says other things."""
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(json.dumps(content))
+    tokenizer.check_manifest(tiny(data_path=tmp_path))
 
 
 # ---- Windows -----------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_maps_are_the_same_in_every_type_of_activations(settings):
 
 
 def test_a_layer_of_its_own_draws_the_models_map(settings):
-    row = train_gpt.map_table(settings())[9]
+    row = settings().maps[9]
     model, alone = train_gpt.GPT(settings()), train_gpt.FrozenRandomLinearWithLoRA(
         row.in_features, row.out_features, rank=2, seed=row.seed)
     assert torch.equal(model.get_submodule(row.name).weight, alone.weight)
@@ -171,7 +171,7 @@ def test_odd_numbers_of_deviates(n):
 def test_seeds_are_those_of_the_published_system():
     offsets = {"attention.q": 0, "attention.k": 1, "attention.v": 2, "attention.proj": 3,
                "mlp.fc": 10, "mlp.proj": 11}
-    rows = train_gpt.map_table(train_gpt.Hyperparameters())
+    rows = train_gpt.Hyperparameters().maps
     expected = {f"blocks.{layer}.{kind}": 12345 + 100 * layer + offset
                 for layer in range(11) for kind, offset in offsets.items()}
     assert {row.name: row.seed for row in rows} == expected
@@ -196,8 +196,8 @@ def test_the_fingerprint_sees_one_bit_the_order_and_the_seed(settings):
     q, proj = model.blocks[1].attention.q, model.blocks[1].attention.proj
     q.weight, proj.weight = proj.weight, q.weight
     assert model.fingerprint() != original
-    assert train_gpt.GPT(settings(random_adapter_seed=12346)).fingerprint() != original
-    assert train_gpt.GPT(settings(random_adapter_seed=12345)).fingerprint() == original
+    assert train_gpt.GPT(settings(map_seed=12346)).fingerprint() != original
+    assert train_gpt.GPT(settings(map_seed=12345)).fingerprint() == original
 
 
 def test_the_fingerprint_is_of_the_maps_alone(settings, random_model):

@@ -53,10 +53,10 @@ def restated_logits(h, model, row):
     length, width, layers = len(row), h.model_dim // h.num_heads, h.num_layers
 
     def linear(name, x):
-        if f"{name}.lora_A" not in p:
+        if f"{name}.lora.A" not in p:
             return x @ p[f"{name}.weight"].T
         frozen = model.get_submodule(name).weight.numpy()
-        return x @ frozen.T + (x @ p[f"{name}.lora_B"].T) @ p[f"{name}.lora_A"].T
+        return x @ frozen.T + (x @ p[f"{name}.lora.B"].T) @ p[f"{name}.lora.A"].T
 
     x = p["embedding.weight"][row]
     if h.bigram_vocab_size:
@@ -120,8 +120,8 @@ def restated_logits(h, model, row):
     {"logit_softcap": 2.0}, {"logit_softcap": 1e6},
     {"num_layers": 5}, {"num_layers": 1, "ve_layers": "0"},
     {"num_kv_heads": 4}, {"num_kv_heads": 1}, {"num_heads": 8, "num_kv_heads": 8},
-    {"mlp_mult": 1.5}, {"random_adapter_rank": 1}, {"random_adapter_seed": 7},
-    {"use_random_adapters": 0},
+    {"mlp_mult": 1.5}, {"map_adapter": "lora:1"}, {"map_seed": 7}, {"map_seed_stride": 99},
+    {"map_basis": "learned"}, {"map_basis": "mlp=orthogonal"}, {"map_basis": "attention.v@1-2=orthogonal"},
 ], ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "all-on")
 def test_logits_are_those_of_the_restated_model(settings, random_model, changes):
     """And the switch is no dummy: its logits are not those of the model that has everything on."""
@@ -284,9 +284,9 @@ def test_initial_values_are_the_references(settings):
     h = settings(num_layers=5, vocab_size=512, model_dim=64)
     values = {name: p.detach() for name, p in train_gpt.GPT(h).named_parameters()}
     for name, p in values.items():
-        if name.endswith("lora_A"):
+        if name.endswith("lora.A"):
             assert p.abs().max() == 0, name
-        if name.endswith("lora_B"):
+        if name.endswith("lora.B"):
             assert p.mean().abs() < 0.4 * p.size(1) ** -0.5, name
             assert p.std() == pytest.approx(p.size(1) ** -0.5, rel=0.2), name
         if name.endswith("q_gain"):
@@ -332,7 +332,7 @@ def test_state_dict_holds_what_is_learned_and_no_frozen_map(settings):
     frozen = [name for name in model.table if f"{name}.weight" in model.state_dict()]
     assert frozen == []
     layer = train_gpt.FrozenRandomLinearWithLoRA(8, 8, rank=2)
-    assert set(layer.state_dict()) == {"lora_A", "lora_B"}
+    assert set(layer.state_dict()) == {"lora.A", "lora.B"}
 
 
 def test_loading_restores_the_logits_exactly_and_keeps_the_buffers(settings, random_model):
@@ -390,8 +390,9 @@ def test_defaults_are_system_a():
         "rope_dims": 16, "rope_base": 10_000, "xsa_last_n": 11, "ln_scale": 1,
         "bigram_vocab_size": 2048, "bigram_dim": 128, "ve_enabled": 1, "ve_dim": 128,
         "ve_layers": "9,10", "vrl_enabled": 1, "smear_enabled": 1, "skips_enabled": 1, "qk_gain_init": 1.5,
-        "logit_softcap": 30, "tied_embed_init_std": 0.005, "vocab_size": 1024, "use_random_adapters": 1,
-        "random_adapter_rank": 32, "random_adapter_seed": 12345,
+        "logit_softcap": 30, "tied_embed_init_std": 0.005, "vocab_size": 1024, "map_basis": "orthogonal",
+        "map_adapter": "lora:32", "map_seed": 12345, "map_seed_stride": 100, "map_gain": "1",
+        "map_scale": "none", "map_gate": "none", "map_freeze": "0",
         "train_batch_tokens": 786_432, "train_seq_len": 2048, "matrix_lr": 0.025, "scalar_lr": 0.025,
         "tied_embed_lr": 0.035, "muon_momentum": 0.99, "muon_momentum_warmup_start": 0.92,
         "muon_momentum_warmup_steps": 1500, "muon_backend_steps": 5, "muon_wd": 0.04, "adam_wd": 0.04,
@@ -407,13 +408,13 @@ def test_defaults_are_system_a():
 
 def test_sizes_of_the_full_configuration():
     """No map is drawn: the same model with learned maps, on the meta device, has all the other parameters."""
-    rows = train_gpt.map_table(train_gpt.Hyperparameters())
+    rows = train_gpt.Hyperparameters().maps
     assert len(rows) == 66
     assert {row.basis for row in rows} == {"orthogonal"}
     assert sum(row.out_features * row.in_features for row in rows) == 25_952_256
     with torch.device("meta"):
-        model = train_gpt.GPT(train_gpt.Hyperparameters(use_random_adapters=0))
+        model = train_gpt.GPT(train_gpt.Hyperparameters(map_basis="learned"))
     around = sum(p.numel() for name, p in model.named_parameters()
                  if name.removesuffix(".weight") not in model.table)
-    trained = around + sum(row.rank * (row.in_features + row.out_features) for row in rows)
+    trained = around + sum(row.adapters()["lora"] * (row.in_features + row.out_features) for row in rows)
     assert trained == pytest.approx(3_744_892, abs=30)  # PR #1113 has 23 more scalars among its gates

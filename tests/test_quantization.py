@@ -246,11 +246,13 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
     for module, inputs in by_hand.items():
         assert hessians[module].dtype is torch.float32
         torch.testing.assert_close(hessians[module].double(), expected(inputs), rtol=1e-4, atol=1e-3)
-    assert {type(module) for module in hessians} == {train_gpt.Linear, train_gpt.Embedding,
-                                                     train_gpt.FrozenRandomLinearWithLoRA}
+    assert {type(module) for module in hessians} == {train_gpt.Linear, train_gpt.Embedding, train_gpt.LoRA}
+    for row in model.table.values():  # an adapter sees what its map does
+        module = model.get_submodule(row.name)
+        assert hessians[module.lora] is hessians[module]
     looked_up_only = model.bigram[0], model.value_embedding[0]
     assert all(module not in hessians for module in looked_up_only)
-    assert len(hessians) == 6 + 3
+    assert len(hessians) == 2 * 6 + 3
 
 
 def test_collecting_leaves_no_trace_in_the_model(settings, random_model, processes):
@@ -286,22 +288,23 @@ def test_a_factor_pair_is_quantised_each_against_its_own_inputs():
         layer.lora_A.normal_()
     quantizers = {MATRIX: train_gpt.Quantizer(4, 3.0), EMBEDDING: None}
     x = correlated_inputs(4000, 40)
-    codes = layer.quantize(quantizers, (x.T @ x).float())
-    assert list(codes) == ["lora_B", "lora_A"]
+    codes = layer.lora.quantize(quantizers, (x.T @ x).float())
+    assert list(codes) == ["B", "A"]
+    assert layer.quantize(quantizers, (x.T @ x).float()) == {}, "the map itself is not stored"
     b = quantizers[MATRIX].gptq(layer.lora_B.data, (x.T @ x).float())
     seen = x @ b.values().double().T
     a = quantizers[MATRIX].gptq(layer.lora_A.data, seen.T @ seen)
-    assert torch.equal(codes["lora_B"].codes, b.codes)
-    assert torch.equal(codes["lora_A"].codes, a.codes)
+    assert torch.equal(codes["B"].codes, b.codes)
+    assert torch.equal(codes["A"].codes, a.codes)
     seen = x @ layer.lora_B.detach().double().T
     assert not torch.equal(a.codes, quantizers[MATRIX].gptq(layer.lora_A.data, seen.T @ seen).codes)
     exact = x @ (layer.lora_A @ layer.lora_B).detach().double().T
     error, before = ((exact - x @ (a @ b).double().T).norm() for a, b in (
-        (codes["lora_A"].values(), codes["lora_B"].values()),
+        (codes["A"].values(), codes["B"].values()),
         (quantizers[MATRIX].nearest(layer.lora_A.data), quantizers[MATRIX].nearest(layer.lora_B.data))))
     assert error < 0.7 * before
-    plain = layer.quantize(quantizers, None)
-    assert torch.equal(plain["lora_A"].values(), quantizers[MATRIX].nearest(layer.lora_A.data))
+    plain = layer.lora.quantize(quantizers, None)
+    assert torch.equal(plain["A"].values(), quantizers[MATRIX].nearest(layer.lora_A.data))
 
 
 # ---- Late quantisation-aware training ----------------------------------------------------------------------
@@ -384,7 +387,7 @@ def test_weights_go_on_learning_during_late_qat(data_settings, processes):
     torch.manual_seed(0)
     model, val = train_gpt.GPT(h), SimpleNamespace(tokens=tokens(50), bytes=50)
     log = Snapshots(model)
-    train_gpt.train(h, processes, model, train_gpt.TrainingData(h), val, log)
+    train_gpt.train(h, processes, model, None, train_gpt.TrainingData(h), val, log)
     began = next(i for i, line in enumerate(log.lines) if line.startswith("late_qat:on"))
     assert "train_loss" in log.lines[began - 1], "it begins after the first step"
     assert len(log.taken) == 5
@@ -406,7 +409,7 @@ def exported(data_settings, processes):
     model = train_gpt.GPT(h)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("lora_A"):
+            if name.endswith("lora.A"):
                 p.normal_(std=0.05)
         model.embedding.weight.normal_(std=0.3)
         model.bigram[0].weight.normal_(std=0.3)
@@ -427,30 +430,31 @@ def test_every_matrix_adapter_and_embedding_is_quantised(exported):
         expected = p.ndim == 2 and not name.endswith(PER_CHANNEL)
         assert (groups[name] != ["float16"]) == expected, name
         assert tensors[name].shape == p.shape, name
-    adapters = [name for name in groups if "lora" in name and "codes" in groups[name][0]]
+    adapters = [name for name in groups if ".lora." in name and "codes" in groups[name][0]]
     assert len(adapters) == 2 * 6 * h.num_layers
 
 
-@pytest.mark.parametrize("random_maps", [1, 0])
-def test_each_parameter_has_one_role(settings, random_maps):
+@pytest.mark.parametrize("basis", ["orthogonal", "learned"])
+def test_each_parameter_has_one_role(settings, basis):
     """The role decides optimiser and quantiser, so an adapter without one would be trained as a gain is."""
-    model = train_gpt.GPT(settings(use_random_adapters=random_maps))
+    model = train_gpt.GPT(settings(map_basis=basis))
     roles = train_gpt.tensors_by_role(model)
     named = [name for group in roles.values() for name in group]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
     assert set(roles[EMBEDDING]) == {"embedding.weight", "bigram.0.weight", "value_embedding.0.weight"}
-    kinds = (".lora_A", ".lora_B") if random_maps else (".weight",)
+    kinds = (".weight",) if basis == "learned" else (".lora.A", ".lora.B")
     maps = {name + kind for name in model.table for kind in kinds}
     assert set(roles[MATRIX]) == maps | {"bigram.1.weight", "value_embedding.1.weight"}
 
 
 def test_hardly_any_learned_value_of_the_full_configuration_stays_float16():
     """Scalars are the same with and without random maps, so no map need be drawn to count them."""
-    rows = train_gpt.map_table(train_gpt.Hyperparameters())
+    rows = train_gpt.Hyperparameters().maps
     with torch.device("meta"):
-        roles = train_gpt.tensors_by_role(train_gpt.GPT(train_gpt.Hyperparameters(use_random_adapters=0)))
+        model = train_gpt.GPT(train_gpt.Hyperparameters(map_basis="learned"))
+    roles = train_gpt.tensors_by_role(model)
     scalars, embeddings = (sum(p.numel() for p in roles[role].values()) for role in (SCALAR, EMBEDDING))
-    adapters = sum(row.rank * (row.in_features + row.out_features) for row in rows)
+    adapters = sum(row.adapters()["lora"] * (row.in_features + row.out_features) for row in rows)
     assert scalars < 0.01 * (adapters + embeddings)
     assert all(name.endswith(PER_CHANNEL) for name, p in roles[SCALAR].items() if p.ndim > 1)
 
@@ -473,12 +477,14 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported,
     rows = train_gpt.TrainingData(h).sequences(3 * h.train_batch_tokens // length, 16_384 // length)
     quantizers = train_gpt.quantizers_of(h)
     hessians = train_gpt.collect_hessians(model, [rows[:, :-1]], processes)
-    for name in ("embedding", "bigram.0", "bigram.1", "blocks.3.mlp.proj"):
+    for name in ("embedding", "bigram.0", "bigram.1", "blocks.3.mlp.proj.lora"):
         module = model.get_submodule(name)
-        for part, codes in module.quantize(quantizers, hessians.get(module)).items():
+        stored = module.quantize(quantizers, hessians.get(module))
+        assert len(stored) == (2 if name.endswith("lora") else 1), name
+        for part, codes in stored.items():
             assert torch.equal(tensors[f"{name}.{part}"], codes.values()), name
-    fed = tensors["blocks.3.mlp.proj.lora_B"]
-    assert not torch.equal(fed, quantizers[MATRIX].nearest(model.blocks[3].mlp.proj.lora_B.data))
+    fed = tensors["blocks.3.mlp.proj.lora.B"]
+    assert not torch.equal(fed, quantizers[MATRIX].nearest(model.blocks[3].mlp.proj.lora.B.data))
     assert torch.equal(tensors["skip_weights"], model.skip_weights.half().float())
 
 
@@ -490,11 +496,13 @@ def sample_tensors() -> dict:
     quantizer = train_gpt.Quantizer(6, 12.85)
     rows = torch.cat([torch.randn(5, 17), torch.zeros(1, 17), 1e-4 * torch.randn(2, 17)])
     return {
-        "z.lora_A": quantizer.gptq(rows, None), "a.lora_A": quantizer.gptq(torch.randn(40, 3), None),
-        "a.lora_B": quantizer.gptq(torch.randn(3, 90), None), "gain": torch.randn(4, 1),
+        "z.lora.A": quantizer.gptq(rows, None), "a.lora.A": quantizer.gptq(torch.randn(40, 3), None),
+        "a.lora.B": quantizer.gptq(torch.randn(3, 90), None), "gain": torch.randn(4, 1),
         "table.weight": quantizer.gptq(torch.randn(60, 8), None), "one": torch.tensor([0.05]).half(),
         "point": torch.tensor(-2.5), "blocks.0.mix": torch.randn(33),
         "extreme": torch.tensor([6e-8, -65504.0, 0.0, -0.0]),
+        "a.mask.scores": torch.randn(5, 7) > 0, "b.mask.scores": torch.randn(3, 8) > 0,
+        "c.mask.scores": torch.randn(1, 3) > 0,  # one bit each, and no whole bytes of them
     }
 
 
@@ -521,8 +529,8 @@ def test_the_bytes_are_accounted_for_and_the_same_each_time(sample):
     assert blob == sample
     assert sum(sizes.values()) == len(blob)
     groups = {name for name in sizes if name != "header"}
-    assert groups == {"lora_A codes", "lora_A exponents", "lora_B codes", "lora_B exponents", "weight codes",
-                      "weight exponents", "float16"}
+    assert groups == {"A codes", "A exponents", "B codes", "B exponents", "weight codes", "weight exponents",
+                      "scores bits", "float16"}
 
 
 def test_each_group_is_packed_by_the_codec_that_makes_it_smallest():
@@ -583,7 +591,7 @@ def stored_model(h: train_gpt.Hyperparameters, **header) -> tuple[bytes, train_g
 
 def test_maps_that_come_out_different_are_refused_with_the_versions(settings, processes):
     """Trap 6: another stream of random numbers would mean garbage weights without a word."""
-    h, other = settings(), settings(random_adapter_seed=54321)
+    h, other = settings(), settings(map_seed=54321)
     blob, model = stored_model(h, model=other.model_settings())
     with pytest.raises(train_gpt.UserError) as error:
         train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
@@ -595,7 +603,8 @@ def test_an_artifact_is_rebuilt_from_itself_whatever_the_environment_says(settin
     h = settings(num_layers=3, ve_layers="1", bigram_vocab_size=0)
     blob, model = stored_model(h)
     for name, value in {"NUM_LAYERS": "2", "MODEL_DIM": "64", "RANDOM_ADAPTER_SEED": "1",
-                        "SKIPS_ENABLED": "0", "LOGIT_SOFTCAP": "1", "QK_GAIN_INIT": "9"}.items():
+                        "MAP_BASIS": "gaussian", "SKIPS_ENABLED": "0", "LOGIT_SOFTCAP": "1",
+                        "QK_GAIN_INIT": "9"}.items():
         monkeypatch.setenv(name, value)
     again = train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
     assert again.fingerprint() == model.fingerprint()
@@ -685,7 +694,8 @@ def test_a_step_warms_momentum_up_and_scales_every_learning_rate(settings, rando
     model(tokens(2, 16), tokens(2, 16, seed=1)).backward()
     optimizers.step(1000, 0.5)
     rates = [group["lr"] for group in optimizers.muon.param_groups + optimizers.adam.param_groups]
-    assert rates == pytest.approx([0.5 * h.matrix_lr, 0.5 * h.tied_embed_lr, 0.5 * h.scalar_lr])
+    full = [h.matrix_lr, h.tied_embed_lr, h.scalar_lr, h.sparse_lr]
+    assert rates == pytest.approx([0.5 * rate for rate in full])
     idle = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
     assert idle == []
 

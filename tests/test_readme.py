@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,13 +24,36 @@ def test_script_keeps_within_its_limits():
     assert max(map(len, lines)) <= 110
 
 
-def test_presets_name_settings_only():
+PRESETS = ROOT / "presets"
+# What run.sh reads in a preset itself: another preset, by its path without .env.
+OF_RUN_SH = ("PRESET_BASE", "TEACHER_PRESET")
+
+
+def preset_of(name: str) -> dict[str, str]:
+    """A preset's settings, over those of the one it builds on; every line is KEY=VALUE or a comment."""
+    lines = (PRESETS / f"{name}.env").read_text(encoding="utf-8").splitlines()
+    given = dict(line.split("=", 1) for line in lines if line.strip() and not line.startswith("#"))
+    others = {key: given.pop(key) for key in OF_RUN_SH if key in given}
+    for other in others.values():
+        assert (PRESETS / f"{other}.env").is_file(), f"{name}: {other}"
+    return (preset_of(others["PRESET_BASE"]) if "PRESET_BASE" in others else {}) | given
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.env")
+                   if path.stem != "common"))
+def test_presets_name_settings_only(name):
     import train_gpt
 
-    for preset in (ROOT / "presets").rglob("*.env"):
-        lines = [line for line in preset.read_text().splitlines() if "=" in line and line[0] != "#"]
-        given = dict(line.split("=", 1) for line in lines)
-        train_gpt.Hyperparameters(**{name.lower(): value for name, value in given.items()})
+    preset = preset_of(name)
+    assert preset
+    h = train_gpt.Hyperparameters(environment=preset)  # misspelt names are refused too
+    assert {key.lower() for key in preset} <= set(vars(h)) | set(train_gpt.PUBLISHED)
+
+
+def test_every_preset_has_a_twin_for_the_cpu():
+    twins = {path.name for path in (PRESETS / "cpu").glob("*.env")} - {"common.env"}
+    assert twins == {path.name for path in PRESETS.glob("*.env")}
 
 
 def test_submission_has_the_challenges_keys():

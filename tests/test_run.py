@@ -15,6 +15,7 @@ import torch
 from helpers import (
     FIELDS,
     MODEL_SETTINGS,
+    PUBLISHED,
     ROOT,
     SCRIPT,
     TINY,
@@ -54,7 +55,8 @@ def base(corpus, runs) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(base, runs) -> Path:
-    run_well(base | {"NGRAM_EVAL": 0, "KNN_LAMBDA": 0})  # as the published command has them
+    published = {"USE_RANDOM_ADAPTERS": 1, "RANDOM_ADAPTER_RANK": 4, "NGRAM_EVAL": 0, "KNN_LAMBDA": 0}
+    run_well(base | published)  # which say what `base` says
     return runs / "base"
 
 
@@ -107,7 +109,11 @@ def test_log_holds_all_that_the_run_depends_on(trained, base):
     for f in FIELDS:
         expected = type(f.default)(base.get(f.name.upper(), f.default))
         assert logged[f.name.upper()] == str(expected), f.name
-    assert len(re.findall(r"^map .*\bblocks\.\d", text, re.M)) == 6 * TINY["NUM_LAYERS"]
+    line = r"^map name:(blocks\.\d\.\S+) .* basis:orthogonal seed:(\d+) .* adapter:lora:4 "
+    maps = re.findall(line, text, re.M)
+    rows = train_gpt.Hyperparameters(**{name.lower(): value for name, value in TINY.items()}).maps
+    assert maps == [(row.name, str(row.seed)) for row in rows]
+    assert len(maps) == 6 * TINY["NUM_LAYERS"]
 
 
 def test_loss_falls(trained):
@@ -193,7 +199,7 @@ def eval_only(trained, validation_only, corpus) -> dict:
     """What an evaluator sets: where things lie and how to score. The model is described by the artifact."""
     settings = {"EVAL_ONLY": 1, "MODEL_PATH": trained / "model.int6.ptz", "DATA_PATH": validation_only,
                 "TOKENIZER_PATH": corpus.tokenizer, "EVAL_SEQ_LEN": 32, "EVAL_STRIDE": 8, "DTYPE": "float32"}
-    assert not settings.keys() & set(MODEL_SETTINGS)
+    assert not settings.keys() & {*MODEL_SETTINGS, *PUBLISHED}
     return settings
 
 
@@ -203,6 +209,31 @@ def test_artifact_alone_repeats_the_score(trained, eval_only, tmp_path):
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-6)
     assert final(out, "roundtrip") == pytest.approx(final(log_of(trained), "roundtrip"), abs=1e-6)
     assert list(tmp_path.iterdir()) == [script]  # an evaluation writes nothing
+
+
+def test_evaluation_of_another_model_than_was_asked_for_is_refused(eval_only):
+    """Whoever sets a variable of the model expects it to hold; so do the published names for it."""
+    others = {"NUM_LAYERS": 12, "LOGIT_SOFTCAP": 10, "RANDOM_ADAPTER_RANK": 8, "MAP_SEED": 7}
+    message = refusal(eval_only | others)
+    assert f"MODEL_PATH={eval_only['MODEL_PATH']} is of another model" in message
+    for part in ("NUM_LAYERS=12 here, 2 there", "LOGIT_SOFTCAP=10.0 here, 30.0 there",
+                 "MAP_ADAPTER=lora:8 here, lora:4 there", "MAP_SEED=7 here, 12345 there"):
+        assert part in message
+    assert "MODEL_DIM" not in message, "nobody asked for it"
+
+
+@pytest.mark.parametrize("asked", [
+    {}, {"NUM_LAYERS": 2, "VE_LAYERS": 1}, {"MAP_ADAPTER": "lora:4"}, {"RANDOM_ADAPTER_RANK": 4},
+    {"MAP_SEED": "0x3039"}, {"RANDOM_ADAPTER_SEED": "0x3039"}, {"USE_RANDOM_ADAPTERS": 1},
+    {"MATRIX_LR": 1.0}])
+def test_settings_that_agree_with_the_artifact_are_accepted(trained, monkeypatch, asked):
+    """However they are spelt; what is no part of the model stays as it was set."""
+    stored = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())[0]["model"]
+    for name, value in {**asked, "EVAL_STRIDE": 5}.items():
+        monkeypatch.setenv(name, str(value))
+    h = train_gpt.Hyperparameters().adopt(stored, "the artifact")
+    assert h.model_settings() == stored
+    assert h.eval_stride == 5
 
 
 def test_two_processes_evaluate_as_one(trained, eval_only):
@@ -247,9 +278,9 @@ def rewritten(trained: Path, **changes) -> bytes:
 def test_other_maps_than_the_artifacts_are_refused(trained, base, change):
     """As another release of a library could draw them; with those the weights are garbage."""
     header, _ = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())
-    seed = header["model"]["random_adapter_seed"]
+    seed = header["model"]["map_seed"]
     changes = {"fingerprint": {"fingerprint": "0" * 64},
-               "seed": {"model": header["model"] | {"random_adapter_seed": seed + 1}}}[change]
+               "seed": {"model": header["model"] | {"map_seed": seed + 1}}}[change]
     processes = train_gpt.Processes(train_gpt.Hyperparameters(dtype="float32"))
     train_gpt.build_model(*train_gpt.read_artifact(rewritten(trained)), processes)
     with pytest.raises(train_gpt.UserError, match="maps drawn here are not the artifact's"):
@@ -272,16 +303,32 @@ def test_another_tokenizer_than_the_artifacts_is_refused(eval_only, corpus, tmp_
     assert "artifact" in message
 
 
+def test_another_tokenizer_than_the_shards_is_refused(base, runs, corpus, tmp_path):
+    """Trap 9: the numbers of the tokens would mean other text, and the bits per byte nothing."""
+    other = tmp_path / "other.model"
+    other.write_bytes(corpus.tokenizer.read_bytes().replace(b"the", b"eht"))
+    message = refusal(base | {"RUN_ID": "tokenizer", "TOKENIZER_PATH": other})
+    assert f"TOKENIZER_PATH={other} is not what made the shards" in message
+    assert str(corpus.folder / "manifest.json") in message
+    assert not (runs / "tokenizer").exists()
+
+
 # ---- Several processes -------------------------------------------------------------------------------------
 
 
-def test_two_processes_train_as_one(trained, base, runs):
-    run_well(base | {"RUN_ID": "two"}, launcher=(*TORCHRUN, "--standalone", "--nproc_per_node=2"))
-    same_training(runs / "two", trained)
+def test_two_processes_train_as_one(base, runs):
+    """Sums in another order differ in their last bits. Late QAT would round some to other codes: not here."""
+    exact = base | {"LATE_QAT_THRESHOLD": 0}
+    run_well(exact | {"RUN_ID": "one"})
+    run_well(exact | {"RUN_ID": "two"}, launcher=(*TORCHRUN, "--standalone", "--nproc_per_node=2"))
+    same_training(runs / "two", runs / "one", steps=20)
+    ours, theirs = weights_of(runs / "two"), weights_of(runs / "one")
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-5, msg=name)
 
 
 def test_two_launchers_train_as_one(trained, base, runs):
-    """Two machines of one process each, as far as one machine can be two."""
+    """Two machines of one process each, as far as one machine can be two; with late QAT from step 11 on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -290,14 +337,16 @@ def test_two_launchers_train_as_one(trained, base, runs):
     processes = [start(base | {"RUN_ID": "launchers"}, launcher) for _ in range(2)]
     for result in [finish(process) for process in processes]:
         assert result.returncode == 0, result.stdout + result.stderr
-    same_training(runs / "launchers", trained)
+    same_training(runs / "launchers", trained, steps=11)
 
 
-def same_training(folder: Path, other: Path) -> None:
+def same_training(folder: Path, other: Path, steps: int) -> None:
+    """Losses as exact as the log has them for so many steps, nearly so where values are rounded."""
     ours, theirs = losses_of(log_of(folder)), losses_of(log_of(other))
     assert len(ours) == len(theirs) == 20
-    assert ours == pytest.approx(theirs, abs=1.01e-4)  # the log has four decimals
-    assert final(log_of(folder)) == pytest.approx(final(log_of(other)), abs=1e-6)
+    assert ours[:steps] == pytest.approx(theirs[:steps], abs=1.01e-4)  # the log has four decimals
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert final(log_of(folder)) == pytest.approx(final(log_of(other)), abs=1e-3)
     assert json.loads((folder / "submission.json").read_text())["hardware"].startswith("2 x ")
 
 
@@ -327,11 +376,22 @@ def test_its_checkpoint_exports_what_the_run_would_have(over_the_limit, trained,
 
 
 def test_checkpoint_brings_the_settings_of_its_model(trained, base):
+    """Who exports need not know how the model was built."""
+    forgotten = {name: value for name, value in base.items() if name not in MODEL_SETTINGS}
+    assert len(forgotten) < len(base) - 5
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "forgotten"}
+    out = run_well(forgotten | export)
+    assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-8)
+
+
+def test_checkpoint_of_another_model_than_was_asked_for_is_refused(trained, base, runs):
     """Other maps than it was trained around would give a whole artifact of garbage."""
     others = {"RANDOM_ADAPTER_SEED": 7, "LOGIT_SOFTCAP": 10, "NUM_LAYERS": 3, "XSA_LAST_N": 0}
-    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "forgotten"}
-    out = run_well(base | export | others)
-    assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-8)
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "others"}
+    message = refusal(base | export | others)
+    for name in ("CHECKPOINT_PATH", "MAP_SEED=7", "LOGIT_SOFTCAP=10", "NUM_LAYERS=3", "XSA_LAST_N=0"):
+        assert name in message
+    assert not (runs / "others").exists()
 
 
 # ---- Other configurations ----------------------------------------------------------------------------------
@@ -397,12 +457,12 @@ def test_nothing_compiles_in_the_timed_region(trained, base, tmp_path):
 
 
 def test_wall_clock_ends_training_with_its_schedule_complete(base, runs):
-    limits = {"MAX_WALLCLOCK_SECONDS": 2, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 1_000_000}
+    limits = {"MAX_WALLCLOCK_SECONDS": 4, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 1_000_000}
     quiet = {"VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 0}
     run_well(base | limits | quiet | {"RUN_ID": "clock", "LATE_QAT_THRESHOLD": 0.5})
     submission = json.loads((runs / "clock" / "submission.json").read_text())
     assert 20 < submission["steps"] < 1_000_000
-    assert 0.7 < submission["train_seconds"] < 1.3
+    assert 2.7 < submission["train_seconds"] < 3.3
     assert "late_qat:on" in log_of(runs / "clock")  # the warm-down came within the time
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from helpers import SETTINGS, TINY, refusal, train_gpt
+from helpers import PUBLISHED, SETTINGS, TINY, refusal, train_gpt
 
 Hyperparameters, UserError, NOT_HERE = train_gpt.Hyperparameters, train_gpt.UserError, train_gpt.NOT_HERE
 
@@ -54,7 +54,8 @@ def test_published_command_is_accepted(monkeypatch):
     for assignment in command.split():
         monkeypatch.setenv(*assignment.split("="))
     h = Hyperparameters()
-    assert (h.use_random_adapters, h.random_adapter_rank, h.random_adapter_seed) == (1, 32, 12_345)
+    assert (h.map_basis, h.map_adapter, h.map_seed) == ("orthogonal", "lora:32", 12_345)
+    assert h.maps == Hyperparameters(environment={}).maps
     assert h.seed == 42
 
 
@@ -71,17 +72,87 @@ def test_keywords_win_over_the_environment(monkeypatch):
     assert Hyperparameters(num_layers=12).num_layers == 12
 
 
-def test_hexadecimal_seeds(monkeypatch):
+@pytest.mark.parametrize("name", ["MAP_SEED", "RANDOM_ADAPTER_SEED", "RANDOM_BASIS_SEED"])
+def test_hexadecimal_seeds(monkeypatch, name):
     monkeypatch.setenv("SEED", "0xD15EA5E")
-    monkeypatch.setenv("RANDOM_ADAPTER_SEED", "0xd15ea5e")
+    monkeypatch.setenv(name, "0xd15ea5e")
     h = Hyperparameters()
-    assert h.seed == h.random_adapter_seed == 219_540_062
+    assert h.seed == h.map_seed == h.maps[0].seed == 219_540_062
+    monkeypatch.setenv(name, "219540062")
+    assert Hyperparameters().maps == h.maps
 
 
 def test_layers_of_a_value_embedding_that_is_off_do_not_matter(monkeypatch):
     monkeypatch.setenv("VE_ENABLED", "0")
     monkeypatch.setenv("VE_LAYERS", "77")
     assert Hyperparameters().value_layers == []
+
+
+# ---- Published names of what is here -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variables", "columns"), [
+    ({"USE_RANDOM_ADAPTERS": 0}, {"map_basis": "learned"}),
+    ({"USE_RANDOM_ADAPTERS": 0, "RANDOM_ADAPTER_RANK": 8}, {"map_basis": "learned"}),
+    ({"RANDOM_ADAPTER_RANK": 8, "RANDOM_ADAPTER_SEED": 0}, {"map_adapter": "lora:8", "map_seed": 0}),
+    ({"RANDOM_BASIS_ENABLED": 1},
+     {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0", "map_adapter": "lora:16",
+      "map_seed": 0xD15EA5E, "map_seed_stride": 1009}),
+    ({"RANDOM_BASIS_ENABLED": 1, "LORA_RANK": 8, "RANDOM_BASIS_SEED": "0x10", "MAP_SEED_STRIDE": 50},
+     {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0", "map_adapter": "lora:8", "map_seed": 16,
+      "map_seed_stride": 50}),
+    ({"USE_RANDOM_ADAPTERS": 0, "SELECTIVE_FREEZE": 1},
+     {"map_basis": "mlp.in=gaussian", "map_adapter": "none", "map_seed": 42_000}),
+    ({"PROGRESSIVE_FREEZE_FRAC": 0.3}, {"map_basis": "learned", "map_freeze": "mlp.in=0.3"}),
+    ({"RAND_PROJ_LAYERS": "0,2-3", "RAND_GAIN": 1},
+     {"map_basis": "mlp.in@0,2-3=orthogonal", "map_adapter": "none", "map_scale": "row"}),
+    ({"RANDOM_BASIS_ENABLED": 0, "SELECTIVE_FREEZE": 0, "PROGRESSIVE_FREEZE_FRAC": 0, "RAND_GAIN": 0}, {}),
+    ({"LORA_RANK": 16, "MAP_ADAPTER": "lora:16", "RANDOM_ADAPTER_RANK": 16}, {"map_adapter": "lora:16"}),
+])
+def test_published_variables_are_what_they_expand_to(variables, columns):
+    """A comma of theirs is between layers, and one of ours between rules."""
+    columns = {name: str(value).replace("0,2-3", "0+2-3") for name, value in columns.items()}
+    published = Hyperparameters(environment={name: str(value) for name, value in variables.items()})
+    ours = Hyperparameters(environment={}, **columns)
+    assert {name: str(getattr(published, name)) for name in columns} == columns
+    assert published.maps == ours.maps
+
+
+@pytest.mark.parametrize(("variables", "says"), [
+    ({"USE_RANDOM_ADAPTERS": 1, "SELECTIVE_FREEZE": 1}, "MAP_BASIS=mlp.in=gaussian orthogonal"),
+    ({"USE_RANDOM_ADAPTERS": 1, "RANDOM_BASIS_ENABLED": 1}, "MAP_BASIS=mlp=gaussian orthogonal"),
+    ({"RANDOM_BASIS_ENABLED": 1, "SELECTIVE_FREEZE": 1}, "MAP_BASIS=mlp.in=gaussian mlp=gaussian"),
+    ({"USE_RANDOM_ADAPTERS": 1, "RAND_PROJ_LAYERS": 3}, "MAP_BASIS=mlp.in@3=orthogonal"),
+    ({"RANDOM_ADAPTER_RANK": 8, "LORA_RANK": 16}, "MAP_ADAPTER=lora:16 lora:8"),
+    ({"RANDOM_ADAPTER_SEED": 7, "RANDOM_BASIS_SEED": 8}, "MAP_SEED=8 7"),
+    ({"MAP_BASIS": "hadamard", "USE_RANDOM_ADAPTERS": 1}, "MAP_BASIS=orthogonal hadamard"),
+    ({"MAP_ADAPTER": "none", "LORA_RANK": 16}, "MAP_ADAPTER=lora:16 none"),
+    ({"MAP_SEED": 1, "RANDOM_ADAPTER_SEED": 2}, "MAP_SEED=2 1"),
+])
+def test_published_variables_that_contradict_each_other_are_refused(monkeypatch, variables, says):
+    """Not one of them silently ignored: both names, and what each of them says."""
+    (line,) = message_of(monkeypatch, **variables).splitlines()[1:]
+    for part in [*variables, *says.split()]:
+        assert re.search(rf"\b{re.escape(part)}\b", line), line
+
+
+SWITCHES = ["USE_RANDOM_ADAPTERS", "RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "RAND_GAIN"]
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    *((name, value) for name in SWITCHES for value in ("2", "yes", "-1")),
+    ("RANDOM_ADAPTER_RANK", "many"), ("RANDOM_ADAPTER_RANK", "-1"), ("RANDOM_ADAPTER_RANK", "0"),
+    ("LORA_RANK", "0"), ("LORA_RANK", "2.5"), ("LORA_RANK", "513"), ("RANDOM_ADAPTER_SEED", "many"),
+    ("RANDOM_BASIS_SEED", "0xfg"), ("RANDOM_BASIS_SEED", "-1"),
+    ("PROGRESSIVE_FREEZE_FRAC", "1.5"), ("PROGRESSIVE_FREEZE_FRAC", "half"), ("RAND_PROJ_LAYERS", "11"),
+    ("RAND_PROJ_LAYERS", "0,x"),
+])
+def test_impossible_value_of_a_published_variable_is_refused(monkeypatch, name, value):
+    assert name in PUBLISHED
+    _, line, *_ = message_of(monkeypatch, **{name: value}).splitlines()
+    column = "" if name in SWITCHES else next(iter(train_gpt.PUBLISHED[name.lower()][1])).upper()
+    assert line.strip().startswith(f"{column or name}=")
+    assert value.replace(",", "+") in line
 
 
 # ---- What published scripts have and this one has not ------------------------------------------------------
@@ -201,7 +272,13 @@ def test_impossible_value_is_refused(monkeypatch, name, value, says):
     ({"VE_LAYERS": "-1"}, "VE_LAYERS=-1"),
     ({"VE_LAYERS": "nine"}, "VE_LAYERS=nine"),
     ({"NUM_LAYERS": 9}, "VE_LAYERS=9,10 8"),
-    ({"RANDOM_ADAPTER_RANK": 257}, "RANDOM_ADAPTER_RANK=257 256"),
+    ({"RECUR_LAYERS": "3,11"}, "RECUR_LAYERS=3,11 10"),
+    ({"RECUR_LAYERS": "5-3"}, "RECUR_LAYERS=5-3"),
+    ({"RANDOM_ADAPTER_RANK": 257}, "MAP_ADAPTER=lora:257 256"),
+    ({"MAP_ADAPTER": "lora:257"}, "MAP_ADAPTER=lora:257 256"),
+    ({"MAP_SEED_STRIDE": 1}, "MAP_SEED_STRIDE=1 seed"),
+    ({"DISTILL_FROM": "some.ptz", "SELF_DISTILL": 1}, "DISTILL_FROM SELF_DISTILL=1"),
+    ({"DISTILL_START_FRAC": 0.5, "DISTILL_END_FRAC": 0.5}, "DISTILL_START_FRAC=0.5 DISTILL_END_FRAC=0.5"),
     ({"MLP_MULT": 0.01, "MODEL_DIM": 32, "ROPE_DIMS": 4, "USE_RANDOM_ADAPTERS": 0}, "MLP_MULT=0.01"),
     ({"EVAL_STRIDE": 2049}, "EVAL_STRIDE=2049 EVAL_SEQ_LEN=2048"),
     ({"TRAIN_BATCH_TOKENS": 786_431}, "TRAIN_BATCH_TOKENS=786431 TRAIN_SEQ_LEN=2048"),
@@ -214,6 +291,44 @@ def test_impossible_combination_is_refused(monkeypatch, variables, says):
     (line,) = message_of(monkeypatch, **variables).splitlines()[1:]
     for part in says.split():
         assert re.search(rf"{re.escape(part)}\b", line), line
+
+
+@pytest.mark.parametrize(("name", "value", "says"), [
+    ("MAP_BASIS", "haar", "'haar' learned orthogonal gaussian hadamard"),
+    ("MAP_BASIS", "", "'' learned"), ("MAP_BASIS", "gaussian,", "'' learned"),
+    ("MAP_BASIS", "mlp=", "'' learned"),
+    ("MAP_BASIS", "mlp@11=gaussian", "11 layers 10"), ("MAP_BASIS", "mlp@3-1=gaussian", "3-1 layers 10"),
+    ("MAP_BASIS", "MLP=gaussian", "'MLP' selector"), ("MAP_BASIS", "mlp@x=gaussian", "'mlp@x' selector"),
+    ("MAP_BASIS", "attn=gaussian", "attn selects no map"),
+    ("MAP_BASIS", "mlp.gate=gaussian", "mlp.gate selects no map"),
+    ("MAP_BASIS", "m1.mlp=gaussian", "m1.mlp selects no map"),
+    ("MAP_GAIN", "attention.o=2", "attention.o selects no map"),
+    ("MAP_GAIN", "0", "'0' number"), ("MAP_GAIN", "inf", "'inf' number"), ("MAP_GAIN", "big", "'big' number"),
+    ("MAP_ADAPTER", "dora:4", "'dora' lora vera sparse none"), ("MAP_ADAPTER", "", "'' lora none"),
+    ("MAP_ADAPTER", "lora:4+", "'' lora"), ("MAP_ADAPTER", "lora", "'lora' rank 512 x 512"),
+    ("MAP_ADAPTER", "lora:0", "rank 1"), ("MAP_ADAPTER", "lora:1.5", "'lora:1.5' rank"),
+    ("MAP_ADAPTER", "mlp=vera:513", "'vera:513' 512 1536"), ("MAP_ADAPTER", "sparse:0", "'sparse:0' density"),
+    ("MAP_ADAPTER", "sparse:1.1", "density 1"), ("MAP_ADAPTER", "sparse:nan", "density 1"),
+    ("MAP_ADAPTER", "mask:3", "'mask:3' size"), ("MAP_SCALE", "column", "'column' none map row"),
+    ("MAP_GATE", "open", "'open' number"), ("MAP_GATE", "nan", "'nan' number"),
+    ("MAP_FREEZE", "1.5", "'1.5' number 0 1"), ("MAP_FREEZE", "mlp.in@1=-1", "'-1' number"),
+])
+def test_impossible_column_is_refused(monkeypatch, name, value, says):
+    """The column, what was wrong in it, and what there is instead."""
+    for line in (lines := message_of(monkeypatch, **{name: value}).splitlines()[1:]):
+        assert line.strip().startswith((f"{name}={value}: ", f"{name}: ")), line
+    for part in says.split():
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(("variables", "says"), [
+    ({"MAP_BASIS": "attention=gaussian", "MAP_ADAPTER": "mlp.fc=lora:4"}, "mlp.fc is learned in full"),
+    ({"MAP_ADAPTER": "none", "MAP_FREEZE": "mlp.fc=0.5"}, "mlp.fc is random, nothing of it is learned"),
+])
+def test_columns_that_contradict_each_other_are_refused(monkeypatch, variables, says):
+    (line,) = message_of(monkeypatch, **variables).splitlines()[1:]
+    assert says in line
+    assert line.strip().startswith(tuple(f"{name}={value}: " for name, value in variables.items()))
 
 
 def test_evaluation_takes_any_number_of_processes(monkeypatch):
