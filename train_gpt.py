@@ -22,6 +22,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import platform
 import re
 import statistics
@@ -49,7 +50,7 @@ class UserError(Exception):
     """Something a person can mend: the message says what was wrong, where, and what to do."""
 
 def setting(default, meaning: str, low=0, high=math.inf, choices=(), model=False):
-    """One variable: its default (and so its type), meaning, range; `model` marks what rebuilds the model."""
+    """One variable: its default (and so its type), meaning, range; `model`: the artifact must store it."""
     rule = {"meaning": meaning, "low": low, "high": high, "choices": choices, "model": model}
     return dataclasses.field(default=default, metadata=rule)
 
@@ -111,7 +112,7 @@ class Hyperparameters:
     map_adapter: str = setting("lora:32", "none, or NAME:SIZE with + between", model=True)
     map_scale: str = setting("none", "learned factor: none, one a map, one a row", model=True)
     map_gate: str = setting("none", "learned gate of each output feature: none, or how it begins", model=True)
-    map_freeze: str = setting("0", "share of training after which what is learned stands still", model=True)
+    map_freeze: str = setting("0", "share of training after which it stands still; 0: never", model=True)
     # Training
     iterations: int = setting(20_000, "training steps at most", 1)
     warmup_steps: int = setting(20, "steps before the clock starts, whose effect is undone")
@@ -177,23 +178,19 @@ class Hyperparameters:
         for name, f in fields.items():
             raw = said.get(name, f.default)
             setattr(self, name, f.default)
-            try:
+            with noting(problems, f"{name.upper()}={raw}"):
                 setattr(self, name, parse_setting(f, raw))
-            except ValueError as error:
-                problems.append(f"{name.upper()}={raw}: {error}")
         self.head_dim = self.model_dim // self.num_heads
         self.kv_dim, self.mlp_dim = self.head_dim * self.num_kv_heads, int(self.mlp_mult * self.model_dim)
         self.value_layers, self.recurring_layers, self.maps = [], [], []
-        for name, layers in (("ve_layers", self.value_layers), ("recur_layers", self.recurring_layers)):
-            try:
-                layers += layers_of(getattr(self, name), self.num_layers)
-            except ValueError as error:
-                problems.append(f"{name.upper()}={getattr(self, name)}: {error}")
-        self.value_layers = self.value_layers if self.ve_enabled else []
+        with noting(problems, f"VE_LAYERS={self.ve_layers}"):
+            self.value_layers = layers_of(self.ve_layers, self.num_layers) if self.ve_enabled else []
+        with noting(problems, f"RECUR_LAYERS={self.recur_layers}"):
+            self.recurring_layers = layers_of(self.recur_layers, self.num_layers)
         problems += contradictions(self, int(environment.get("WORLD_SIZE", 1)))
         problems += foreign_variables(environment, self.allow_unknown)
         if not problems:  # the table of impossible shapes would only repeat what is wrong with them
-            self.maps, problems = map_table(self)
+            self.maps = map_table(self, problems)
         if problems:
             raise UserError("these settings cannot be used:\n  " + "\n  ".join(problems))
 
@@ -208,8 +205,16 @@ class Hyperparameters:
                  if name in self.given and mine[name] != stored.get(name)]
         if other:
             raise UserError(f"{what} is of another model: {'; '.join(other)}. Unset what differs")
-        rest = {name: value for name, value in os.environ.items() if name.lower() not in PUBLISHED}
-        return Hyperparameters(rest, **stored)
+        kept = {name: getattr(self, name) for name in self.given if name not in mine}
+        return Hyperparameters({}, **kept, **stored)
+
+@contextlib.contextmanager
+def noting(problems: list[str], where: str):
+    """Within, a ValueError becomes a problem that says where it is."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
 
 def parse_setting(f: dataclasses.Field, raw):
     """A field's value from its text; whole numbers may be hexadecimal. ValueError says what is wrong."""
@@ -253,13 +258,15 @@ def contradictions(h: Hyperparameters, processes: int) -> list[str]:
         "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
         "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt": h.export_only and not h.checkpoint_path,
         "DISTILL_FROM and SELF_DISTILL=1 are two teachers": h.distill_from and h.self_distill,
+        "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0, an untrained model teaches nothing":
+            h.self_distill and not h.distill_start_frac,
         f"DISTILL_END_FRAC={h.distill_end_frac} is not after DISTILL_START_FRAC={h.distill_start_frac}":
             h.distill_end_frac <= h.distill_start_frac,
     }
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
 # Variables of published scripts: what each means, what it says in the columns of the map table, {} being its
-# value, and what it says of columns on which nobody else speaks. Two that say different things contradict.
+# value, and defaults for columns that nothing else sets. Two that say different things contradict.
 PUBLISHED = {
     "use_random_adapters": ("1: system A, every map random with LoRA", {"map_basis": "orthogonal"}, {}),
     "random_adapter_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
@@ -293,7 +300,8 @@ def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, 
         is_flag = not any("{}" in text for text in says.values())
         if is_flag and value not in ("", "0", "1"):
             problems.append(f"{name.upper()}={value}: must be 0 or 1")
-        if not value or value in ("0", "0.0") and (is_flag or name == "progressive_freeze_frac"):
+        is_switch = is_flag or name == "progressive_freeze_frac"
+        if not value or is_switch and not value.strip("0."):
             continue
         soft = otherwise | soft
         for column, text in says.items():
@@ -373,7 +381,7 @@ class Column:
     such as `attention.q`; `m1.` before it means member 1 of an ensemble. A rule without one selects all maps
     where it is a basis or a freezing, and the random ones elsewhere."""
     def __init__(self, name: str, text: str, h: Hyperparameters):
-        self.name, self.rules, self.unused = name, [], []
+        self.name, self.rules, self.used = name, [], {""}
         for rule in text.replace(" ", "").split(","):
             selector, _, cell = rule.rpartition("=")
             match = re.fullmatch(r"(?:m(\d+)\.)?([a-z.]+)?(?:@([\d+-]+))?", selector)
@@ -383,7 +391,6 @@ class Column:
             layers = layers_of(layers, h.num_layers) if layers else range(h.num_layers)
             member, kind = member and int(member), kind or "all"
             self.rules.append((selector, member, kind, layers, read_cell(name, cell)))
-            self.unused.append(selector)
 
     def cells(self, member: int, kind: str, layer: int, random: bool) -> dict[str, str | float | None]:
         """{column: cell} for one map, or nothing where no rule selects it."""
@@ -392,27 +399,24 @@ class Column:
         for selector, of_member, group, layers, cell in self.rules:
             about = selector or random or self.name in ("basis", "freeze")
             if about and group in groups and layer in layers and of_member in (None, member):
-                chosen, self.unused = {self.name: cell}, [s for s in self.unused if s != selector]
+                chosen[self.name] = cell
+                self.used.add(selector)
         return chosen
 
-def map_table(h: Hyperparameters) -> tuple[list[MapRow], list[str]]:
-    """The maps of all blocks in order, the one place that decides which are random, and how; and what is
-    wrong with the columns. A map's seed is MAP_SEED + MAP_SEED_STRIDE · layer + offset (PR #1113), the offset
-    stands before its shape; members of an ensemble are a million apart."""
+def map_table(h: Hyperparameters, problems: list[str]) -> list[MapRow]:
+    """The maps of all blocks in order, the one place that decides which are random, and how; what is wrong
+    with the columns is added to the problems. A map's seed is MAP_SEED + MAP_SEED_STRIDE · layer + offset (PR
+    #1113), the offset stands before its shape; members of an ensemble are a million apart."""
     d, kv, hidden = h.model_dim, h.kv_dim, h.mlp_dim
     kinds = {"attention.q": (0, d, d), "attention.k": (1, kv, d), "attention.v": (2, kv, d),
              "attention.proj": (3, d, d), "mlp.fc": (10, hidden, d), "mlp.proj": (11, d, hidden)}
     kinds |= {"mlp.gate": (12, hidden, d)} if h.mlp_gated else {}
-    columns, rows, problems = [], [], []
+    columns, rows = [], []
     for name in ("basis", "gain", "adapter", "scale", "gate", "freeze"):
-        try:
+        with noting(problems, f"MAP_{name.upper()}={getattr(h, f'map_{name}')}"):
             columns.append(Column(name, getattr(h, f"map_{name}"), h))
-        except ValueError as error:
-            problems.append(f"MAP_{name.upper()}={getattr(h, f'map_{name}')}: {error}")
-    if problems:
-        return rows, problems
     places = itertools.product(range(h.ensemble), range(h.num_layers), kinds)
-    for member, layer, kind in places:
+    for member, layer, kind in [] if problems else places:
         offset, out_features, in_features = kinds[kind]
         cells = columns[0].cells(member, kind, layer, False)
         random = cells.get("basis", "learned") != "learned"
@@ -424,19 +428,19 @@ def map_table(h: Hyperparameters) -> tuple[list[MapRow], list[str]]:
         prefix = f"members.{member}." if h.ensemble > 1 else ""
         row = MapRow(f"{prefix}blocks.{layer}.{kind}", out_features, in_features, **cells)
         rows.append(row)
-        try:
+        with noting(problems, f"MAP_ADAPTER={h.map_adapter}"):
             if row.adapters() and not random:
-                problems.append(f"MAP_ADAPTER={h.map_adapter}: {kind} is learned in full, it has no adapter")
-        except ValueError as error:
-            problems.append(f"MAP_ADAPTER={h.map_adapter}: {error}")
+                raise ValueError(f"{kind} is learned in full, it has no adapter")
         if row.freeze and random and (row.adapter, row.scale, row.gate) == ("none", "none", None):
             problems.append(f"MAP_FREEZE={h.map_freeze}: {kind} is random, nothing of it is learned")
-    problems += [f"MAP_{column.name.upper()}: {selector} selects no map"
-                 for column in columns for selector in column.unused if selector]
+    for column in columns if rows else []:
+        unused = dict.fromkeys(rule[0] for rule in column.rules if rule[0] not in column.used)
+        problems += [f"MAP_{column.name.upper()}: {selector} selects no map" for selector in unused]
     seeds = [row.seed for row in rows if row.basis != "learned"]
     if len(set(seeds)) < len(seeds):
-        problems.append(f"MAP_SEED_STRIDE={h.map_seed_stride} gives two maps the same seed")
-    return rows, list(dict.fromkeys(problems))
+        problems.append(f"MAP_SEED_STRIDE={h.map_seed_stride} and the members give two maps the same seed")
+    problems[:] = dict.fromkeys(problems)  # a kind of map has the same problem in every layer
+    return rows
 
 # ---- Processes and log -------------------------------------------------------------------------------------
 class Processes:
@@ -738,20 +742,20 @@ class VeRA(Owner):
         return self.b[:, None] * self.B, self.d[:, None] * self.A
 
 class Sparse(Owner):
-    """ΔW: in each row, learned values at a share `density` of its places, which the seed draws; first 0. The
-    places cost no bytes (after SLTrain, arXiv:2406.02214)."""
+    """ΔW: in each row, learned values, first 0, on a support of a share `density` of its columns, which the
+    seed draws: it costs no bytes (after SLTrain, arXiv:2406.02214)."""
     size, roles = "density", {"values": SPARSE}
 
     def __init__(self, row: MapRow, density: float):
         super().__init__()
         count = max(1, round(density * row.in_features))
         words = random_words(row.seed + (2 << 96), row.out_features * row.in_features)
-        places = np.sort(np.argpartition(words.reshape(-1, row.in_features), count - 1)[:, :count])
-        self.register_buffer("places", torch.from_numpy(places), persistent=False)  # (out, count)
+        support = np.sort(np.argpartition(words.reshape(-1, row.in_features), count - 1)[:, :count])
+        self.register_buffer("support", torch.from_numpy(support), persistent=False)  # (out, count)
         self.values = nn.Parameter(torch.zeros(row.out_features, count))
 
     def correction(self, weight: Tensor) -> Tensor:
-        return torch.zeros_like(weight).scatter(1, self.places, self.values.to(weight.dtype))
+        return torch.zeros_like(weight).scatter(1, self.support, self.values.to(weight.dtype))
 
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         return super().quantize(quantizers, None)  # each row has inputs of its own
@@ -790,10 +794,11 @@ class MergedLinear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         x, merged, a, b = ctx.saved_tensors
         rows_dy, rows_x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
-        dw = rows_dy.t() @ rows_x if ctx.needs_input_grad[1] else None
-        da = rows_dy.t() @ (rows_x @ b.t())
-        db = (rows_dy @ a).t() @ rows_x
-        return dy @ merged, dw, da, db
+        wants_x, wants_w, wants_a, wants_b = ctx.needs_input_grad
+        return (dy @ merged if wants_x else None,
+                rows_dy.t() @ rows_x if wants_w else None,
+                rows_dy.t() @ (rows_x @ b.t()) if wants_a else None,
+                (rows_dy @ a).t() @ rows_x if wants_b else None)
 
 class Linear(Owner):
     """A row of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias). W (out, in) is learned in
@@ -838,13 +843,8 @@ class FrozenRandomLinearWithLoRA(Linear):
         row = MapRow("", out_features, in_features, "orthogonal", seed, adapter=f"lora:{rank}")
         super().__init__(row, bias=bias)
 
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.lora.A
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.lora.B
+    lora_A = property(lambda self: self.lora.A)
+    lora_B = property(lambda self: self.lora.B)
 
 class Embedding(Owner):
     """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors are multiplied by all.
@@ -998,12 +998,6 @@ class LanguageModel(nn.Module):
                 digest.update(drawn.cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def recur(self, on: bool) -> None:
-        """Whether RECUR_LAYERS run several times."""
-        for module in self.modules():
-            if isinstance(module, GPT):
-                module.recurs = on
-
 class GPT(LanguageModel):
     """The model of the map table and the settings; initial weights come from torch's global generator. A
     member of an ensemble finds its rows of the table by their prefix."""
@@ -1053,10 +1047,10 @@ class GPT(LanguageModel):
         angles = torch.arange(ids.size(1), device=ids.device)[:, None, None] * self.frequencies
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # each (T, 1, rope_dims / 2)
         added_v = self.value_embedding(ids) if self.value_layers else None
-        x0, left, first_v = x, {}, None  # left: the stream after each layer of the first half
+        x0, skips, first_v = x, {}, None  # skips: the stream after each layer of the first half
         for layer in self.recurrent_order if self.recurs else self.order:
             if 0 <= (i := layer - self.skipping) < self.skipping:
-                skip = self.skip_weights[i].to(x.dtype) * left[self.skipping - 1 - i]
+                skip = self.skip_weights[i].to(x.dtype) * skips[self.skipping - 1 - i]
                 if self.skip_gates is None:
                     x = x + skip
                 else:
@@ -1067,8 +1061,12 @@ class GPT(LanguageModel):
             x, own_v = self.blocks[layer](x, x0, rope, v, first_v)
             first_v = own_v if first_v is None else first_v
             if layer < self.skipping:
-                left[layer] = x
+                skips[layer] = x
         return norm(x)
+
+    def recur(self, on: bool) -> None:
+        """Whether RECUR_LAYERS run several times."""
+        self.recurs = on
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, d) -> (…, vocabulary) float32, softly capped."""
@@ -1084,10 +1082,14 @@ class Ensemble(LanguageModel):
         self.members = nn.ModuleList(GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble))
 
     def predict(self, ids: Tensor, last: int) -> Tensor:
-        return torch.stack([member.predict(ids, last) for member in self.members]).mean(0)
+        return sum(member.predict(ids, last) for member in self.members) / len(self.members)
 
     def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
-        return torch.stack([member(ids, targets, taught) for member in self.members]).mean()
+        return sum(member(ids, targets, taught) for member in self.members) / len(self.members)
+
+    def recur(self, on: bool) -> None:
+        for member in self.members:
+            member.recur(on)
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
     return Ensemble(h, dtype) if h.ensemble > 1 else GPT(h, dtype)
@@ -1112,7 +1114,7 @@ def describe_maps(model: LanguageModel) -> list[str]:
         lines.append([kind, f"{layers[0]}-{layers[-1]}" if whole else ",".join(layers),
                       f"{row.out_features}x{row.in_features}", basis, f"{row.seed}.." if random else "",
                       row.adapter, row.scale, "none" if row.gate is None else f"{row.gate:g}",
-                      f"at {row.freeze:g}" if row.freeze else "at 0" if random else "never",
+                      f"at {row.freeze:g}" if row.freeze else "from start" if random else "never",
                       *(f"{count:,}" for count in counts)])
     lines.append(["all"] + [""] * 8 + [f"{total:,}" for total in totals])
     widths = [max(map(len, cells)) for cells in zip(*lines)]
@@ -1168,12 +1170,12 @@ class Optimizers:
     def __init__(self, groups: dict[str, dict[str, nn.Parameter]], h: Hyperparameters, processes: Processes):
         self.h, self.processes = h, processes
         self.params = [p for group in groups.values() for p in group.values()]
-        members = {role: list(group.values()) for role, group in groups.items()}
-        matrices = [{"params": members[MATRIX] + members[MASK]}]
+        by_role = {role: list(group.values()) for role, group in groups.items()}
+        matrices = [{"params": by_role[MATRIX] + by_role[MASK]}]
         self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, processes)
         rates = {EMBEDDING: (h.tied_embed_lr, h.embed_wd), SCALAR: (h.scalar_lr, h.adam_wd),
                  SPARSE: (h.sparse_lr, h.muon_wd)}
-        adam = [{"params": members[role], "lr": lr, "weight_decay": wd} for role, (lr, wd) in rates.items()]
+        adam = [{"params": by_role[role], "lr": lr, "weight_decay": wd} for role, (lr, wd) in rates.items()]
         self.adam = torch.optim.AdamW(adam, 0.0, (h.beta1, h.beta2), h.adam_eps, fused=True)
         self.base_lrs = [(g, g["lr"]) for g in self.muon.param_groups + self.adam.param_groups]
 
@@ -1207,24 +1209,35 @@ class Averages:
     adapters, which start at zero as it does, are not drawn back to it; `swa`, the mean of late weights. What
     was frozen on the way stays where it stands."""
     def __init__(self, params: list[nn.Parameter], h: Hyperparameters):
-        self.h, self.learned, self.params = h, params, [p.detach() for p in params]
-        self.sums = {name: [torch.zeros_like(p) for p in self.params] for name in ("ema", "swa")}
-        self.totals = {"ema": 0.0, "swa": 0.0}
+        self.h, self.params = h, params
+        wanted = {"ema": h.ema_decay, "swa": h.swa_enabled}
+        self.sums = {name: {p: torch.zeros_like(p) for p in params} for name, on in wanted.items() if on}
+        self.totals = dict.fromkeys(self.sums, 0.0)
 
+    @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
         if self.h.ema_decay:
-            torch._foreach_lerp_(self.sums["ema"], self.params, 1 - self.h.ema_decay)
+            ema = self.sums["ema"]
+            torch._foreach_lerp_(list(ema.values()), list(ema), 1 - self.h.ema_decay)
             self.totals["ema"] += (1 - self.h.ema_decay) * (1 - self.totals["ema"])
         if self.h.swa_enabled and scale < self.h.swa_threshold and step % self.h.swa_interval == 0:
-            torch._foreach_add_(self.sums["swa"], self.params)
+            swa = self.sums["swa"]
+            torch._foreach_add_(list(swa.values()), list(swa))
             self.totals["swa"] += 1.0
 
+    def forget_frozen(self) -> None:
+        """Frees the averages of what is no longer learned."""
+        self.sums = {name: {p: mean for p, mean in sums.items() if p.requires_grad}
+                     for name, sums in self.sums.items()}
+
     def candidates(self) -> dict[str, list[Tensor]]:
-        found = {"last": [p.clone() for p in self.params]}
+        """The weights to choose from, each a list like `params`."""
+        found = {"last": [p.detach().clone() for p in self.params]}
         for name, total in self.totals.items():
             if total:
-                means = zip(torch._foreach_div(self.sums[name], total), self.learned)
-                found[name] = [mean if p.requires_grad else p.detach().clone() for mean, p in means]
+                sums = self.sums[name]
+                found[name] = [sums[p] / total if p in sums else last
+                               for p, last in zip(self.params, found["last"])]
         return found
 
 # ---- Quantisation ------------------------------------------------------------------------------------------
@@ -1313,8 +1326,8 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
 @torch.no_grad()
 def collect_hessians(model: LanguageModel, batches: Iterable[Tensor],
                      processes: Processes) -> dict[nn.Module, Tensor]:
-    """Σ x xᵀ (in, in) float32 of every owner's inputs over the batches of all processes, ids left out;
-    adapters have those of their map."""
+    """Σ x xᵀ (in, in) float32 of the inputs of all that owns matrices, over the batches of all processes, ids
+    left out; adapters have those of their map."""
     hessians: dict[nn.Module, Tensor] = {}
 
     def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -1322,7 +1335,9 @@ def collect_hessians(model: LanguageModel, batches: Iterable[Tensor],
             x = inputs[0].flatten(0, -2).float()  # a product rounded to bfloat16 need not be positive
             hessians[module] = hessians.get(module, 0) + x.t() @ x
 
-    hooks = [module.register_forward_pre_hook(add) for module in model.modules() if isinstance(module, Owner)]
+    owners = [module for module in model.modules() if isinstance(module, Owner)]
+    used = [module for module in owners if any(tensors_by_role(module)[role] for role in (MATRIX, EMBEDDING))]
+    hooks = [module.register_forward_pre_hook(add) for module in used]
     for ids in batches:
         model.predict(ids, ids.size(1))
     for hook in hooks:
@@ -1403,6 +1418,33 @@ def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
         tensors[name] = values.float() if len(parts) == 1 else Codes(values, parts[1]).values()
     return header, tensors
 
+def export(h: Hyperparameters, processes: Processes, model: LanguageModel, data: TrainingData, step: int,
+           tokenizer: Tokenizer, log: Log) -> bytes:
+    """The artifact of the model, on every process; UserError if it and the code are over the limit."""
+    size, first = max(1, 16_384 // h.train_seq_len), step * (h.train_batch_tokens // h.train_seq_len)
+    rounds = -(-h.gptq_calib_batches // processes.count)  # the same number on every process
+    mine = range(processes.rank, rounds * processes.count, processes.count)
+    batches = (data.sequences(first + i * size, size)[:, :-1].to(processes.device) for i in mine)
+    hessians = collect_hessians(model, batches, processes)
+    if processes.rank:
+        return processes.share(None)
+    tensors, quantizers = dict(model.state_dict()), quantizers_of(h)
+    for prefix, module in model.named_modules():
+        if isinstance(module, Owner):
+            codes = module.quantize(quantizers, hessians.get(module))
+            tensors |= {f"{prefix}.{name}": value for name, value in codes.items()}
+    facts = {"fingerprint": model.fingerprint(), "tokenizer": tokenizer.sha256}
+    blob, sizes = write_artifact({"model": h.model_settings()} | facts, tensors)
+    log("artifact bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    code, limit = os.path.getsize(__file__), h.artifact_limit_bytes
+    total = f"code {code:,} + model {len(blob):,} = {code + len(blob):,} bytes"
+    log(f"artifact {total}, {(code + len(blob)) / limit:.1%} of {limit:,}")
+    if code + len(blob) > limit:
+        raise UserError(f"{total}, over the limit of {limit:,}; checkpoint.pt has the weights: export"
+                        " them with EXPORT_ONLY=1 CHECKPOINT_PATH=… and a larger MATRIX_CLIP_SIGMAS or"
+                        " EMBED_CLIP_SIGMAS, or train a smaller rank or width")
+    return processes.share(blob)
+
 def build_model(header: dict, tensors: dict[str, Tensor], processes: Processes) -> LanguageModel:
     """A model that computes from an artifact alone; its maps are drawn anew and proved to be the same."""
     model = make_model(Hyperparameters(environment={}, **header["model"]), processes.dtype)
@@ -1438,8 +1480,8 @@ def evaluate(model: LanguageModel, val: ValidationStream, h: Hyperparameters, pr
         rows, tail = val.tokens[places].to(processes.device), int(counts[batch].max())
         score = compiled if (len(rows), tail) == (per_batch, stride) else model.losses  # others stay eager
         losses = score(rows[:, :-1], rows[:, 1:][:, -tail:])  # (windows, tail)
-        scored = torch.arange(tail)[None] < tail - torch.from_numpy(counts[batch, None])  # in earlier windows
-        total += losses.double().masked_fill(scored.to(processes.device), 0.0).sum()
+        seen = torch.arange(tail)[None] < tail - torch.from_numpy(counts[batch, None])  # in earlier windows
+        total += losses.double().masked_fill(seen.to(processes.device), 0.0).sum()
         log.progress(f"evaluating: {100 * done * processes.count // len(batches)}%")
     nats = processes.sum_(total).item()
     return nats / targets, nats / math.log(2) / val.bytes
@@ -1461,6 +1503,10 @@ class Clock:
         known = len(self.recent) >= 5 or left == 0
         return int(min(self.iterations - step, left / statistics.median(self.recent) if known else math.inf))
 
+    def share(self, step: int) -> float:
+        """The share of training that is over, by steps or by the wall-clock, whichever is further on."""
+        return min(1.0, max(step / self.iterations, self.elapsed / self.seconds))
+
     def times(self, step: int) -> str:
         return f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(step, 1):.2f}ms"
 
@@ -1481,89 +1527,48 @@ def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]]
 class Stages:
     """What changes at a share of training, and nowhere else: maps freeze, layers begin to recur, a teacher
     speaks. A stage may be entered from any other, so that all can be compiled before the clock starts."""
-    def __init__(self, h: Hyperparameters, model: LanguageModel, teacher: LanguageModel | None):
+    def __init__(self, h: Hyperparameters, model: LanguageModel, teacher: LanguageModel | None,
+                 compiled: bool = False):
         self.h, self.model, self.teacher, self.current, self.teaches = h, model, teacher, 0.0, False
         marks = {0.0} | {row.freeze for row in h.maps} | ({h.recur_frac} if h.recurring_layers else set())
         if h.self_distill:
             self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
         marks |= {h.distill_start_frac, h.distill_end_frac} if self.teacher else set()
         self.marks = sorted(marks - {1.0})
+        if self.teacher:
+            predict = self.teacher.predict
+            self.predict = torch.compile(predict, dynamic=False) if compiled else predict
 
     def enter(self, share: float) -> str:
         """Sets the model up for the last stage that begins by this share of training; says what it is."""
         mark = self.marks[bisect.bisect(self.marks, share) - 1]
-        frozen = [row.name for row in self.h.maps if 0 < row.freeze <= mark]
         for row in self.h.maps:
-            self.model.get_submodule(row.name).requires_grad_(row.name not in frozen)
+            self.model.get_submodule(row.name).requires_grad_(not 0 < row.freeze <= mark)
+        frozen = sum(0 < row.freeze <= mark for row in self.h.maps)
         self.model.recur(recurs := bool(self.h.recurring_layers) and self.h.recur_frac <= mark)
         taught, self.teaches = self.teaches, bool(self.teacher) and (
             self.h.distill_start_frac <= mark < self.h.distill_end_frac)
-        if self.h.self_distill and self.teaches and (not taught or mark == 0):
+        if self.h.self_distill and self.teaches and not taught:
             self.teacher.load_state_dict(self.model.state_dict())  # in place: a new tensor means a new graph
             self.teacher.recur(recurs)
         self.current = mark
-        return f"frozen_maps:{len(frozen)} recurrence:{recurs} teacher:{self.teaches}"
+        return f"frozen_maps:{frozen} recurrence:{recurs} teacher:{self.teaches}"
 
     @torch.no_grad()
     def teach(self, ids: Tensor) -> Tensor | None:
         """The teacher's logits (B, T, vocabulary), where there is one at this stage."""
-        return self.teacher.predict(ids, ids.size(1)) if self.teaches else None
+        return self.predict(ids, ids.size(1)) if self.teaches else None
 
-def train(h: Hyperparameters, processes: Processes, model: LanguageModel, teacher: LanguageModel | None,
-          data: TrainingData, val: ValidationStream, log: Log) -> dict:
-    """Trains the model, leaves in it the average that does best on held-out training text; gives figures."""
-    groups, quantizers, stages = tensors_by_role(model), quantizers_of(h), Stages(h, model, teacher)
-    forward = torch.compile(model, dynamic=False, fullgraph=True) if processes.compile else model
+def warm_up(h: Hyperparameters, processes: Processes, forward: Callable, stages: Stages, data: TrainingData,
+            groups: dict[str, dict[str, nn.Parameter]]) -> None:
+    """Runs every stage, and so compiles it, before the clock starts; the weights are as before."""
     optimizers = Optimizers(groups, h, processes)
-    params, initial = optimizers.params, [p.detach().clone() for p in optimizers.params]
-    model.train()
+    initial = [p.detach().clone() for p in optimizers.params]
     for step, mark in itertools.product(range(-(-h.warmup_steps // len(stages.marks))), stages.marks):
-        log.progress("warming up")
         stages.enter(mark)
         accumulate_gradients(forward, data.micro_batches(step, processes), stages.teach)
         optimizers.step(step, 1.0)
-    torch._foreach_copy_([p.detach() for p in params], initial)  # in place: a new tensor means a new graph
-    stages.enter(0.0)
-    optimizers, averages = Optimizers(groups, h, processes), Averages(params, h)
-    clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
-    step, qat, loss, began = 0, False, None, time.perf_counter()
-    while True:
-        remaining = processes.share(clock.remaining(step))
-        share = step / (step + remaining) if remaining > 0 else 1.0
-        if bisect.bisect(stages.marks, share) > bisect.bisect(stages.marks, stages.current):
-            log(f"stage step:{step} share:{share:.4f} {stages.enter(share)}")
-            optimizers.forget_frozen()
-        if remaining <= 0:
-            scores = choose_average(model, params, averages.candidates(), data, processes, log)
-        if remaining <= 0 or (h.val_loss_every and step and step % h.val_loss_every == 0):
-            nats, bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
-            log(f"step:{step}/{h.iterations} val_loss:{nats:.4f} val_bpb:{bpb:.4f} {clock.times(step)}")
-            began = time.perf_counter()
-        if remaining <= 0:
-            speed = round(h.train_batch_tokens * step / clock.elapsed)
-            return {"steps": step, "train_seconds": round(clock.elapsed, 3), "tokens_per_second": speed,
-                    **{f"holdout_loss_{name}": score for name, score in scores.items()},
-                    "val_loss_before": nats, "val_bpb_before": bpb}
-        warmdown = math.ceil(h.warmdown_frac * (step + remaining)) if h.warmdown_frac else h.warmdown_iters
-        scale, previous = warmdown_scale(step, remaining, warmdown), loss
-        if scale < h.late_qat_threshold and not qat:
-            qat = True
-            log(f"late_qat:on step:{step} scale:{scale:.4f}")
-        model.train()
-        with weights_as_stored(groups, quantizers) if qat else contextlib.nullcontext():
-            loss = accumulate_gradients(forward, data.micro_batches(step, processes), stages.teach)
-        optimizers.step(step, scale)  # on the float32 masters
-        averages.update(step, scale)
-        step += 1
-        if previous is not None and not math.isfinite(previous.item()):  # waits for the step before this one
-            raise UserError(f"the loss of step {step - 1} is not finite; lower the learning rates")
-        clock.step_took(time.perf_counter() - began)
-        began = time.perf_counter()
-        log.progress(f"step {step}, {remaining - 1} to go, {(remaining - 1) * clock.elapsed / step:.0f} s,"
-                     f" {h.train_batch_tokens * step / clock.elapsed:,.0f} tokens/s")
-        if h.train_log_every and (step <= 10 or step % h.train_log_every == 0):
-            mean = processes.sum_(loss.clone()).item() / processes.count
-            log(f"step:{step}/{h.iterations} train_loss:{mean:.4f} {clock.times(step)}")
+    torch._foreach_copy_([p.detach() for p in optimizers.params], initial)  # in place: else a new graph
 
 @torch.no_grad()
 def choose_average(model: LanguageModel, params: list[nn.Parameter], candidates: dict[str, list[Tensor]],
@@ -1585,32 +1590,71 @@ def choose_average(model: LanguageModel, params: list[nn.Parameter], candidates:
     log("average " + " ".join(f"{name}:{score:.4f}" for name, score in scores.items()) + f" exported:{best}")
     return scores
 
-def export(h: Hyperparameters, processes: Processes, model: LanguageModel, data: TrainingData, step: int,
-           tokenizer: Tokenizer, log: Log) -> bytes:
-    """The artifact of the model, on every process; UserError if it and the code are over the limit."""
-    size, first = max(1, 16_384 // h.train_seq_len), step * (h.train_batch_tokens // h.train_seq_len)
-    rounds = -(-h.gptq_calib_batches // processes.count)  # the same number on every process
-    mine = range(processes.rank, rounds * processes.count, processes.count)
-    batches = (data.sequences(first + i * size, size)[:, :-1].to(processes.device) for i in mine)
-    hessians = collect_hessians(model, batches, processes)
-    if processes.rank:
-        return processes.share(None)
-    tensors, quantizers = dict(model.state_dict()), quantizers_of(h)
-    for prefix, module in model.named_modules():
-        if isinstance(module, Owner):
-            codes = module.quantize(quantizers, hessians.get(module))
-            tensors |= {f"{prefix}.{name}": value for name, value in codes.items()}
-    facts = {"fingerprint": model.fingerprint(), "tokenizer": tokenizer.sha256}
-    blob, sizes = write_artifact({"model": h.model_settings()} | facts, tensors)
-    log("artifact bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
-    code, limit = os.path.getsize(__file__), h.artifact_limit_bytes
-    total = f"code {code:,} + model {len(blob):,} = {code + len(blob):,} bytes"
-    log(f"artifact {total}, {(code + len(blob)) / limit:.1%} of {limit:,}")
-    if code + len(blob) > limit:
-        raise UserError(f"{total}, over the limit of {limit:,}; checkpoint.pt has the weights: export"
-                        " them with EXPORT_ONLY=1 CHECKPOINT_PATH=… and a larger MATRIX_CLIP_SIGMAS or"
-                        " EMBED_CLIP_SIGMAS, or train a smaller rank or width")
-    return processes.share(blob)
+def train(h: Hyperparameters, processes: Processes, model: LanguageModel, teacher: LanguageModel | None,
+          data: TrainingData, val: ValidationStream, log: Log) -> dict:
+    """Trains the model, leaves in it the average that does best on held-out training text; gives figures."""
+    groups, quantizers = tensors_by_role(model), quantizers_of(h)
+    stages = Stages(h, model, teacher, processes.compile)
+    forward = model
+    if processes.compile:
+        torch._dynamo.config.recompile_limit = 8 + 2 * len(stages.marks)  # each stage is a graph of its own
+        forward = torch.compile(model, dynamic=False, fullgraph=True)
+    model.train()
+    warm_up(h, processes, forward, stages, data, groups)
+    stages.enter(0.0)
+    optimizers = Optimizers(groups, h, processes)
+    averages = Averages(optimizers.params, h)
+    clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
+    step, qat, loss, began = 0, False, None, time.perf_counter()
+    while True:
+        remaining, share = processes.share((clock.remaining(step), clock.share(step)))
+        share = share if remaining > 0 else 1.0
+        validates = h.val_loss_every and step and step % h.val_loss_every == 0
+        if processes.on_cuda and (validates or remaining <= 0):
+            torch.cuda.synchronize()  # what is still queued is training
+            clock.elapsed += time.perf_counter() - began
+        if bisect.bisect(stages.marks, share) > bisect.bisect(stages.marks, stages.current):
+            entered = stages.enter(share)
+            log(f"stage step:{step} share:{share:.4f} {entered}")
+            optimizers.forget_frozen()
+            averages.forget_frozen()
+        if remaining <= 0:
+            began = time.perf_counter()
+            scores = choose_average(model, optimizers.params, averages.candidates(), data, processes, log)
+            choice_seconds = time.perf_counter() - began
+        if remaining <= 0 or validates:
+            nats, bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
+            log(f"step:{step}/{h.iterations} val_loss:{nats:.4f} val_bpb:{bpb:.4f} {clock.times(step)}")
+            began = time.perf_counter()
+        if remaining <= 0:
+            speed = round(h.train_batch_tokens * step / clock.elapsed)
+            return {"steps": step, "train_seconds": round(clock.elapsed, 3), "tokens_per_second": speed,
+                    **{f"holdout_loss_{name}": score for name, score in scores.items()},
+                    "choice_seconds": round(choice_seconds, 3),
+                    "val_loss_before": nats, "val_bpb_before": bpb}
+        scale, previous = warmdown_scale(step, remaining, h.warmdown_iters), loss
+        if h.warmdown_frac:
+            scale = min(1.0, (1 - share) / h.warmdown_frac)
+        if scale < h.late_qat_threshold and not qat:
+            qat = True
+            log(f"late_qat:on step:{step} scale:{scale:.4f}")
+        if h.dropout:  # a stream of its own for each step and process
+            torch.manual_seed(h.seed + step * processes.count + processes.rank)
+        model.train()
+        with weights_as_stored(groups, quantizers) if qat else contextlib.nullcontext():
+            loss = accumulate_gradients(forward, data.micro_batches(step, processes), stages.teach)
+        optimizers.step(step, scale)  # on the float32 masters
+        averages.update(step, scale)
+        step += 1
+        if previous is not None and not math.isfinite(previous.item()):  # waits for the step before this one
+            raise UserError(f"the loss of step {step - 1} is not finite; lower the learning rates")
+        clock.step_took(time.perf_counter() - began)
+        began = time.perf_counter()
+        log.progress(f"step {step}, {remaining - 1} to go, {(remaining - 1) * clock.elapsed / step:.0f} s,"
+                     f" {h.train_batch_tokens * step / clock.elapsed:,.0f} tokens/s")
+        if h.train_log_every and (step <= 10 or step % h.train_log_every == 0):
+            mean = processes.sum_(loss.clone()).item() / processes.count
+            log(f"step:{step}/{h.iterations} train_loss:{mean:.4f} {clock.times(step)}")
 
 # ---- Main --------------------------------------------------------------------------------------------------
 def train_and_export(h: Hyperparameters, processes: Processes, device: str, tokenizer: Tokenizer,
@@ -1625,6 +1669,8 @@ def train_and_export(h: Hyperparameters, processes: Processes, device: str, toke
     torch.manual_seed(h.seed)
     model = (build_model(saved, saved["weights"], processes) if saved
              else make_model(h, processes.dtype).to(processes.device))
+    if processes.share(model.fingerprint()) != model.fingerprint():
+        raise UserError("the processes draw different random maps; use the same versions on all machines")
     log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
     for f in dataclasses.fields(h):
         log(f"{f.name.upper()}={getattr(h, f.name)}", console=False)
@@ -1639,6 +1685,7 @@ def train_and_export(h: Hyperparameters, processes: Processes, device: str, toke
         f" learned takes {stored_bytes(model):,} before it is packed")
     log(f"versions {json.dumps(VERSIONS)} device {device}, {torch.get_num_threads()} threads")
     figures = saved["figures"] if saved else counts | train(h, processes, model, teacher, data, val, log)
+    del teacher  # its memory is the export's
     if processes.rank == 0:
         buffer = io.BytesIO()
         torch.save({"model": h.model_settings(), "fingerprint": model.fingerprint(), "versions": VERSIONS,
@@ -1648,7 +1695,8 @@ def train_and_export(h: Hyperparameters, processes: Processes, device: str, toke
     blob = export(h, processes, model, data, figures["steps"], tokenizer, log)
     if processes.rank == 0:
         write_file(folder / "model.int6.ptz", blob)
-    return blob, figures | {"export_seconds": round(time.perf_counter() - began, 3)}
+    seconds = time.perf_counter() - began + figures.get("choice_seconds", 0.0)
+    return blob, figures | {"export_seconds": round(seconds, 3)}
 
 def run(h: Hyperparameters, processes: Processes) -> None:
     """The job: train and export, unless there is an artifact; evaluate it from its bytes alone; report."""
@@ -1658,7 +1706,10 @@ def run(h: Hyperparameters, processes: Processes) -> None:
         h = h.adopt(read_artifact(blob)[0]["model"], f"MODEL_PATH={h.model_path}")
     elif h.export_only:
         checkpoint = io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path))
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            raise UserError(f"CHECKPOINT_PATH={h.checkpoint_path}: no checkpoint.pt, or a torn one") from None
         h = h.adopt(saved["model"], f"CHECKPOINT_PATH={h.checkpoint_path}")
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     tokenizer.check_manifest(h)
@@ -1677,9 +1728,10 @@ def run(h: Hyperparameters, processes: Processes) -> None:
     began, codec = time.perf_counter(), max(header["groups"], key=lambda group: group[2])[1]
     model = build_model(header, tensors, processes)
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
+        start = time.perf_counter()
         loss, bpb = evaluate(model, val, h, processes, stride, log)
-        seconds = round(time.perf_counter() - began, 3)
-        figures |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_seconds": seconds}
+        seconds, whole = (round(time.perf_counter() - since, 3) for since in (start, began))
+        figures |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_seconds": whole}
         log(f"final_int6_{codec}_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride}"
             f" eval_time:{1000 * seconds:.0f}ms")
         log(f"final_int6_{codec}_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")

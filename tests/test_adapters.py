@@ -167,7 +167,7 @@ def test_what_adapters_draw_is_what_artifacts_were_made_with():
     vera, sparse = train_gpt.VeRA(row, 3), train_gpt.Sparse(row, 0.2)
     assert sha256(vera.A) == "d9de1af6d9b599cf5675cd3f79a446b7a690b7ed2f9683b02e25132f60b3ae6a"
     assert sha256(vera.B) == "8e2750bbfc40c042e92f49b925b2fca4e25efe9a3bbd8c1a9aea6e981d55ae2f"
-    assert sha256(sparse.places) == "51755b379b60a3d4a4f28f15945dd8728c24f50e279b7f3548f2bdc143dc94b4"
+    assert sha256(sparse.support) == "51755b379b60a3d4a4f28f15945dd8728c24f50e279b7f3548f2bdc143dc94b4"
 
 
 # ---- Linear layers -----------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def textbook(layer: train_gpt.Linear, row: train_gpt.MapRow, p: dict, x: torch.T
             y = y + ((x @ layer.vera.A.T) * p["vera.d"]) @ layer.vera.B.T * p["vera.b"]
         if name == "sparse":
             lines = []
-            for values, places in zip(p["sparse.values"], layer.sparse.places.tolist()):
+            for values, places in zip(p["sparse.values"], layer.sparse.support.tolist()):
                 lines.append(sum(value * x[..., place] for value, place in zip(values, places)))
             y = y + torch.stack(lines, -1)
         if name == "mask":
@@ -297,19 +297,19 @@ def test_a_new_mask_keeps_half_of_its_map_and_the_length_of_the_output():
 def test_places_of_a_sparse_adapter_are_a_share_of_each_row(density, in_features, count):
     row = train_gpt.MapRow("", 30, in_features, "uniform", 4)
     sparse = train_gpt.Sparse(row, density)
-    assert sparse.places.shape == sparse.values.shape == (30, count)
-    for places in sparse.places.tolist():
+    assert sparse.support.shape == sparse.values.shape == (30, count)
+    for places in sparse.support.tolist():
         assert places == sorted(set(places))
         assert 0 <= places[0] <= places[-1] < in_features
     again, other = train_gpt.Sparse(row, density), train_gpt.Sparse(row._replace(seed=5), density)
-    assert torch.equal(again.places, sparse.places)
+    assert torch.equal(again.support, sparse.support)
     if count < in_features:
-        assert not torch.equal(other.places, sparse.places)
+        assert not torch.equal(other.support, sparse.support)
 
 
 def test_places_of_a_sparse_adapter_are_spread_evenly():
     sparse = train_gpt.Sparse(train_gpt.MapRow("", 2000, 20, "uniform", 4), 0.25)
-    shares = sparse.places.flatten().bincount(minlength=20) / 2000
+    shares = sparse.support.flatten().bincount(minlength=20) / 2000
     assert (shares - 0.25).abs().max() < 0.05
 
 
@@ -368,7 +368,7 @@ def test_a_new_model_computes_as_its_bare_maps_do(variant, adapter, scale):
 def test_nothing_random_is_saved(variant, adapter):
     model = train_gpt.make_model(variant(map_basis="gaussian", map_adapter=adapter, map_scale="map"))
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
-    assert not any(name.endswith((".weight", ".places", "vera.A", "vera.B"))
+    assert not any(name.endswith((".weight", ".support", "vera.A", "vera.B"))
                    for name in model.state_dict() if name.startswith("blocks."))
 
 
@@ -403,7 +403,7 @@ def test_the_fingerprint_is_of_all_that_seeds_drew(variant, adapter):
     assert model.fingerprint() != train_gpt.make_model(variant()).fingerprint()
     changed = copy.deepcopy(model)
     module = changed.get_submodule("blocks.1.mlp.fc")
-    drawn = module.vera.A if adapter.startswith("vera") else module.sparse.places
+    drawn = module.vera.A if adapter.startswith("vera") else module.sparse.support
     drawn[0, 0] = 1 - drawn[0, 0]
     assert changed.fingerprint() != model.fingerprint()
 
@@ -563,6 +563,8 @@ def test_averages_leave_frozen_tensors_as_they_stand(variant):
         averages.update(step, 0.5)
         if step == 3:
             frozen.requires_grad_(False)
+            averages.forget_frozen()
+    assert all(frozen not in sums for sums in averages.sums.values()), "their memory is freed"
     found = averages.candidates()
     assert found.keys() == {"last", "ema", "swa"}
     for name, (kept, mean) in found.items():
@@ -605,10 +607,10 @@ def test_a_student_that_agrees_with_its_teacher_has_no_divergence(variant, rando
 
 
 def test_a_teacher_is_not_learned_and_does_not_drop_out(variant):
-    h = variant(self_distill=1, dropout=0.5, map_adapter="lora:4")
+    h = variant(self_distill=1, distill_start_frac=0.2, dropout=0.5, map_adapter="lora:4")
     model = train_gpt.make_model(h).train()
     stages = train_gpt.Stages(h, model, None)
-    stages.enter(0.0)
+    stages.enter(0.2)
     ids = tokens(2, 16)
     assert not any(p.requires_grad for p in stages.teacher.parameters())
     first, second = stages.teach(ids), stages.teach(ids)
@@ -775,7 +777,7 @@ def test_the_gated_mlp_is_geglu(variant, random_model, adapter):
         if hasattr(layer, "lora"):
             weight += layer.lora.A @ layer.lora.B
         if hasattr(layer, "sparse"):
-            for i, places in enumerate(layer.sparse.places.tolist()):
+            for i, places in enumerate(layer.sparse.support.tolist()):
                 for j, place in enumerate(places):
                     weight[i, place] += layer.sparse.values[i, j]
         return layer.scale[:, None] * weight

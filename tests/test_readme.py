@@ -61,3 +61,32 @@ def test_submission_has_the_challenges_keys():
     keys = "author github_id name blurb date val_loss val_bpb bytes_total bytes_code dataset hardware seeds"
     assert set(keys.split()) <= set(submission)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", submission["date"])
+
+
+def test_the_readmes_new_basis_and_adapter_work(monkeypatch):
+    """The section for contributors promises one function and one row: what it shows is run as it stands."""
+    import torch
+
+    import train_gpt
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = dict(vars(train_gpt))
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        code, _, row = block.rpartition("\n\n")
+        exec(code, names)
+        table, key, value = re.fullmatch(r'(\w+) = \{\.\.\., "(\w+)": (\w+)\}\n', row).groups()
+        monkeypatch.setitem(getattr(train_gpt, table), key, names[value])
+    sizes = {"model_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ve_layers": "1"}
+    columns = {"map_basis": "signs", "map_adapter": "combination:3+lora:2"}
+    h = train_gpt.Hyperparameters(environment={}, **sizes, **columns)
+    model = train_gpt.make_model(h)
+    before = model.fingerprint()
+    ids = torch.arange(16)[None]
+    loss = model(ids, ids)
+    loss.backward()
+    layer = model.get_submodule("blocks.0.mlp.fc")
+    assert layer.combination.coefficients.grad.abs().min() > 0
+    assert "blocks.0.mlp.fc.combination.coefficients" in model.state_dict()
+    assert not any("drawn" in name for name in model.state_dict())
+    layer.combination.drawn[0, 0, 0] += 1
+    assert model.fingerprint() != before

@@ -364,8 +364,8 @@ def test_stages_do_not_restart_the_learning_rates(trained, name):
 
 
 def test_a_share_of_training_to_warm_down_in(trained):
-    """0.667 of 12 steps is 8.004, and so 9."""
-    expected = [min(1.0, (12 - step) / 9) for step in range(12)]
+    """It is the share itself that counts, not a whole number of steps."""
+    expected = [min(1.0, (1 - step / 12) / 0.667) for step in range(12)]
     assert trained("system-b").scales[-12:] == pytest.approx(expected, abs=1e-12)
 
 
