@@ -545,3 +545,26 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(train_here, described
     size = sum(map(len, unpacked_groups(run.blob).values()))
     assert size == train_gpt.stored_bytes(run.model)
     assert any("circulant" in line for line in run.lines)
+
+
+@pytest.mark.parametrize("name", ["system-c-gated", "sparse-hadamard", "mask", "recurrent"])
+def test_each_stage_compiles_into_one_graph(name, described):
+    """`fullgraph` refuses a graph break; the graph must compute what the model does, at every stage."""
+    h = train_gpt.Hyperparameters(environment=described(name))
+    torch.manual_seed(0)
+    model = train_gpt.make_model(h).train()
+    stages = train_gpt.Stages(h, model, None)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
+    ids = torch.arange(2 * 33).view(2, 33) % h.vocab_size
+    for mark in stages.marks:
+        stages.enter(mark)
+        found = []
+        for forward in (compiled, model):
+            torch.manual_seed(1)  # of the dropout
+            loss = forward(ids[:, :-1], ids[:, 1:], stages.teach(ids[:, :-1]))
+            loss.backward()
+            gradients = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
+            found.append([loss.item(), *gradients])
+            model.zero_grad()
+        assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
