@@ -511,12 +511,13 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> str:
 def draw(table: pd.DataFrame, path: Path) -> None:
     """val_bpb against the bytes of the model file, one line a family, error bars over the seeds."""
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    for family, points in table.sort_values("model_bytes").groupby("family"):
-        axes.errorbar(points["model_bytes"], points["bpb"], points["std"].fillna(0), marker="o", capsize=3,
-                      label=family)
+    colours, markers = plt.colormaps["tab20"].colors, "osD^v"  # 100 families look different
+    for i, (family, points) in enumerate(table.sort_values("model_bytes").groupby("family")):
+        axes.errorbar(points["model_bytes"], points["bpb"], points["std"].fillna(0), capsize=3, label=family,
+                      color=colours[i % len(colours)], marker=markers[i % len(markers)])
     for point in table.itertuples():
-        axes.annotate(point.name.removeprefix(point.family).strip(), (point.model_bytes, point.bpb), (5, 5),
-                      textcoords="offset points", fontsize=8)
+        place = point.model_bytes, point.bpb
+        axes.annotate(point.name, place, (5, 5), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", xlabel="model file (bytes)", ylabel="validation bits per byte, artifact, sliding")
     axes.margins(0.15)
     axes.grid(which="both", alpha=0.3)
