@@ -4,8 +4,8 @@
 
 1. Attention by plain matrix products, as `causal_attention` does it up to 1024 tokens, against PyTorch's
    fused kernel, forward and backward.
-2. A training step of presets/cpu/random_adapters.env's model with glibc keeping freed memory (as run.sh asks it
-   to) against glibc's defaults.
+2. A training step of presets/cpu/random_adapters.env's model with glibc keeping freed memory (as run.sh asks
+   it to) against glibc's defaults.
 """
 
 from __future__ import annotations
