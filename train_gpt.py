@@ -1542,9 +1542,9 @@ class Stages:
     def enter(self, share: float) -> str:
         """Sets the model up for the last stage that begins by this share of training; says what it is."""
         mark = self.marks[bisect.bisect(self.marks, share) - 1]
-        for row in self.h.maps:
-            self.model.get_submodule(row.name).requires_grad_(not 0 < row.freeze <= mark)
-        frozen = sum(0 < row.freeze <= mark for row in self.h.maps)
+        frozen = [0 < row.freeze <= mark for row in self.h.maps]
+        for row, stands_still in zip(self.h.maps, frozen):
+            self.model.get_submodule(row.name).requires_grad_(not stands_still)
         self.model.recur(recurs := bool(self.h.recurring_layers) and self.h.recur_frac <= mark)
         taught, self.teaches = self.teaches, bool(self.teacher) and (
             self.h.distill_start_frac <= mark < self.h.distill_end_frac)
@@ -1552,7 +1552,7 @@ class Stages:
             self.teacher.load_state_dict(self.model.state_dict())  # in place: a new tensor means a new graph
             self.teacher.recur(recurs)
         self.current = mark
-        return f"frozen_maps:{frozen} recurrence:{recurs} teacher:{self.teaches}"
+        return f"frozen_maps:{sum(frozen)} recurrence:{recurs} teacher:{self.teaches}"
 
     @torch.no_grad()
     def teach(self, ids: Tensor) -> Tensor | None:
@@ -1669,7 +1669,8 @@ def train_and_export(h: Hyperparameters, processes: Processes, device: str, toke
     torch.manual_seed(h.seed)
     model = (build_model(saved, saved["weights"], processes) if saved
              else make_model(h, processes.dtype).to(processes.device))
-    if processes.share(model.fingerprint()) != model.fingerprint():
+    fingerprint = model.fingerprint()
+    if processes.share(fingerprint) != fingerprint:
         raise UserError("the processes draw different random maps; use the same versions on all machines")
     log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
     for f in dataclasses.fields(h):

@@ -498,15 +498,21 @@ def steps_of(model: train_gpt.LanguageModel, optimizers: train_gpt.Optimizers, c
         optimizers.step(step, 1.0)
 
 
-def test_forgetting_frees_the_state_of_frozen_maps_and_leaves_the_others(variant, processes):
-    h = variant(map_basis="learned,attention=uniform", map_adapter="attention=lora:2+sparse:0.2",
-                map_scale="attention=row", map_freeze="mlp.in=0.5,attention@1=0.5")
+def begun(h: train_gpt.Hyperparameters, processes) -> tuple:
+    """A model with its stages and optimisers, after two steps of the first stage."""
     torch.manual_seed(0)
     model = train_gpt.make_model(h)
     stages = train_gpt.Stages(h, model, None)
     optimizers = train_gpt.Optimizers(train_gpt.tensors_by_role(model), h, processes)
     stages.enter(0.0)
     steps_of(model, optimizers, 2)
+    return model, stages, optimizers
+
+
+def test_forgetting_frees_the_state_of_frozen_maps_and_leaves_the_others(variant, processes):
+    h = variant(map_basis="learned,attention=uniform", map_adapter="attention=lora:2+sparse:0.2",
+                map_scale="attention=row", map_freeze="mlp.in=0.5,attention@1=0.5")
+    model, stages, optimizers = begun(h, processes)
     stages.enter(0.5)
     names = {p: name for name, p in model.named_parameters()}
     frozen = {name for name in names.values() if name.endswith("mlp.fc.weight")}
@@ -536,12 +542,7 @@ def test_those_that_go_on_move_as_if_nothing_had_been_forgotten(variant, process
     ends = []
     for forget in (True, False):
         h = variant(map_basis="learned", map_freeze="mlp.in=0.5")
-        torch.manual_seed(0)
-        model = train_gpt.make_model(h)
-        stages = train_gpt.Stages(h, model, None)
-        optimizers = train_gpt.Optimizers(train_gpt.tensors_by_role(model), h, processes)
-        stages.enter(0.0)
-        steps_of(model, optimizers, 2)
+        model, stages, optimizers = begun(h, processes)
         stages.enter(0.7)
         if forget:
             optimizers.forget_frozen()
