@@ -1,49 +1,33 @@
 """Learning adapters on random linear maps: a language model for Parameter Golf in one script.
 
 Most weight matrices are frozen random maps, regenerated from a seed and stored in 0 bytes. What is learned
-around them (low-rank adapters, gains, embeddings) is quantised, compressed and written as one artifact. Every
-setting is an environment variable, declared once in `Hyperparameters`.
+around them is quantised, compressed and written as one artifact. Settings are environment variables.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # train, export, evaluate from the artifact
     EVAL_ONLY=1 MODEL_PATH=model.int6.ptz python train_gpt.py  # repeat the evaluation
 """
 from __future__ import annotations
 
-import bisect
-import contextlib
-import copy
-import dataclasses
-import difflib
-import functools
-import hashlib
-import io
-import itertools
-import json
-import lzma
-import math
-import os
-import pickle
-import platform
-import re
-import statistics
-import sys
-import time
+import bisect, contextlib, copy, dataclasses, datetime, difflib, fcntl, functools, hashlib, io, itertools
+import json, lzma, math, os, pickle, platform, re, shutil, signal, statistics, sys, time, traceback, zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import brotli
-import numpy as np
-import sentencepiece
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 flash_attention_3 = None
-with contextlib.suppress(ImportError):
-    from flash_attn_interface import flash_attn_func as flash_attention_3
+try:
+    import brotli
+    import numpy as np
+    import sentencepiece
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    with contextlib.suppress(ImportError):
+        from flash_attn_interface import flash_attn_func as flash_attention_3
+except ImportError as missing:  # all of them now: the export needs one that the training does not
+    raise SystemExit(f"error: {missing}; pip install -r requirements.txt") from None
 
 # ---- Settings ----------------------------------------------------------------------------------------------
 class UserError(Exception):
@@ -56,11 +40,14 @@ def setting(default, meaning: str, low=0, high=math.inf, choices=(), model=False
 
 @dataclasses.dataclass(init=False)
 class Hyperparameters:
-    """Every setting: from keywords, else from the variable of its name in capitals, else its default. Raises
-    UserError that names all that is wrong at once."""
+    """Every setting: a keyword, else the variable of its name, else its default. UserError for all faults."""
 
     # Run
     run_id: str = setting("", "name of the run's folder; empty: the time of the start")
+    resume: str = setting("auto", "continue the run RUN_ID; auto: where it is unfinished; 1: it must be",
+                          choices=("auto", "0", "1"))
+    checkpoint_seconds: float = setting(60.0, "training time between checkpoints; 0: only at its end")
+    timeout_seconds: float = setting(600.0, "longest wait of a process for the others", 1, 86_400)
     output_dir: str = setting("runs", "where the run's folder is made")
     seed: int = setting(1337, "seed of initial weights and data order", 0, 2**63 - 1)
     dtype: str = setting("auto", "type of activations", choices=("auto", "bfloat16", "float32"))
@@ -69,6 +56,7 @@ class Hyperparameters:
     model_path: str = setting("", "artifact that EVAL_ONLY reads")
     export_only: int = setting(0, "1: export and evaluate CHECKPOINT_PATH, do not train", 0, 1)
     checkpoint_path: str = setting("", "checkpoint that EXPORT_ONLY reads")
+    model_limit_bytes: int = setting(2**30, "memory that a model may ask for when it is built", 1)
     allow_unknown: int = setting(0, "1: accept variables that look like a misspelt setting", 0, 1)
     author: str = setting("", "for submission.json")
     github_id: str = setting("", "for submission.json")
@@ -100,7 +88,7 @@ class Hyperparameters:
     parallel_from: int = setting(256, "from this layer on attention and MLP run side by side", model=True)
     recur_layers: str = setting("", "layers that run several times, such as 3-5", model=True)
     recur_times: int = setting(3, "how often", 1, 64, model=True)
-    ensemble: int = setting(1, "members in one artifact, whose logits are averaged", 1, 64, model=True)
+    ensemble: int = setting(1, "members in one artifact, whose logits are averaged", 1, 16, model=True)
     qk_gain_init: float = setting(1.5, "initial gain of each query head", 0, 100)
     logit_softcap: float = setting(30.0, "logits are c·tanh(z/c)", 1e-3, 1e6, model=True)
     tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0, 10)
@@ -167,19 +155,16 @@ class Hyperparameters:
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
     eval_stride: int = setting(64, "new tokens that each window scores", 1)
     eval_batch_tokens: int = setting(131_072, "tokens of one forward pass of the evaluation", 1)
-
     def __init__(self, /, environment: Mapping[str, str] = os.environ, **given):
-        fields = {f.name: f for f in dataclasses.fields(self)}
-        problems = [f"{name}: no such setting" for name in given if name not in {**fields, **PUBLISHED}]
+        fields, problems = {f.name: f for f in dataclasses.fields(self)}, []
         names = [name for name in [*fields, *PUBLISHED] if name.upper() in environment]
-        said = {name: environment[name.upper()] for name in names} | given
-        said = expand_published(said, problems)
+        said = expand_published({name: environment[name.upper()] for name in names} | given, problems)
         self.given = set(said)  # what somebody asked for, by name
+        problems += [f"{name}: no such setting" for name in said if name not in fields]
         for name, f in fields.items():
-            raw = said.get(name, f.default)
             setattr(self, name, f.default)
-            with noting(problems, f"{name.upper()}={raw}"):
-                setattr(self, name, parse_setting(f, raw))
+            with noting(problems, f"{name.upper()}={said.get(name)}"):
+                setattr(self, name, parse_setting(f, said.get(name, f.default)))
         self.head_dim = self.model_dim // self.num_heads
         self.kv_dim, self.mlp_dim = self.head_dim * self.num_kv_heads, int(self.mlp_mult * self.model_dim)
         self.value_layers, self.recurring_layers, self.maps = [], [], []
@@ -187,26 +172,27 @@ class Hyperparameters:
             self.value_layers = layers_of(self.ve_layers, self.num_layers) if self.ve_enabled else []
         with noting(problems, f"RECUR_LAYERS={self.recur_layers}"):
             self.recurring_layers = layers_of(self.recur_layers, self.num_layers)
-        problems += contradictions(self, int(environment.get("WORLD_SIZE", 1)))
-        problems += foreign_variables(environment, self.allow_unknown)
+        problems += contradictions(self, environment) + foreign_variables(environment, self.allow_unknown)
         if not problems:  # the table of impossible shapes would only repeat what is wrong with them
             self.maps = map_table(self, problems)
+        sizes = [row.out_features * row.in_features for row in self.maps] or [0]
+        tables = self.vocab_size * (self.model_dim + self.ve_dim) + self.bigram_vocab_size * self.bigram_dim
+        need = 4 * (sum(sizes) + self.ensemble * tables) + 64 * max(sizes)  # 64: while one is drawn
+        if need > self.model_limit_bytes:  # a stranger's artifact must not ask for more, either
+            problems.append(f"MODEL_LIMIT_BYTES={self.model_limit_bytes}, but the model needs {need:,} bytes")
         if problems:
             raise UserError("these settings cannot be used:\n  " + "\n  ".join(problems))
-
     def model_settings(self) -> dict:
         """What the artifact stores, and all that rebuilding the model depends on."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["model"]}
-
-    def adopt(self, stored: dict, what: str) -> Hyperparameters:
-        """These settings with the model of an artifact or checkpoint; UserError if one asked for another."""
-        mine = self.model_settings()
-        other = [f"{name.upper()}={mine[name]} here, {stored.get(name)} there" for name in mine
-                 if name in self.given and mine[name] != stored.get(name)]
+    def adopt(self, stored: dict, what: str, may_differ: Iterable[str] = ()) -> Hyperparameters:
+        """These settings with those of an artifact or a checkpoint; UserError if one asked for others."""
+        mine = {name: getattr(self, name) for name in self.given if name not in stored or name in may_differ}
+        other = [f"{name.upper()}={getattr(self, name)} here, {stored[name]} there"
+                 for name in sorted(self.given - mine.keys()) if getattr(self, name) != stored[name]]
         if other:
-            raise UserError(f"{what} is of another model: {'; '.join(other)}. Unset what differs")
-        kept = {name: getattr(self, name) for name in self.given if name not in mine}
-        return Hyperparameters({}, **kept, **stored)
+            raise UserError(f"{what} is of another model or run: {'; '.join(other)}. Unset what differs")
+        return Hyperparameters({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}, **(stored | mine))
 
 @contextlib.contextmanager
 def noting(problems: list[str], where: str):
@@ -221,7 +207,7 @@ def parse_setting(f: dataclasses.Field, raw):
     kind, low, high, choices = type(f.default), *(f.metadata[key] for key in ("low", "high", "choices"))
     try:
         value = int(str(raw), 0) if kind is int else kind(raw)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f"needs a {'whole ' if kind is int else ''}number") from None
     if kind is not str and not (low <= value <= high and value < math.inf):
         raise ValueError(f"must be at least {low:,}" + (f" and at most {high:,}" if high < math.inf else ""))
@@ -241,25 +227,27 @@ def layers_of(text: str, count: int) -> list[int]:
         layers |= dict.fromkeys(range(int(first), last + 1))
     return list(layers)
 
-def contradictions(h: Hyperparameters, processes: int) -> list[str]:
-    """Settings that are fine alone and impossible together, with their numbers."""
+def contradictions(h, environment: Mapping[str, str]) -> list[str]:
+    """Settings that are fine alone and impossible together or under this launcher, with their numbers."""
+    count = int(environment.get("WORLD_SIZE") or 1)
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     wrong = {
+        "torchrun's --max-restarts needs RUN_ID: a new start must find its run": restarts and not h.run_id,
+        "RESUME=1 needs RUN_ID, the run to continue": h.resume == "1" and not h.run_id,
         f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}": h.model_dim % h.num_heads,
         f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}": h.num_heads % h.num_kv_heads,
         f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head":
             h.rope_dims % 2 or h.rope_dims > h.head_dim,
-        f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}: tokens would be skipped":
-            h.eval_stride > h.eval_seq_len,
+        f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}": h.eval_stride > h.eval_seq_len,
         f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of TRAIN_SEQ_LEN={h.train_seq_len} times"
-        f" {processes} processes": not h.eval_only and h.train_batch_tokens % (h.train_seq_len * processes),
+        f" {count} processes": not h.eval_only and h.train_batch_tokens % (h.train_seq_len * count),
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS to train":
             0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
         f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit": h.mlp_dim < 1,
         "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
         "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt": h.export_only and not h.checkpoint_path,
         "DISTILL_FROM and SELF_DISTILL=1 are two teachers": h.distill_from and h.self_distill,
-        "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0, an untrained model teaches nothing":
-            h.self_distill and not h.distill_start_frac,
+        "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0": h.self_distill and not h.distill_start_frac,
         f"DISTILL_END_FRAC={h.distill_end_frac} is not after DISTILL_START_FRAC={h.distill_start_frac}":
             h.distill_end_frac <= h.distill_start_frac,
     }
@@ -277,15 +265,13 @@ PUBLISHED = {
         {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"}),
     "random_basis_seed": ("its seed", {"map_seed": "{}"}, {}),
     "lora_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
-    "selective_freeze": (
-        "1: system C, the MLP's input maps random", {"map_basis": "mlp.in=gaussian"},
-        {"map_adapter": "none", "map_seed": "42000"}),
+    "selective_freeze": ("1: system C, the MLP's input maps random", {"map_basis": "mlp.in=gaussian"},
+                         {"map_adapter": "none", "map_seed": "42000"}),
     "progressive_freeze_frac": (
         "system D, share of training at which the MLP's input maps freeze", {"map_freeze": "mlp.in={}"},
         {"map_basis": "learned"}),
-    "rand_proj_layers": (
-        "PR #1228, layers of random up-projections", {"map_basis": "mlp.in@{}=orthogonal"},
-        {"map_adapter": "none"}),
+    "rand_proj_layers": ("PR #1228, layers of random up-projections", {"map_basis": "mlp.in@{}=orthogonal"},
+                         {"map_adapter": "none"}),
     "rand_gain": ("1: a learned gain for each of their features", {"map_scale": "row"}, {}),
 }
 
@@ -300,8 +286,7 @@ def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, 
         is_flag = not any("{}" in text for text in says.values())
         if is_flag and value not in ("", "0", "1"):
             problems.append(f"{name.upper()}={value}: must be 0 or 1")
-        is_switch = is_flag or name == "progressive_freeze_frac"
-        if not value or is_switch and not value.strip("0."):
+        if not value or (is_flag or name == "progressive_freeze_frac") and not value.strip("0."):
             continue
         soft = otherwise | soft
         for column, text in says.items():
@@ -320,10 +305,14 @@ def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> lis
     """Variables of the environment that ask for what is not here, or look like a misspelt setting."""
     asked = [name for name in NOT_HERE if environment.get(name, "") not in ("", "0", "0.0")]
     problems = [f"{name}={environment[name]}: {NOT_HERE[name]}; unset it" for name in asked]
-    known = [name.upper() for name in (*Hyperparameters.__dataclass_fields__, *PUBLISHED)]
-    for name in [] if allow_unknown else sorted(set(environment) - set(known) - set(NOT_HERE)):
-        for near in difflib.get_close_matches(name, known, n=1, cutoff=0.9):
-            problems.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
+    names = [name.upper() for name in (*Hyperparameters.__dataclass_fields__, *PUBLISHED)]
+    def one_less(name: str) -> set[str]:  # what two share if they differ by a letter
+        return {name} | {name[:i] + name[i + 1 :] for i in range(len(name))}
+    for name in [] if allow_unknown else sorted(set(environment) - {*names, *NOT_HERE}):
+        near = [known for known in names if len(name) > 3 and one_less(known) & one_less(name)
+                and (len(known) != len(name) or sorted(known) == sorted(name))]
+        for known in difflib.get_close_matches(name, near or names, 1, 0 if near else 0.9):
+            problems.append(f"{name}: no such setting; {known}? (ALLOW_UNKNOWN=1 accepts it)")
     return problems
 
 # ---- Map table ---------------------------------------------------------------------------------------------
@@ -340,35 +329,30 @@ class MapRow(NamedTuple):
     scale: str = "none"  # learned factor, first 1: one for the "map" or one for each output "row"
     gate: float | None = None  # first value of a learned factor of each output, after the activation
     freeze: float = 0.0  # share of training after which all of it stands still; 0: never
-
     def adapters(self) -> dict[str, float]:
         """Name -> size. ValueError for what is no adapter or does not fit the map."""
-        chosen, narrow = {}, min(self.out_features, self.in_features)
-        for part in self.adapter.split("+") if self.adapter != "none" else []:
-            name, _, text = part.partition(":")
-            if name not in ADAPTERS:
-                raise ValueError(f"no adapter {name!r}; there are {', '.join(ADAPTERS)} and none")
-            if name in chosen:
-                raise ValueError(f"{name} stands twice in {self.adapter}")
+        chosen, shape = {}, f"{self.out_features} x {self.in_features}"
+        limits = {"rank": (1, min(self.out_features, self.in_features)), "density": (1 / self.in_features, 1)}
+        for name, colon, text in [part.partition(":") for part in self.adapter.split("+") if part != "none"]:
+            if name not in ADAPTERS or name in chosen:
+                known = ", ".join(ADAPTERS)
+                raise ValueError(f"{name!r} is no adapter, or stands twice; there are {known} and none")
             unit = ADAPTERS[name].size
-            low, high = {"rank": (1, narrow), "density": (1 / self.in_features, 1), "": (0, 0)}[unit]
+            low, high = limits.get(unit, (0, 0))
             with contextlib.suppress(ValueError):
                 chosen[name] = int(text) if unit == "rank" else float(text or 0)
             if not low <= chosen.get(name, math.nan) <= high:
                 needs = f"a {unit} from {low:.3g} to {high}" if unit else "no size"
-                shape = f"{self.out_features} x {self.in_features}"
-                raise ValueError(f"{part!r} needs {needs} on a map of {shape}")
+                raise ValueError(f"{name + colon + text!r} needs {needs} on a map of {shape}")
         return chosen
 
 def read_cell(column: str, text: str) -> str | float | None:
     """One cell of a column from its text. ValueError says what is wrong with it."""
-    choices = {"basis": ["learned", *BASES], "scale": ["none", "map", "row"]}.get(column)
-    if choices and text not in choices:
+    choices = {"basis": ["learned", *BASES], "scale": ["none", "map", "row"]}.get(column, [text])
+    if text not in choices:
         raise ValueError(f"{text!r} is none of {', '.join(choices)}")
-    if choices or column == "adapter":
-        return text
-    if column == "gate" and text == "none":
-        return None
+    if column in ("basis", "scale", "adapter") or (column, text) == ("gate", "none"):
+        return None if column == "gate" else text
     low, high = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}[column]
     with contextlib.suppress(ValueError):
         if low <= float(text) <= high:
@@ -376,11 +360,10 @@ def read_cell(column: str, text: str) -> str | float | None:
     raise ValueError(f"{text!r} is no number from {low:g} to {high:g}")
 
 class Column:
-    """A column's rules, CELL or SELECTOR=CELL with commas between; of those that select a map the last holds.
-    A selector is KIND[@LAYERS]: `all`, `attention`, `mlp`, `mlp.in` (the MLP's maps but its proj) or one kind
-    such as `attention.q`; `m1.` before it means member 1 of an ensemble. A rule without one selects all maps
-    where it is a basis or a freezing, and the random ones elsewhere."""
-    def __init__(self, name: str, text: str, h: Hyperparameters):
+    """A column's rules, CELL or SELECTOR=CELL with commas between; of those that fit a map the last holds. A
+    selector is KIND[@LAYERS]: all, attention, mlp, mlp.in (without proj) or one such as attention.q; `m1.` is
+    member 1. A rule without one is for all maps in the columns basis and freeze, else for random ones."""
+    def __init__(self, name: str, text: str, h):
         self.name, self.rules, self.used = name, [], {""}
         for rule in text.replace(" ", "").split(","):
             selector, _, cell = rule.rpartition("=")
@@ -388,10 +371,9 @@ class Column:
             if not match:
                 raise ValueError(f"{selector!r} is no selector such as all, mlp.fc or attention@0-2")
             member, kind, layers = match.groups()
-            layers = layers_of(layers, h.num_layers) if layers else range(h.num_layers)
-            member, kind = member and int(member), kind or "all"
-            self.rules.append((selector, member, kind, layers, read_cell(name, cell)))
-
+            layers = layers_of(layers or "0-", h.num_layers)
+            member, cell = member and int(member), read_cell(name, cell)
+            self.rules.append((selector, member, kind or "all", layers, cell))
     def cells(self, member: int, kind: str, layer: int, random: bool) -> dict[str, str | float | None]:
         """{column: cell} for one map, or nothing where no rule selects it."""
         family = "mlp.in" if kind in ("mlp.fc", "mlp.gate") else kind
@@ -403,10 +385,9 @@ class Column:
                 self.used.add(selector)
         return chosen
 
-def map_table(h: Hyperparameters, problems: list[str]) -> list[MapRow]:
-    """The maps of all blocks in order, the one place that decides which are random, and how; what is wrong
-    with the columns is added to the problems. A map's seed is MAP_SEED + MAP_SEED_STRIDE · layer + offset (PR
-    #1113), the offset stands before its shape; members of an ensemble are a million apart."""
+def map_table(h, problems: list[str]) -> list[MapRow]:
+    """The maps of all blocks: the one place that decides which are random, and how. A map's seed is MAP_SEED
+    + MAP_SEED_STRIDE · layer + the offset before its shape (PR #1113); an ensemble's are a million apart."""
     d, kv, hidden = h.model_dim, h.kv_dim, h.mlp_dim
     kinds = {"attention.q": (0, d, d), "attention.k": (1, kv, d), "attention.v": (2, kv, d),
              "attention.proj": (3, d, d), "mlp.fc": (10, hidden, d), "mlp.proj": (11, d, hidden)}
@@ -417,24 +398,22 @@ def map_table(h: Hyperparameters, problems: list[str]) -> list[MapRow]:
             columns.append(Column(name, getattr(h, f"map_{name}"), h))
     places = itertools.product(range(h.ensemble), range(h.num_layers), kinds)
     for member, layer, kind in [] if problems else places:
-        offset, out_features, in_features = kinds[kind]
+        prefix = f"members.{member}." if h.ensemble > 1 else ""
         cells = columns[0].cells(member, kind, layer, False)
         random = cells.get("basis", "learned") != "learned"
         for column in columns[1:]:
             cells |= column.cells(member, kind, layer, random)
         if random:
             shared = h.map_seed + 1_000_000 * member
-            cells |= {"seed": shared + h.map_seed_stride * layer + offset, "shared_seed": shared}
-        prefix = f"members.{member}." if h.ensemble > 1 else ""
-        row = MapRow(f"{prefix}blocks.{layer}.{kind}", out_features, in_features, **cells)
-        rows.append(row)
+            cells |= {"seed": shared + h.map_seed_stride * layer + kinds[kind][0], "shared_seed": shared}
+        rows.append(row := MapRow(f"{prefix}blocks.{layer}.{kind}", *kinds[kind][1:], **cells))
         with noting(problems, f"MAP_ADAPTER={h.map_adapter}"):
             if row.adapters() and not random:
                 raise ValueError(f"{kind} is learned in full, it has no adapter")
         if row.freeze and random and (row.adapter, row.scale, row.gate) == ("none", "none", None):
             problems.append(f"MAP_FREEZE={h.map_freeze}: {kind} is random, nothing of it is learned")
     for column in columns if rows else []:
-        unused = dict.fromkeys(rule[0] for rule in column.rules if rule[0] not in column.used)
+        unused = [selector for selector, *_ in column.rules if selector not in column.used]
         problems += [f"MAP_{column.name.upper()}: {selector} selects no map" for selector in unused]
     seeds = [row.seed for row in rows if row.basis != "learned"]
     if len(set(seeds)) < len(seeds):
@@ -442,73 +421,93 @@ def map_table(h: Hyperparameters, problems: list[str]) -> list[MapRow]:
     problems[:] = dict.fromkeys(problems)  # a kind of map has the same problem in every layer
     return rows
 
-# ---- Processes and log -------------------------------------------------------------------------------------
-class Processes:
-    """This process among those of the run, its device and type of activations; joins torchrun's group."""
-    def __init__(self, h: Hyperparameters):
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.on_cuda = torch.cuda.is_available()
+# ---- World and log -----------------------------------------------------------------------------------------
+class World:
+    """This process among those of the run: its device, type of activations, signals and log."""
+    def __init__(self, h):
+        self.h, self.rank = h, int(os.environ.get("RANK", 0))
+        self.count, self.on_cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
         fast = "bfloat16" if self.on_cuda or torch.cpu._is_avx512_bf16_supported() else "float32"
         self.dtype = getattr(torch, fast if h.dtype == "auto" else h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
+        self.device_name = torch.cuda.get_device_name() if self.on_cuda else f"{platform.machine()} CPU"
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
-
-    def __enter__(self) -> Processes:
+        self.file, self.can_save, self.told_to_stop = None, False, 0.0
+    def __enter__(self) -> World:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # what is computed in float32 there tolerates tf32
         if self.count > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.on_cuda else "gloo")
+            timeout = datetime.timedelta(seconds=self.h.timeout_seconds)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.on_cuda else "gloo", timeout=timeout)
         return self
-
-    def __exit__(self, failure, *_) -> None:
-        if self.count > 1 and failure is None:
+    def __exit__(self, kind, error, _) -> None:
+        if error:  # a log without its last line explains nothing
+            self.log(f"error: {error}" if kind is UserError else traceback.format_exc(), console=False)
+        elif self.count > 1:
             dist.barrier()  # rank 0 may still be writing
             dist.destroy_process_group()
             os._exit(0)  # now and then a thread of gloo's aborts an interpreter that takes its time to exit
-
+    def _on_signal(self, number: int, _) -> None:
+        """In training the first signal asks for a checkpoint. Others leave at once, but for those within a
+        second of it: a terminal sends one to every process, and torchrun sends it to them again."""
+        if self.told_to_stop and time.monotonic() < self.told_to_stop + 1:
+            return
+        leave, name = self.told_to_stop or not self.can_save, signal.Signals(number).name
+        what = "leaving at once" if leave else "saving after this step; once more leaves at once"
+        os.write(2, f"{name}: {what}\n".encode())  # print may be what was interrupted
+        if leave:
+            os._exit(128 + number)
+        self.told_to_stop = time.monotonic()
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor, summed over the processes in place."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
-
     def share(self, value):
-        """Rank 0's object on every process: clocks differ, and decisions must not."""
+        """Rank 0's object on every process."""
         box = [value]
         if self.count > 1:
             dist.broadcast_object_list(box, 0)
         return box[0]
-
-class Log:
-    """Rank 0's lines, to the run's file and to the console; `progress` goes to a terminal only."""
-    def __init__(self, on: bool, path: Path | None = None):
-        if on and path:
-            path.parent.mkdir(parents=True)
-        self.on, self.file = on, path.open("a", encoding="utf-8") if on and path else None
-        self.clear = "\r\033[K" if on and sys.stdout.isatty() else ""
-
-    def __call__(self, text: str, console: bool = True) -> None:
+    def agree(self, *mine: float) -> list[float]:
+        """Rank 0's numbers, since clocks differ and decisions must not; and how many were told to stop."""
+        mine = mine if self.rank == 0 else [0.0] * len(mine)
+        return self.sum_(torch.tensor([*mine, self.told_to_stop > 0], dtype=torch.float64)).tolist()
+    def open_log(self, path: Path) -> None:
+        """Appends to the log of a run's folder, which is this process's own as long as it lives."""
+        self.file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file = None
+            raise UserError(f"{path}: another process is at this run; choose a new RUN_ID") from None
+    def log(self, text: str, console: bool = True) -> None:
+        """A line of rank 0's, to the run's file and to the console."""
         if self.file:
             print(text, file=self.file, flush=True)
-        if self.on and console:
-            print(self.clear + text, flush=True)
-
+        if self.rank == 0 and console:
+            print("\r\033[K" * sys.stdout.isatty() + text, flush=True)
     def progress(self, text: str) -> None:
-        if self.clear:
-            print(self.clear + text, end="", flush=True)
+        """What a terminal shows until the next line."""
+        if self.rank == 0 and sys.stdout.isatty():
+            print("\r\033[K" + text, end="", flush=True)
 
-def read_file(variable: str, path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{variable}={path}: {error.strerror}") from None
-
-def write_file(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the whole new one, whatever happens in between."""
+def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """A reader sees the old file or the whole new one, whatever happens; the old one may be kept."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(keep)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 # ---- Data --------------------------------------------------------------------------------------------------
 def read_shards(folder: str, split: str) -> list[np.ndarray]:
@@ -516,17 +515,15 @@ def read_shards(folder: str, split: str) -> list[np.ndarray]:
     paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; data/prepare.py makes them")
-    shards, magic, version, header_bytes = [], 20240520, 1, 1024
+    shards = []
     for path in paths:
         header, size = np.fromfile(path, "<i4", 3).tolist(), path.stat().st_size
-        if header[:2] != [magic, version]:
-            raise UserError(f"{path}: no token shard of version {version}; its header begins {header}")
-        if header[2:] < [1] or size != header_bytes + 2 * header[2]:
-            raise UserError(f"{path}: {size} bytes do not hold {header[2:]} tokens; fetch it again")
-        shards.append(np.memmap(path, "<u2", "r", header_bytes, (header[2],)))
+        if header[:2] != [20240520, 1] or header[2:] < [1] or size != 1024 + 2 * header[2]:
+            raise UserError(f"{path}: no whole token shard: {size} bytes, header {header}; fetch it again")
+        shards.append(np.memmap(path, "<u2", "r", 1024, (header[2],)))
     return shards
 
-def check_tokens(tokens: np.ndarray, h: Hyperparameters) -> np.ndarray:
+def check_tokens(tokens: np.ndarray, h) -> np.ndarray:
     if tokens.max(initial=0) >= h.vocab_size:
         raise UserError(f"DATA_PATH={h.data_path}: token {tokens.max()} is outside VOCAB_SIZE={h.vocab_size}")
     return tokens
@@ -536,10 +533,9 @@ def random_words(seed: int, n: int) -> np.ndarray:
     return np.random.Philox(key=seed).random_raw(n)
 
 class TrainingData:
-    """The training shards as sequences of TRAIN_SEQ_LEN + 1 tokens, shuffled anew each epoch, without end.
-    What stands at a position depends on it and the seed alone: any number of processes sees the same steps,
-    and there is no state to keep. The last sequences are held out of training."""
-    def __init__(self, h: Hyperparameters):
+    """The training shards as sequences of TRAIN_SEQ_LEN + 1 tokens, shuffled anew each epoch, the last ones
+    held out. Position and seed decide what stands there: there is no state to keep."""
+    def __init__(self, h):
         self.h, self.shards, length = h, read_shards(h.data_path, "train"), h.train_seq_len
         starts = [np.arange(0, len(tokens) - length, length) for tokens in self.shards]
         places = np.concatenate([np.stack([np.full_like(s, i), s], 1) for i, s in enumerate(starts)])
@@ -547,25 +543,21 @@ class TrainingData:
             raise UserError(f"DATA_PATH={h.data_path}: too few training tokens for TRAIN_SEQ_LEN={length}")
         held_out = max(1, min(h.holdout_tokens // length, len(places) // 50))
         self.places, self.held_out = places[:-held_out], places[-held_out:]
-
     def read(self, places: Iterable[tuple[int, int]]) -> Tensor:
         """(n, TRAIN_SEQ_LEN + 1) int64: the sequences at these places, (shard, start) each."""
         rows = [self.shards[shard][start : start + self.h.train_seq_len + 1] for shard, start in places]
         return torch.from_numpy(check_tokens(np.stack(rows), self.h).astype(np.int64))
-
     def sequences(self, position: int, count: int) -> Tensor:
         """(count, TRAIN_SEQ_LEN + 1) int64: the sequences at `position` and after it."""
         turns = (divmod(i, len(self.places)) for i in range(position, position + count))
         return self.read(self.places[self._order(epoch)[i]] for epoch, i in turns)
-
-    def micro_batches(self, step: int, processes: Processes) -> list[tuple[Tensor, Tensor]]:
+    def micro_batches(self, step: int, world) -> list[tuple[Tensor, Tensor]]:
         """This process's share of a step: inputs and targets (n, TRAIN_SEQ_LEN), in equal parts that fit."""
-        mine = self.h.train_batch_tokens // self.h.train_seq_len // processes.count
+        mine = self.h.train_batch_tokens // self.h.train_seq_len // world.count
         fits = range(1, 1 + max(1, self.h.micro_batch_tokens // self.h.train_seq_len))
-        rows = self.sequences((step * processes.count + processes.rank) * mine, mine)
-        rows = (rows.pin_memory() if processes.on_cuda else rows).to(processes.device, non_blocking=True)
+        rows = self.sequences((step * world.count + world.rank) * mine, mine)
+        rows = (rows.pin_memory() if world.on_cuda else rows).to(world.device, non_blocking=True)
         return [(part[:, :-1], part[:, 1:]) for part in rows.split(max(n for n in fits if mine % n == 0))]
-
     @functools.lru_cache(maxsize=2)  # noqa: B019 (it lives as long as the run)
     def _order(self, epoch: int) -> np.ndarray:
         return np.argsort(random_words(self.h.seed + (epoch << 64), len(self.places)), kind="stable")
@@ -574,7 +566,7 @@ class Tokenizer:
     """A SentencePiece model, and the bytes of text that each token stands for: the UTF-8 length of its piece
     less the leading ▁, 1 for a byte, 0 for a control token; plus 1 for the ▁ not after a control token."""
     def __init__(self, path: str, vocab_size: int):
-        proto = read_file("TOKENIZER_PATH", path)
+        proto = Path(path).read_bytes()
         self.sha256 = hashlib.sha256(proto).hexdigest()
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -585,28 +577,23 @@ class Tokenizer:
         if model.is_unknown(model.piece_to_id("▁")):
             raise UserError(f"TOKENIZER_PATH={path}: ▁ is no piece of its own, so bytes cannot be counted")
         pieces = [model.id_to_piece(i) for i in range(vocab_size)]
-        kinds = model.is_control, model.is_unknown, model.is_unused
-        self.is_control = np.array([any(is_kind(i) for is_kind in kinds) for i in range(vocab_size)])
+        self.is_control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
+                                    for i in range(vocab_size)])
         self.is_byte = np.array([model.is_byte(i) for i in range(vocab_size)])
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_control
         lengths = np.array([len(piece.removeprefix("▁").encode()) for piece in pieces])
         self.own_bytes = np.where(self.is_byte, 1, np.where(self.is_control, 0, lengths))
-
-    def check_manifest(self, h: Hyperparameters) -> None:
+    def check_manifest(self, h) -> None:
         """UserError if the manifest of the shards, where there is one, names another tokenizer."""
-        path = Path(h.data_path) / "manifest.json"
-        facts = {}
-        with contextlib.suppress(OSError, ValueError):  # data from elsewhere may have none, or another one
-            facts = json.loads(path.read_bytes())
-        made_with = facts.get("tokenizer_sha256") if isinstance(facts, dict) else None
+        path, made_with = Path(h.data_path) / "manifest.json", None
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be none, or another kind
+            made_with = json.loads(path.read_bytes()).get("tokenizer_sha256")
         if made_with not in (None, self.sha256):
             raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not what made the shards of DATA_PATH="
                             f"{h.data_path}: {path} names a tokenizer of SHA-256 {made_with}")
-
     def count_bytes(self, before: np.ndarray, tokens: np.ndarray) -> int:
         """Bytes of text of the tokens (n,), given the token before each, (n,)."""
         return int(self.own_bytes[tokens].sum() + (self.has_space[tokens] & ~self.is_control[before]).sum())
-
     def decode(self, tokens: np.ndarray) -> bytes:
         """The text of a stream, document after document: a control token stands before each."""
         documents = np.split(tokens, np.flatnonzero(self.is_control[tokens]))
@@ -615,7 +602,7 @@ class Tokenizer:
 class ValidationStream:
     """All validation tokens as one stream; the bytes of its text, counted once. Refuses a stream whose count
     is not the length of its decoded text: its bits per byte would be wrong."""
-    def __init__(self, h: Hyperparameters, tokenizer: Tokenizer):
+    def __init__(self, h, tokenizer: Tokenizer):
         tokens = check_tokens(np.concatenate(read_shards(h.data_path, "val")), h)
         self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])  # scored: all but the first token
         if not self.bytes:
@@ -644,25 +631,20 @@ def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
     q = q * r.diagonal().sign()
     return q if out_features >= in_features else q.T
 
-def gaussian(out_features: int, in_features: int, seed: int) -> Tensor:
-    """(out, in) float64, normal with std 1/√in."""
-    deviates = torch.from_numpy(normal_deviates(seed, out_features * in_features))
-    return deviates.view(out_features, in_features) / math.sqrt(in_features)
+def independent(draw: Callable[[int, int], np.ndarray]) -> Callable[[int, int, int], Tensor]:
+    """The basis (out, in) float64 of independent entries, `draw(seed, n)` over √in."""
+    def basis(out_features: int, in_features: int, seed: int) -> Tensor:
+        entries = torch.from_numpy(draw(seed, out_features * in_features))
+        return entries.view(out_features, in_features) / math.sqrt(in_features)
+    return basis
 
-def uniform(out_features: int, in_features: int, seed: int) -> Tensor:
-    """(out, in) float64, uniform between -1/√in and 1/√in."""
-    words = random_words(seed, out_features * in_features).astype(np.float64) * 2.0**-63 - 1
-    return torch.from_numpy(words).view(out_features, in_features) / math.sqrt(in_features)
-
-def rademacher(out_features: int, in_features: int, seed: int) -> Tensor:
-    """(out, in) float64, ±1/√in."""
-    signs = 1.0 - 2.0 * (random_words(seed, out_features * in_features) >> np.uint64(63))
-    return torch.from_numpy(signs).view(out_features, in_features) / math.sqrt(in_features)
+gaussian = independent(normal_deviates)
+uniform = independent(lambda seed, n: random_words(seed, n).astype(np.float64) * 2.0**-63 - 1)
+rademacher = independent(lambda seed, n: 1.0 - 2.0 * (random_words(seed, n) >> np.uint64(63)))
 
 def hadamard(out_features: int, in_features: int, seed: int) -> Tensor:
-    """(out, in) float64, a randomised Hadamard matrix: random rows and columns, of random signs, of the
-    smallest that holds them. Every entry is ± one power of two, at most a factor √2 from 1/√(longer side):
-    exact in bfloat16 and fp8, drawn without QR. Squares of a power of two are orthogonal up to a factor."""
+    """(out, in) float64, random rows and columns, of random signs, of the smallest Hadamard matrix that holds
+    them. Every entry is ± one power of two, within √2 of 1/√(longer side): exact in bfloat16 and fp8."""
     size = 2 ** (max(out_features, in_features) - 1).bit_length()
     words = random_words(seed, 2 * size).reshape(2, size)
     (rows, row_signs), (columns, column_signs) = ((w.argsort(kind="stable"), 1.0 - 2.0 * (w & np.uint64(1)))
@@ -670,12 +652,10 @@ def hadamard(out_features: int, in_features: int, seed: int) -> Tensor:
     parity = np.bitwise_count if hasattr(np, "bitwise_count") else np.vectorize(int.bit_count, otypes="B")
     shared = rows[:out_features, None] & columns[None, :in_features]
     signs = (1.0 - 2.0 * (parity(shared) & 1)) * row_signs[:out_features, None] * column_signs[:in_features]
-    exponent = math.floor(math.log2(max(out_features, in_features)) / 2 + 0.5)
-    return torch.from_numpy(signs * 2.0**-exponent)
+    return torch.from_numpy(signs * 2.0 ** -math.floor(math.log2(max(out_features, in_features)) / 2 + 0.5))
 
-BASES: dict[str, Callable[[int, int, int], Tensor]] = {
-    "orthogonal": orthogonal, "gaussian": gaussian, "uniform": uniform, "rademacher": rademacher,
-    "hadamard": hadamard}
+BASES = {"orthogonal": orthogonal, "gaussian": gaussian, "uniform": uniform, "rademacher": rademacher,
+         "hadamard": hadamard}
 
 def draw_map(row: MapRow) -> Tensor:
     """(out, in) bfloat16, drawn on the CPU. The map *is* this rounding, on every device and in every type."""
@@ -689,7 +669,6 @@ MATRIX, EMBEDDING, SCALAR, SPARSE, MASK = "matrix", "embedding", "scalar", "spar
 class Owner(nn.Module):
     """A module that gives each of its learned tensors a role; a tensor without an owner is a SCALAR."""
     roles: dict[str, str] = {}
-
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         """Codes of each tensor in `roles`; `hessian` is Σ x xᵀ (in, in) of calibration inputs, if any."""
         return {name: quantizers[role].gptq(getattr(self, name).data, hessian)
@@ -698,16 +677,13 @@ class Owner(nn.Module):
 class LoRA(Owner):
     """ΔW = A B (arXiv:2106.09685): A (out, rank) starts at zero, B (rank, in) normal with std 1/√in."""
     size, roles = "rank", {"B": MATRIX, "A": MATRIX}
-
     def __init__(self, row: MapRow, rank: int):
         super().__init__()
         self.A = nn.Parameter(torch.zeros(row.out_features, rank))
         self.B = nn.Parameter(torch.randn(rank, row.in_features) / math.sqrt(row.in_features))
-
     def factors(self) -> tuple[Tensor, Tensor]:
         """(out, rank), (rank, in), whose product is ΔW."""
         return self.A, self.B
-
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         """B against its inputs x; then A against its own, x B̂ᵀ with the quantised B̂."""
         b_codes = quantizers[MATRIX].gptq(self.B.data, hessian)
@@ -725,27 +701,20 @@ def shared_factor(rows: int, columns: int, seed: int) -> Tensor:
     return gaussian(rows, columns, seed + (1 << 96)).to(torch.bfloat16)  # a key that is no map's
 
 class VeRA(Owner):
-    """ΔW = diag(b) B diag(d) A (arXiv:2310.11454): A and B are random and shared by all maps of one shape,
-    learned are b (out), first 0, and d (rank), first 0.1."""
+    """ΔW = diag(b) B diag(d) A (arXiv:2310.11454): learned b, d; maps of one shape share random A and B."""
     size = "rank"
-
     def __init__(self, row: MapRow, rank: int):
         super().__init__()
-        a = shared_factor(rank, row.in_features, row.shared_seed)
-        b = shared_factor(row.out_features, rank, row.shared_seed + 1)
-        self.register_buffer("A", a, persistent=False)
-        self.register_buffer("B", b, persistent=False)
+        self.register_buffer("A", shared_factor(rank, row.in_features, row.shared_seed), False)
+        self.register_buffer("B", shared_factor(row.out_features, rank, row.shared_seed + 1), False)
         self.b = nn.Parameter(torch.zeros(row.out_features))
         self.d = nn.Parameter(torch.full((rank,), 0.1))
-
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.b[:, None] * self.B, self.d[:, None] * self.A
 
 class Sparse(Owner):
-    """ΔW: in each row, learned values, first 0, on a support of a share `density` of its columns, which the
-    seed draws: it costs no bytes (after SLTrain, arXiv:2406.02214)."""
+    """ΔW: learned values at places that the seed draws, a share `density` of each row (arXiv:2406.02214)."""
     size, roles = "density", {"values": SPARSE}
-
     def __init__(self, row: MapRow, density: float):
         super().__init__()
         count = max(1, round(density * row.in_features))
@@ -753,10 +722,8 @@ class Sparse(Owner):
         support = np.sort(np.argpartition(words.reshape(-1, row.in_features), count - 1)[:, :count])
         self.register_buffer("support", torch.from_numpy(support), persistent=False)  # (out, count)
         self.values = nn.Parameter(torch.zeros(row.out_features, count))
-
     def correction(self, weight: Tensor) -> Tensor:
         return torch.zeros_like(weight).scatter(1, self.support, self.values.to(weight.dtype))
-
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
@@ -764,16 +731,13 @@ class Mask(Owner):
     """W + ΔW = √2 · W where a score is positive and 0 elsewhere: one bit a weight, half of them set at first.
     Scores learn by the straight-through gradient (edge-popup, arXiv:1911.13299)."""
     size, roles = "", {"scores": MASK}
-
     def __init__(self, row: MapRow, _: float):
         super().__init__()
         bound = row.in_features**-0.5
         self.scores = nn.Parameter(torch.empty(row.out_features, row.in_features).uniform_(-bound, bound))
-
     def correction(self, weight: Tensor) -> Tensor:
         mask = (self.scores > 0).to(weight.dtype) + (self.scores - self.scores.detach()).to(weight.dtype)
         return weight * (math.sqrt(2) * mask - 1)
-
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Tensor]:
         return {"scores": self.scores.data > 0}
 
@@ -789,7 +753,6 @@ class MergedLinear(torch.autograd.Function):
         merged = torch.addmm(weight, a, b)
         ctx.save_for_backward(x, merged, a, b)
         return x @ merged.t()
-
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, merged, a, b = ctx.saved_tensors
@@ -805,9 +768,7 @@ class Linear(Owner):
     float32, orthogonal at first; or frozen and random, then a bfloat16 buffer that is never in a state_dict,
     with ΔW the sum of its adapters. All is computed in the type of x."""
     roles = {"weight": MATRIX}
-
     def __init__(self, row: MapRow, weight: Tensor | None = None, bias: bool = False):
-        """`weight`: the random map, where it is already drawn."""
         super().__init__()
         shape = row.out_features, row.in_features
         if row.basis == "learned":
@@ -820,12 +781,10 @@ class Linear(Owner):
         self.scale = None if factors is None else nn.Parameter(factors)
         self.gate = None if row.gate is None else nn.Parameter(torch.full((row.out_features,), row.gate))
         self.bias = nn.Parameter(torch.zeros(row.out_features)) if bias else None
-
     def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         weight, adapters = self.weight.to(x.dtype), list(self.children())
         low_rank = [adapter.factors() for adapter in adapters if hasattr(adapter, "factors")]
-        full = [adapter.correction(weight) for adapter in adapters if hasattr(adapter, "correction")]
-        weight = sum(full, weight)
+        weight = sum([each.correction(weight) for each in adapters if hasattr(each, "correction")], weight)
         if low_rank:
             a, b = torch.cat([a for a, _ in low_rank], 1), torch.cat([b for _, b in low_rank], 0)
             y = MergedLinear.apply(x, weight, a.to(x.dtype), b.to(x.dtype))
@@ -842,7 +801,6 @@ class FrozenRandomLinearWithLoRA(Linear):
                  bias: bool = False):
         row = MapRow("", out_features, in_features, "orthogonal", seed, adapter=f"lora:{rank}")
         super().__init__(row, bias=bias)
-
     lora_A = property(lambda self: self.lora.A)
     lora_B = property(lambda self: self.lora.B)
 
@@ -850,11 +808,9 @@ class Embedding(Owner):
     """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors are multiplied by all.
     Ids are one-hot inputs with a diagonal Hessian: for a table that is only looked up, GPTQ is rounding."""
     roles = {"weight": EMBEDDING}
-
     def __init__(self, vocabulary: int, dim: int, std: float, dtype: torch.dtype):
         super().__init__()
         self.weight, self.dtype = nn.Parameter(torch.randn(vocabulary, dim) * std), dtype
-
     def forward(self, x: Tensor) -> Tensor:
         if x.is_floating_point():
             return F.linear(x, self.weight.to(x.dtype))
@@ -909,13 +865,12 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 
 class Attention(nn.Module):
     """Causal attention with grouped queries, normalised q and k, partial RoPE, XSA and value residual."""
-    def __init__(self, h: Hyperparameters, layer: int, linear: Callable[[str], nn.Module]):
+    def __init__(self, h, layer: int, linear: Callable[[str], nn.Module]):
         super().__init__()
         self.q, self.k, self.v, self.proj = (linear(f"attention.{kind}") for kind in ("q", "k", "v", "proj"))
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
         self.head_dim, self.xsa = h.head_dim, layer >= h.num_layers - h.xsa_last_n
-
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], added_v: Tensor | None, first_v: Tensor | None):
         """x (B, T, d) -> output (B, T, d) and this layer's own values (B, T, kv_dim)."""
         own_v = self.v(x)
@@ -930,20 +885,18 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """LeakyReLU(0.5)² between two maps, or GEGLU between three (arXiv:2002.05202)."""
-    def __init__(self, h: Hyperparameters, linear: Callable[[str], nn.Module]):
+    def __init__(self, h, linear: Callable[[str], nn.Module]):
         super().__init__()
         self.fc, self.proj = linear("mlp.fc"), linear("mlp.proj")
         self.gate = linear("mlp.gate") if h.mlp_gated else None
-
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is not None:
             return self.proj(self.fc(x) * self.gate(x, F.gelu))
         return self.proj(self.fc(x, lambda y: F.leaky_relu(y, 0.5).square()))
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, one after the other or side by side, on a learned mix, per channel, of the
-    stream x and the embedding x0."""
-    def __init__(self, h: Hyperparameters, layer: int, linear: Callable[[str], nn.Module]):
+    """Pre-norm attention and MLP, in turn or side by side, on a learned mix of stream x and embedding x0."""
+    def __init__(self, h, layer: int, linear: Callable[[str], nn.Module]):
         super().__init__()
         self.attention, self.mlp = Attention(h, layer, linear), MLP(h, linear)
         self.norm_scale = 1 / math.sqrt(layer + 1) if h.ln_scale else 1.0
@@ -952,7 +905,6 @@ class Block(nn.Module):
         self.stream_mix = nn.Parameter(torch.full((h.model_dim,), share))
         self.embedding_mix = nn.Parameter(torch.full((h.model_dim,), 1 - share))
         self.attention_scale, self.mlp_scale = (nn.Parameter(torch.ones(h.model_dim)) for _ in range(2))
-
     def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], added_v: Tensor | None,
                 first_v: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
@@ -963,22 +915,17 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.dropout(self.mlp(normed)), own_v
 
 class LanguageModel(nn.Module):
-    """What training, export and evaluation ask of a model: `predict`, and all that follows from it."""
-    def __init__(self, h: Hyperparameters):
+    """What training, export and evaluation ask of a model. `predict(ids, last)`, ids (B, T) -> logits of the
+    last positions (B, last, vocabulary) float32, is what the models below add."""
+    def __init__(self, h):
         super().__init__()
         self.table = {row.name: row for row in h.maps}
         self.frozen = [row for row in h.maps if row.basis != "learned"]
         self.alpha, self.temperature = h.distill_alpha, h.distill_temperature
-
-    def predict(self, ids: Tensor, last: int) -> Tensor:
-        """ids (B, T) -> logits of the last positions (B, last, vocabulary) float32."""
-        raise NotImplementedError
-
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """ids (B, T), targets (B, n) of their last n positions -> loss of each in nats, (B, n) float32."""
         logits = self.predict(ids, targets.size(1))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
     def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
         """The loss to train on: cross-entropy, mixed with α where a teacher's logits (B, T, vocabulary) are
         given: α CE + (1 - α) T² KL(teacher ‖ student), both at temperature T (arXiv:1503.02531)."""
@@ -989,7 +936,6 @@ class LanguageModel(nn.Module):
         student, teacher = ((z / self.temperature).log_softmax(-1) for z in (logits, taught))
         divergence = F.kl_div(student, teacher, log_target=True, reduction="sum") / targets.numel()
         return self.alpha * loss + (1 - self.alpha) * self.temperature**2 * divergence
-
     def fingerprint(self) -> str:
         """SHA-256 over the maps it computes with and all else that seeds drew, in the order of the table."""
         digest = hashlib.sha256()
@@ -999,9 +945,8 @@ class LanguageModel(nn.Module):
         return digest.hexdigest()
 
 class GPT(LanguageModel):
-    """The model of the map table and the settings; initial weights come from torch's global generator. A
-    member of an ensemble finds its rows of the table by their prefix."""
-    def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32, prefix: str = ""):
+    """The model of the map table and the settings; a member of an ensemble has the rows of its prefix."""
+    def __init__(self, h, dtype: torch.dtype = torch.float32, prefix: str = ""):
         super().__init__(h)
         self.softcap, self.bigram_buckets = h.logit_softcap, h.bigram_vocab_size
         self.value_layers, self.skipping = h.value_layers, h.num_layers // 2 if h.skips_enabled else 0
@@ -1012,11 +957,8 @@ class GPT(LanguageModel):
         random = [row for row in self.frozen if row.name.startswith(prefix)]
         with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
             maps = dict(zip(random, pool.map(draw_map, random)))
-
-        def linear(layer: int, kind: str) -> nn.Module:
-            row = self.table[f"{prefix}blocks.{layer}.{kind}"]
-            return Linear(row, maps.get(row))
-
+        def linear(layer: int, kind: str) -> Linear:
+            return Linear(row := self.table[f"{prefix}blocks.{layer}.{kind}"], maps.get(row))
         self.embedding = Embedding(h.vocab_size, h.model_dim, h.tied_embed_init_std, dtype)
         if h.bigram_vocab_size > 1:
             self.bigram = nn.Sequential(Embedding(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype),
@@ -1033,7 +975,6 @@ class GPT(LanguageModel):
         self.skip_gates = nn.Parameter(torch.zeros(self.skipping, h.model_dim)) if gated else None
         frequencies = h.rope_base ** -(torch.arange(0, h.rope_dims, 2) / max(h.rope_dims, 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
-
     def hidden(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> the last norm's output (B, T, d), which the logits are made of."""
         x = self.embedding(ids)
@@ -1050,11 +991,8 @@ class GPT(LanguageModel):
         x0, skips, first_v = x, {}, None  # skips: the stream after each layer of the first half
         for layer in self.recurrent_order if self.recurs else self.order:
             if 0 <= (i := layer - self.skipping) < self.skipping:
-                skip = self.skip_weights[i].to(x.dtype) * skips[self.skipping - 1 - i]
-                if self.skip_gates is None:
-                    x = x + skip
-                else:
-                    x = torch.lerp(skip, x, self.skip_gates[i].sigmoid().to(x.dtype))
+                skip, gates = self.skip_weights[i].to(x.dtype) * skips[self.skipping - 1 - i], self.skip_gates
+                x = x + skip if gates is None else torch.lerp(skip, x, gates[i].sigmoid().to(x.dtype))
             v = None
             if layer in self.value_layers:
                 v = added_v * self.value_scales[self.value_layers.index(layer)].to(x.dtype)
@@ -1063,62 +1001,37 @@ class GPT(LanguageModel):
             if layer < self.skipping:
                 skips[layer] = x
         return norm(x)
-
-    def recur(self, on: bool) -> None:
-        """Whether RECUR_LAYERS run several times."""
-        self.recurs = on
-
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, d) -> (…, vocabulary) float32, softly capped."""
         return self.softcap * torch.tanh(self.embedding(hidden).float() / self.softcap)
-
     def predict(self, ids: Tensor, last: int) -> Tensor:
         return self.logits(self.hidden(ids)[:, -last:])
 
 class Ensemble(LanguageModel):
     """Models in one artifact (PR #1301): each learns for itself, the mean of their logits predicts."""
-    def __init__(self, h: Hyperparameters, dtype: torch.dtype = torch.float32):
+    def __init__(self, h, dtype: torch.dtype = torch.float32):
         super().__init__(h)
         self.members = nn.ModuleList(GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble))
-
     def predict(self, ids: Tensor, last: int) -> Tensor:
         return sum(member.predict(ids, last) for member in self.members) / len(self.members)
-
     def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
         return sum(member(ids, targets, taught) for member in self.members) / len(self.members)
 
-    def recur(self, on: bool) -> None:
-        for member in self.members:
-            member.recur(on)
-
-def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def make_model(h, dtype: torch.dtype = torch.float32) -> LanguageModel:
     return Ensemble(h, dtype) if h.ensemble > 1 else GPT(h, dtype)
 
 def describe_maps(model: LanguageModel) -> list[str]:
-    """The map table of a built model as text: one line for the maps of a kind that are alike."""
-    alike: dict[tuple, list[MapRow]] = {}
+    """The map table of a built model as text, with learned and frozen values and bytes before packing."""
+    layout = "{:<26} {:>10} {:<15} {:>7} {:<16} {:<5} {:<5} {:<6} {:>10} {:>10} {:>9}"
+    lines = [layout.format(*"map shape basis seed adapter scale gate freeze learned frozen bytes".split())]
     for row in model.table.values():
-        kind = re.sub(r"blocks\.\d+\.", "", row.name)
-        alike.setdefault((kind, *row._replace(name="", seed=0)), []).append(row)
-    lines = ["map layers shape basis seed adapter scale gate freezes trained frozen stored".split()]
-    totals = [0, 0, 0]
-    for (kind, *_), rows in alike.items():
-        row, modules = rows[0], [model.get_submodule(row.name) for row in rows]
-        random = row.basis != "learned"
-        layers = [re.search(r"blocks\.(\d+)", row.name)[1] for row in rows]
-        whole = int(layers[-1]) - int(layers[0]) == len(layers) - 1
-        counts = (sum(p.numel() for module in modules for p in module.parameters()),
-                  random * len(rows) * row.out_features * row.in_features, sum(map(stored_bytes, modules)))
-        totals = [total + count for total, count in zip(totals, counts)]
-        basis = row.basis if row.gain == 1 else f"{row.gain:g}·{row.basis}"
-        lines.append([kind, f"{layers[0]}-{layers[-1]}" if whole else ",".join(layers),
-                      f"{row.out_features}x{row.in_features}", basis, f"{row.seed}.." if random else "",
-                      row.adapter, row.scale, "none" if row.gate is None else f"{row.gate:g}",
-                      f"at {row.freeze:g}" if row.freeze else "from start" if random else "never",
-                      *(f"{count:,}" for count in counts)])
-    lines.append(["all"] + [""] * 8 + [f"{total:,}" for total in totals])
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        module, shape = model.get_submodule(row.name), f"{row.out_features}x{row.in_features}"
+        learned = sum(p.numel() for p in module.parameters())
+        frozen = row.out_features * row.in_features if row.basis != "learned" else 0
+        lines.append(layout.format(
+            row.name, shape, f"{row.gain:g}·{row.basis}", row.seed, row.adapter, row.scale, str(row.gate),
+            f"{row.freeze:g}", f"{learned:,}", f"{frozen:,}", f"{stored_bytes(module):,}"))
+    return lines
 
 # ---- Optimisers and averages -------------------------------------------------------------------------------
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
@@ -1133,11 +1046,9 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised Nesterov momentum (Jordan et al. 2024); the processes share out each shape's batch."""
-    def __init__(self, params, lr: float = 0.025, momentum: float = 0.95, backend_steps: int = 5,
-                 weight_decay: float = 0.0, processes: Processes | None = None):
+    def __init__(self, params, lr=0.025, momentum=0.95, backend_steps=5, weight_decay=0.0, world=None):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.backend_steps, self.processes = backend_steps, processes
-
+        self.backend_steps, self.world = backend_steps, world
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
@@ -1146,74 +1057,68 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), params in shapes.items():
-                updates = self._updates(params, group["momentum"])
+                updates = self._updates([p.grad for p in params], params, group["momentum"])
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-
-    def _updates(self, params: list[nn.Parameter], momentum: float) -> list[Tensor]:
-        gradients = [p.grad for p in params]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        momenta = [self.state[p]["momentum"] for p in params]
+    def _updates(self, gradients: list[Tensor], params: list[nn.Parameter], momentum: float) -> list[Tensor]:
+        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_mul_(momenta, momentum)
         torch._foreach_add_(momenta, gradients)
         stacked = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
-        if self.processes is None or self.processes.count == 1:
+        if self.world is None or self.world.count == 1:
             return list(orthogonalize(stacked, self.backend_steps))
-        everyone, mine = torch.zeros_like(stacked), slice(self.processes.rank, None, self.processes.count)
+        everyone, mine = torch.zeros_like(stacked), slice(self.world.rank, None, self.world.count)
         everyone[mine] = orthogonalize(stacked[mine], self.backend_steps)
-        return list(self.processes.sum_(everyone))
+        return list(self.world.sum_(everyone))
 
 class Optimizers:
     """Muon for the matrices, AdamW for the rest; `step` averages the gradients, clips and applies them."""
-    def __init__(self, groups: dict[str, dict[str, nn.Parameter]], h: Hyperparameters, processes: Processes):
-        self.h, self.processes = h, processes
-        self.params = [p for group in groups.values() for p in group.values()]
+    def __init__(self, groups: dict[str, dict[str, nn.Parameter]], h, world):
+        self.h, self.world = h, world
+        self.names = {p: name for group in groups.values() for name, p in group.items()}
+        self.params = list(self.names)
         by_role = {role: list(group.values()) for role, group in groups.items()}
         matrices = [{"params": by_role[MATRIX] + by_role[MASK]}]
-        self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, processes)
+        self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, world)
         rates = {EMBEDDING: (h.tied_embed_lr, h.embed_wd), SCALAR: (h.scalar_lr, h.adam_wd),
                  SPARSE: (h.sparse_lr, h.muon_wd)}
         adam = [{"params": by_role[role], "lr": lr, "weight_decay": wd} for role, (lr, wd) in rates.items()]
         self.adam = torch.optim.AdamW(adam, 0.0, (h.beta1, h.beta2), h.adam_eps, fused=True)
-        self.base_lrs = [(g, g["lr"]) for g in self.muon.param_groups + self.adam.param_groups]
-
-    def step(self, step: int, scale: float) -> None:
-        """`scale` is the learning rates' share of their base values."""
+        self.base_lrs = [g["lr"] for g in self.muon.param_groups + self.adam.param_groups]
+    def step(self, step: int, scale: float) -> dict[str, Tensor]:
+        """At `scale` times the learning rates. Gives the norm of each gradient before the clip, by name."""
         h, warm = self.h, min(1.0, step / max(self.h.muon_momentum_warmup_steps, 1))
         momentum = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
         self.muon.param_groups[0]["momentum"] = momentum
-        for group, lr in self.base_lrs:
+        for group, lr in zip(self.muon.param_groups + self.adam.param_groups, self.base_lrs):
             group["lr"] = lr * scale
-        if self.processes.count > 1:  # the mean over the processes, in one message
-            gradients = [p.grad for p in self.params if p.grad is not None]  # of all that is not frozen
-            mean = self.processes.sum_(torch.nn.utils.parameters_to_vector(gradients)) / self.processes.count
+        learned = [p for p in self.params if p.grad is not None]  # all that is not frozen
+        gradients = [p.grad for p in learned]
+        if self.world.count > 1:  # the mean over the processes, in one message
+            mean = self.world.sum_(torch.nn.utils.parameters_to_vector(gradients)) / self.world.count
             torch.nn.utils.vector_to_parameters(mean, gradients)
+        norms = torch._foreach_norm(gradients)
         if h.grad_clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.params, h.grad_clip_norm)
+            torch.nn.utils.clip_grads_with_norm_(learned, h.grad_clip_norm, torch.stack(norms).norm())
         self.muon.step()
         self.adam.step()
         for p in self.params:
             p.grad = None
-
+        return {self.names[p]: norm for p, norm in zip(learned, norms)}
     def forget_frozen(self) -> None:
-        """Frees the state of what is no longer learned."""
         for p in self.params:
             if not p.requires_grad:
                 self.muon.state.pop(p, None)
                 self.adam.state.pop(p, None)
 
 class Averages:
-    """Averages of the weights, candidates for the export beside the last: `ema`, divided by 1 - dᵗ so that
-    adapters, which start at zero as it does, are not drawn back to it; `swa`, the mean of late weights. What
-    was frozen on the way stays where it stands."""
-    def __init__(self, params: list[nn.Parameter], h: Hyperparameters):
+    """Averages of the weights, candidates for the export: `ema`, divided by 1 - dᵗ so that adapters, which
+    start at zero as it does, are not drawn back to it; `swa`, the mean of late weights."""
+    def __init__(self, params: list[nn.Parameter], h):
         self.h, self.params = h, params
-        wanted = {"ema": h.ema_decay, "swa": h.swa_enabled}
-        self.sums = {name: {p: torch.zeros_like(p) for p in params} for name, on in wanted.items() if on}
+        wanted = ["ema"] * (h.ema_decay > 0) + ["swa"] * h.swa_enabled
+        self.sums = {name: {p: torch.zeros_like(p) for p in params} for name in wanted}
         self.totals = dict.fromkeys(self.sums, 0.0)
-
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
         if self.h.ema_decay:
@@ -1221,31 +1126,31 @@ class Averages:
             torch._foreach_lerp_(list(ema.values()), list(ema), 1 - self.h.ema_decay)
             self.totals["ema"] += (1 - self.h.ema_decay) * (1 - self.totals["ema"])
         if self.h.swa_enabled and scale < self.h.swa_threshold and step % self.h.swa_interval == 0:
-            swa = self.sums["swa"]
-            torch._foreach_add_(list(swa.values()), list(swa))
+            torch._foreach_add_(list(self.sums["swa"].values()), list(self.sums["swa"]))
             self.totals["swa"] += 1.0
-
     def forget_frozen(self) -> None:
-        """Frees the averages of what is no longer learned."""
         self.sums = {name: {p: mean for p, mean in sums.items() if p.requires_grad}
                      for name, sums in self.sums.items()}
-
     def candidates(self) -> dict[str, list[Tensor]]:
-        """The weights to choose from, each a list like `params`."""
         found = {"last": [p.detach().clone() for p in self.params]}
-        for name, total in self.totals.items():
-            if total:
-                sums = self.sums[name]
+        for name, sums in self.sums.items():
+            if total := self.totals[name]:
                 found[name] = [sums[p] / total if p in sums else last
                                for p, last in zip(self.params, found["last"])]
         return found
+    def state_dict(self) -> dict:
+        sums = {name: [sums.get(p) for p in self.params] for name, sums in self.sums.items()}
+        return {"sums": sums, "totals": self.totals}
+    def load_state_dict(self, state: dict) -> None:
+        self.totals = dict(state["totals"])
+        self.sums = {name: {p: mean.to(p.device) for p, mean in zip(self.params, means) if mean is not None}
+                     for name, means in state["sums"].items()}
 
 # ---- Quantisation ------------------------------------------------------------------------------------------
 class Codes(NamedTuple):
     """A quantised matrix: value = code · 2^((exponent - 160) / 8), one exponent a row (0: a zero row)."""
     codes: Tensor  # (rows, columns) int8
     exponents: Tensor  # (rows,) uint8
-
     def values(self) -> Tensor:
         """(rows, columns) float32."""
         return (self.codes * row_steps(self.exponents)).float()
@@ -1261,30 +1166,24 @@ class Quantizer(NamedTuple):
     sigmas: float
     damping: float = 0.01
     prune_pct: float = 0.0
-
     def exponents(self, w: Tensor) -> Tensor:
         step = w.double().square().mean(-1).sqrt() * self.sigmas / (2 ** (self.bits - 1) - 1)
         return torch.where(step > 0, (160 + 8 * step.log2()).round().clamp(1, 255), 0).to(torch.uint8)
-
     def round(self, w: Tensor, steps: Tensor) -> Tensor:
         """The codes nearest to w, as floats."""
         largest = 2 ** (self.bits - 1) - 1
         return (w / steps.clamp(min=1e-30)).round().clamp(-largest, largest)
-
     def prune(self, w: Tensor) -> Tensor:
         """w, its smallest values set to zero."""
         count = int(w.size(-2) * w.size(-1) * self.prune_pct / 100)
         return w * (w.abs() > w.abs().flatten(-2).kthvalue(count).values[..., None, None]) if count else w
-
     def nearest(self, w: Tensor) -> Tensor:
         """w (rows, columns) as the artifact would hold it, without error feedback. Late QAT trains this."""
         w, steps = self.prune(w), row_steps(self.exponents(w))
         return (self.round(w.double(), steps) * steps).to(w.dtype)
-
     def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
-        """Codes that keep w x near, w (rows, columns), for inputs of `hessian` (columns, columns) = Σ x xᵀ.
-        GPTQ (arXiv:2210.17323): column by column, largest input first, each column's rounding error is made
-        good in those that follow. Without a Hessian every value is rounded to the nearest."""
+        """Codes that keep w x near, w (rows, columns), for inputs of `hessian` (columns, columns) = Σ x xᵀ:
+        GPTQ (arXiv:2210.17323), largest input first. Without a Hessian every value is rounded."""
         exponents, kept, w = self.exponents(w), self.prune(w) != 0, w.double()
         steps, codes = row_steps(exponents), torch.empty_like(w)
         if hessian is None:
@@ -1303,7 +1202,7 @@ class Quantizer(NamedTuple):
             w[:, end:] -= errors @ factor[begin:end, end:]
         return Codes(codes[:, order.argsort()].to(torch.int8), exponents)
 
-def quantizers_of(h: Hyperparameters) -> dict[str, Quantizer]:
+def quantizers_of(h) -> dict[str, Quantizer]:
     """How each role is stored as codes; SCALAR is float16, MASK is bits."""
     matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.gptq_damping, h.prune_pct)
     return {MATRIX: matrix, SPARSE: matrix,
@@ -1311,8 +1210,7 @@ def quantizers_of(h: Hyperparameters) -> dict[str, Quantizer]:
 
 @contextlib.contextmanager
 def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: dict[str, Quantizer]):
-    """Within, every tensor that the artifact quantises holds its quantised value; after, its own again. So a
-    gradient taken within is the straight-through one, and a compiled graph need not know of it."""
+    """Within, all that is stored quantised holds its quantised value: gradients are straight-through ones."""
     stored = [(quantizers[role], p.detach()) for role in quantizers for p in groups[role].values()]
     masters = [p.clone() for _, p in stored]
     for key in dict.fromkeys((quantizer, p.shape) for quantizer, p in stored):  # by shape, not one by one
@@ -1324,17 +1222,13 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
         torch._foreach_copy_([p for _, p in stored], masters)
 
 @torch.no_grad()
-def collect_hessians(model: LanguageModel, batches: Iterable[Tensor],
-                     processes: Processes) -> dict[nn.Module, Tensor]:
-    """Σ x xᵀ (in, in) float32 of the inputs of all that owns matrices, over the batches of all processes, ids
-    left out; adapters have those of their map."""
+def collect_hessians(model: LanguageModel, batches: Iterable[Tensor], world) -> dict[nn.Module, Tensor]:
+    """Σ x xᵀ (in, in) float32 of inputs, but ids, of all that owns matrices; adapters have their map's."""
     hessians: dict[nn.Module, Tensor] = {}
-
     def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
         if inputs[0].is_floating_point():
             x = inputs[0].flatten(0, -2).float()  # a product rounded to bfloat16 need not be positive
             hessians[module] = hessians.get(module, 0) + x.t() @ x
-
     owners = [module for module in model.modules() if isinstance(module, Owner)]
     used = [module for module in owners if any(tensors_by_role(module)[role] for role in (MATRIX, EMBEDDING))]
     hooks = [module.register_forward_pre_hook(add) for module in used]
@@ -1342,56 +1236,65 @@ def collect_hessians(model: LanguageModel, batches: Iterable[Tensor],
         model.predict(ids, ids.size(1))
     for hook in hooks:
         hook.remove()
-    hessians = {module: processes.sum_(hessian) for module, hessian in hessians.items()}
+    hessians = {module: world.sum_(hessian) for module, hessian in hessians.items()}
     return {owner: hessian for module, hessian in hessians.items() for owner in module.modules()}
 
 # ---- Artifact ----------------------------------------------------------------------------------------------
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 1
-LZMA_FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
-PACK = {"brotli": functools.partial(brotli.compress, quality=11, lgwin=24),
-        "lzma": functools.partial(lzma.compress, format=lzma.FORMAT_ALONE, filters=LZMA_FILTERS)}
-UNPACK = {"brotli": brotli.decompress, "lzma": lzma.decompress}
-GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16, "bits": torch.bool}
-
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 2
+GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16, "bits": torch.uint8}
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "machine": platform.machine(), "flash_attention_3": flash_attention_3 is not None}
 
-def write_artifact(header: dict, tensors: dict[str, Codes | Tensor]) -> tuple[bytes, dict[str, int]]:
+def write_artifact(header: dict, tensors: dict[str, Codes | Tensor],
+                   quality: int = 11) -> tuple[bytes, dict[str, int]]:
     """The artifact's bytes, and how many of them each group of like tensors takes. Little-endian: magic (8
     bytes), format version and length of the header (uint32 each), header (JSON, brotli), the groups, SHA-256
     over all before it. To `header` come the versions at work, the tensor table [name, shape, groups] and the
-    groups [name, codec, packed size]. A group is its tensors' values in byte planes, all first bytes and then
-    all second ones, or 8 bits to the byte, packed by the codec that makes it smallest."""
+    groups [name, packed size]. A group is its tensors' values in byte planes, all first bytes and then all
+    second ones, or 8 bits to the byte, packed by brotli."""
     table, groups = [], {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
         kind, parts = name.rpartition(".")[-1], {"float16": tensor}
         if isinstance(tensor, Codes):
             parts = {f"{kind} codes": tensor.codes, f"{kind} exponents": tensor.exponents}
         elif tensor.dtype is torch.bool:
-            parts = {f"{kind} bits": F.pad(tensor.flatten(), (0, -tensor.numel() % 8))}
+            parts = {f"{kind} bits": torch.from_numpy(np.packbits(tensor.cpu().numpy()))}
         table.append([name, list((tensor.codes if isinstance(tensor, Codes) else tensor).shape), list(parts)])
         for group, part in parts.items():
             groups.setdefault(group, []).append(part.cpu().flatten().to(GROUP_TYPES[group.split()[-1]]))
-
-    def pack(parts: list[Tensor]) -> tuple[str, bytes]:
-        values = torch.cat(parts)
-        if values.dtype is torch.bool:
-            raw = np.packbits(values.numpy()).tobytes()
-        else:
-            raw = values[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
-        return min(((codec, pack(raw)) for codec, pack in PACK.items()), key=lambda pair: len(pair[1]))
-
+    def pack(parts: list[Tensor]) -> bytes:
+        planes = torch.cat(parts)[:, None].view(torch.uint8).t().contiguous()
+        return brotli.compress(planes.numpy().tobytes(), quality=quality, lgwin=24)
     with ThreadPoolExecutor() as pool:
         packed = dict(zip(groups, pool.map(pack, groups.values())))
-    entries = [[group, codec, len(data)] for group, (codec, data) in packed.items()]
-    text = json.dumps(header | {"versions": VERSIONS, "tensors": table, "groups": entries})
+    sizes = {group: len(data) for group, data in packed.items()}
+    text = json.dumps(header | {"versions": VERSIONS, "tensors": table, "groups": list(sizes.items())})
     text = brotli.compress(text.encode())
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
-    body = b"".join([ARTIFACT_MAGIC, numbers, text, *(data for _, data in packed.values())])
-    return body + hashlib.sha256(body).digest(), {"header": len(text) + 48} | {e[0]: e[2] for e in entries}
+    body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed.values()])
+    return body + hashlib.sha256(body).digest(), {"header": len(text) + 48} | sizes
+
+def unpack(packed: bytes, size: int) -> bytearray:
+    """What brotli packed. ValueError once it is over `size` bytes: no file may fill the memory."""
+    raw, decompressor = bytearray(), brotli.Decompressor()
+    for i in range(0, len(packed), 64):  # so few bytes never become more than some 100 MB
+        raw += decompressor.process(packed[i : i + 64])
+        if len(raw) > size:
+            raise ValueError(f"{len(packed)} bytes hold more than the {size} they should")
+    return raw
+
+@contextlib.contextmanager
+def distrusting(what: str):
+    """Within, whatever a damaged or forged file makes libraries say becomes a UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError, brotli.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{what} cannot be used: {type(error).__name__}: {error}") from None
 
 def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
-    """The header, and every tensor by name in float32. UserError for all but what `write_artifact` makes."""
+    """The header, and every tensor by name in float32. UserError for all but what `write_artifact` makes:
+    nothing in the file is executed, and no length in it is believed before it is checked."""
     if len(blob) < 48 or blob[:8] != ARTIFACT_MAGIC:
         raise UserError(f"not an artifact of this project: {len(blob)} bytes that begin with {blob[:8]!r}")
     if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
@@ -1399,61 +1302,81 @@ def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     version, size = np.frombuffer(blob[8:16], "<u4").tolist()
     if version != ARTIFACT_VERSION:
         raise UserError(f"the artifact has format version {version}, this script reads {ARTIFACT_VERSION}")
-    header = json.loads(brotli.decompress(blob[16 : 16 + size]))
-    place, streams, tensors = 16 + size, {}, {}
-    for group, codec, packed in header["groups"]:
-        dtype, raw = GROUP_TYPES[group.split()[-1]], bytearray(UNPACK[codec](blob[place : place + packed]))
-        if dtype is torch.bool:
-            streams[group] = torch.from_numpy(np.unpackbits(np.frombuffer(raw, np.uint8)))
-        else:
-            planes = torch.frombuffer(raw, dtype=torch.uint8).view(dtype.itemsize, -1)
-            streams[group] = planes.t().contiguous().view(dtype).flatten()
-        place += packed
-    for name, shape, groups in header["tensors"]:
-        parts = []
-        for group, count in zip(groups, (math.prod(shape), *shape)):
-            parts.append(streams[group][:count])
-            streams[group] = streams[group][count + (-count % 8 if group.endswith("bits") else 0) :]
-        values = parts[0].view(shape)
-        tensors[name] = values.float() if len(parts) == 1 else Codes(values, parts[1]).values()
-    return header, tensors
+    with distrusting("the artifact"):
+        header = json.loads(unpack(blob[16 : 16 + size], 2**22))
+        return header, dict(read_tensors(header, blob[16 + size : -32]))
 
-def export(h: Hyperparameters, processes: Processes, model: LanguageModel, data: TrainingData, step: int,
-           tokenizer: Tokenizer, log: Log) -> bytes:
-    """The artifact of the model, on every process; UserError if it and the code are over the limit."""
+def read_tensors(header: dict, body: bytes) -> Iterable[tuple[str, Tensor]]:
+    """Name and values of every tensor of an artifact. Raises what `distrusting` expects."""
+    lengths: dict[str, list[int]] = {}  # of each tensor's part of a group
+    for _, shape, groups in header["tensors"]:
+        if not all(type(n) is int and 0 <= n < 2**26 for n in shape):
+            raise ValueError(f"{shape} is no shape")
+        for group, n in zip(groups, (math.prod(shape), *shape)):
+            lengths.setdefault(group, []).append(-(-n // 8) if group.endswith("bits") else n)
+    if sum(map(sum, lengths.values())) > 2**26:
+        raise ValueError("its tensors would not fit into 256 MiB")
+    place, parts = 0, {}
+    for group, packed in header["groups"]:
+        dtype = GROUP_TYPES[group.split()[-1]]
+        size = sum(lengths[group]) * dtype.itemsize
+        raw = np.frombuffer(unpack(body[place : place + packed], size), np.uint8)
+        if len(raw) != size or packed < 0:
+            raise ValueError(f"{group} has {len(raw)} bytes, not {size}")
+        values = torch.from_numpy(raw).view(dtype.itemsize, -1).t().contiguous().view(dtype).flatten()
+        parts[group], place = iter(values.split(lengths[group])), place + packed
+    if place != len(body):
+        raise ValueError(f"its groups have {place} bytes, the file has {len(body)} for them")
+    for name, shape, groups in header["tensors"]:
+        values, *exponents = (next(parts[group]) for group in groups)
+        if groups[0].endswith("bits"):
+            values = torch.from_numpy(np.unpackbits(values.numpy(), count=math.prod(shape)))
+        values = values.view(shape)
+        values = Codes(values, *exponents).values() if exponents else values.float()
+        if not values.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        yield name, values
+
+def export(h, world, model: LanguageModel, data: TrainingData, step: int, tokenizer: Tokenizer,
+           trial: bool = False) -> bytes:
+    """The artifact of the model, on every process. A trial calibrates on little, and packs fast."""
     size, first = max(1, 16_384 // h.train_seq_len), step * (h.train_batch_tokens // h.train_seq_len)
-    rounds = -(-h.gptq_calib_batches // processes.count)  # the same number on every process
-    mine = range(processes.rank, rounds * processes.count, processes.count)
-    batches = (data.sequences(first + i * size, size)[:, :-1].to(processes.device) for i in mine)
-    hessians = collect_hessians(model, batches, processes)
-    if processes.rank:
-        return processes.share(None)
+    wanted = min(h.gptq_calib_batches, world.count if trial else h.gptq_calib_batches)
+    rounds = -(-wanted // world.count)  # the same number on every process
+    mine = range(world.rank, rounds * world.count, world.count)
+    batches = (data.sequences(first + i * size, size)[:, :-1].to(world.device) for i in mine)
+    hessians = collect_hessians(model, batches, world)
+    if world.rank:
+        return world.share(None)
     tensors, quantizers = dict(model.state_dict()), quantizers_of(h)
     for prefix, module in model.named_modules():
         if isinstance(module, Owner):
             codes = module.quantize(quantizers, hessians.get(module))
             tensors |= {f"{prefix}.{name}": value for name, value in codes.items()}
-    facts = {"fingerprint": model.fingerprint(), "tokenizer": tokenizer.sha256}
-    blob, sizes = write_artifact({"model": h.model_settings()} | facts, tensors)
-    log("artifact bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    header = {"model": h.model_settings(), "fingerprint": model.fingerprint(), "tokenizer": tokenizer.sha256}
+    blob, sizes = write_artifact(header, tensors, 5 if trial else 11)
     code, limit = os.path.getsize(__file__), h.artifact_limit_bytes
     total = f"code {code:,} + model {len(blob):,} = {code + len(blob):,} bytes"
-    log(f"artifact {total}, {(code + len(blob)) / limit:.1%} of {limit:,}")
-    if code + len(blob) > limit:
-        raise UserError(f"{total}, over the limit of {limit:,}; checkpoint.pt has the weights: export"
-                        " them with EXPORT_ONLY=1 CHECKPOINT_PATH=… and a larger MATRIX_CLIP_SIGMAS or"
-                        " EMBED_CLIP_SIGMAS, or train a smaller rank or width")
-    return processes.share(blob)
+    kind = "projected artifact" if trial else "artifact"
+    world.log(f"{kind} bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    world.log(f"{kind} {total}, {(code + len(blob)) / limit:.1%} of {limit:,}")
+    if code + len(blob) > limit and not trial:
+        raise UserError(f"{total}, over the limit of {limit:,}; EXPORT_ONLY=1 CHECKPOINT_PATH=…/checkpoint.pt"
+                        " and a larger MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS, or a smaller rank or width")
+    return world.share(blob)
 
-def build_model(header: dict, tensors: dict[str, Tensor], processes: Processes) -> LanguageModel:
+def build_model(header: dict, tensors: dict[str, Tensor], world) -> LanguageModel:
     """A model that computes from an artifact alone; its maps are drawn anew and proved to be the same."""
-    model = make_model(Hyperparameters(environment={}, **header["model"]), processes.dtype)
-    here, there = model.fingerprint(), header["fingerprint"]
-    if here != there:
-        raise UserError(f"the random maps drawn here are not the artifact's ({here[:16]}, not {there[:16]}):"
-                        f" it was made with {header['versions']}, this is {VERSIONS}; use the same versions")
-    model.load_state_dict(tensors)
-    return model.to(processes.device).eval()
+    with distrusting("the artifact's model"):
+        h = Hyperparameters({}, model_limit_bytes=world.h.model_limit_bytes, **header["model"])
+        if h.given != {*h.model_settings(), "model_limit_bytes"}:
+            raise ValueError(f"its settings are not those of a model: {h.given}")
+        model, there = make_model(h, world.dtype), header["fingerprint"]
+        if (here := model.fingerprint()) != there:
+            raise UserError(f"the maps drawn here are not the artifact's ({here[:16]}, not {there[:16]}): it"
+                            f" is of {header['versions']}, this is {VERSIONS}; use the same versions")
+        model.load_state_dict(tensors)
+    return model.to(world.device).eval()
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1463,50 +1386,43 @@ def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np
     return starts, np.diff(starts + length, prepend=0)
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, val: ValidationStream, h: Hyperparameters, processes: Processes,
-             stride: int, log: Log) -> tuple[float, float]:
+def evaluate(model: LanguageModel, val: ValidationStream, h, world, stride: int) -> tuple[float, float]:
     """Mean loss in nats and bits per byte over every token of the stream after the first, each scored once.
     The batches are the same for any number of processes, which take them in turn."""
     model.eval()
-    targets = len(val.tokens) - 1
-    length = min(h.eval_seq_len, targets)
+    length = min(h.eval_seq_len, targets := len(val.tokens) - 1)
     starts, counts = plan_windows(targets, length, stride)
     per_batch = max(1, h.eval_batch_tokens // length)
     batches = [slice(0, 1)] + [slice(i, i + per_batch) for i in range(1, len(starts), per_batch)]
-    compiled = torch.compile(model.losses, dynamic=False) if processes.compile else model.losses
-    total = torch.zeros((), dtype=torch.float64, device=processes.device)
-    for done, batch in enumerate(batches[processes.rank :: processes.count]):
+    compiled = torch.compile(model.losses, dynamic=False) if world.compile else model.losses
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for done, batch in enumerate(batches[world.rank :: world.count]):
         places = torch.from_numpy(starts[batch, None] + np.arange(length + 1))
-        rows, tail = val.tokens[places].to(processes.device), int(counts[batch].max())
+        rows, tail = val.tokens[places].to(world.device), int(counts[batch].max())
         score = compiled if (len(rows), tail) == (per_batch, stride) else model.losses  # others stay eager
         losses = score(rows[:, :-1], rows[:, 1:][:, -tail:])  # (windows, tail)
         seen = torch.arange(tail)[None] < tail - torch.from_numpy(counts[batch, None])  # in earlier windows
-        total += losses.double().masked_fill(seen.to(processes.device), 0.0).sum()
-        log.progress(f"evaluating: {100 * done * processes.count // len(batches)}%")
-    nats = processes.sum_(total).item()
+        total += losses.double().masked_fill(seen.to(world.device), 0.0).sum()
+        world.progress(f"evaluating: {100 * done * world.count // len(batches)}%")
+    nats = world.sum_(total).item()
     return nats / targets, nats / math.log(2) / val.bytes
 
 # ---- Training ----------------------------------------------------------------------------------------------
 class Clock:
-    """How many steps remain, by their number and by the wall-clock, whichever ends first. A step's time is
-    the median of recent ones: a slow step costs its time, and does not move the schedule."""
+    """Steps left, by number or wall-clock, from the median step: a slow one costs its time, moves nothing."""
     def __init__(self, iterations: int, seconds: float):
         self.iterations, self.seconds = iterations, seconds if seconds > 0 else math.inf
         self.elapsed, self.recent = 0.0, []
-
     def step_took(self, seconds: float) -> None:
         self.elapsed += seconds
         self.recent = self.recent[-99:] + [seconds]
-
     def remaining(self, step: int) -> int:
         left = max(0.0, self.seconds - self.elapsed)
         known = len(self.recent) >= 5 or left == 0
         return int(min(self.iterations - step, left / statistics.median(self.recent) if known else math.inf))
-
     def share(self, step: int) -> float:
         """The share of training that is over, by steps or by the wall-clock, whichever is further on."""
-        return min(1.0, max(step / self.iterations, self.elapsed / self.seconds))
-
+        return min(1.0, max(step / max(self.iterations, 1), self.elapsed / self.seconds))
     def times(self, step: int) -> str:
         return f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(step, 1):.2f}ms"
 
@@ -1514,8 +1430,7 @@ def warmdown_scale(step: int, remaining: int, warmdown: int) -> float:
     """1, then linear to 0 over the last `warmdown` steps, or over all where there are fewer."""
     return min(1.0, remaining / max(1, min(warmdown, step + remaining)))
 
-def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]],
-                         teach: Callable[[Tensor], Tensor | None]) -> Tensor:
+def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]], teach: Callable) -> Tensor:
     """Adds up the gradients of the mean loss over micro-batches; gives that loss, still on the device."""
     total = 0.0
     for ids, targets in batches:
@@ -1527,249 +1442,359 @@ def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]]
 class Stages:
     """What changes at a share of training, and nowhere else: maps freeze, layers begin to recur, a teacher
     speaks. A stage may be entered from any other, so that all can be compiled before the clock starts."""
-    def __init__(self, h: Hyperparameters, model: LanguageModel, teacher: LanguageModel | None,
+    def __init__(self, h, model: LanguageModel, teacher: LanguageModel | None,
                  compiled: bool = False):
         self.h, self.model, self.teacher, self.current, self.teaches = h, model, teacher, 0.0, False
         marks = {0.0} | {row.freeze for row in h.maps} | ({h.recur_frac} if h.recurring_layers else set())
         if h.self_distill:
             self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
-        marks |= {h.distill_start_frac, h.distill_end_frac} if self.teacher else set()
-        self.marks = sorted(marks - {1.0})
         if self.teacher:
-            predict = self.teacher.predict
-            self.predict = torch.compile(predict, dynamic=False) if compiled else predict
-
+            marks |= {h.distill_start_frac, h.distill_end_frac}
+            self.predict = torch.compile(self.teacher.predict, dynamic=False, disable=not compiled)
+        self.marks = sorted(marks - {1.0})
     def enter(self, share: float) -> str:
         """Sets the model up for the last stage that begins by this share of training; says what it is."""
         mark = self.marks[bisect.bisect(self.marks, share) - 1]
         frozen = [0 < row.freeze <= mark for row in self.h.maps]
         for row, stands_still in zip(self.h.maps, frozen):
             self.model.get_submodule(row.name).requires_grad_(not stands_still)
-        self.model.recur(recurs := bool(self.h.recurring_layers) and self.h.recur_frac <= mark)
+        recurs = bool(self.h.recurring_layers) and self.h.recur_frac <= mark
+        for module in (*self.model.modules(), *(self.teacher.modules() if self.h.self_distill else ())):
+            module.recurs = recurs
         taught, self.teaches = self.teaches, bool(self.teacher) and (
             self.h.distill_start_frac <= mark < self.h.distill_end_frac)
         if self.h.self_distill and self.teaches and not taught:
             self.teacher.load_state_dict(self.model.state_dict())  # in place: a new tensor means a new graph
-            self.teacher.recur(recurs)
         self.current = mark
         return f"frozen_maps:{sum(frozen)} recurrence:{recurs} teacher:{self.teaches}"
-
     @torch.no_grad()
     def teach(self, ids: Tensor) -> Tensor | None:
         """The teacher's logits (B, T, vocabulary), where there is one at this stage."""
         return self.predict(ids, ids.size(1)) if self.teaches else None
 
-def warm_up(h: Hyperparameters, processes: Processes, forward: Callable, stages: Stages, data: TrainingData,
-            groups: dict[str, dict[str, nn.Parameter]]) -> None:
-    """Runs every stage, and so compiles it, before the clock starts; the weights are as before."""
-    optimizers = Optimizers(groups, h, processes)
-    initial = [p.detach().clone() for p in optimizers.params]
-    for step, mark in itertools.product(range(-(-h.warmup_steps // len(stages.marks))), stages.marks):
-        stages.enter(mark)
-        accumulate_gradients(forward, data.micro_batches(step, processes), stages.teach)
-        optimizers.step(step, 1.0)
-    torch._foreach_copy_([p.detach() for p in optimizers.params], initial)  # in place: else a new graph
-
-@torch.no_grad()
-def choose_average(model: LanguageModel, params: list[nn.Parameter], candidates: dict[str, list[Tensor]],
-                   data: TrainingData, processes: Processes, log: Log) -> dict[str, float]:
-    """Leaves in the model the candidate with the least loss on the text held out of training; the losses."""
-    model.eval()
-    scores, holdout = {}, data.read(data.held_out)
-    for name, weights in candidates.items():
-        torch._foreach_copy_([p.detach() for p in params], weights)
-        total = torch.zeros((), dtype=torch.float64, device=processes.device)
-        for rows in holdout.split(max(1, 16_384 // data.h.train_seq_len))[processes.rank :: processes.count]:
-            rows = rows.to(processes.device)
-            total += model.losses(rows[:, :-1], rows[:, 1:]).double().sum()
-        scores[name] = processes.sum_(total).item() / holdout[:, 1:].numel()
-    best = min(scores, key=scores.get)
-    if not math.isfinite(scores[best]):
-        raise UserError(f"the loss of the trained weights is not finite: {scores}; lower the learning rates")
-    torch._foreach_copy_([p.detach() for p in params], candidates[best])
-    log("average " + " ".join(f"{name}:{score:.4f}" for name, score in scores.items()) + f" exported:{best}")
-    return scores
-
-def train(h: Hyperparameters, processes: Processes, model: LanguageModel, teacher: LanguageModel | None,
-          data: TrainingData, val: ValidationStream, log: Log) -> dict:
-    """Trains the model, leaves in it the average that does best on held-out training text; gives figures."""
-    groups, quantizers = tensors_by_role(model), quantizers_of(h)
-    stages = Stages(h, model, teacher, processes.compile)
-    forward = model
-    if processes.compile:
-        torch._dynamo.config.recompile_limit = 8 + 2 * len(stages.marks)  # each stage is a graph of its own
-        forward = torch.compile(model, dynamic=False, fullgraph=True)
-    model.train()
-    warm_up(h, processes, forward, stages, data, groups)
-    stages.enter(0.0)
-    optimizers = Optimizers(groups, h, processes)
-    averages = Averages(optimizers.params, h)
-    clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
-    step, qat, loss, began = 0, False, None, time.perf_counter()
-    while True:
-        remaining, share = processes.share((clock.remaining(step), clock.share(step)))
-        share = share if remaining > 0 else 1.0
-        validates = h.val_loss_every and step and step % h.val_loss_every == 0
-        if processes.on_cuda and (validates or remaining <= 0):
-            torch.cuda.synchronize()  # what is still queued is training
-            clock.elapsed += time.perf_counter() - began
-        if bisect.bisect(stages.marks, share) > bisect.bisect(stages.marks, stages.current):
-            entered = stages.enter(share)
-            log(f"stage step:{step} share:{share:.4f} {entered}")
-            optimizers.forget_frozen()
-            averages.forget_frozen()
-        if remaining <= 0:
-            began = time.perf_counter()
-            scores = choose_average(model, optimizers.params, averages.candidates(), data, processes, log)
-            choice_seconds = time.perf_counter() - began
-        if remaining <= 0 or validates:
-            nats, bpb = evaluate(model, val, h, processes, h.eval_seq_len, log)
-            log(f"step:{step}/{h.iterations} val_loss:{nats:.4f} val_bpb:{bpb:.4f} {clock.times(step)}")
-            began = time.perf_counter()
-        if remaining <= 0:
-            speed = round(h.train_batch_tokens * step / clock.elapsed)
-            return {"steps": step, "train_seconds": round(clock.elapsed, 3), "tokens_per_second": speed,
-                    **{f"holdout_loss_{name}": score for name, score in scores.items()},
-                    "choice_seconds": round(choice_seconds, 3),
-                    "val_loss_before": nats, "val_bpb_before": bpb}
-        scale, previous = warmdown_scale(step, remaining, h.warmdown_iters), loss
+class Trainer:
+    """Training as a state that can be saved before any step: what a step does depends on the state, settings
+    and data alone, so that a run which was interrupted ends as if it had not been."""
+    def __init__(self, h, world, model: LanguageModel,
+                 teacher: LanguageModel | None, data: TrainingData, folder: Path):
+        self.h, self.world, self.model, self.data, self.folder = h, world, model, data, folder
+        self.groups, self.quantizers = tensors_by_role(model), quantizers_of(h)
+        self.stages, self.forward = Stages(h, model, teacher, world.compile), model
+        if world.compile:
+            torch._dynamo.config.recompile_limit = 8 + 2 * len(self.stages.marks)  # each stage is a graph
+            self.forward = torch.compile(model, dynamic=False, fullgraph=True)
+        self.optimizers = Optimizers(self.groups, h, world)
+        self.averages = Averages(self.optimizers.params, h)
+        self.clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
+        self.done, self.qat = 0, False  # steps; whether quantised weights are trained
+        self.measured: dict[str, Tensor] = {}  # loss and norms of the last step, still on the device
+        self.saved, self.saved_at, self.saving_took = "none", 0.0, 0.0
+        self.parts = {"muon": self.optimizers.muon, "adam": self.optimizers.adam, "averages": self.averages}
+        self.parts |= {"teacher": self.stages.teacher} if h.self_distill else {}
+    def warm_up(self) -> None:
+        """Runs every stage, and so compiles it, before the clock starts; the weights are as before."""
+        optimizers, marks = Optimizers(self.groups, self.h, self.world), self.stages.marks
+        initial = [p.detach().clone() for p in optimizers.params]
+        self.model.train()
+        for step, mark in itertools.product(range(-(-self.h.warmup_steps // len(marks))), marks):
+            self.stages.enter(mark)
+            accumulate_gradients(self.forward, self.data.micro_batches(step, self.world), self.stages.teach)
+            optimizers.step(step, 1.0)
+        torch._foreach_copy_([p.detach() for p in optimizers.params], initial)  # in place: else a new graph
+        self.stages.enter(0.0)
+    def state_dict(self) -> dict:
+        """All but the weights."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        own = {"done": self.done, "qat": self.qat, "mark": self.stages.current, "clock": vars(self.clock)}
+        return own | parts
+    def load_state_dict(self, state: dict) -> None:
+        self.done, self.qat = state["done"], state["qat"]
+        self.stages.enter(state["mark"])
+        vars(self.clock).update(state["clock"])
+        self.clock.iterations = self.done if self.h.export_only else self.h.iterations
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.saved, self.saved_at = f"that of step {self.done}", self.clock.elapsed
+    def save(self) -> None:
+        """Writes a checkpoint; the one before is kept beside it."""
+        began = time.perf_counter()
+        self.check_finite()  # a checkpoint must be one to go back to
+        save_checkpoint(self.h, self.world, self.model, self.folder, {}, self.state_dict())
+        self.saved, self.saved_at = f"{self.folder}/checkpoint.pt of step {self.done}", self.clock.elapsed
+        self.saving_took = time.perf_counter() - began
+    def check_finite(self) -> None:
+        """UserError if the last step saw a loss or gradient that is not finite; waits for that step."""
+        if self.measured and not torch.stack(list(self.measured.values())).isfinite().all():
+            bad = [name for name, value in self.measured.items() if not value.isfinite()]
+            raise UserError(f"step {self.done}: {', '.join(bad[:3])} not finite ({len(bad)} in all); the last"
+                            f" good checkpoint is {self.saved}. Lower the learning rates, or export that")
+    def run(self, val: ValidationStream) -> dict:
+        """Trains to the end, leaves in the model the average that does best on held-out text; the figures."""
+        h, clock, stages = self.h, self.clock, self.stages
+        self.world.can_save, began = True, time.perf_counter()
+        while True:
+            wait = max(h.checkpoint_seconds or math.inf, 100 * self.saving_took)  # it costs 1% at most
+            due = clock.elapsed - self.saved_at >= wait
+            remaining, share, due, stops = self.world.agree(
+                clock.remaining(self.done), clock.share(self.done), due)
+            if due or stops:
+                self.save()
+            if stops:
+                raise UserError(f"stopped after step {self.done} as a signal asked; {self.saved} has it all:"
+                                f" RUN_ID={self.folder.name} and the same settings continue")
+            validates = h.val_loss_every and self.done and self.done % h.val_loss_every == 0
+            if validates or remaining <= 0:
+                if self.world.on_cuda:
+                    torch.cuda.synchronize()  # what is still queued is training
+                clock.elapsed += time.perf_counter() - began
+            share = share if remaining > 0 else 1.0
+            if bisect.bisect(stages.marks, share) > bisect.bisect(stages.marks, stages.current):
+                self.world.log(f"stage step:{self.done} share:{share:.4f} {stages.enter(share)}")
+                self.optimizers.forget_frozen()
+                self.averages.forget_frozen()
+            if remaining <= 0:
+                return self.finish(val)
+            if validates:
+                self.validate(val)
+                began = time.perf_counter()
+            loss = self.step(int(remaining), share)
+            clock.step_took(time.perf_counter() - began)
+            began, average = time.perf_counter(), clock.elapsed / self.done
+            self.world.progress(f"step {self.done}, {(remaining - 1) * average:.0f} s left,"
+                                f" {h.train_batch_tokens / average:,.0f} tokens/s")
+            if h.train_log_every and (self.done <= 10 or self.done % h.train_log_every == 0):
+                self.log(f"train_loss:{self.world.sum_(loss.clone()).item() / self.world.count:.4f}")
+    def step(self, remaining: int, share: float) -> Tensor:
+        """One step, its loss; `remaining` counts it, `share` is what is over of training before it."""
+        h, world = self.h, self.world
+        scale = warmdown_scale(self.done, remaining, h.warmdown_iters)
         if h.warmdown_frac:
             scale = min(1.0, (1 - share) / h.warmdown_frac)
-        if scale < h.late_qat_threshold and not qat:
-            qat = True
-            log(f"late_qat:on step:{step} scale:{scale:.4f}")
+        if scale < h.late_qat_threshold and not self.qat:
+            self.qat = True
+            world.log(f"late_qat:on step:{self.done} scale:{scale:.4f}")
         if h.dropout:  # a stream of its own for each step and process
-            torch.manual_seed(h.seed + step * processes.count + processes.rank)
-        model.train()
-        with weights_as_stored(groups, quantizers) if qat else contextlib.nullcontext():
-            loss = accumulate_gradients(forward, data.micro_batches(step, processes), stages.teach)
-        optimizers.step(step, scale)  # on the float32 masters
-        averages.update(step, scale)
-        step += 1
-        if previous is not None and not math.isfinite(previous.item()):  # waits for the step before this one
-            raise UserError(f"the loss of step {step - 1} is not finite; lower the learning rates")
-        clock.step_took(time.perf_counter() - began)
-        began = time.perf_counter()
-        log.progress(f"step {step}, {remaining - 1} to go, {(remaining - 1) * clock.elapsed / step:.0f} s,"
-                     f" {h.train_batch_tokens * step / clock.elapsed:,.0f} tokens/s")
-        if h.train_log_every and (step <= 10 or step % h.train_log_every == 0):
-            mean = processes.sum_(loss.clone()).item() / processes.count
-            log(f"step:{step}/{h.iterations} train_loss:{mean:.4f} {clock.times(step)}")
+            torch.manual_seed(h.seed + self.done * world.count + world.rank)
+        self.model.train()
+        with weights_as_stored(self.groups, self.quantizers) if self.qat else contextlib.nullcontext():
+            batches = self.data.micro_batches(self.done, world)
+            loss = accumulate_gradients(self.forward, batches, self.stages.teach)
+        norms = self.optimizers.step(self.done, scale)  # on the float32 masters
+        self.averages.update(self.done, scale)
+        self.check_finite()  # the step before, while this one is under way
+        self.measured, self.done = {"loss": loss} | norms, self.done + 1
+        return loss
+    def log(self, what: str) -> None:
+        self.world.log(f"step:{self.done}/{self.h.iterations} {what} {self.clock.times(self.done)}")
+    def validate(self, val: ValidationStream) -> dict:
+        nats, bpb = evaluate(self.model, val, self.h, self.world, self.h.eval_seq_len)
+        self.log(f"val_loss:{nats:.4f} val_bpb:{bpb:.4f}")
+        return {"val_loss_before": nats, "val_bpb_before": bpb}
+    @torch.no_grad()
+    def finish(self, val: ValidationStream) -> dict:
+        """Leaves in the model the weights that do best on held-out training text, validates; the figures."""
+        self.check_finite()
+        self.model.eval()
+        began, elapsed, scores = time.perf_counter(), self.clock.elapsed, {}
+        params, candidates = [p.detach() for p in self.optimizers.params], self.averages.candidates()
+        held_out, size = self.data.read(self.data.held_out), max(1, 16_384 // self.h.train_seq_len)
+        for name, weights in candidates.items():
+            torch._foreach_copy_(params, weights)
+            total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+            for rows in held_out.split(size)[self.world.rank :: self.world.count]:
+                rows = rows.to(self.world.device)
+                total += self.model.losses(rows[:, :-1], rows[:, 1:]).double().sum()
+            scores[name] = self.world.sum_(total).item() / held_out[:, 1:].numel()
+        best = min(scores, key=scores.get)
+        if not math.isfinite(scores[best]):
+            raise UserError(f"the trained weights' loss is not finite: {scores}; lower the learning rates")
+        torch._foreach_copy_(params, candidates[best])
+        losses = " ".join(f"{name}:{score:.4f}" for name, score in scores.items())
+        self.world.log(f"average {losses} exported:{best}")
+        took = round(time.perf_counter() - began, 3)
+        speed = round(self.h.train_batch_tokens * self.done / max(elapsed, 1e-9))
+        return {"steps": self.done, "train_seconds": round(elapsed, 3), "tokens_per_second": speed,
+                "choice_seconds": took, **{f"holdout_loss_{name}": score for name, score in scores.items()},
+                **self.validate(val)}
 
 # ---- Main --------------------------------------------------------------------------------------------------
-def train_and_export(h: Hyperparameters, processes: Processes, device: str, tokenizer: Tokenizer,
-                     val: ValidationStream, folder: Path, saved: dict | None, log: Log) -> tuple[bytes, dict]:
+# What may differ where a run is continued: where things lie, and how much of it is told.
+MAY_DIFFER = ("run_id", "resume", "output_dir", "data_path", "tokenizer_path", "distill_from", "compile",
+              "checkpoint_seconds", "timeout_seconds", "train_log_every", "author", "github_id",
+              "allow_unknown")
+
+def save_checkpoint(h, world, model: LanguageModel, folder: Path, figures: dict, training: dict) -> None:
+    """Rank 0 writes all that training goes on from, or the export alone where there are figures."""
+    if world.rank == 0:
+        buffer, facts = io.BytesIO(), {"settings": dataclasses.asdict(h), "model": h.model_settings()}
+        facts |= {"fingerprint": model.fingerprint(), "versions": VERSIONS, "figures": figures}
+        torch.save(facts | {"weights": model.state_dict(), "training": training}, buffer)
+        write_file(folder / "checkpoint.pt", buffer.getbuffer(), folder / "checkpoint.previous.pt")
+
+def read_checkpoint(*paths: Path) -> dict:
+    """The first that is a whole checkpoint, else UserError. Nothing in the files is executed."""
+    for path in paths:
+        with contextlib.nullcontext() if path is paths[-1] else contextlib.suppress(UserError):
+            with distrusting(f"{path}, as a checkpoint,"):
+                with zipfile.ZipFile(path) as archive:  # stored as it is, every entry with a checksum
+                    if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
+                        raise ValueError("it is torn")
+                return torch.load(path, map_location="cpu", weights_only=True)
+
+def open_run(h, world) -> tuple[Path, dict | None]:
+    """The run's folder, its log open, and the checkpoint to go on from, if it has one."""
+    folder, saved = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S")), None
+    if world.rank == 0:
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        goes_on = "train.log" in names and "submission.json" not in names and not h.export_only
+        if names and (not goes_on or h.resume == "0") or h.resume == "1" and not goes_on:
+            raise UserError(f"{folder} is not there, finished, or something else; choose a new RUN_ID")
+        folder.mkdir(parents=True, exist_ok=True)
+        world.open_log(folder / "train.log")
+        paths = [folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt") if name in names]
+        saved = read_checkpoint(*paths) if paths else None
+    return folder, world.share(saved)
+
+def preflight(h, world, model: LanguageModel, data: TrainingData, val: ValidationStream, tokenizer: Tokenizer,
+              folder: Path) -> None:
+    """All that comes after training, in small and with the untrained model: what would fail, fails now."""
+    began, stage, trial, few = time.perf_counter(), "export", copy.deepcopy(model), copy.copy(val)
+    for p in trial.parameters():
+        if p.ndim > 1 and not p.any():
+            nn.init.normal_(p, std=0.02)  # codes of zeros would pack to nothing
+    few.tokens = val.tokens[: 1 + h.eval_seq_len + 2 * h.eval_stride]
+    try:
+        blob = export(h, world, trial, data, 0, tokenizer, trial=True)
+        stage = "evaluation from the artifact"
+        rebuilt = build_model(*read_artifact(blob), world)
+        if not math.isfinite(evaluate(rebuilt, few, h, world, h.eval_stride)[0]):
+            raise UserError("the untrained model's loss is not finite; lower the initial gains")
+        stage, need = "disk", 60 * sum(p.numel() for p in model.parameters()) + len(blob)  # 3 checkpoints
+        if world.rank == 0 and shutil.disk_usage(folder).free < need:
+            raise UserError(f"{folder} needs {need:,} bytes free; make room, or set OUTPUT_DIR")
+    except (UserError, RuntimeError, OSError) as error:
+        raise UserError(f"preflight, {stage}: {error} (nothing is trained yet)") from error
+    world.log(f"preflight: export, reading back and evaluation work, {time.perf_counter() - began:.1f} s")
+
+def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, folder: Path,
+                     saved: dict | None) -> tuple[bytes, dict]:
     """The artifact of a new model, or of a saved one, and the run's figures."""
-    data, teacher = TrainingData(h), None
-    if h.distill_from and not saved:
-        header, tensors = read_artifact(read_file("DISTILL_FROM", h.distill_from))
-        if header["tokenizer"] != tokenizer.sha256:
+    data, teacher, log = TrainingData(h), None, world.log
+    if h.distill_from and not h.export_only:
+        header, tensors = read_artifact(Path(h.distill_from).read_bytes())
+        if header.get("tokenizer") != tokenizer.sha256:
             raise UserError(f"DISTILL_FROM={h.distill_from}: the teacher has another tokenizer")
-        teacher = build_model(header, tensors, processes).requires_grad_(False)
+        teacher = build_model(header, tensors, world).requires_grad_(False)
     torch.manual_seed(h.seed)
-    model = (build_model(saved, saved["weights"], processes) if saved
-             else make_model(h, processes.dtype).to(processes.device))
+    model = (build_model(saved, saved["weights"], world) if saved
+             else make_model(h, world.dtype).to(world.device))
     fingerprint = model.fingerprint()
-    if processes.share(fingerprint) != fingerprint:
+    if world.share(fingerprint) != fingerprint:
         raise UserError("the processes draw different random maps; use the same versions on all machines")
     log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
-    for f in dataclasses.fields(h):
-        log(f"{f.name.upper()}={getattr(h, f.name)}", console=False)
-    for row in model.table.values():
-        log("map " + " ".join(f"{key}:{value}" for key, value in row._asdict().items()), console=False)
-    for line in describe_maps(model):
-        log(line)
+    log("\n".join(f"{name.upper()}={value}" for name, value in dataclasses.asdict(h).items()), console=False)
+    log("\n".join(describe_maps(model)))
     counts = {"trained_parameters": sum(p.numel() for p in model.parameters()),
               "frozen_parameters": sum(row.out_features * row.in_features for row in model.frozen)}
     log("model {trained_parameters:,} trained and {frozen_parameters:,} frozen parameters".format(**counts))
     log(f"{len(model.frozen)} of {len(model.table)} maps come from their seeds and cost 0 bytes; all that is"
         f" learned takes {stored_bytes(model):,} before it is packed")
-    log(f"versions {json.dumps(VERSIONS)} device {device}, {torch.get_num_threads()} threads")
-    figures = saved["figures"] if saved else counts | train(h, processes, model, teacher, data, val, log)
-    del teacher  # its memory is the export's
-    if processes.rank == 0:
-        buffer = io.BytesIO()
-        torch.save({"model": h.model_settings(), "fingerprint": model.fingerprint(), "versions": VERSIONS,
-                    "figures": figures, "weights": model.state_dict()}, buffer)
-        write_file(folder / "checkpoint.pt", buffer.getvalue())
+    log(f"versions {json.dumps(VERSIONS)} device {world.device_name}, {torch.get_num_threads()} threads")
+    figures = saved["figures"] if saved else {}
+    if not figures:
+        trainer = Trainer(h, world, model, teacher, data, folder)
+        if not h.export_only:
+            preflight(h, world, model, data, val, tokenizer, folder)
+            trainer.warm_up()
+        if saved:
+            with distrusting("the checkpoint's training"):
+                trainer.load_state_dict(saved["training"])
+            log(f"continued after step {trainer.done}")
+        figures = counts | trainer.run(val)
+        del trainer  # its memory is the export's
+    save_checkpoint(h, world, model, folder, figures, {})
+    world.can_save = False
+    if world.agree()[-1]:
+        raise UserError(f"stopped after training, as a signal asked; RUN_ID={folder.name} exports the model")
     began = time.perf_counter()
-    blob = export(h, processes, model, data, figures["steps"], tokenizer, log)
-    if processes.rank == 0:
+    blob = export(h, world, model, data, figures["steps"], tokenizer)
+    if world.rank == 0:
         write_file(folder / "model.int6.ptz", blob)
-    seconds = time.perf_counter() - began + figures.get("choice_seconds", 0.0)
-    return blob, figures | {"export_seconds": round(seconds, 3)}
+    took = time.perf_counter() - began + figures["choice_seconds"]
+    return blob, figures | {"export_seconds": round(took, 3)}
 
-def run(h: Hyperparameters, processes: Processes) -> None:
+def run(h, world) -> None:
     """The job: train and export, unless there is an artifact; evaluate it from its bytes alone; report."""
     blob, saved, figures, folder = b"", None, {}, None
     if h.eval_only:
-        blob = read_file("MODEL_PATH", h.model_path)
-        h = h.adopt(read_artifact(blob)[0]["model"], f"MODEL_PATH={h.model_path}")
+        blob = Path(h.model_path).read_bytes()
+        with distrusting(f"MODEL_PATH={h.model_path}"):
+            h = h.adopt(read_artifact(blob)[0]["model"], f"MODEL_PATH={h.model_path}")
     elif h.export_only:
-        checkpoint = io.BytesIO(read_file("CHECKPOINT_PATH", h.checkpoint_path))
-        try:
-            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
-            raise UserError(f"CHECKPOINT_PATH={h.checkpoint_path}: no checkpoint.pt, or a torn one") from None
+        saved = read_checkpoint(Path(h.checkpoint_path))
         h = h.adopt(saved["model"], f"CHECKPOINT_PATH={h.checkpoint_path}")
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     tokenizer.check_manifest(h)
     val = ValidationStream(h, tokenizer)
-    device = torch.cuda.get_device_name() if processes.on_cuda else f"{platform.machine()} CPU"
+    if len(val.tokens) <= h.eval_seq_len:
+        raise UserError(f"EVAL_SEQ_LEN={h.eval_seq_len} is longer than a stream of {len(val.tokens)} tokens")
     if not h.eval_only:
-        folder = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S"))
-        if processes.rank == 0 and folder.exists():
-            raise UserError(f"{folder} is another run's; choose a new RUN_ID")
-    log = Log(processes.rank == 0, folder and folder / "train.log")
-    if not h.eval_only:
-        blob, figures = train_and_export(h, processes, device, tokenizer, val, folder, saved, log)
+        folder, resumed = open_run(h, world)
+        if resumed:
+            saved, h = resumed, h.adopt(resumed["settings"], str(folder), MAY_DIFFER)
+        blob, figures = train_and_export(h, world, tokenizer, val, folder, saved)
     header, tensors = read_artifact(blob)
-    if header["tokenizer"] != tokenizer.sha256:
+    if header.get("tokenizer") != tokenizer.sha256:
         raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer the artifact was made with")
-    began, codec = time.perf_counter(), max(header["groups"], key=lambda group: group[2])[1]
-    model = build_model(header, tensors, processes)
+    began, model = time.perf_counter(), build_model(header, tensors, world)
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
         start = time.perf_counter()
-        loss, bpb = evaluate(model, val, h, processes, stride, log)
+        loss, bpb = evaluate(model, val, h, world, stride)
         seconds, whole = (round(time.perf_counter() - since, 3) for since in (start, began))
         figures |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_seconds": whole}
-        log(f"final_int6_{codec}_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride}"
-            f" eval_time:{1000 * seconds:.0f}ms")
-        log(f"final_int6_{codec}_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
-    if processes.rank == 0:
-        report(h, f"{processes.count} x {device}", len(blob), val.text, figures, folder, log)
+        world.log(f"final_int6_brotli_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride}"
+                  f" eval_time:{1000 * seconds:.0f}ms")
+        world.log(f"final_int6_brotli_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+    if world.rank == 0:
+        report(h, world, len(blob), val.text, figures, folder)
 
-def report(h: Hyperparameters, hardware: str, model_bytes: int, text: bytes, figures: dict,
-           folder: Path | None, log: Log) -> None:
+def report(h, world, model_bytes: int, text: bytes, figures: dict, folder: Path | None) -> None:
     """The table for people, and submission.json."""
-    code, sample = os.path.getsize(__file__), text[:4_000_000]
+    code, sample, log = os.path.getsize(__file__), text[:4_000_000], world.log  # of more it takes too long
     log(f"\n{'':<34}{'val_loss':>10}{'val_bpb':>10}")
     labels = {"before": "before quantisation", "roundtrip": "artifact", "sliding_window": "artifact, sliding"}
     for kind, label in labels.items():
         if f"val_bpb_{kind}" in figures:
             log(f"{label:<34}{figures[f'val_loss_{kind}']:>10.4f}{figures[f'val_bpb_{kind}']:>10.4f}")
-    part = "" if len(sample) == len(text) else ", first 4 MB"
     for name, packed in (("brotli 11", brotli.compress(sample)), ("xz -9", lzma.compress(sample, preset=9))):
-        log(f"{'for scale, ' + name + part:<34}{'':>10}{8 * len(packed) / len(sample):>10.4f}")
+        log(f"{'for scale, ' + name:<34}{'':>10}{8 * len(packed) / len(sample):>10.4f}")
     log(f"artifact {code + model_bytes:,} bytes: code {code:,}, model {model_bytes:,}")
     if folder:
-        maps = f"maps {h.map_basis}, adapter {h.map_adapter}"
         submission = {
             "author": h.author, "github_id": h.github_id, "name": "Adapters on random linear maps",
-            "blurb": f"{h.num_layers} layers of width {h.model_dim}, {maps}", "date": time.strftime("%F"),
+            "blurb": f"{h.num_layers} layers of width {h.model_dim}, maps {h.map_basis}, {h.map_adapter}",
+            "date": time.strftime("%F"), "hardware": f"{world.count} x {world.device_name}",
             "val_loss": figures["val_loss_sliding_window"], "val_bpb": figures["val_bpb_sliding_window"],
-            "bytes_total": code + model_bytes, "bytes_code": code, "dataset": Path(h.data_path).name,
-            "hardware": hardware, "seeds": [h.seed], **figures}
+            "bytes_total": code + model_bytes, "bytes_code": code, "seeds": [h.seed],
+            "dataset": Path(h.data_path).name, **figures}
         write_file(folder / "submission.json", (json.dumps(submission, indent=2) + "\n").encode())
         log(f"written: {folder}/ model.int6.ptz, submission.json, checkpoint.pt, train.log")
+
+REMEDIES = {r"memory": "lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS", r"Errno": "see to that file or disk",
+            r"gloo|NCCL|[Cc]onnection|[Tt]imed? ?out": "another process died, or hung for TIMEOUT_SECONDS"}
 
 def main() -> None:
     try:
         h = Hyperparameters()
-        with Processes(h) as processes:
-            run(h, processes)
+        with World(h) as world:
+            run(h, world)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+    except (MemoryError, OSError, RuntimeError) as error:
+        for pattern, remedy in REMEDIES.items():
+            if re.search(pattern, text := f"{type(error).__name__}: {error}".splitlines()[0]):
+                raise SystemExit(f"error: {text}: {remedy}. The same RUN_ID continues a run") from None
+        raise
 
 if __name__ == "__main__":
     main()

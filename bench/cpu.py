@@ -67,7 +67,7 @@ def time_step() -> None:
     import train_gpt as t
 
     h = t.Hyperparameters()
-    processes = t.Processes(h)
+    processes = t.World(h)
     torch.manual_seed(0)
     model = t.GPT(h, processes.dtype)
     optimizers = t.Optimizers(t.tensors_by_role(model), h, processes)

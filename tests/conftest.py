@@ -65,6 +65,6 @@ def random_model(settings):
 @pytest.fixture(scope="session")
 def processes(settings):
     """One process on the CPU, also where there is a GPU: what is tested here is the same on both."""
-    alone = train_gpt.Processes(settings())
+    alone = train_gpt.World(settings())
     alone.on_cuda, alone.device = False, torch.device("cpu")
     return alone

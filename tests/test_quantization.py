@@ -369,11 +369,10 @@ def data_settings(settings, tmp_path_factory):
     return lambda **changes: settings(data_path=str(folder), **changes)
 
 
-class Snapshots(train_gpt.Log):
-    """Writes nothing; at each line about a training step it keeps a copy of the weights."""
+class Snapshots:
+    """A log that writes nothing; at each line about a training step it keeps a copy of the weights."""
 
     def __init__(self, model: train_gpt.GPT):
-        super().__init__(on=False)
         self.model, self.taken, self.lines = model, [], []
 
     def __call__(self, text: str, *args, **kwargs) -> None:
@@ -382,12 +381,15 @@ class Snapshots(train_gpt.Log):
             self.taken.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
 
 
-def test_weights_go_on_learning_during_late_qat(data_settings, processes):
+def test_weights_go_on_learning_during_late_qat(data_settings, processes, tmp_path):
     h = data_settings(iterations=5, warmdown_iters=5, late_qat_threshold=1.0, train_log_every=1)
     torch.manual_seed(0)
     model, val = train_gpt.GPT(h), SimpleNamespace(tokens=tokens(50), bytes=50)
-    log = Snapshots(model)
-    train_gpt.train(h, processes, model, None, train_gpt.TrainingData(h), val, log)
+    world = copy.copy(processes)
+    world.log = log = Snapshots(model)
+    trainer = train_gpt.Trainer(h, world, model, None, train_gpt.TrainingData(h), tmp_path)
+    trainer.warm_up()
+    trainer.run(val)
     began = next(i for i, line in enumerate(log.lines) if line.startswith("late_qat:on"))
     assert "train_loss" in log.lines[began - 1], "it begins after the first step"
     assert len(log.taken) == 5
@@ -414,8 +416,7 @@ def exported(data_settings, processes):
         model.embedding.weight.normal_(std=0.3)
         model.bigram[0].weight.normal_(std=0.3)
     tokenizer = SimpleNamespace(sha256="0" * 64)
-    blob = train_gpt.export(h, processes, model, train_gpt.TrainingData(h), 3, tokenizer,
-                            train_gpt.Log(on=False))
+    blob = train_gpt.export(h, processes, model, train_gpt.TrainingData(h), 3, tokenizer)
     return blob, model, h
 
 
@@ -533,24 +534,23 @@ def test_the_bytes_are_accounted_for_and_the_same_each_time(sample):
                       "scores bits", "float16"}
 
 
-def test_each_group_is_packed_by_the_codec_that_makes_it_smallest():
-    """Read by the documented layout. Noise suits one codec, a random walk the other: both must be tried."""
+def test_groups_are_byte_planes_packed_by_brotli():
+    """Read by the documented layout."""
     torch.manual_seed(0)
-    noise, exponents = torch.randn(300, 200), torch.full((300,), 99, dtype=torch.uint8)
-    codes = {"x.noise": 2 * noise, "x.walk": noise.cumsum(1)}
-    codes = {name: train_gpt.Codes(w.round().to(torch.int8), exponents) for name, w in codes.items()}
-    blob, _ = train_gpt.write_artifact({}, {**codes, "x": torch.randn(2000)})
+    codes, exponents = torch.randn(30, 20).round().to(torch.int8), torch.full((30,), 99, dtype=torch.uint8)
+    halves = torch.randn(200)
+    blob, _ = train_gpt.write_artifact({}, {"x.walk": train_gpt.Codes(codes, exponents), "x": halves})
     assert blob[:8] == b"RANDMAPS"
     version, size = np.frombuffer(blob[8:16], "<u4").tolist()
-    assert version == 1
-    place, codecs = 16 + size, set()
-    for name, codec, packed in json.loads(brotli.decompress(blob[16:place]))["groups"]:
-        raw = train_gpt.UNPACK[codec](blob[place : place + packed])
-        assert packed == min(len(pack(raw)) for pack in train_gpt.PACK.values()), name
+    assert version == 2
+    place, raw = 16 + size, {}
+    for name, packed in json.loads(brotli.decompress(blob[16:place]))["groups"]:
+        raw[name] = brotli.decompress(blob[place : place + packed])
         place += packed
-        codecs.add(codec)
     assert place == len(blob) - 32
-    assert codecs == set(train_gpt.PACK)
+    pairs = np.frombuffer(halves.half().numpy().tobytes(), np.uint8).reshape(-1, 2)
+    assert raw == {"float16": pairs.T.tobytes(), "walk codes": codes.numpy().tobytes(),
+                   "walk exponents": exponents.numpy().tobytes()}
 
 
 def test_any_flipped_bit_is_noticed(sample):

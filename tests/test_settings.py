@@ -190,7 +190,7 @@ TYPOS = {
     "swapped": lambda name, i: name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :],
 }
 # In a shorter name a typo changes too much to be told from a variable of another program.
-CERTAIN_FROM = {"dropped": 6, "doubled": 6, "inserted": 6, "swapped": 10}
+CERTAIN_FROM = {"dropped": 6, "doubled": 4, "inserted": 4, "swapped": 4}
 
 
 def misspellings(name: str, kind: str) -> set[str]:
@@ -224,7 +224,7 @@ def test_great_majority_of_all_misspellings_is_refused(monkeypatch):
             typos = set().union(*(misspellings(name, kind) for kind in TYPOS))
             right += sum(found == name for found in suggestions(patch, typos).values())
             total += len(typos)
-    assert right / total > 0.9
+    assert right / total > 0.98
 
 
 def test_misspelling_can_be_accepted(monkeypatch):
@@ -236,6 +236,7 @@ def test_misspelling_can_be_accepted(monkeypatch):
 def test_common_variables_are_not_mistaken_for_settings(monkeypatch):
     for name in COMMON_VARIABLES:
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RUN_ID", "a")  # some of them are torchrun's, and say that it may restart the run
     Hyperparameters()
 
 
