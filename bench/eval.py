@@ -1,0 +1,153 @@
+"""Sliding evaluation: train_gpt's against a loop over the rows, and its modes against each other.
+
+    python bench/eval.py                                              # speed, weights as they are initialised
+    DATA_PATH=… python bench/eval.py --artifact runs/ID/model.int6.ptz    # and the scores of trained weights
+
+The row-by-row loop is what published scripts do: one window a forward pass, logits of all its positions, of
+which the last ones are scored. Both must give the same bits per byte: that is checked first, in float32.
+Tokens scored per second are compared on the start of the stream; with --artifact the modes are then compared
+on all of it, in the type of the machine, and EVAL_SEQ_LEN and EVAL_STRIDE hold: windows longer than the
+training sequences cost score.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import common
+import torch
+import torch.nn.functional as F
+from common import Row, t
+
+STREAM_TOKENS = {"cpu": 8_192, "cuda": 131_072, "smoke": 256}  # of the comparison of speed
+WINDOW = {"eval_seq_len": 2048, "eval_stride": 64}
+# EVAL_MODE's choices: exact gives every scored token its own window's context; window is to be far cheaper.
+modes = ("exact", "window")
+
+
+@torch.no_grad()
+def row_by_row(model: t.LanguageModel, val, h: t.Hyperparameters, world: t.World,
+               stride: int) -> tuple[float, float]:
+    """Nats a token and bits per byte, one window after the other."""
+    model.eval()
+    tokens = val.tokens.to(world.device)
+    targets = len(tokens) - 1
+    length = min(h.eval_seq_len, targets)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    begin = scored = 0
+    while scored < targets:
+        end = min(begin + length, targets)
+        begin = end - length  # the last window ends with the stream
+        ids, following = tokens[begin:end], tokens[begin + 1 : end + 1]
+        logits = model.predict(ids[None], length)[0]
+        losses = F.cross_entropy(logits, following, reduction="none")
+        total += losses[scored - begin :].double().sum()
+        scored = end
+        begin += stride
+    nats = total.item()
+    return nats / targets, nats / math.log(2) / val.bytes
+
+
+def begin_of(val, tokens: int):
+    """The first tokens of a stream; bytes in proportion, since only the two sides' agreement matters."""
+    share = min(1.0, tokens / len(val.tokens))
+    return SimpleNamespace(tokens=val.tokens[:tokens], bytes=val.bytes * share)
+
+
+def check_agreement(h: t.Hyperparameters, model: t.LanguageModel, val) -> float:
+    """Bits per byte by which the two differ in float32; an error where it is more than rounding."""
+    h = common.settings(h.model_settings(), dtype="float32", compile="0", eval_seq_len=h.eval_seq_len,
+                        eval_stride=h.eval_stride, eval_batch_tokens=h.eval_batch_tokens)
+    world = t.World(h)
+    single = t.make_model(h, torch.float32).to(world.device)
+    single.load_state_dict(model.state_dict())
+    # A few windows, the last of which scores less than a stride.
+    few = begin_of(val, h.eval_seq_len + 5 * h.eval_stride + h.eval_stride // 2)
+    with common.no_tf32():
+        ours = common.evaluate(single, few, h, world, h.eval_stride)[1]
+        loop = row_by_row(single, few, h, world, h.eval_stride)[1]
+    if not abs(ours - loop) < 1e-6:
+        raise SystemExit(f"the two evaluations differ: {ours:.8f} and {loop:.8f} bits per byte")
+    return abs(ours - loop)
+
+
+def trained(options, world: t.World):
+    """The artifact's model and the validation stream of DATA_PATH."""
+    header, tensors = t.read_artifact(Path(options.artifact).read_bytes())
+    text, label = common.text_of(options)
+    paths = {name: text[name] for name in ("data_path", "tokenizer_path") if name in text}
+    asked = {name: os.environ[name.upper()] for name in WINDOW if name.upper() in os.environ}
+    h = common.settings(header["model"], WINDOW, paths, asked)
+    tokenizer = t.Tokenizer(h.tokenizer_path, h.vocab_size)
+    if tokenizer.sha256 != header["tokenizer"]:
+        raise SystemExit(f"{h.tokenizer_path} is not the tokenizer of {options.artifact}: set DATA_PATH")
+    return h, t.build_model(header, tensors, world), t.ValidationStream(h, tokenizer), label
+
+
+def compare_modes(h: t.Hyperparameters, model: t.LanguageModel, val, world: t.World, runs: int,
+                  what: str) -> list[Row]:
+    """Seconds and bits per byte of the modes on a stream, where train_gpt has EVAL_MODE."""
+    if "eval_mode" not in {f.name for f in dataclasses.fields(t.Hyperparameters)}:
+        return []
+    scores = {}
+
+    def side(mode: str):
+        setting = common.settings(h.model_settings(), eval_seq_len=h.eval_seq_len, eval_stride=h.eval_stride,
+                                  eval_batch_tokens=h.eval_batch_tokens, eval_mode=mode)
+
+        def work():
+            scores[mode] = common.evaluate(model, val, setting, world, h.eval_stride)[1]
+        return work
+
+    times = common.interleaved({mode: side(mode) for mode in modes}, runs, warm_ups=1)
+    exact, window = times["exact"], times["window"]
+    rows = [Row(f"EVAL_MODE=window against exact at stride {h.eval_stride}, {what}", f"{window:.2f} s",
+                f"{exact:.2f} s", exact / window, "≥ 15")]
+    if "trained" in what:
+        apart = scores["window"] - scores["exact"]
+        rows.append(Row(f"its bits per byte, difference {apart:+.6f}", f"{scores['window']:.6f}",
+                        f"{scores['exact']:.6f}"))
+    return rows
+
+
+def main() -> None:
+    options = common.begin(__doc__, artifact={"help": "trained model; else initial weights, for speed only"})
+    size = common.SMOKE_SIZE if options.smoke else common.size_of(options) | WINDOW
+    h = common.settings(size)
+    with t.World(h) as world:
+        if options.artifact:
+            h, model, val, label = trained(options, world)
+            label = f"the artifact {options.artifact} on {label}"
+        else:
+            model = common.new_model(h, world)
+            stream = torch.randint(0, h.vocab_size, (300_000,), generator=torch.Generator().manual_seed(0))
+            val, label = SimpleNamespace(tokens=stream, bytes=len(stream)), "initial weights on random tokens"
+        apart = check_agreement(h, model, val)
+        few = begin_of(val, STREAM_TOKENS["smoke" if options.smoke else world.device.type])
+        sides = {"ours": common.evaluate, "loop": row_by_row}
+        works = {name: lambda work=work: work(model, few, h, world, h.eval_stride)
+                 for name, work in sides.items()}
+        times = common.interleaved(works, options.runs, warm_ups=1)
+        n = len(few.tokens) - 1
+        ours, loop = times["ours"], times["loop"]
+        rows = [Row("exact mode against a row-by-row loop, tokens scored a second", f"{n / ours:,.0f}",
+                    f"{n / loop:,.0f}", loop / ours, "≥ 5"),
+                Row("bits per byte of the two in float32, difference", f"{apart:.1e}", bar="≤ 1e-6",
+                    measured=apart)]
+        rows += compare_modes(h, model, few, world, options.runs, f"{n:,} tokens")
+        if options.artifact:
+            rows += compare_modes(h, model, val, world, 1, "trained, the whole stream, one run")
+
+    common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
+    print(f"\n{n:,} tokens in windows of {h.eval_seq_len}, stride {h.eval_stride}; {h.num_layers} layers of"
+          f" width {h.model_dim}, {label}.")
+    if len(rows) == 2:
+        print("This train_gpt.py has no EVAL_MODE; its modes are not compared.")
+    common.print_rows(rows, options)
+
+
+if __name__ == "__main__":
+    main()
