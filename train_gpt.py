@@ -148,12 +148,13 @@ class Hyperparameters:
     matrix_clip_sigmas: float = setting(10.0, "deviations of a row that its largest code spans", 0.5, 100)
     embed_clip_sigmas: float = setting(15.0, "likewise for embeddings", 0.5, 100)
     gptq_calib_batches: int = setting(256, "calibration batches of 16,384 training tokens; 0: no GPTQ")
-    gptq_damping: float = setting(0.01, "added to a Hessian's diagonal, as a share of its mean", 1e-6, 10)
     prune_pct: float = setting(0.0, "percentage of each matrix, the smallest, set to zero", 0, 99)
     artifact_limit_bytes: int = setting(16_000_000, "code and model together", 1)
     # Evaluation
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
     eval_stride: int = setting(64, "new tokens that each window scores", 1)
+    eval_mode: str = setting("exact", "window: one pass, attention over the last EVAL_SEQ_LEN positions",
+                             choices=("exact", "window"))
     eval_batch_tokens: int = setting(131_072, "tokens of one forward pass of the evaluation", 1)
     def __init__(self, /, environment: Mapping[str, str] = os.environ, **given):
         fields, problems = {f.name: f for f in dataclasses.fields(self)}, []
@@ -259,10 +260,9 @@ PUBLISHED = {
     "use_random_adapters": ("1: system A, every map random with LoRA", {"map_basis": "orthogonal"}, {}),
     "random_adapter_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
     "random_adapter_seed": ("its seed", {"map_seed": "{}"}, {}),
-    "random_basis_enabled": (
-        "1: system B, random MLP with LoRA and a gate a hidden unit",
-        {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"},
-        {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"}),
+    "random_basis_enabled": ("1: system B, random MLP with LoRA and a gate a hidden unit",
+                             {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"},
+                             {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"}),
     "random_basis_seed": ("its seed", {"map_seed": "{}"}, {}),
     "lora_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
     "selective_freeze": ("1: system C, the MLP's input maps random", {"map_basis": "mlp.in=gaussian"},
@@ -331,19 +331,18 @@ class MapRow(NamedTuple):
     freeze: float = 0.0  # share of training after which all of it stands still; 0: never
     def adapters(self) -> dict[str, float]:
         """Name -> size. ValueError for what is no adapter or does not fit the map."""
-        chosen, shape = {}, f"{self.out_features} x {self.in_features}"
-        limits = {"rank": (1, min(self.out_features, self.in_features)), "density": (1 / self.in_features, 1)}
+        chosen, (rows, columns) = {}, self[1:3]
+        limits = {"rank": (1, min(rows, columns)), "density": (1 / columns, 1)}
         for name, colon, text in [part.partition(":") for part in self.adapter.split("+") if part != "none"]:
             if name not in ADAPTERS or name in chosen:
-                known = ", ".join(ADAPTERS)
-                raise ValueError(f"{name!r} is no adapter, or stands twice; there are {known} and none")
+                raise ValueError(f"{name!r} is no adapter or stands twice; use {', '.join(ADAPTERS)} or none")
             unit = ADAPTERS[name].size
             low, high = limits.get(unit, (0, 0))
             with contextlib.suppress(ValueError):
                 chosen[name] = int(text) if unit == "rank" else float(text or 0)
             if not low <= chosen.get(name, math.nan) <= high:
                 needs = f"a {unit} from {low:.3g} to {high}" if unit else "no size"
-                raise ValueError(f"{name + colon + text!r} needs {needs} on a map of {shape}")
+                raise ValueError(f"{name + colon + text!r} needs {needs} on a map of {rows} x {columns}")
         return chosen
 
 def read_cell(column: str, text: str) -> str | float | None:
@@ -455,11 +454,9 @@ class World:
         second of it: a terminal sends one to every process, and torchrun sends it to them again."""
         if self.told_to_stop and time.monotonic() < self.told_to_stop + 1:
             return
-        leave, name = self.told_to_stop or not self.can_save, signal.Signals(number).name
-        what = "leaving at once" if leave else "saving after this step; once more leaves at once"
-        os.write(2, f"{name}: {what}\n".encode())  # print may be what was interrupted
-        if leave:
+        if self.told_to_stop or not self.can_save:
             os._exit(128 + number)
+        os.write(2, b"saving after this step; a second signal leaves at once\n")  # print may be under way
         self.told_to_stop = time.monotonic()
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor, summed over the processes in place."""
@@ -589,8 +586,7 @@ class Tokenizer:
         with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be none, or another kind
             made_with = json.loads(path.read_bytes()).get("tokenizer_sha256")
         if made_with not in (None, self.sha256):
-            raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not what made the shards of DATA_PATH="
-                            f"{h.data_path}: {path} names a tokenizer of SHA-256 {made_with}")
+            raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not what made the shards, {path} says")
     def count_bytes(self, before: np.ndarray, tokens: np.ndarray) -> int:
         """Bytes of text of the tokens (n,), given the token before each, (n,)."""
         return int(self.own_bytes[tokens].sum() + (self.has_space[tokens] & ~self.is_control[before]).sum())
@@ -600,8 +596,7 @@ class Tokenizer:
         return "".join(self.model.decode([document.tolist() for document in documents])).encode()
 
 class ValidationStream:
-    """All validation tokens as one stream; the bytes of its text, counted once. Refuses a stream whose count
-    is not the length of its decoded text: its bits per byte would be wrong."""
+    """All validation tokens as one stream. Refuses one whose bytes do not add up to its decoded text."""
     def __init__(self, h, tokenizer: Tokenizer):
         tokens = check_tokens(np.concatenate(read_shards(h.data_path, "val")), h)
         self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])  # scored: all but the first token
@@ -682,7 +677,6 @@ class LoRA(Owner):
         self.A = nn.Parameter(torch.zeros(row.out_features, rank))
         self.B = nn.Parameter(torch.randn(rank, row.in_features) / math.sqrt(row.in_features))
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(out, rank), (rank, in), whose product is ΔW."""
         return self.A, self.B
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         """B against its inputs x; then A against its own, x B̂ᵀ with the quantised B̂."""
@@ -728,8 +722,7 @@ class Sparse(Owner):
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
 class Mask(Owner):
-    """W + ΔW = √2 · W where a score is positive and 0 elsewhere: one bit a weight, half of them set at first.
-    Scores learn by the straight-through gradient (edge-popup, arXiv:1911.13299)."""
+    """W + ΔW = √2 · W where a learned score is positive, else 0: one bit a weight (arXiv:1911.13299)."""
     size, roles = "", {"scores": MASK}
     def __init__(self, row: MapRow, _: float):
         super().__init__()
@@ -741,8 +734,7 @@ class Mask(Owner):
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Tensor]:
         return {"scores": self.scores.data > 0}
 
-# What may stand beside a frozen map. One that has `factors` adds their product, one that has `correction` a
-# full matrix, whose gradient costs one GEMM more.
+# Beside a frozen map: the product of `factors`, or a full `correction`, whose gradient costs one GEMM more.
 ADAPTERS: dict[str, type[Owner]] = {
     "lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
 
@@ -797,16 +789,14 @@ class Linear(Owner):
 
 class FrozenRandomLinearWithLoRA(Linear):
     """y = x (W + A B)ᵀ (+ bias): an orthogonal random map with LoRA (PR #1113), by itself."""
-    def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0,
-                 bias: bool = False):
+    def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias=False):
         row = MapRow("", out_features, in_features, "orthogonal", seed, adapter=f"lora:{rank}")
         super().__init__(row, bias=bias)
     lora_A = property(lambda self: self.lora.A)
     lora_B = property(lambda self: self.lora.B)
 
 class Embedding(Owner):
-    """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors are multiplied by all.
-    Ids are one-hot inputs with a diagonal Hessian: for a table that is only looked up, GPTQ is rounding."""
+    """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors multiply it."""
     roles = {"weight": EMBEDDING}
     def __init__(self, vocabulary: int, dim: int, std: float, dtype: torch.dtype):
         super().__init__()
@@ -851,6 +841,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = torch.baddbmm(future, q, k.mT, alpha=dim**-0.5).softmax(-1)
     return (weights @ v).view(batch, heads, length, dim).transpose(1, 2)
 
+def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
+    """As causal_attention, but each row of T positions goes on from the row above: a query sees the last T
+    positions, its own included. `back` turns a key's rotary angle by T positions."""
+    length, group = q.size(1), q.size(2) // k.size(2)
+    first = causal_attention(q[:1], k[:1], v[:1])
+    k, v = (torch.cat([above, own[1:]], 1).repeat_interleave(group, 2)
+            for above, own in ((rotate(k[:-1], *back), k), (v[:-1], v)))  # (B - 1, 2T, H, D)
+    places = torch.arange(2 * length, device=q.device)
+    past = places[length:, None] - places  # how far back a key lies
+    rest = F.scaled_dot_product_attention(q[1:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                          attn_mask=(past >= 0) & (past < length)).transpose(1, 2)
+    return torch.cat([first, rest])
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Partial RoPE: x (B, T, H, D), cos and sin (T, 1, R); the first 2R dimensions turn, the rest stay."""
     half = cos.size(-1)
@@ -871,15 +874,15 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
         self.head_dim, self.xsa = h.head_dim, layer >= h.num_layers - h.xsa_last_n
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], added_v: Tensor | None, first_v: Tensor | None):
+    def forward(self, x: Tensor, rope: list[Tensor], added_v: Tensor | None, first_v: Tensor | None):
         """x (B, T, d) -> output (B, T, d) and this layer's own values (B, T, kv_dim)."""
         own_v = self.v(x)
         v = own_v if added_v is None else own_v + added_v
         if self.value_gate is not None:
             v = v + torch.sigmoid(self.value_gate).to(x.dtype) * first_v
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (self.q(x), self.k(x), v))  # (B, T, H, D)
-        q = rotate(norm(q), *rope) * self.q_gain.to(x.dtype)
-        y = causal_attention(q, rotate(norm(k), *rope), v)
+        q, k = rotate(norm(q), *rope[:2]) * self.q_gain.to(x.dtype), rotate(norm(k), *rope[:2])
+        y = streaming_attention(q, k, v, rope[2:]) if rope[2:] else causal_attention(q, k, v)
         y = exclude_self(y, v) if self.xsa else y
         return self.proj(y.flatten(2)), own_v
 
@@ -905,8 +908,7 @@ class Block(nn.Module):
         self.stream_mix = nn.Parameter(torch.full((h.model_dim,), share))
         self.embedding_mix = nn.Parameter(torch.full((h.model_dim,), 1 - share))
         self.attention_scale, self.mlp_scale = (nn.Parameter(torch.ones(h.model_dim)) for _ in range(2))
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], added_v: Tensor | None,
-                first_v: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, x0: Tensor, rope: list, added_v, first_v) -> tuple[Tensor, Tensor]:
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x) * self.norm_scale
         y, own_v = self.attention(normed, rope, added_v, first_v)
@@ -915,16 +917,16 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.dropout(self.mlp(normed)), own_v
 
 class LanguageModel(nn.Module):
-    """What training, export and evaluation ask of a model. `predict(ids, last)`, ids (B, T) -> logits of the
-    last positions (B, last, vocabulary) float32, is what the models below add."""
+    """What training, export and evaluation ask of a model; those below add `predict`: ids (B, T) -> logits of
+    the last positions (B, last, vocabulary) float32."""
     def __init__(self, h):
         super().__init__()
         self.table = {row.name: row for row in h.maps}
         self.frozen = [row for row in h.maps if row.basis != "learned"]
         self.alpha, self.temperature = h.distill_alpha, h.distill_temperature
-    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, ids: Tensor, targets: Tensor, streams: bool = False) -> Tensor:
         """ids (B, T), targets (B, n) of their last n positions -> loss of each in nats, (B, n) float32."""
-        logits = self.predict(ids, targets.size(1))
+        logits = self.predict(ids, targets.size(1), streams)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
         """The loss to train on: cross-entropy, mixed with α where a teacher's logits (B, T, vocabulary) are
@@ -951,8 +953,7 @@ class GPT(LanguageModel):
         self.softcap, self.bigram_buckets = h.logit_softcap, h.bigram_vocab_size
         self.value_layers, self.skipping = h.value_layers, h.num_layers // 2 if h.skips_enabled else 0
         self.recurs, self.order = True, list(range(h.num_layers))  # the order in which blocks run
-        last = max(h.recurring_layers, default=-1) + 1
-        again = h.recurring_layers * (h.recur_times - 1)
+        last, again = max(h.recurring_layers, default=-1) + 1, h.recurring_layers * (h.recur_times - 1)
         self.recurrent_order = self.order[:last] + again + self.order[last:]
         random = [row for row in self.frozen if row.name.startswith(prefix)]
         with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
@@ -975,8 +976,10 @@ class GPT(LanguageModel):
         self.skip_gates = nn.Parameter(torch.zeros(self.skipping, h.model_dim)) if gated else None
         frequencies = h.rope_base ** -(torch.arange(0, h.rope_dims, 2) / max(h.rope_dims, 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> the last norm's output (B, T, d), which the logits are made of."""
+    def hidden(self, ids: Tensor, streams: bool = False) -> Tensor:
+        """ids (B, T) -> the last norm's output (B, T, d), which the logits are made of. In a stream each row
+        goes on from the row above, so that every position but the first ones attends to the last T."""
+        shape, ids = ids.shape, ids.reshape(1, -1) if streams else ids
         x = self.embedding(ids)
         if self.bigram_buckets > 1:  # a hash of two tokens; the last bucket where there is one only
             buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % (self.bigram_buckets - 1)
@@ -985,8 +988,10 @@ class GPT(LanguageModel):
         x = norm(x)
         if self.smear_gate is not None:  # SmearGate: a mix with the position before, per channel
             x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), torch.sigmoid(self.smear_gate).to(x.dtype))
-        angles = torch.arange(ids.size(1), device=ids.device)[:, None, None] * self.frequencies
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)  # each (T, 1, rope_dims / 2)
+        x, ids = x.view(*shape, -1), ids.view(shape)
+        angles = torch.arange(shape[1], device=ids.device)[:, None, None] * self.frequencies
+        angles = [angles] + [-shape[1] * self.frequencies[None, None]] * streams  # (T, 1, R); (1, 1, R)
+        rope = [turn(angle).to(x.dtype) for angle in angles for turn in (torch.cos, torch.sin)]
         added_v = self.value_embedding(ids) if self.value_layers else None
         x0, skips, first_v = x, {}, None  # skips: the stream after each layer of the first half
         for layer in self.recurrent_order if self.recurs else self.order:
@@ -1004,16 +1009,16 @@ class GPT(LanguageModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, d) -> (…, vocabulary) float32, softly capped."""
         return self.softcap * torch.tanh(self.embedding(hidden).float() / self.softcap)
-    def predict(self, ids: Tensor, last: int) -> Tensor:
-        return self.logits(self.hidden(ids)[:, -last:])
+    def predict(self, ids: Tensor, last: int, streams: bool = False) -> Tensor:
+        return self.logits(self.hidden(ids, streams)[:, -last:])
 
 class Ensemble(LanguageModel):
     """Models in one artifact (PR #1301): each learns for itself, the mean of their logits predicts."""
     def __init__(self, h, dtype: torch.dtype = torch.float32):
         super().__init__(h)
         self.members = nn.ModuleList(GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble))
-    def predict(self, ids: Tensor, last: int) -> Tensor:
-        return sum(member.predict(ids, last) for member in self.members) / len(self.members)
+    def predict(self, ids: Tensor, last: int, streams: bool = False) -> Tensor:
+        return sum(member.predict(ids, last, streams) for member in self.members) / len(self.members)
     def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
         return sum(member(ids, targets, taught) for member in self.members) / len(self.members)
 
@@ -1164,7 +1169,6 @@ class Quantizer(NamedTuple):
     Entropy coding comes after: the width, and hardly the number of codes, sets the bytes."""
     bits: int
     sigmas: float
-    damping: float = 0.01
     prune_pct: float = 0.0
     def exponents(self, w: Tensor) -> Tensor:
         step = w.double().square().mean(-1).sqrt() * self.sigmas / (2 ** (self.bits - 1) - 1)
@@ -1190,7 +1194,7 @@ class Quantizer(NamedTuple):
             return Codes((self.round(w, steps) * kept).to(torch.int8), exponents)
         order = hessian.diagonal().argsort(descending=True)
         w, kept, hessian = w[:, order], kept[:, order], hessian[order][:, order].double()
-        hessian.diagonal().add_(self.damping * hessian.diagonal().mean() + 1e-12)
+        hessian.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-12)
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
         for begin in range(0, w.size(1), block):
             end = min(begin + block, w.size(1))
@@ -1204,9 +1208,8 @@ class Quantizer(NamedTuple):
 
 def quantizers_of(h) -> dict[str, Quantizer]:
     """How each role is stored as codes; SCALAR is float16, MASK is bits."""
-    matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.gptq_damping, h.prune_pct)
-    return {MATRIX: matrix, SPARSE: matrix,
-            EMBEDDING: Quantizer(h.embed_bits, h.embed_clip_sigmas, h.gptq_damping)}
+    matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.prune_pct)
+    return {MATRIX: matrix, SPARSE: matrix, EMBEDDING: Quantizer(h.embed_bits, h.embed_clip_sigmas)}
 
 @contextlib.contextmanager
 def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: dict[str, Quantizer]):
@@ -1249,9 +1252,8 @@ def write_artifact(header: dict, tensors: dict[str, Codes | Tensor],
                    quality: int = 11) -> tuple[bytes, dict[str, int]]:
     """The artifact's bytes, and how many of them each group of like tensors takes. Little-endian: magic (8
     bytes), format version and length of the header (uint32 each), header (JSON, brotli), the groups, SHA-256
-    over all before it. To `header` come the versions at work, the tensor table [name, shape, groups] and the
-    groups [name, packed size]. A group is its tensors' values in byte planes, all first bytes and then all
-    second ones, or 8 bits to the byte, packed by brotli."""
+    over all before it. To `header` come versions, the tensor table [name, shape, groups] and the groups
+    [name, packed size]: their tensors' values in byte planes, or 8 bits to the byte, packed by brotli."""
     table, groups = [], {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
         kind, parts = name.rpartition(".")[-1], {"float16": tensor}
@@ -1268,8 +1270,8 @@ def write_artifact(header: dict, tensors: dict[str, Codes | Tensor],
     with ThreadPoolExecutor() as pool:
         packed = dict(zip(groups, pool.map(pack, groups.values())))
     sizes = {group: len(data) for group, data in packed.items()}
-    text = json.dumps(header | {"versions": VERSIONS, "tensors": table, "groups": list(sizes.items())})
-    text = brotli.compress(text.encode())
+    header = header | {"versions": VERSIONS, "tensors": table, "groups": list(sizes.items())}
+    text = brotli.compress(json.dumps(header).encode())
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
     body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed.values()])
     return body + hashlib.sha256(body).digest(), {"header": len(text) + 48} | sizes
@@ -1380,8 +1382,7 @@ def build_model(header: dict, tensors: dict[str, Tensor], world) -> LanguageMode
 
 # ---- Evaluation --------------------------------------------------------------------------------------------
 def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each window starts, and how many of its last positions it scores: those that none before did. The
-    first scores all its positions, the last, which ends with the stream, what remains, others `stride`."""
+    """Where each window starts, and how many of its last positions it scores: those that none before did."""
     starts = np.append(np.arange(0, targets - length, stride), targets - length)
     return starts, np.diff(starts + length, prepend=0)
 
@@ -1391,19 +1392,26 @@ def evaluate(model: LanguageModel, val: ValidationStream, h, world, stride: int)
     The batches are the same for any number of processes, which take them in turn."""
     model.eval()
     length = min(h.eval_seq_len, targets := len(val.tokens) - 1)
-    starts, counts = plan_windows(targets, length, stride)
-    per_batch = max(1, h.eval_batch_tokens // length)
-    batches = [slice(0, 1)] + [slice(i, i + per_batch) for i in range(1, len(starts), per_batch)]
+    per_batch, streams = max(1, h.eval_batch_tokens // length), h.eval_mode == "window" and stride < length
+    if streams:  # rows of the stream, after those that the last attention can look back to through the others
+        warm = 1 + h.num_layers + len(h.recurring_layers) * (h.recur_times - 1)
+        rows, scored, stride = -(-targets // length), max(per_batch - warm, 3 * warm), length
+        ranges = [(i, np.arange(max(0, i - warm), min(i + scored, rows))) for i in range(0, rows, scored)]
+        batches, per_batch = [(r * length, length * (r >= i)) for i, r in ranges], scored + warm
+    else:
+        starts, counts = plan_windows(targets, length, stride)
+        slices = [slice(0, 1)] + [slice(i, i + per_batch) for i in range(1, len(starts), per_batch)]
+        batches = [(starts[part], counts[part]) for part in slices]
     compiled = torch.compile(model.losses, dynamic=False) if world.compile else model.losses
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for done, batch in enumerate(batches[world.rank :: world.count]):
-        places = torch.from_numpy(starts[batch, None] + np.arange(length + 1))
-        rows, tail = val.tokens[places].to(world.device), int(counts[batch].max())
+    tokens, total = F.pad(val.tokens, (0, length)), torch.zeros((), dtype=torch.float64, device=world.device)
+    for starts, counts in batches[world.rank :: world.count]:
+        places = torch.from_numpy(starts[:, None] + np.arange(length + 1))
+        rows, tail = tokens[places].to(world.device), int(counts.max())
         score = compiled if (len(rows), tail) == (per_batch, stride) else model.losses  # others stay eager
-        losses = score(rows[:, :-1], rows[:, 1:][:, -tail:])  # (windows, tail)
-        seen = torch.arange(tail)[None] < tail - torch.from_numpy(counts[batch, None])  # in earlier windows
-        total += losses.double().masked_fill(seen.to(world.device), 0.0).sum()
-        world.progress(f"evaluating: {100 * done * world.count // len(batches)}%")
+        losses = score(rows[:, :-1], rows[:, 1:][:, -tail:], streams)  # (windows, tail)
+        seen = torch.arange(tail)[None] < tail - torch.from_numpy(counts[:, None])  # in earlier windows
+        beyond = places[:, 1:][:, -tail:] > targets  # the end of the stream
+        total += losses.double().masked_fill((seen | beyond).to(world.device), 0.0).sum()
     nats = world.sum_(total).item()
     return nats / targets, nats / math.log(2) / val.bytes
 
@@ -1440,8 +1448,8 @@ def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]]
     return total
 
 class Stages:
-    """What changes at a share of training, and nowhere else: maps freeze, layers begin to recur, a teacher
-    speaks. A stage may be entered from any other, so that all can be compiled before the clock starts."""
+    """What changes at shares of training: maps freeze, layers begin to recur, a teacher speaks. Any stage can
+    follow any other, so that all can be compiled before the clock starts."""
     def __init__(self, h, model: LanguageModel, teacher: LanguageModel | None,
                  compiled: bool = False):
         self.h, self.model, self.teacher, self.current, self.teaches = h, model, teacher, 0.0, False
@@ -1473,8 +1481,7 @@ class Stages:
         return self.predict(ids, ids.size(1)) if self.teaches else None
 
 class Trainer:
-    """Training as a state that can be saved before any step: what a step does depends on the state, settings
-    and data alone, so that a run which was interrupted ends as if it had not been."""
+    """Training as a state that can be saved before any step; a step needs settings and data besides."""
     def __init__(self, h, world, model: LanguageModel,
                  teacher: LanguageModel | None, data: TrainingData, folder: Path):
         self.h, self.world, self.model, self.data, self.folder = h, world, model, data, folder
@@ -1535,13 +1542,12 @@ class Trainer:
         while True:
             wait = max(h.checkpoint_seconds or math.inf, 100 * self.saving_took)  # it costs 1% at most
             due = clock.elapsed - self.saved_at >= wait
-            remaining, share, due, stops = self.world.agree(
-                clock.remaining(self.done), clock.share(self.done), due)
+            mine = clock.remaining(self.done), clock.share(self.done), due
+            remaining, share, due, stops = self.world.agree(*mine)
             if due or stops:
                 self.save()
             if stops:
-                raise UserError(f"stopped after step {self.done} as a signal asked; {self.saved} has it all:"
-                                f" RUN_ID={self.folder.name} and the same settings continue")
+                raise UserError(f"stopped as a signal asked; the same RUN_ID continues from {self.saved}")
             validates = h.val_loss_every and self.done and self.done % h.val_loss_every == 0
             if validates or remaining <= 0:
                 if self.world.on_cuda:
@@ -1573,8 +1579,7 @@ class Trainer:
         if scale < h.late_qat_threshold and not self.qat:
             self.qat = True
             world.log(f"late_qat:on step:{self.done} scale:{scale:.4f}")
-        if h.dropout:  # a stream of its own for each step and process
-            torch.manual_seed(h.seed + self.done * world.count + world.rank)
+        torch.manual_seed(h.seed + self.done * world.count + world.rank)  # of dropout, wherever a run resumes
         self.model.train()
         with weights_as_stored(self.groups, self.quantizers) if self.qat else contextlib.nullcontext():
             batches = self.data.micro_batches(self.done, world)
@@ -1611,17 +1616,15 @@ class Trainer:
         torch._foreach_copy_(params, candidates[best])
         losses = " ".join(f"{name}:{score:.4f}" for name, score in scores.items())
         self.world.log(f"average {losses} exported:{best}")
-        took = round(time.perf_counter() - began, 3)
-        speed = round(self.h.train_batch_tokens * self.done / max(elapsed, 1e-9))
-        return {"steps": self.done, "train_seconds": round(elapsed, 3), "tokens_per_second": speed,
-                "choice_seconds": took, **{f"holdout_loss_{name}": score for name, score in scores.items()},
-                **self.validate(val)}
+        took, speed = time.perf_counter() - began, self.h.train_batch_tokens * self.done / max(elapsed, 1e-9)
+        return {"steps": self.done, "train_seconds": round(elapsed, 3), "tokens_per_second": round(speed),
+                "choice_seconds": round(took, 3), **self.validate(val),
+                **{f"holdout_loss_{name}": score for name, score in scores.items()}}
 
 # ---- Main --------------------------------------------------------------------------------------------------
 # What may differ where a run is continued: where things lie, and how much of it is told.
-MAY_DIFFER = ("run_id", "resume", "output_dir", "data_path", "tokenizer_path", "distill_from", "compile",
-              "checkpoint_seconds", "timeout_seconds", "train_log_every", "author", "github_id",
-              "allow_unknown")
+MAY_DIFFER = ("run_id resume output_dir data_path tokenizer_path distill_from compile checkpoint_seconds"
+              " timeout_seconds train_log_every author github_id allow_unknown").split()
 
 def save_checkpoint(h, world, model: LanguageModel, folder: Path, figures: dict, training: dict) -> None:
     """Rank 0 writes all that training goes on from, or the export alone where there are figures."""
@@ -1688,20 +1691,17 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
     torch.manual_seed(h.seed)
     model = (build_model(saved, saved["weights"], world) if saved
              else make_model(h, world.dtype).to(world.device))
-    fingerprint = model.fingerprint()
-    if world.share(fingerprint) != fingerprint:
+    if world.share(fingerprint := model.fingerprint()) != fingerprint:
         raise UserError("the processes draw different random maps; use the same versions on all machines")
     log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
     log("\n".join(f"{name.upper()}={value}" for name, value in dataclasses.asdict(h).items()), console=False)
     log("\n".join(describe_maps(model)))
-    counts = {"trained_parameters": sum(p.numel() for p in model.parameters()),
-              "frozen_parameters": sum(row.out_features * row.in_features for row in model.frozen)}
-    log("model {trained_parameters:,} trained and {frozen_parameters:,} frozen parameters".format(**counts))
-    log(f"{len(model.frozen)} of {len(model.table)} maps come from their seeds and cost 0 bytes; all that is"
-        f" learned takes {stored_bytes(model):,} before it is packed")
+    trained = sum(p.numel() for p in model.parameters())
+    frozen = sum(row.out_features * row.in_features for row in model.frozen)
+    log(f"{trained:,} trained and {frozen:,} frozen parameters; {len(model.frozen)} of {len(model.table)}"
+        f" maps cost 0 bytes; all that is learned takes {stored_bytes(model):,} before it is packed")
     log(f"versions {json.dumps(VERSIONS)} device {world.device_name}, {torch.get_num_threads()} threads")
-    figures = saved["figures"] if saved else {}
-    if not figures:
+    if not (figures := saved["figures"] if saved else {}):
         trainer = Trainer(h, world, model, teacher, data, folder)
         if not h.export_only:
             preflight(h, world, model, data, val, tokenizer, folder)
@@ -1710,7 +1710,7 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
             with distrusting("the checkpoint's training"):
                 trainer.load_state_dict(saved["training"])
             log(f"continued after step {trainer.done}")
-        figures = counts | trainer.run(val)
+        figures = {"trained_parameters": trained, "frozen_parameters": frozen} | trainer.run(val)
         del trainer  # its memory is the export's
     save_checkpoint(h, world, model, folder, figures, {})
     world.can_save = False

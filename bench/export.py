@@ -73,7 +73,7 @@ def quantise_one_by_one(h: t.Hyperparameters, groups: dict, hessians: dict[int, 
                 hessian = b @ hessians[b.size(1)].double() @ b.T
             else:
                 hessian = hessians[p.size(1)]
-            gptq(p.detach(), hessian, bits, sigmas, h.gptq_damping)
+            gptq(p.detach(), hessian, bits, sigmas, 0.01)
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def plain_gptq(w: np.ndarray, hessian: np.ndarray, quantizer: train_gpt.Quantize
     w, columns, largest = w.astype(np.float64).copy(), w.shape[1], 2 ** (quantizer.bits - 1) - 1
     order = sorted(range(columns), key=lambda j: -hessian[j, j])
     damped = hessian.astype(np.float64)
-    damped = damped + np.eye(columns) * (quantizer.damping * np.trace(damped) / columns + 1e-12)
+    damped = damped + np.eye(columns) * (0.01 * np.trace(damped) / columns + 1e-12)
     codes = np.zeros(w.shape, dtype=int)
     for place, j in enumerate(order):
         free = order[place:]

@@ -1,0 +1,105 @@
+"""EVAL_MODE=window: one pass over the stream, each position attends to the last EVAL_SEQ_LEN ones."""
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import train_gpt
+
+WINDOW = 16
+
+
+def stream_of(count: int) -> SimpleNamespace:
+    tokens = torch.randint(64, (count,), generator=torch.Generator().manual_seed(0))
+    return SimpleNamespace(tokens=tokens, bytes=count)
+
+
+def windowed(q, k, v):
+    """Plain attention over a whole sequence, each position on the last WINDOW ones."""
+    group = q.size(2) // k.size(2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    places = torch.arange(q.size(2))
+    past = places[:, None] - places
+    scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill((past < 0) | (past >= WINDOW), -math.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.fixture
+def window(settings):
+    return lambda **changes: settings(eval_mode="window", eval_batch_tokens=64, **changes)
+
+
+@pytest.mark.parametrize("count", [18, 32, 33, 34, 150, 401])
+@pytest.mark.parametrize("changes", [
+    {}, {"recur_layers": "1-2", "recur_times": 2}, {"mlp_gated": 1, "num_kv_heads": 4, "parallel_from": 2}])
+def test_one_pass_is_attention_over_the_last_positions(window, random_model, processes, monkeypatch, count,
+                                                       changes):
+    """In float64, against the whole stream as one sequence."""
+    h, val = window(**changes), stream_of(count)
+    model = random_model(h, torch.float64)
+    nats, bpb = train_gpt.evaluate(model, val, h, processes, h.eval_stride)
+    monkeypatch.setattr(train_gpt, "causal_attention", windowed)
+    logits = model.predict(val.tokens[None, :-1], count - 1)
+    expected = F.cross_entropy(logits[0], val.tokens[1:]).item()
+    assert nats == pytest.approx(expected, rel=1e-6)  # logits are float32
+    assert bpb == pytest.approx(expected * (count - 1) / math.log(2) / count, rel=1e-6)
+
+
+def test_processes_share_the_rows(window, random_model, processes):
+    """The sums of two processes are the sum of one."""
+    h, val = window(), stream_of(700)
+    model = random_model(h, torch.float64)
+    sums = []
+    for count in (1, 2):
+        for rank in range(count):
+            world = copy.copy(processes)
+            world.rank, world.count = rank, count
+            world.sum_ = lambda total: sums.append(total.item()) or total
+            train_gpt.evaluate(model, val, h, world, h.eval_stride)
+    assert sums[0] == pytest.approx(sums[1] + sums[2], rel=1e-12)
+    assert min(sums[1:]) > 0
+
+
+@pytest.mark.parametrize("count", [17, 18, 32, 33, 48, 49, 1000])
+def test_every_token_is_scored_once(window, processes, count):
+    """Each token's loss is its place squared."""
+    val = SimpleNamespace(tokens=torch.arange(count), bytes=count)
+    class Ledger(torch.nn.Module):
+        def losses(self, ids, targets, streams):
+            assert streams
+            assert torch.equal(ids[:, 1:], targets[:, :-1])  # whole rows, in the order of the stream
+            return targets.double() ** 2
+
+    nats, _ = train_gpt.evaluate(Ledger(), val, window(), processes, 4)
+    assert nats * (count - 1) == pytest.approx(sum(i**2 for i in range(1, count)), rel=1e-12)
+
+
+def test_what_comes_later_changes_nothing(window, random_model, processes):
+    h, val = window(), stream_of(300)
+    model = random_model(h)
+    seen = []
+    losses = model.losses
+    model.losses = lambda *given: seen.append(losses(*given)) or seen[-1]
+    train_gpt.evaluate(model, val, h, processes, h.eval_stride)
+    before, place = [loss.clone() for loss in seen], 200
+    seen.clear()
+    val.tokens[place:] = (val.tokens[place:] + 1) % 64
+    train_gpt.evaluate(model, val, h, processes, h.eval_stride)
+    rows = [loss.flatten() for loss in (before[0], seen[0])]  # the first batch has no rows of an earlier one
+    assert torch.equal(rows[0][: place - 1], rows[1][: place - 1])
+    assert not torch.equal(rows[0][place - 1 :], rows[1][place - 1 :])
+
+
+def test_whole_windows_are_scored_as_ever(window, settings, random_model, processes):
+    """The roundtrip and validations in training have one window after the other, in either mode."""
+    h, val = window(), stream_of(100)
+    model = random_model(h)
+    scores = [train_gpt.evaluate(model, val, each, processes, stride) for each in (h, settings())
+              for stride in (WINDOW, 4)]
+    assert scores[0] == scores[2]
+    assert scores[1] != scores[3]
