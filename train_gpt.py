@@ -440,7 +440,10 @@ class World:
             torch.set_float32_matmul_precision("high")  # what is computed in float32 there tolerates tf32
         if self.count > 1:
             timeout = datetime.timedelta(seconds=self.h.timeout_seconds)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.on_cuda else "gloo", timeout=timeout)
+            store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timeout))
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            backend = "cpu:gloo,cuda:nccl" if self.on_cuda else "gloo"
+            dist.init_process_group(backend, None, timeout, self.count, self.rank, store)
         return self
     def __exit__(self, kind, error, _) -> None:
         if error:  # a log without its last line explains nothing
@@ -488,7 +491,6 @@ class World:
         if self.rank == 0 and console:
             print("\r\033[K" * sys.stdout.isatty() + text, flush=True)
     def progress(self, text: str) -> None:
-        """What a terminal shows until the next line."""
         if self.rank == 0 and sys.stdout.isatty():
             print("\r\033[K" + text, end="", flush=True)
 
@@ -505,6 +507,15 @@ def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+@contextlib.contextmanager
+def distrusting(what: str):
+    """Within, whatever a damaged or forged file makes libraries say becomes a UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
+            ValueError, brotli.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(f"{what} cannot be used: {type(error).__name__}: {error}") from None
 
 # ---- Data --------------------------------------------------------------------------------------------------
 def read_shards(folder: str, split: str) -> list[np.ndarray]:
@@ -563,12 +574,10 @@ class Tokenizer:
     """A SentencePiece model, and the bytes of text that each token stands for: the UTF-8 length of its piece
     less the leading ▁, 1 for a byte, 0 for a control token; plus 1 for the ▁ not after a control token."""
     def __init__(self, path: str, vocab_size: int):
-        proto = Path(path).read_bytes()
-        self.sha256 = hashlib.sha256(proto).hexdigest()
-        try:
+        with distrusting(f"TOKENIZER_PATH={path}"):
+            proto = Path(path).read_bytes()
             self.model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        except RuntimeError as error:
-            raise UserError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({error})") from None
+        self.sha256 = hashlib.sha256(proto).hexdigest()
         if model.vocab_size() != vocab_size:
             raise UserError(f"TOKENIZER_PATH={path} has {model.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
         if model.is_unknown(model.piece_to_id("▁")):
@@ -802,9 +811,8 @@ class Embedding(Owner):
         super().__init__()
         self.weight, self.dtype = nn.Parameter(torch.randn(vocabulary, dim) * std), dtype
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            return F.linear(x, self.weight.to(x.dtype))
-        return F.embedding(x, self.weight).to(self.dtype)
+        are_ids = not x.is_floating_point()
+        return F.embedding(x, self.weight).to(self.dtype) if are_ids else F.linear(x, self.weight.to(x.dtype))
 
 def tensors_by_role(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters by name, sorted into the roles that their owners gave them."""
@@ -1285,15 +1293,6 @@ def unpack(packed: bytes, size: int) -> bytearray:
             raise ValueError(f"{len(packed)} bytes hold more than the {size} they should")
     return raw
 
-@contextlib.contextmanager
-def distrusting(what: str):
-    """Within, whatever a damaged or forged file makes libraries say becomes a UserError."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError,
-            ValueError, brotli.error, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{what} cannot be used: {type(error).__name__}: {error}") from None
-
 def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
     """The header, and every tensor by name in float32. UserError for all but what `write_artifact` makes:
     nothing in the file is executed, and no length in it is believed before it is checked."""
@@ -1325,7 +1324,7 @@ def read_tensors(header: dict, body: bytes) -> Iterable[tuple[str, Tensor]]:
         raw = np.frombuffer(unpack(body[place : place + packed], size), np.uint8)
         if len(raw) != size or packed < 0:
             raise ValueError(f"{group} has {len(raw)} bytes, not {size}")
-        values = torch.from_numpy(raw).view(dtype.itemsize, -1).t().contiguous().view(dtype).flatten()
+        values = torch.from_numpy(raw).view(dtype.itemsize, size // dtype.itemsize).t().flatten().view(dtype)
         parts[group], place = iter(values.split(lengths[group])), place + packed
     if place != len(body):
         raise ValueError(f"its groups have {place} bytes, the file has {len(body)} for them")
@@ -1367,12 +1366,15 @@ def export(h, world, model: LanguageModel, data: TrainingData, step: int, tokeni
                         " and a larger MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS, or a smaller rank or width")
     return world.share(blob)
 
-def build_model(header: dict, tensors: dict[str, Tensor], world) -> LanguageModel:
-    """A model that computes from an artifact alone; its maps are drawn anew and proved to be the same."""
-    with distrusting("the artifact's model"):
-        h = Hyperparameters({}, model_limit_bytes=world.h.model_limit_bytes, **header["model"])
-        if h.given != {*h.model_settings(), "model_limit_bytes"}:
-            raise ValueError(f"its settings are not those of a model: {h.given}")
+def build_model(header: dict, tensors: dict[str, Tensor], world, h=None) -> LanguageModel:
+    """A model that computes from an artifact alone, or goes on with the settings `h`; its maps are drawn anew
+    and proved to be the same."""
+    with distrusting("the stored model"):
+        h = h or Hyperparameters({}, model_limit_bytes=world.h.model_limit_bytes, **header["model"])
+        blocks = {row.name.rsplit(".", 2)[0] for row in h.maps}  # a forger's need not be drawn first
+        if header["model"].keys() != h.model_settings().keys() or any(
+                tensors[f"{block}.mlp_scale"].shape != (h.model_dim,) for block in blocks):
+            raise ValueError("its settings and tensors are not those of one model")
         model, there = make_model(h, world.dtype), header["fingerprint"]
         if (here := model.fingerprint()) != there:
             raise UserError(f"the maps drawn here are not the artifact's ({here[:16]}, not {there[:16]}): it"
@@ -1431,8 +1433,6 @@ class Clock:
     def share(self, step: int) -> float:
         """The share of training that is over, by steps or by the wall-clock, whichever is further on."""
         return min(1.0, max(step / max(self.iterations, 1), self.elapsed / self.seconds))
-    def times(self, step: int) -> str:
-        return f"train_time:{1000 * self.elapsed:.0f}ms step_avg:{1000 * self.elapsed / max(step, 1):.2f}ms"
 
 def warmdown_scale(step: int, remaining: int, warmdown: int) -> float:
     """1, then linear to 0 over the last `warmdown` steps, or over all where there are fewer."""
@@ -1450,8 +1450,7 @@ def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]]
 class Stages:
     """What changes at shares of training: maps freeze, layers begin to recur, a teacher speaks. Any stage can
     follow any other, so that all can be compiled before the clock starts."""
-    def __init__(self, h, model: LanguageModel, teacher: LanguageModel | None,
-                 compiled: bool = False):
+    def __init__(self, h, model: LanguageModel, teacher: LanguageModel | None, compiled: bool = False):
         self.h, self.model, self.teacher, self.current, self.teaches = h, model, teacher, 0.0, False
         marks = {0.0} | {row.freeze for row in h.maps} | ({h.recur_frac} if h.recurring_layers else set())
         if h.self_distill:
@@ -1482,8 +1481,8 @@ class Stages:
 
 class Trainer:
     """Training as a state that can be saved before any step; a step needs settings and data besides."""
-    def __init__(self, h, world, model: LanguageModel,
-                 teacher: LanguageModel | None, data: TrainingData, folder: Path):
+    def __init__(self, h, world, model: LanguageModel, teacher: LanguageModel | None, data: TrainingData,
+                 folder: Path):
         self.h, self.world, self.model, self.data, self.folder = h, world, model, data, folder
         self.groups, self.quantizers = tensors_by_role(model), quantizers_of(h)
         self.stages, self.forward = Stages(h, model, teacher, world.compile), model
@@ -1493,7 +1492,7 @@ class Trainer:
         self.optimizers = Optimizers(self.groups, h, world)
         self.averages = Averages(self.optimizers.params, h)
         self.clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
-        self.done, self.qat = 0, False  # steps; whether quantised weights are trained
+        self.done, self.qat, self.every = 0, False, h.checkpoint_seconds or math.inf
         self.measured: dict[str, Tensor] = {}  # loss and norms of the last step, still on the device
         self.saved, self.saved_at, self.saving_took = "none", 0.0, 0.0
         self.parts = {"muon": self.optimizers.muon, "adam": self.optimizers.adam, "averages": self.averages}
@@ -1511,9 +1510,8 @@ class Trainer:
         self.stages.enter(0.0)
     def state_dict(self) -> dict:
         """All but the weights."""
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
         own = {"done": self.done, "qat": self.qat, "mark": self.stages.current, "clock": vars(self.clock)}
-        return own | parts
+        return own | {name: part.state_dict() for name, part in self.parts.items()}
     def load_state_dict(self, state: dict) -> None:
         self.done, self.qat = state["done"], state["qat"]
         self.stages.enter(state["mark"])
@@ -1540,8 +1538,7 @@ class Trainer:
         h, clock, stages = self.h, self.clock, self.stages
         self.world.can_save, began = True, time.perf_counter()
         while True:
-            wait = max(h.checkpoint_seconds or math.inf, 100 * self.saving_took)  # it costs 1% at most
-            due = clock.elapsed - self.saved_at >= wait
+            due = clock.elapsed - self.saved_at >= max(self.every, 100 * self.saving_took)  # 1% at most
             mine = clock.remaining(self.done), clock.share(self.done), due
             remaining, share, due, stops = self.world.agree(*mine)
             if due or stops:
@@ -1573,9 +1570,8 @@ class Trainer:
     def step(self, remaining: int, share: float) -> Tensor:
         """One step, its loss; `remaining` counts it, `share` is what is over of training before it."""
         h, world = self.h, self.world
-        scale = warmdown_scale(self.done, remaining, h.warmdown_iters)
-        if h.warmdown_frac:
-            scale = min(1.0, (1 - share) / h.warmdown_frac)
+        scale = (min(1.0, (1 - share) / h.warmdown_frac) if h.warmdown_frac else
+                 warmdown_scale(self.done, remaining, h.warmdown_iters))
         if scale < h.late_qat_threshold and not self.qat:
             self.qat = True
             world.log(f"late_qat:on step:{self.done} scale:{scale:.4f}")
@@ -1590,7 +1586,9 @@ class Trainer:
         self.measured, self.done = {"loss": loss} | norms, self.done + 1
         return loss
     def log(self, what: str) -> None:
-        self.world.log(f"step:{self.done}/{self.h.iterations} {what} {self.clock.times(self.done)}")
+        took = 1000 * self.clock.elapsed
+        times = f"train_time:{took:.0f}ms step_avg:{took / max(self.done, 1):.2f}ms"
+        self.world.log(f"step:{self.done}/{self.h.iterations} {what} {times}")
     def validate(self, val: ValidationStream) -> dict:
         nats, bpb = evaluate(self.model, val, self.h, self.world, self.h.eval_seq_len)
         self.log(f"val_loss:{nats:.4f} val_bpb:{bpb:.4f}")
@@ -1642,7 +1640,9 @@ def read_checkpoint(*paths: Path) -> dict:
                 with zipfile.ZipFile(path) as archive:  # stored as it is, every entry with a checksum
                     if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
                         raise ValueError("it is torn")
-                return torch.load(path, map_location="cpu", weights_only=True)
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                parts = "settings", "model", "fingerprint", "versions", "figures", "weights", "training"
+                return {part: saved[part] for part in parts}
 
 def open_run(h, world) -> tuple[Path, dict | None]:
     """The run's folder, its log open, and the checkpoint to go on from, if it has one."""
@@ -1689,7 +1689,7 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
             raise UserError(f"DISTILL_FROM={h.distill_from}: the teacher has another tokenizer")
         teacher = build_model(header, tensors, world).requires_grad_(False)
     torch.manual_seed(h.seed)
-    model = (build_model(saved, saved["weights"], world) if saved
+    model = (build_model(saved, saved["weights"], world, h) if saved
              else make_model(h, world.dtype).to(world.device))
     if world.share(fingerprint := model.fingerprint()) != fingerprint:
         raise UserError("the processes draw different random maps; use the same versions on all machines")

@@ -25,6 +25,18 @@ TINY = {
 }
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "campaign: a larger sample of bench/faults.py, which takes minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without `-m` the campaign is left out."""
+    if not config.getoption("-m"):
+        left_out = [item for item in items if item.get_closest_marker("campaign")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment():
     """A user's shell must not change the tests: settings and torchrun's variables are taken out of it.
