@@ -1181,26 +1181,23 @@ class Quantizer(NamedTuple):
     def exponents(self, w: Tensor) -> Tensor:
         step = w.double().square().mean(-1).sqrt() * self.sigmas / (2 ** (self.bits - 1) - 1)
         return torch.where(step > 0, (160 + 8 * step.log2()).round().clamp(1, 255), 0).to(torch.uint8)
-    def round(self, w: Tensor, steps: Tensor) -> Tensor:
-        """The codes nearest to w, as floats."""
-        largest = 2 ** (self.bits - 1) - 1
-        return (w / steps.clamp(min=1e-30)).round().clamp(-largest, largest)
     def prune(self, w: Tensor) -> Tensor:
         """w, its smallest values set to zero."""
         count = int(w.size(-2) * w.size(-1) * self.prune_pct / 100)
         return w * (w.abs() > w.abs().flatten(-2).kthvalue(count).values[..., None, None]) if count else w
     def nearest(self, w: Tensor) -> Tensor:
         """w (rows, columns) as the artifact would hold it, without error feedback. Late QAT trains this."""
-        w, steps = self.prune(w), row_steps(self.exponents(w))
-        return (self.round(w.double(), steps) * steps).to(w.dtype)
+        w, steps, largest = self.prune(w), row_steps(self.exponents(w)), 2 ** (self.bits - 1) - 1
+        codes = (w.double() / steps.clamp(min=1e-30)).round().clamp(-largest, largest)
+        return (codes * steps).to(w.dtype)
     def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
         """Codes that keep w x near, w (rows, columns), for inputs of `hessian` (columns, columns) = Σ x xᵀ:
         GPTQ (arXiv:2210.17323), largest input first. Without a Hessian every value is rounded."""
-        exponents, kept, w = self.exponents(w), self.prune(w) != 0, w.double()
-        steps, codes = row_steps(exponents), torch.empty_like(w)
+        exponents, kept, largest = self.exponents(w), self.prune(w) != 0, 2 ** (self.bits - 1) - 1
+        w = w.double() / row_steps(exponents).clamp(min=1e-30)  # in steps, which the error feedback keeps
         if hessian is None:
-            return Codes((self.round(w, steps) * kept).to(torch.int8), exponents)
-        order = hessian.diagonal().argsort(descending=True)
+            return Codes((w.round().clamp(-largest, largest) * kept).to(torch.int8), exponents)
+        order, codes = hessian.diagonal().argsort(descending=True), torch.empty_like(w)
         w, kept, hessian = w[:, order], kept[:, order], hessian[order][:, order].double()
         hessian.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-12)
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
@@ -1208,9 +1205,9 @@ class Quantizer(NamedTuple):
             end = min(begin + block, w.size(1))
             errors = torch.empty_like(w[:, begin:end])
             for j in range(begin, end):
-                codes[:, j] = self.round(w[:, j : j + 1], steps)[:, 0] * kept[:, j]
-                errors[:, j - begin] = (w[:, j] - codes[:, j] * steps[:, 0]) / factor[j, j]
-                w[:, j:end] -= errors[:, j - begin, None] * factor[j, j:end]
+                codes[:, j] = w[:, j].round().clamp_(-largest, largest).mul_(kept[:, j])
+                errors[:, j - begin] = (w[:, j] - codes[:, j]).div_(factor[j, j])
+                w[:, j:end].addr_(errors[:, j - begin], factor[j, j:end], alpha=-1)
             w[:, end:] -= errors @ factor[begin:end, end:]
         return Codes(codes[:, order.argsort()].to(torch.int8), exponents)
 
