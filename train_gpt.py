@@ -842,12 +842,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (batch, heads, length, dim), group = q.shape, q.size(1) // k.size(1)
     if q.is_cuda or length > 1024:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    # On a CPU, plain products are faster than the fused kernel at such lengths (bench/cpu.py).
+    # On a CPU, plain products over what is not future are faster than the fused kernel (bench/cpu.py).
     k, v = k.reshape(-1, length, dim), v.reshape(-1, length, dim)  # (B · H_kv, T, D)
-    q = q.reshape(len(k), -1, dim)  # the query heads of a group one below the other
-    future = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1).repeat(group, 1)
-    weights = torch.baddbmm(future, q, k.mT, alpha=dim**-0.5).softmax(-1)
-    return (weights @ v).view(batch, heads, length, dim).transpose(1, 2)
+    q, rows = q.reshape(len(k), group, length, dim), []
+    for begin in range(0, length, 128):
+        part = q[:, :, begin : (end := begin + 128)].flatten(1, 2)  # heads of a group in turn
+        future = q.new_full((part.size(1) // group, min(end, length)), -torch.inf).triu(1 + begin)
+        weights = torch.baddbmm(future.repeat(group, 1), part, k[:, :end].mT, alpha=dim**-0.5).softmax(-1)
+        rows.append((weights @ v[:, :end]).unflatten(1, (group, -1)))
+    return torch.cat(rows, 2).view(batch, heads, length, dim).transpose(1, 2)
 
 def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
     """As causal_attention, but each row of T positions goes on from the row above: a query sees the last T
