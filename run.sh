@@ -56,7 +56,8 @@ load_preset() {
 if [ "${1:-}" = test ]; then
     setup "$root/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
-    exec "$venv/bin/python" -m pytest -q tests "${@:2}"
+    # Two at a time, each file by one of them: what its tests share is made once.
+    exec "$venv/bin/python" -m pytest -q -n 2 --dist loadfile tests "${@:2}"
 fi
 
 # The preset: the argument, else PRESET, else what suits the machine.

@@ -1341,10 +1341,9 @@ def read_tensors(header: dict, body: bytes) -> Iterable[tuple[str, Tensor]]:
 def export(h, world, model: LanguageModel, data: TrainingData, step: int, tokenizer: Tokenizer,
            trial: bool = False) -> bytes:
     """The artifact of the model, on every process. A trial calibrates on little, and packs fast."""
-    size, first = max(1, 16_384 // h.train_seq_len), step * (h.train_batch_tokens // h.train_seq_len)
-    wanted = min(h.gptq_calib_batches, world.count if trial else h.gptq_calib_batches)
-    rounds = -(-wanted // world.count)  # the same number on every process
-    mine = range(world.rank, rounds * world.count, world.count)
+    size = 1 if trial else max(1, 16_384 // h.train_seq_len)  # sequences of a batch
+    first, rounds = step * (h.train_batch_tokens // h.train_seq_len), -(-h.gptq_calib_batches // world.count)
+    mine = range(world.rank, (min(rounds, 1) if trial else rounds) * world.count, world.count)
     batches = (data.sequences(first + i * size, size)[:, :-1].to(world.device) for i in mine)
     hessians = collect_hessians(model, batches, world)
     if world.rank:
