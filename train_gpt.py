@@ -429,7 +429,8 @@ class World:
         fast = "bfloat16" if self.on_cuda or torch.cpu._is_avx512_bf16_supported() else "float32"
         self.dtype = getattr(torch, fast if h.dtype == "auto" else h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
-        self.device_name = torch.cuda.get_device_name() if self.on_cuda else f"{platform.machine()} CPU"
+        cpu = f"{platform.machine()} CPU"
+        self.device_name = torch.cuda.get_device_name(self.device) if self.on_cuda else cpu
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
         self.file, self.can_save, self.told_to_stop = None, False, 0.0
     def __enter__(self) -> World:
