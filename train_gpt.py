@@ -1715,7 +1715,7 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
     save_checkpoint(h, world, model, folder, figures, {})
     world.can_save = False
     if world.agree()[-1]:
-        raise UserError(f"stopped as a signal asked; the same RUN_ID exports what is in {folder}/checkpoint.pt")
+        raise UserError(f"stopped as a signal asked; the same RUN_ID exports {folder}/checkpoint.pt")
     began = time.perf_counter()
     blob = export(h, world, model, data, figures["steps"], tokenizer)
     if world.rank == 0:

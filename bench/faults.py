@@ -276,7 +276,7 @@ class Site:
         """The folder of a run that was killed in the midst of training, made once; has two checkpoints."""
         key = f"{variant}-interrupted"
         if key not in self.made:
-            attempt = self.start(self.settings(variant, key), ("operation", 60))
+            attempt = self.start(self.settings(variant, key), ("operation", 40))
             if attempt.end() != -signal.SIGKILL:
                 raise RuntimeError(f"the run to interrupt ended: {attempt.errors}")
             self.made[key] = self.runs / key
