@@ -468,13 +468,13 @@ def ranks(site: Site, count: int, seed: int,
         began, folder = time.monotonic(), site.runs / settings["RUN_ID"]
         code = attempt.end(150)
         took = time.monotonic() - began
-        pattern = r"^(?:error: |Traceback|\w*Error: ).*"
+        pattern = r"^(?:error: |\w*Error: ).*"  # the launcher has a traceback of its own
         said = "; ".join(re.findall(pattern, attempt.errors, re.M))
         if code is None:
             problems.append(f"still there after {took:.0f} s")
         elif mode == "restarted" and (code or not (folder / "submission.json").exists()):
             problems.append(f"did not go on by itself, exit code {code}: {said}")
-        elif mode != "restarted" and (code == 0 or "error: " not in said or "Traceback" in said):
+        elif mode != "restarted" and (code == 0 or "error: " not in said or 'train_gpt.py", line' in attempt.errors):
             problems.append(f"exit code {code}, and says: {said}")
         problems += loads(folder)
         if not (folder / "submission.json").exists():
@@ -495,7 +495,7 @@ def twice(site: Site, count: int, seed: int) -> Tally:
         site.undisturbed()
         settings = site.settings(USUAL)
         first = site.start(settings, ("slow", draw.randint(2, 25)))
-        first.wait_for_log("^model ")  # it then sleeps in a step
+        first.wait_for_log(r"^\S+ trained and ")  # it then sleeps in a step
         began = time.monotonic()
         second = site.start(settings)
         problems = clear_error(second, second.end(), "another process is at this run", settings["RUN_ID"])
