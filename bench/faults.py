@@ -470,11 +470,12 @@ def ranks(site: Site, count: int, seed: int,
         took = time.monotonic() - began
         pattern = r"^(?:error: |\w*Error: ).*"  # the launcher has a traceback of its own
         said = "; ".join(re.findall(pattern, attempt.errors, re.M))
+        trace = 'train_gpt.py", line' in attempt.errors
         if code is None:
             problems.append(f"still there after {took:.0f} s")
         elif mode == "restarted" and (code or not (folder / "submission.json").exists()):
             problems.append(f"did not go on by itself, exit code {code}: {said}")
-        elif mode != "restarted" and (code == 0 or "error: " not in said or 'train_gpt.py", line' in attempt.errors):
+        elif mode != "restarted" and (code == 0 or "error: " not in said or trace):
             problems.append(f"exit code {code}, and says: {said}")
         problems += loads(folder)
         if not (folder / "submission.json").exists():
