@@ -627,10 +627,10 @@ def not_a_number(site: Site, count: int, seed: int) -> Tally:
     return tally
 
 
-def exports(site: Site, folder: Path, at_most: int) -> list[str]:
+def exports(site: Site, folder: Path, at_most: int, variant: str = USUAL) -> list[str]:
     """What is wrong with the export of a run's last checkpoint, one from the midst of training."""
     problems = loads(folder)
-    settings = site.settings(USUAL) | {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": folder / "checkpoint.pt"}
+    settings = site.settings(variant) | {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": folder / "checkpoint.pt"}
     attempt = site.start(settings)
     if attempt.end() != 0:
         return [*problems, f"export failed: {attempt.errors[-600:]}"]
@@ -647,7 +647,7 @@ def midway(site: Site, count: int, seed: int) -> Tally:
     tally = Tally("export of a checkpoint midway")
     for variant in itertools.islice(itertools.cycle(VARIANTS), count):
         began = time.monotonic()
-        problems = exports(site, site.interrupted(variant), BASE["ITERATIONS"] - 1)
+        problems = exports(site, site.interrupted(variant), BASE["ITERATIONS"] - 1, variant)
         tally.add(variant, problems, time.monotonic() - began)
     return tally
 
