@@ -1494,7 +1494,7 @@ class Trainer:
         self.clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
         self.done, self.qat, self.every = 0, False, h.checkpoint_seconds or math.inf
         self.measured: dict[str, Tensor] = {}  # loss and norms of the last step, still on the device
-        self.saved, self.saved_at, self.saving_took = "none", 0.0, 0.0
+        self.saved, self.saved_at, self.saving_took, self.fingerprint = "none", 0.0, 0.0, model.fingerprint()
         self.parts = {"muon": self.optimizers.muon, "adam": self.optimizers.adam, "averages": self.averages}
         self.parts |= {"teacher": self.stages.teacher} if h.self_distill else {}
     def warm_up(self) -> None:
@@ -1524,7 +1524,7 @@ class Trainer:
         """Writes a checkpoint; the one before is kept beside it."""
         began = time.perf_counter()
         self.check_finite()  # a checkpoint must be one to go back to
-        save_checkpoint(self.h, self.world, self.model, self.folder, {}, self.state_dict())
+        save_checkpoint(self.h, self.world, self.model, self.fingerprint, self.folder, {}, self.state_dict())
         self.saved, self.saved_at = f"{self.folder}/checkpoint.pt of step {self.done}", self.clock.elapsed
         self.saving_took = time.perf_counter() - began
     def check_finite(self) -> None:
@@ -1624,11 +1624,11 @@ class Trainer:
 MAY_DIFFER = ("run_id resume output_dir data_path tokenizer_path distill_from compile checkpoint_seconds"
               " timeout_seconds train_log_every author github_id allow_unknown").split()
 
-def save_checkpoint(h, world, model: LanguageModel, folder: Path, figures: dict, training: dict) -> None:
+def save_checkpoint(h, world, model, fingerprint: str, folder: Path, figures: dict, training: dict) -> None:
     """Rank 0 writes all that training goes on from, or the export alone where there are figures."""
     if world.rank == 0:
         buffer, facts = io.BytesIO(), {"settings": dataclasses.asdict(h), "model": h.model_settings()}
-        facts |= {"fingerprint": model.fingerprint(), "versions": VERSIONS, "figures": figures}
+        facts |= {"fingerprint": fingerprint, "versions": VERSIONS, "figures": figures}
         torch.save(facts | {"weights": model.state_dict(), "training": training}, buffer)
         write_file(folder / "checkpoint.pt", buffer.getbuffer(), folder / "checkpoint.previous.pt")
 
@@ -1712,7 +1712,7 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
             log(f"continued after step {trainer.done}")
         figures = {"trained_parameters": trained, "frozen_parameters": frozen} | trainer.run(val)
         del trainer  # its memory is the export's
-    save_checkpoint(h, world, model, folder, figures, {})
+    save_checkpoint(h, world, model, fingerprint, folder, figures, {})
     world.can_save = False
     if world.agree()[-1]:
         raise UserError(f"stopped as a signal asked; the same RUN_ID exports {folder}/checkpoint.pt")
