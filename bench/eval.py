@@ -11,7 +11,6 @@ training sequences cost score.
 """
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from pathlib import Path
@@ -24,7 +23,7 @@ from common import Row, t
 
 STREAM_TOKENS = {"cpu": 8_192, "cuda": 131_072, "smoke": 256}  # of the comparison of speed
 WINDOW = {"eval_seq_len": 2048, "eval_stride": 64}
-# EVAL_MODE's choices: exact gives every scored token its own window's context; window is to be far cheaper.
+# EVAL_MODE's choices: exact gives every scored token its own window's context; window is far cheaper.
 modes = ("exact", "window")
 
 
@@ -89,9 +88,7 @@ def trained(options, world: t.World):
 
 def compare_modes(h: t.Hyperparameters, model: t.LanguageModel, val, world: t.World, runs: int,
                   what: str) -> list[Row]:
-    """Seconds and bits per byte of the modes on a stream, where train_gpt has EVAL_MODE."""
-    if "eval_mode" not in {f.name for f in dataclasses.fields(t.Hyperparameters)}:
-        return []
+    """Seconds and bits per byte of the modes on a stream."""
     scores = {}
 
     def side(mode: str):
@@ -144,8 +141,6 @@ def main() -> None:
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
     print(f"\n{n:,} tokens in windows of {h.eval_seq_len}, stride {h.eval_stride}; {h.num_layers} layers of"
           f" width {h.model_dim}, {label}.")
-    if len(rows) == 2:
-        print("This train_gpt.py has no EVAL_MODE; its modes are not compared.")
     common.print_rows(rows, options)
 
 

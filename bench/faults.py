@@ -65,6 +65,7 @@ VARIANTS = {
     "sparse": {"MAP_BASIS": "hadamard", "MAP_ADAPTER": "sparse:0.1+lora:4", "MAP_SCALE": "map"},
 }
 USUAL = "everything"  # what is used where one is enough
+MODEL_BUILT = r"^\S+ trained and "  # a line of the log
 
 
 @dataclasses.dataclass
@@ -228,7 +229,7 @@ class Attempt:
         log = re.sub(r"^(projected .*|\s.*)$", "", self.new_log(), flags=re.M)
         marks = (("finished", r"^written: "), ("evaluation", r"^artifact code "),
                  ("export", r"^step:(\d+)/\1 val_loss"), ("training", r"^(step:\d|continued after)"),
-                 ("preflight or warm-up", r"^model \d"))
+                 ("preflight or warm-up", MODEL_BUILT))
         found = next((name for name, pattern in marks if re.search(pattern, log, re.M)), "start")
         part = found in ("training", "export") and self.log.with_name("checkpoint.pt.part").exists()
         return "checkpointing" if part else found
@@ -496,7 +497,7 @@ def twice(site: Site, count: int, seed: int) -> Tally:
         site.undisturbed()
         settings = site.settings(USUAL)
         first = site.start(settings, ("slow", draw.randint(2, 25)))
-        first.wait_for_log(r"^\S+ trained and ")  # it then sleeps in a step
+        first.wait_for_log(MODEL_BUILT)  # it then sleeps in a step
         began = time.monotonic()
         second = site.start(settings)
         problems = clear_error(second, second.end(), "another process is at this run", settings["RUN_ID"])
