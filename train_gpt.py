@@ -744,26 +744,47 @@ class Mask(Owner):
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Tensor]:
         return {"scores": self.scores.data > 0}
 
-# Beside a frozen map: the product of `factors`, or a full `correction`, whose gradient costs one GEMM more.
+# Beside a frozen map: the product of `factors`, or a full `correction`, whose gradient is dense.
 ADAPTERS: dict[str, type[Owner]] = {
     "lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
 
-class MergedLinear(torch.autograd.Function):
-    """y = x (W + A B)ᵀ: one GEMM forward, one backward, the dense gradient of W only where one asks."""
+# Below this many FLOPs for each byte of its operands, memory bounds a product: measured (bench/roofline.py).
+RIDGE = {"cuda": 264.0, "cpu": 20.0}
+
+class ThinLinear(torch.autograd.Function):
+    """y = x Mᵀ, where M stacks merged maps W + A B: one GEMM forward, one backward, and thin ones for the
+    factors A, B of each, whose dense gradient is never formed."""
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        merged = torch.addmm(weight, a, b)
-        ctx.save_for_backward(x, merged, a, b)
+    def forward(ctx, x: Tensor, merged: Tensor, *factors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, merged, *factors)
         return x @ merged.t()
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, merged, a, b = ctx.saved_tensors
+        x, merged, *factors = ctx.saved_tensors
         rows_dy, rows_x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
-        wants_x, wants_w, wants_a, wants_b = ctx.needs_input_grad
-        return (dy @ merged if wants_x else None,
-                rows_dy.t() @ rows_x if wants_w else None,
-                rows_dy.t() @ (rows_x @ b.t()) if wants_a else None,
-                (rows_dy @ a).t() @ rows_x if wants_b else None)
+        wants, gradients = ctx.needs_input_grad, [dy @ merged if ctx.needs_input_grad[0] else None, None]
+        parts = rows_dy.split([len(a) for a in factors[::2]], 1)
+        for part, a, b, wants_a, wants_b in zip(parts, factors[::2], factors[1::2], wants[2::2], wants[3::2]):
+            gradients += [part.t() @ (rows_x @ b.t()) if wants_a else None,
+                          (part @ a).t() @ rows_x if wants_b else None]
+        return tuple(gradients)
+
+def thin_pays(rows: int, columns: int, rank: int, scaled: bool, ridge: float) -> bool:
+    """Whether the gradients of A (rows, rank) and B (rank, columns) cost less by four thin products than by
+    the dense one of W + A B, which gives that of a learned `scale` of its rows, too. A token's cost in each
+    product is its FLOPs, or `ridge` times the bytes of its bfloat16 operands where those take longer."""
+    def cost(width: int, length: int) -> float:
+        return max(2 * width * length, ridge * 2 * (width + length))
+    thin = 2 * cost(rows, rank) + 2 * cost(columns, rank) + scaled * ridge * 10 * rows
+    return thin < cost(rows, columns)
+
+def stacked(maps: tuple[Linear, ...], name: str, neutral: float) -> Tensor | None:
+    """A factor or the bias of all rows of these maps, (Σ out,), or None where none has one."""
+    parts = [getattr(each, name) for each in maps]
+    if all(part is None for part in parts):
+        return None
+    return torch.cat([each.weight.new_full((1,), neutral, dtype=torch.float32).expand(len(each.weight))
+                      if part is None else part.expand(len(each.weight)) for each, part in zip(maps, parts)])
 
 class Linear(Owner):
     """A row of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias). W (out, in) is learned in
@@ -783,19 +804,30 @@ class Linear(Owner):
         self.scale = None if factors is None else nn.Parameter(factors)
         self.gate = None if row.gate is None else nn.Parameter(torch.full((row.out_features,), row.gate))
         self.bias = nn.Parameter(torch.zeros(row.out_features)) if bias else None
-    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        weight, adapters = self.weight.to(x.dtype), list(self.children())
-        low_rank = [adapter.factors() for adapter in adapters if hasattr(adapter, "factors")]
+    def parts(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """W with the corrections that are not low-rank, (out, in), and A, B of those that are."""
+        weight, adapters = self.weight.to(dtype), list(self.children())
         weight = sum([each.correction(weight) for each in adapters if hasattr(each, "correction")], weight)
-        if low_rank:
-            a, b = torch.cat([a for a, _ in low_rank], 1), torch.cat([b for _, b in low_rank], 0)
-            y = MergedLinear.apply(x, weight, a.to(x.dtype), b.to(x.dtype))
+        low_rank = [adapter.factors() for adapter in adapters if hasattr(adapter, "factors")]
+        return weight, [torch.cat(pair, dim).to(dtype) for dim, pair in zip((1, 0), zip(*low_rank))]
+    def forward(self, x: Tensor, *others: Linear, factor: Tensor | None = None,
+                activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """x (…, in) -> (…, out); with other maps of the same input (…, Σ out), by one product. `factor`
+        (Σ out,) comes to the scale."""
+        maps, ridge = (self, *others), RIDGE["cuda" if x.is_cuda else "cpu"]
+        scale, bias, gate = (stacked(maps, *name) for name in (("scale", 1.0), ("bias", 0.0), ("gate", 1.0)))
+        scale = factor if scale is None else scale if factor is None else scale * factor
+        weights, factors = zip(*(each.parts(x.dtype) for each in maps))
+        merged = torch.cat([torch.addmm(w, *pair) if pair else w for w, pair in zip(weights, factors)])
+        if all(pair and not w.requires_grad and thin_pays(*w.shape, len(pair[1]), scale is not None, ridge)
+               for w, pair in zip(weights, factors)):
+            y = ThinLinear.apply(x, merged.detach(), *itertools.chain(*factors))
+            y = y if scale is None else y * scale.to(x.dtype)
         else:
-            y = F.linear(x, weight)
-        y = y if self.scale is None else y * self.scale.to(x.dtype)
-        y = y if self.bias is None else y + self.bias.to(x.dtype)
+            y = F.linear(x, merged if scale is None else merged * scale.to(x.dtype)[:, None])
+        y = y if bias is None else y + bias.to(x.dtype)
         y = y if activation is None else activation(y)
-        return y if self.gate is None else y * self.gate.to(x.dtype)
+        return y if gate is None else y * gate.to(x.dtype)
 
 class FrozenRandomLinearWithLoRA(Linear):
     """y = x (W + A B)ᵀ (+ bias): an orthogonal random map with LoRA (PR #1113), by itself."""
@@ -866,6 +898,12 @@ def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Ten
                                           attn_mask=(past >= 0) & (past < length)).transpose(1, 2)
     return torch.cat([first, rest])
 
+def rotary_table(base: float, dims: int, dtype: torch.dtype, positions: int) -> Tensor:
+    """(2, positions, 1, dims / 2): cosine and sine of each position's angles. Kernels that compute them anew
+    for every head take twice as long (bench/results/gpu.md)."""
+    angles = torch.arange(positions)[:, None, None] * base ** -(torch.arange(0, dims, 2).double() / max(dims, 1))
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Partial RoPE: x (B, T, H, D), cos and sin (T, 1, R); the first 2R dimensions turn, the rest stay."""
     half = cos.size(-1)
@@ -885,18 +923,20 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = (linear(f"attention.{kind}") for kind in ("q", "k", "v", "proj"))
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
-        self.head_dim, self.xsa = h.head_dim, layer >= h.num_layers - h.xsa_last_n
-    def forward(self, x: Tensor, rope: list[Tensor], added_v: Tensor | None, first_v: Tensor | None):
-        """x (B, T, d) -> output (B, T, d) and this layer's own values (B, T, kv_dim)."""
-        own_v = self.v(x)
+        self.xsa, self.head_dim = layer >= h.num_layers - h.xsa_last_n, h.head_dim
+        self.heads, self.widths = [h.num_heads, h.num_kv_heads], [h.model_dim + h.kv_dim, h.kv_dim]
+    def forward(self, x: Tensor, factor: Tensor, rope: list[Tensor], added_v, first_v):
+        """x (B, T, d) -> output times factor (d,), (B, T, d), and this layer's own values (B, T, kv_dim)."""
+        qk, own_v = self.q(x, self.k, self.v).split(self.widths, -1)
         v = own_v if added_v is None else own_v + added_v
         if self.value_gate is not None:
             v = v + torch.sigmoid(self.value_gate).to(x.dtype) * first_v
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (self.q(x), self.k(x), v))  # (B, T, H, D)
-        q, k = rotate(norm(q), *rope[:2]) * self.q_gain.to(x.dtype), rotate(norm(k), *rope[:2])
+        qk, v = (each.unflatten(-1, (-1, self.head_dim)) for each in (qk, v))  # (B, T, H + H_kv, D)
+        gains = F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1.0).to(x.dtype)
+        q, k = (rotate(norm(qk), *rope[:2]) * gains).split(self.heads, 2)
         y = streaming_attention(q, k, v, rope[2:]) if rope[2:] else causal_attention(q, k, v)
         y = exclude_self(y, v) if self.xsa else y
-        return self.proj(y.flatten(2)), own_v
+        return self.proj(y.flatten(2), factor=factor), own_v
 
 class MLP(nn.Module):
     """LeakyReLU(0.5)² between two maps, or GEGLU between three (arXiv:2002.05202)."""
@@ -904,10 +944,11 @@ class MLP(nn.Module):
         super().__init__()
         self.fc, self.proj = linear("mlp.fc"), linear("mlp.proj")
         self.gate = linear("mlp.gate") if h.mlp_gated else None
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """x (B, T, d) -> output times factor (d,), (B, T, d)."""
         if self.gate is not None:
-            return self.proj(self.fc(x) * self.gate(x, F.gelu))
-        return self.proj(self.fc(x, lambda y: F.leaky_relu(y, 0.5).square()))
+            return self.proj(self.fc(x) * self.gate(x, activation=F.gelu), factor=factor)
+        return self.proj(self.fc(x, activation=lambda y: F.leaky_relu(y, 0.5).square()), factor=factor)
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, in turn or side by side, on a learned mix of stream x and embedding x0."""
@@ -923,10 +964,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, rope: list, added_v, first_v) -> tuple[Tensor, Tensor]:
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x) * self.norm_scale
-        y, own_v = self.attention(normed, rope, added_v, first_v)
-        x = x + self.attention_scale.to(x.dtype) * self.dropout(y)
+        y, own_v = self.attention(normed, self.attention_scale, rope, added_v, first_v)
+        x = x + self.dropout(y)
         normed = normed if self.parallel else norm(x) * self.norm_scale
-        return x + self.mlp_scale.to(x.dtype) * self.dropout(self.mlp(normed)), own_v
+        return x + self.dropout(self.mlp(normed, self.mlp_scale)), own_v
 
 class LanguageModel(nn.Module):
     """What training, export and evaluation ask of a model; those below add `predict`: ids (B, T) -> logits of
@@ -986,8 +1027,8 @@ class GPT(LanguageModel):
         self.skip_weights = nn.Parameter(torch.ones(self.skipping, h.model_dim)) if self.skipping else None
         gated = self.skipping and h.skip_gates_enabled
         self.skip_gates = nn.Parameter(torch.zeros(self.skipping, h.model_dim)) if gated else None
-        frequencies = h.rope_base ** -(torch.arange(0, h.rope_dims, 2) / max(h.rope_dims, 1))
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.rotary = functools.partial(rotary_table, h.rope_base, h.rope_dims, dtype)
+        self.register_buffer("rope", self.rotary(1 + max(h.train_seq_len, h.eval_seq_len)), persistent=False)
     def hidden(self, ids: Tensor, streams: bool = False) -> Tensor:
         """ids (B, T) -> the last norm's output (B, T, d), which the logits are made of. In a stream each row
         goes on from the row above, so that every position but the first ones attends to the last T."""
@@ -1001,9 +1042,9 @@ class GPT(LanguageModel):
         if self.smear_gate is not None:  # SmearGate: a mix with the position before, per channel
             x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), torch.sigmoid(self.smear_gate).to(x.dtype))
         x, ids = x.view(*shape, -1), ids.view(shape)
-        angles = torch.arange(shape[1], device=ids.device)[:, None, None] * self.frequencies
-        angles = [angles] + [-shape[1] * self.frequencies[None, None]] * streams  # (T, 1, R); (1, 1, R)
-        rope = [turn(angle).to(x.dtype) for angle in angles for turn in (torch.cos, torch.sin)]
+        length, known = shape[1], self.rope.size(1)
+        cos, sin = (self.rope if length < known else self.rotary(length + 1)).to(x)
+        rope = [cos[:length], sin[:length]] + [cos[length], -sin[length]] * streams  # a stream's keys turn back
         added_v = self.value_embedding(ids) if self.value_layers else None
         x0, skips, first_v = x, {}, None  # skips: the stream after each layer of the first half
         for layer in self.recurrent_order if self.recurs else self.order:
@@ -1236,20 +1277,21 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
 @torch.no_grad()
 def collect_hessians(model: LanguageModel, batches: Iterable[Tensor], world) -> dict[nn.Module, Tensor]:
     """Σ x xᵀ (in, in) float32 of inputs, but ids, of all that owns matrices; adapters have their map's."""
-    hessians: dict[nn.Module, Tensor] = {}
-    def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        if inputs[0].is_floating_point():
-            x = inputs[0].flatten(0, -2).float()  # a product rounded to bfloat16 need not be positive
-            hessians[module] = hessians.get(module, 0) + x.t() @ x
     owners = [module for module in model.modules() if isinstance(module, Owner)]
-    used = [module for module in owners if any(tensors_by_role(module)[role] for role in (MATRIX, EMBEDDING))]
-    hooks = [module.register_forward_pre_hook(add) for module in used]
+    used = {module for module in owners if any(tensors_by_role(module)[role] for role in (MATRIX, EMBEDDING))}
+    hessians: dict[tuple[nn.Module, ...], Tensor] = {}
+    def add(module: nn.Module, inputs: tuple) -> None:
+        x, sharing = inputs[0], (module, *inputs[1:])  # maps of one input have one Hessian
+        if x.is_floating_point() and not used.isdisjoint(sharing):
+            x = x.flatten(0, -2).float()  # a product rounded to bfloat16 need not be positive
+            hessians[sharing] = hessians.get(sharing, 0) + x.t() @ x
+    hooks = [module.register_forward_pre_hook(add) for module in owners]
     for ids in batches:
         model.predict(ids, ids.size(1))
     for hook in hooks:
         hook.remove()
-    hessians = {module: world.sum_(hessian) for module, hessian in hessians.items()}
-    return {owner: hessian for module, hessian in hessians.items() for owner in module.modules()}
+    return {owner: hessian for sharing, total in hessians.items() for hessian in [world.sum_(total)]
+            for module in sharing for owner in module.modules()}
 
 # ---- Artifact ----------------------------------------------------------------------------------------------
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 2

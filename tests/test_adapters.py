@@ -223,7 +223,7 @@ def same_as_the_textbook(row: train_gpt.MapRow, bias: bool, activation) -> None:
     if "mask.scores" in p:  # the mask is what is differentiated: scores get the gradient of their bits
         p["mask.scores"] = (p["mask.scores"] > 0).double()
     p = {name: value.requires_grad_() for name, value in p.items()}
-    y, expected = layer(x, activation), textbook(layer, row, p, x, activation)
+    y, expected = layer(x, activation=activation), textbook(layer, row, p, x, activation)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
     dy = normal(*y.shape, seed=3)
     ours = torch.autograd.grad(y, [x, *layer.parameters()], dy)
@@ -244,13 +244,31 @@ def test_a_linear_map_and_its_gradients_are_the_textbooks(adapter, basis, shape)
         same_as_the_textbook(row, bias, None if gate is None else squared)
 
 
-def test_a_learned_map_takes_the_dense_gradient_of_the_merged_product():
-    shapes = (2, 3, 7), (5, 7), (5, 2), (2, 7)
-    x, w, a, b = (normal(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
-    assert torch.autograd.gradcheck(train_gpt.MergedLinear.apply, (x, w, a, b))
-    dy = normal(2, 3, 5, seed=9)
-    train_gpt.MergedLinear.apply(x, w, a, b).backward(dy)
-    torch.testing.assert_close(w.grad, torch.einsum("bto,bti->oi", dy, x), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("ridge", [0.0, 1e9], ids=["thin", "dense"])
+@pytest.mark.parametrize("basis", ["uniform", "learned"])
+def test_maps_of_one_input_by_one_product_are_the_maps_one_by_one(basis, ridge, monkeypatch):
+    """With other ranks, scales and gates in each, whichever way the gradients of the factors are computed."""
+    monkeypatch.setitem(train_gpt.RIDGE, "cpu", ridge)
+    adapters = ("lora:2", "lora:1+rslora:3", "none") if basis == "uniform" else ("none",) * 3
+    maps = [made(train_gpt.MapRow("", rows, 8, basis, seed, 7, adapter=adapter, scale=scale, gate=gate))
+            for seed, (rows, adapter, scale, gate) in enumerate(zip(
+                (6, 4, 4), adapters, ("none", "row", "map"), (0.5, None, 2.0)))]
+    x, factor = normal(2, 3, 8).requires_grad_(), normal(14, seed=1).requires_grad_()
+    learned = [x, factor, *(p for each in maps for p in each.parameters())]
+    apart = torch.cat([each(x) for each in maps], -1) * factor
+    together = maps[0](x, *maps[1:], factor=factor)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
+    dy = normal(2, 3, 14, seed=2)
+    gradients = [torch.autograd.grad(y, learned, dy) for y in (together, apart)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+
+
+def test_the_cheaper_gradient_is_chosen_by_count():
+    """On an H100 (264 FLOPs a byte) memory bounds thin products; with little memory traffic FLOPs decide."""
+    assert not train_gpt.thin_pays(512, 512, 32, False, 264.0)
+    assert train_gpt.thin_pays(4096, 4096, 32, False, 264.0)
+    assert train_gpt.thin_pays(256, 256, 32, False, 20.0)
+    assert not train_gpt.thin_pays(256, 256, 128, False, 20.0)
 
 
 def test_no_gradient_is_computed_for_a_frozen_map():
@@ -730,8 +748,7 @@ def test_skips_pair_the_halves_with_recurrence_too(variant, random_model, gated,
             order = order[: layer + 1] + again + again + order[layer + 1 :]
     with torch.no_grad():
         x = x0 = train_gpt.norm(model.embedding.weight[ids])
-        angles = torch.arange(8)[:, None, None] * model.frequencies
-        rope, left, values = (angles.cos(), angles.sin()), {}, None
+        rope, left, values = tuple(model.rotary(8)), {}, None
         for layer in order:
             i = layer - half
             if 0 <= i < half:
@@ -749,15 +766,14 @@ def test_a_block_runs_its_parts_side_by_side_or_one_after_the_other(variant, ran
     h = variant(parallel_from=1 if parallel else 4, map_adapter="lora:4")
     model = random_model(h, torch.float64)
     x, x0, first = normal(2, 5, 32), normal(2, 5, 32, seed=1), normal(2, 5, h.kv_dim, seed=2)
-    angles = torch.arange(5)[:, None, None] * model.frequencies
-    rope = angles.cos(), angles.sin()
+    rope, once = tuple(model.rotary(5)), torch.ones(32, dtype=torch.float64)
     for layer, block in enumerate(model.blocks):
         with torch.no_grad():
             y, own = block(x, x0, rope, None, first)
             mixed = block.stream_mix * x + block.embedding_mix * x0
             seen = mixed / (mixed.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
             seen = seen / math.sqrt(layer + 1)
-            attended, values = block.attention(seen, rope, None, first)
+            attended, values = block.attention(seen, once, rope, None, first)
             after = mixed + block.attention_scale * attended
             if not (parallel and layer >= 1):
                 seen = after / (after.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()

@@ -159,16 +159,11 @@ def factors(*batch: int, in_features: int = 7, out_features: int = 5, rank: int 
 @pytest.mark.parametrize("batch", [(4,), (2, 3), (2, 1, 3), (0, 3)])
 def test_one_merged_product_equals_the_two_paths_of_the_textbook(batch):
     x, w, a, b = factors(*batch)
-    merged, textbook = train_gpt.MergedLinear.apply(x, w, a, b), x @ w.T + (x @ b.T) @ a.T
+    merged, textbook = train_gpt.ThinLinear.apply(x, (w + a @ b).detach(), a, b), x @ w.T + (x @ b.T) @ a.T
     torch.testing.assert_close(merged, textbook, rtol=0, atol=1e-10)
     dy = torch.randn_like(textbook)
     gradients = [torch.autograd.grad(y, (x, a, b), dy) for y in (merged, textbook)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
-
-
-def test_merged_gradients_are_numerically_right():
-    x, w, a, b = factors(2, 3)
-    assert torch.autograd.gradcheck(lambda x, a, b: train_gpt.MergedLinear.apply(x, w, a, b), (x, a, b))
 
 
 @pytest.mark.parametrize("bias", [False, True])
