@@ -9,13 +9,12 @@ around them is quantised, compressed and written as one artifact. Settings are e
 from __future__ import annotations
 
 import bisect, contextlib, copy, dataclasses, datetime, difflib, fcntl, functools, hashlib, io, itertools
-import json, lzma, math, os, pickle, platform, re, shutil, signal, statistics, sys, time, traceback, zipfile
+import json, math, os, pickle, platform, re, shutil, signal, statistics, sys, time, traceback, zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-flash_attention_3 = None
 try:
     import brotli
     import numpy as np
@@ -24,8 +23,6 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
-    with contextlib.suppress(ImportError):
-        from flash_attn_interface import flash_attn_func as flash_attention_3
 except ImportError as missing:  # all of them now: the export needs one that the training does not
     raise SystemExit(f"error: {missing}; pip install -r requirements.txt") from None
 
@@ -169,10 +166,9 @@ class Hyperparameters:
         self.head_dim = self.model_dim // self.num_heads
         self.kv_dim, self.mlp_dim = self.head_dim * self.num_kv_heads, int(self.mlp_mult * self.model_dim)
         self.value_layers, self.recurring_layers, self.maps = [], [], []
-        with noting(problems, f"VE_LAYERS={self.ve_layers}"):
-            self.value_layers = layers_of(self.ve_layers, self.num_layers) if self.ve_enabled else []
-        with noting(problems, f"RECUR_LAYERS={self.recur_layers}"):
-            self.recurring_layers = layers_of(self.recur_layers, self.num_layers)
+        for name, layers in (("ve_layers", self.value_layers), ("recur_layers", self.recurring_layers)):
+            with noting(problems, f"{name.upper()}={(text := getattr(self, name))}"):
+                layers += layers_of(text, self.num_layers) if name != "ve_layers" or self.ve_enabled else []
         problems += contradictions(self, environment) + foreign_variables(environment, self.allow_unknown)
         if not problems:  # the table of impossible shapes would only repeat what is wrong with them
             self.maps = map_table(self, problems)
@@ -267,14 +263,12 @@ PUBLISHED = {
     "lora_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
     "selective_freeze": ("1: system C, the MLP's input maps random", {"map_basis": "mlp.in=gaussian"},
                          {"map_adapter": "none", "map_seed": "42000"}),
-    "progressive_freeze_frac": (
-        "system D, share of training at which the MLP's input maps freeze", {"map_freeze": "mlp.in={}"},
-        {"map_basis": "learned"}),
+    "progressive_freeze_frac": ("system D, share of training at which the MLP's input maps freeze",
+                                {"map_freeze": "mlp.in={}"}, {"map_basis": "learned"}),
     "rand_proj_layers": ("PR #1228, layers of random up-projections", {"map_basis": "mlp.in@{}=orthogonal"},
                          {"map_adapter": "none"}),
     "rand_gain": ("1: a learned gain for each of their features", {"map_scale": "row"}, {}),
 }
-
 def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, object]:
     """What was said, in the project's own vocabulary: the published variables replaced by what they mean."""
     columns = {name: value for name, value in said.items() if name not in PUBLISHED}
@@ -300,7 +294,6 @@ def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, 
 NOT_HERE = {"TTT_ENABLED": "test-time training is not built",
             "NGRAM_EVAL": "a cache of hashed n-grams gives no normalised distribution",
             "KNN_LAMBDA": "a cache of hidden states gives no distribution that is fixed before scoring"}
-
 def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> list[str]:
     """Variables of the environment that ask for what is not here, or look like a misspelt setting."""
     asked = [name for name in NOT_HERE if environment.get(name, "") not in ("", "0", "0.0")]
@@ -429,8 +422,7 @@ class World:
         fast = "bfloat16" if self.on_cuda or torch.cpu._is_avx512_bf16_supported() else "float32"
         self.dtype = getattr(torch, fast if h.dtype == "auto" else h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
-        cpu = f"{platform.machine()} CPU"
-        self.device_name = torch.cuda.get_device_name(self.device) if self.on_cuda else cpu
+        self.device_name = torch.cuda.get_device_name() if self.on_cuda else f"{platform.machine()} CPU"
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
         self.file, self.can_save, self.told_to_stop = None, False, 0.0
     def __enter__(self) -> World:
@@ -454,8 +446,7 @@ class World:
             dist.destroy_process_group()
             os._exit(0)  # now and then a thread of gloo's aborts an interpreter that takes its time to exit
     def _on_signal(self, number: int, _) -> None:
-        """In training the first signal asks for a checkpoint. Others leave at once, but for those within a
-        second of it: a terminal sends one to every process, and torchrun sends it to them again."""
+        """In training the first asks for a checkpoint; others, but for its copies within a second, leave."""
         if self.told_to_stop and time.monotonic() < self.told_to_stop + 1:
             return
         if self.told_to_stop or not self.can_save:
@@ -542,8 +533,7 @@ def random_words(seed: int, n: int) -> np.ndarray:
     return np.random.Philox(key=seed).random_raw(n)
 
 class TrainingData:
-    """The training shards as sequences of TRAIN_SEQ_LEN + 1 tokens, shuffled anew each epoch, the last ones
-    held out. Position and seed decide what stands there: there is no state to keep."""
+    """The training shards as sequences, the last held out. Seed and position say which: it has no state."""
     def __init__(self, h):
         self.h, self.shards, length = h, read_shards(h.data_path, "train"), h.train_seq_len
         starts = [np.arange(0, len(tokens) - length, length) for tokens in self.shards]
@@ -654,14 +644,13 @@ def hadamard(out_features: int, in_features: int, seed: int) -> Tensor:
     words = random_words(seed, 2 * size).reshape(2, size)
     (rows, row_signs), (columns, column_signs) = ((w.argsort(kind="stable"), 1.0 - 2.0 * (w & np.uint64(1)))
                                                   for w in words)
-    parity = np.bitwise_count if hasattr(np, "bitwise_count") else np.vectorize(int.bit_count, otypes="B")
-    shared = rows[:out_features, None] & columns[None, :in_features]
-    signs = (1.0 - 2.0 * (parity(shared) & 1)) * row_signs[:out_features, None] * column_signs[:in_features]
+    shared = rows[:out_features, None] & columns[:in_features]
+    parity = functools.reduce(lambda bits, half: bits ^ (bits >> half), (16, 8, 4, 2, 1), shared) & 1
+    signs = (1.0 - 2.0 * parity) * row_signs[:out_features, None] * column_signs[:in_features]
     return torch.from_numpy(signs * 2.0 ** -math.floor(math.log2(max(out_features, in_features)) / 2 + 0.5))
 
 BASES = {"orthogonal": orthogonal, "gaussian": gaussian, "uniform": uniform, "rademacher": rademacher,
          "hadamard": hadamard}
-
 def draw_map(row: MapRow) -> Tensor:
     """(out, in) bfloat16, drawn on the CPU. The map *is* this rounding, on every device and in every type."""
     drawn = BASES[row.basis](row.out_features, row.in_features, row.seed) * row.gain
@@ -670,7 +659,6 @@ def draw_map(row: MapRow) -> Tensor:
 # ---- Linear layers -----------------------------------------------------------------------------------------
 # Roles of learned tensors: they decide optimiser and quantiser.
 MATRIX, EMBEDDING, SCALAR, SPARSE, MASK = "matrix", "embedding", "scalar", "sparse", "mask"
-
 class Owner(nn.Module):
     """A module that gives each of its learned tensors a role; a tensor without an owner is a SCALAR."""
     roles: dict[str, str] = {}
@@ -748,12 +736,10 @@ class Mask(Owner):
 ADAPTERS: dict[str, type[Owner]] = {
     "lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
 
-# Below this many FLOPs for each byte of its operands, memory bounds a product: measured (bench/roofline.py).
-RIDGE = {"cuda": 264.0, "cpu": 20.0}
+RIDGE = {"cuda": 264.0, "cpu": 20.0}  # FLOPs a byte, below which memory bounds a product: bench/results
 
 class ThinLinear(torch.autograd.Function):
-    """y = x Mᵀ, where M stacks merged maps W + A B: one GEMM forward, one backward, and thin ones for the
-    factors A, B of each, whose dense gradient is never formed."""
+    """y = x Mᵀ, M of merged maps W + A B: one GEMM each way, thin ones for A and B, no dense gradient."""
     @staticmethod
     def forward(ctx, x: Tensor, merged: Tensor, *factors: Tensor) -> Tensor:
         ctx.save_for_backward(x, merged, *factors)
@@ -761,30 +747,26 @@ class ThinLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, merged, *factors = ctx.saved_tensors
-        rows_dy, rows_x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
-        wants, gradients = ctx.needs_input_grad, [dy @ merged if ctx.needs_input_grad[0] else None, None]
-        parts = rows_dy.split([len(a) for a in factors[::2]], 1)
-        for part, a, b, wants_a, wants_b in zip(parts, factors[::2], factors[1::2], wants[2::2], wants[3::2]):
-            gradients += [part.t() @ (rows_x @ b.t()) if wants_a else None,
-                          (part @ a).t() @ rows_x if wants_b else None]
+        gradients, rows_dy, rows_x = [dy @ merged, None], dy.flatten(0, -2), x.flatten(0, -2)
+        for part, a, b in zip(rows_dy.split([len(a) for a in factors[::2]], 1), factors[::2], factors[1::2]):
+            gradients += [part.t() @ (rows_x @ b.t()), (part @ a).t() @ rows_x]
         return tuple(gradients)
 
-def thin_pays(rows: int, columns: int, rank: int, scaled: bool, ridge: float) -> bool:
-    """Whether the gradients of A (rows, rank) and B (rank, columns) cost less by four thin products than by
-    the dense one of W + A B, which gives that of a learned `scale` of its rows, too. A token's cost in each
-    product is its FLOPs, or `ridge` times the bytes of its bfloat16 operands where those take longer."""
+def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
+    """Whether four thin products for A and B cost less, in FLOPs or bytes, than the dense gradient."""
+    (rows, columns), rank, ridge = weight.shape, len(b), RIDGE[weight.device.type]
     def cost(width: int, length: int) -> float:
         return max(2 * width * length, ridge * 2 * (width + length))
     thin = 2 * cost(rows, rank) + 2 * cost(columns, rank) + scaled * ridge * 10 * rows
-    return thin < cost(rows, columns)
+    return a.requires_grad and not weight.requires_grad and thin < cost(rows, columns)
 
 def stacked(maps: tuple[Linear, ...], name: str, neutral: float) -> Tensor | None:
     """A factor or the bias of all rows of these maps, (Σ out,), or None where none has one."""
     parts = [getattr(each, name) for each in maps]
     if all(part is None for part in parts):
         return None
-    return torch.cat([each.weight.new_full((1,), neutral, dtype=torch.float32).expand(len(each.weight))
-                      if part is None else part.expand(len(each.weight)) for each, part in zip(maps, parts)])
+    parts = [each.weight.new_full((1,), neutral) if part is None else part for each, part in zip(maps, parts)]
+    return torch.cat([part.expand(len(each.weight)) for each, part in zip(maps, parts)])
 
 class Linear(Owner):
     """A row of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias). W (out, in) is learned in
@@ -810,17 +792,14 @@ class Linear(Owner):
         weight = sum([each.correction(weight) for each in adapters if hasattr(each, "correction")], weight)
         low_rank = [adapter.factors() for adapter in adapters if hasattr(adapter, "factors")]
         return weight, [torch.cat(pair, dim).to(dtype) for dim, pair in zip((1, 0), zip(*low_rank))]
-    def forward(self, x: Tensor, *others: Linear, factor: Tensor | None = None,
-                activation: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """x (…, in) -> (…, out); with other maps of the same input (…, Σ out), by one product. `factor`
-        (Σ out,) comes to the scale."""
-        maps, ridge = (self, *others), RIDGE["cuda" if x.is_cuda else "cpu"]
+    def forward(self, x: Tensor, *others: Linear, factor: Tensor | None = None, activation=None) -> Tensor:
+        """x (…, in) -> (…, Σ out) by one product with other maps of x; `factor` (Σ out,) joins the scale."""
+        maps = self, *others
         scale, bias, gate = (stacked(maps, *name) for name in (("scale", 1.0), ("bias", 0.0), ("gate", 1.0)))
         scale = factor if scale is None else scale if factor is None else scale * factor
         weights, factors = zip(*(each.parts(x.dtype) for each in maps))
         merged = torch.cat([torch.addmm(w, *pair) if pair else w for w, pair in zip(weights, factors)])
-        if all(pair and not w.requires_grad and thin_pays(*w.shape, len(pair[1]), scale is not None, ridge)
-               for w, pair in zip(weights, factors)):
+        if all(pair and thin_pays(w, *pair, scale is not None) for w, pair in zip(weights, factors)):
             y = ThinLinear.apply(x, merged.detach(), *itertools.chain(*factors))
             y = y if scale is None else y * scale.to(x.dtype)
         else:
@@ -834,8 +813,6 @@ class FrozenRandomLinearWithLoRA(Linear):
     def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias=False):
         row = MapRow("", out_features, in_features, "orthogonal", seed, adapter=f"lora:{rank}")
         super().__init__(row, bias=bias)
-    lora_A = property(lambda self: self.lora.A)
-    lora_B = property(lambda self: self.lora.B)
 
 class Embedding(Owner):
     """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors multiply it."""
@@ -868,9 +845,6 @@ def norm(x: Tensor) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D); H / H_kv query heads share a key head."""
-    if q.is_cuda and q.dtype is torch.bfloat16 and flash_attention_3:
-        out = flash_attention_3(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     (batch, heads, length, dim), group = q.shape, q.size(1) // k.size(1)
     if q.is_cuda or length > 1024:
@@ -886,8 +860,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(rows, 2).view(batch, heads, length, dim).transpose(1, 2)
 
 def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
-    """As causal_attention, but each row of T positions goes on from the row above: a query sees the last T
-    positions, its own included. `back` turns a key's rotary angle by T positions."""
+    """As causal_attention, but a row goes on from the row above: a query sees the last T positions, its own
+    included. `back` turns a key's rotary angle by T."""
     length, group = q.size(1), q.size(2) // k.size(2)
     first = causal_attention(q[:1], k[:1], v[:1])
     k, v = (torch.cat([above, own[1:]], 1).repeat_interleave(group, 2)
@@ -899,9 +873,8 @@ def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Ten
     return torch.cat([first, rest])
 
 def rotary_table(base: float, dims: int, dtype: torch.dtype, positions: int) -> Tensor:
-    """(2, positions, 1, dims / 2): cosine and sine of each position's angles. Kernels that compute them anew
-    for every head take twice as long (bench/results/gpu.md)."""
-    angles = torch.arange(positions)[:, None, None] * base ** -(torch.arange(0, dims, 2).double() / max(dims, 1))
+    """(2, positions, 1, dims / 2): cosine and sine of angles, which kernels else compute for every head."""
+    angles = torch.arange(positions)[:, None, None] * base ** -(torch.arange(0, dims, 2).double() / dims)
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -939,16 +912,15 @@ class Attention(nn.Module):
         return self.proj(y.flatten(2), factor=factor), own_v
 
 class MLP(nn.Module):
-    """LeakyReLU(0.5)² between two maps, or GEGLU between three (arXiv:2002.05202)."""
+    """LeakyReLU(0.5)² between two maps, or GEGLU between three (arXiv:2002.05202); times factor (d,)."""
     def __init__(self, h, linear: Callable[[str], nn.Module]):
         super().__init__()
         self.fc, self.proj = linear("mlp.fc"), linear("mlp.proj")
         self.gate = linear("mlp.gate") if h.mlp_gated else None
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        """x (B, T, d) -> output times factor (d,), (B, T, d)."""
-        if self.gate is not None:
-            return self.proj(self.fc(x) * self.gate(x, activation=F.gelu), factor=factor)
-        return self.proj(self.fc(x, activation=lambda y: F.leaky_relu(y, 0.5).square()), factor=factor)
+        hidden = (self.fc(x, activation=lambda y: F.leaky_relu(y, 0.5).square()) if self.gate is None
+                  else self.fc(x) * self.gate(x, activation=F.gelu))
+        return self.proj(hidden, factor=factor)
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, in turn or side by side, on a learned mix of stream x and embedding x0."""
@@ -970,8 +942,7 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(normed, self.mlp_scale)), own_v
 
 class LanguageModel(nn.Module):
-    """What training, export and evaluation ask of a model; those below add `predict`: ids (B, T) -> logits of
-    the last positions (B, last, vocabulary) float32."""
+    """A model but for `predict`: ids (B, T) -> logits of the last positions (B, last, vocabulary) float32."""
     def __init__(self, h):
         super().__init__()
         self.table = {row.name: row for row in h.maps}
@@ -1041,19 +1012,17 @@ class GPT(LanguageModel):
         x = norm(x)
         if self.smear_gate is not None:  # SmearGate: a mix with the position before, per channel
             x = torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), torch.sigmoid(self.smear_gate).to(x.dtype))
-        x, ids = x.view(*shape, -1), ids.view(shape)
-        length, known = shape[1], self.rope.size(1)
-        cos, sin = (self.rope if length < known else self.rotary(length + 1)).to(x)
-        rope = [cos[:length], sin[:length]] + [cos[length], -sin[length]] * streams  # a stream's keys turn back
+        x, ids, length = x.view(*shape, -1), ids.view(shape), shape[1]
+        cos, sin = (self.rope if length < self.rope.size(1) else self.rotary(length + 1)).to(x)
+        rope = [cos[:length], sin[:length]] + [cos[length], -sin[length]] * streams  # streams turn keys back
         added_v = self.value_embedding(ids) if self.value_layers else None
         x0, skips, first_v = x, {}, None  # skips: the stream after each layer of the first half
         for layer in self.recurrent_order if self.recurs else self.order:
             if 0 <= (i := layer - self.skipping) < self.skipping:
                 skip, gates = self.skip_weights[i].to(x.dtype) * skips[self.skipping - 1 - i], self.skip_gates
                 x = x + skip if gates is None else torch.lerp(skip, x, gates[i].sigmoid().to(x.dtype))
-            v = None
-            if layer in self.value_layers:
-                v = added_v * self.value_scales[self.value_layers.index(layer)].to(x.dtype)
+            v = (added_v * self.value_scales[self.value_layers.index(layer)].to(x.dtype)
+                 if layer in self.value_layers else None)
             x, own_v = self.blocks[layer](x, x0, rope, v, first_v)
             first_v = own_v if first_v is None else first_v
             if layer < self.skipping:
@@ -1083,12 +1052,12 @@ def describe_maps(model: LanguageModel) -> list[str]:
     layout = "{:<26} {:>10} {:<15} {:>7} {:<16} {:<5} {:<5} {:<6} {:>10} {:>10} {:>9}"
     lines = [layout.format(*"map shape basis seed adapter scale gate freeze learned frozen bytes".split())]
     for row in model.table.values():
-        module, shape = model.get_submodule(row.name), f"{row.out_features}x{row.in_features}"
+        module = model.get_submodule(row.name)
         learned = sum(p.numel() for p in module.parameters())
         frozen = row.out_features * row.in_features if row.basis != "learned" else 0
         lines.append(layout.format(
-            row.name, shape, f"{row.gain:g}·{row.basis}", row.seed, row.adapter, row.scale, str(row.gate),
-            f"{row.freeze:g}", f"{learned:,}", f"{frozen:,}", f"{stored_bytes(module):,}"))
+            row.name, f"{row[1]}x{row[2]}", f"{row.gain:g}·{row.basis}", row.seed, row.adapter, row.scale,
+            str(row.gate), f"{row.freeze:g}", f"{learned:,}", f"{frozen:,}", f"{stored_bytes(module):,}"))
     return lines
 
 # ---- Optimisers and averages -------------------------------------------------------------------------------
@@ -1114,20 +1083,24 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in shapes.items():
-                updates = self._updates([p.grad for p in params], params, group["momentum"])
+            begun = [self._begin(params, group["momentum"]) for params in shapes.values()]
+            for ((rows, columns), params), (updates, arrival) in zip(shapes.items(), begun):
+                if arrival:
+                    arrival.wait()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-    def _updates(self, gradients: list[Tensor], params: list[nn.Parameter], momentum: float) -> list[Tensor]:
+                torch._foreach_add_(params, list(updates), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+    def _begin(self, params: list[nn.Parameter], momentum: float) -> tuple[Tensor, dist.Work | None]:
+        """Updates of parameters of one shape, stacked. From other processes they arrive later."""
+        gradients = [p.grad for p in params]
         momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
         torch._foreach_mul_(momenta, momentum)
         torch._foreach_add_(momenta, gradients)
         stacked = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
         if self.world is None or self.world.count == 1:
-            return list(orthogonalize(stacked, self.backend_steps))
+            return orthogonalize(stacked, self.backend_steps), None
         everyone, mine = torch.zeros_like(stacked), slice(self.world.rank, None, self.world.count)
         everyone[mine] = orthogonalize(stacked[mine], self.backend_steps)
-        return list(self.world.sum_(everyone))
+        return everyone, dist.all_reduce(everyone, async_op=True)
 
 class Optimizers:
     """Muon for the matrices, AdamW for the rest; `step` averages the gradients, clips and applies them."""
@@ -1136,8 +1109,8 @@ class Optimizers:
         self.names = {p: name for group in groups.values() for name, p in group.items()}
         self.params = list(self.names)
         by_role = {role: list(group.values()) for role, group in groups.items()}
-        matrices = [{"params": by_role[MATRIX] + by_role[MASK]}]
-        self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, world)
+        self.muon = Muon(by_role[MATRIX] + by_role[MASK], h.matrix_lr, h.muon_momentum,
+                         h.muon_backend_steps, h.muon_wd, world)
         rates = {EMBEDDING: (h.tied_embed_lr, h.embed_wd), SCALAR: (h.scalar_lr, h.adam_wd),
                  SPARSE: (h.sparse_lr, h.muon_wd)}
         adam = [{"params": by_role[role], "lr": lr, "weight_decay": wd} for role, (lr, wd) in rates.items()]
@@ -1170,8 +1143,7 @@ class Optimizers:
                 self.adam.state.pop(p, None)
 
 class Averages:
-    """Averages of the weights, candidates for the export: `ema`, divided by 1 - dᵗ so that adapters, which
-    start at zero as it does, are not drawn back to it; `swa`, the mean of late weights."""
+    """Candidates for the export: `ema`, over 1 - dᵗ, as adapters start at 0, too; `swa`, of late weights."""
     def __init__(self, params: list[nn.Parameter], h):
         self.h, self.params = h, params
         wanted = ["ema"] * (h.ema_decay > 0) + ["swa"] * h.swa_enabled
@@ -1187,14 +1159,13 @@ class Averages:
             torch._foreach_add_(list(self.sums["swa"].values()), list(self.sums["swa"]))
             self.totals["swa"] += 1.0
     def forget_frozen(self) -> None:
-        self.sums = {name: {p: mean for p, mean in sums.items() if p.requires_grad}
-                     for name, sums in self.sums.items()}
+        for name, sums in self.sums.items():
+            self.sums[name] = {p: mean for p, mean in sums.items() if p.requires_grad}
     def candidates(self) -> dict[str, list[Tensor]]:
         found = {"last": [p.detach().clone() for p in self.params]}
         for name, sums in self.sums.items():
             if total := self.totals[name]:
-                found[name] = [sums[p] / total if p in sums else last
-                               for p, last in zip(self.params, found["last"])]
+                found[name] = [sums[p] / total if p in sums else p.detach().clone() for p in self.params]
         return found
     def state_dict(self) -> dict:
         sums = {name: [sums.get(p) for p in self.params] for name, sums in self.sums.items()}
@@ -1218,8 +1189,7 @@ def row_steps(exponents: Tensor) -> Tensor:
     return torch.exp2((exponents.double() - 160) / 8).where(exponents > 0, 0.0)[..., None]
 
 class Quantizer(NamedTuple):
-    """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row.
-    Entropy coding comes after: the width, and hardly the number of codes, sets the bytes."""
+    """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row."""
     bits: int
     sigmas: float
     prune_pct: float = 0.0
@@ -1236,8 +1206,7 @@ class Quantizer(NamedTuple):
         codes = (w.double() / steps.clamp(min=1e-30)).round().clamp(-largest, largest)
         return (codes * steps).to(w.dtype)
     def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
-        """Codes that keep w x near, w (rows, columns), for inputs of `hessian` (columns, columns) = Σ x xᵀ:
-        GPTQ (arXiv:2210.17323), largest input first. Without a Hessian every value is rounded."""
+        """Codes that keep w x near for inputs of `hessian` Σ x xᵀ, if any (GPTQ, arXiv:2210.17323)."""
         exponents, kept, largest = self.exponents(w), self.prune(w) != 0, 2 ** (self.bits - 1) - 1
         w = w.double() / row_steps(exponents).clamp(min=1e-30)  # in steps, which the error feedback keeps
         if hessian is None:
@@ -1297,10 +1266,8 @@ def collect_hessians(model: LanguageModel, batches: Iterable[Tensor], world) -> 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 2
 GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16, "bits": torch.uint8}
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
-            "machine": platform.machine(), "flash_attention_3": flash_attention_3 is not None}
-
-def write_artifact(header: dict, tensors: dict[str, Codes | Tensor],
-                   quality: int = 11) -> tuple[bytes, dict[str, int]]:
+            "machine": platform.machine()}
+def write_artifact(header: dict, tensors: dict[str, Codes | Tensor], quality=11) -> tuple[bytes, dict]:
     """The artifact's bytes, and how many of them each group of like tensors takes. Little-endian: magic (8
     bytes), format version and length of the header (uint32 each), header (JSON, brotli), the groups, SHA-256
     over all before it. To `header` come versions, the tensor table [name, shape, groups] and the groups
@@ -1409,8 +1376,7 @@ def export(h, world, model: LanguageModel, data: TrainingData, step: int, tokeni
     return world.share(blob)
 
 def build_model(header: dict, tensors: dict[str, Tensor], world, h=None) -> LanguageModel:
-    """A model that computes from an artifact alone, or goes on with the settings `h`; its maps are drawn anew
-    and proved to be the same."""
+    """A model from an artifact alone, or with settings `h`; its maps are drawn anew and proved the same."""
     with distrusting("the stored model"):
         h = h or Hyperparameters({}, model_limit_bytes=world.h.model_limit_bytes, **header["model"])
         blocks = {row.name.rsplit(".", 2)[0] for row in h.maps}  # a forger's need not be drawn first
@@ -1432,8 +1398,7 @@ def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np
 
 @torch.no_grad()
 def evaluate(model: LanguageModel, val: ValidationStream, h, world, stride: int) -> tuple[float, float]:
-    """Mean loss in nats and bits per byte over every token of the stream after the first, each scored once.
-    The batches are the same for any number of processes, which take them in turn."""
+    """Mean loss in nats and bits per byte over all tokens after the first; processes take batches in turn."""
     model.eval()
     length = min(h.eval_seq_len, targets := len(val.tokens) - 1)
     per_batch, streams = max(1, h.eval_batch_tokens // length), h.eval_mode == "window" and stride < length
@@ -1490,8 +1455,7 @@ def accumulate_gradients(forward: Callable, batches: list[tuple[Tensor, Tensor]]
     return total
 
 class Stages:
-    """What changes at shares of training: maps freeze, layers begin to recur, a teacher speaks. Any stage can
-    follow any other, so that all can be compiled before the clock starts."""
+    """What changes at shares of training, in any order: maps freeze, layers recur, a teacher speaks."""
     def __init__(self, h, model: LanguageModel, teacher: LanguageModel | None, compiled: bool = False):
         self.h, self.model, self.teacher, self.current, self.teaches = h, model, teacher, 0.0, False
         marks = {0.0} | {row.freeze for row in h.maps} | ({h.recur_frac} if h.recurring_layers else set())
@@ -1523,8 +1487,7 @@ class Stages:
 
 class Trainer:
     """Training as a state that can be saved before any step; a step needs settings and data besides."""
-    def __init__(self, h, world, model: LanguageModel, teacher: LanguageModel | None, data: TrainingData,
-                 folder: Path):
+    def __init__(self, h, world, model, teacher: LanguageModel | None, data: TrainingData, folder: Path):
         self.h, self.world, self.model, self.data, self.folder = h, world, model, data, folder
         self.groups, self.quantizers = tensors_by_role(model), quantizers_of(h)
         self.stages, self.forward = Stages(h, model, teacher, world.compile), model
@@ -1628,9 +1591,8 @@ class Trainer:
         self.measured, self.done = {"loss": loss} | norms, self.done + 1
         return loss
     def log(self, what: str) -> None:
-        took = 1000 * self.clock.elapsed
-        times = f"train_time:{took:.0f}ms step_avg:{took / max(self.done, 1):.2f}ms"
-        self.world.log(f"step:{self.done}/{self.h.iterations} {what} {times}")
+        took, step = 1000 * self.clock.elapsed, f"step:{self.done}/{self.h.iterations}"
+        self.world.log(f"{step} {what} train_time:{took:.0f}ms step_avg:{took / max(self.done, 1):.2f}ms")
     def validate(self, val: ValidationStream) -> dict:
         nats, bpb = evaluate(self.model, val, self.h, self.world, self.h.eval_seq_len)
         self.log(f"val_loss:{nats:.4f} val_bpb:{bpb:.4f}")
@@ -1665,7 +1627,6 @@ class Trainer:
 # What may differ where a run is continued: where things lie, and how much of it is told.
 MAY_DIFFER = ("run_id resume output_dir data_path tokenizer_path distill_from compile checkpoint_seconds"
               " timeout_seconds train_log_every author github_id allow_unknown").split()
-
 def save_checkpoint(h, world, model, fingerprint: str, folder: Path, figures: dict, training: dict) -> None:
     """Rank 0 writes all that training goes on from, or the export alone where there are figures."""
     if world.rank == 0:
@@ -1731,8 +1692,8 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
             raise UserError(f"DISTILL_FROM={h.distill_from}: the teacher has another tokenizer")
         teacher = build_model(header, tensors, world).requires_grad_(False)
     torch.manual_seed(h.seed)
-    model = (build_model(saved, saved["weights"], world, h) if saved
-             else make_model(h, world.dtype).to(world.device))
+    model = (build_model(saved, saved["weights"], world, h) if saved else
+             make_model(h, world.dtype).to(world.device))
     if world.share(fingerprint := model.fingerprint()) != fingerprint:
         raise UserError("the processes draw different random maps; use the same versions on all machines")
     log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
@@ -1798,18 +1759,16 @@ def run(h, world) -> None:
                   f" eval_time:{1000 * seconds:.0f}ms")
         world.log(f"final_int6_brotli_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     if world.rank == 0:
-        report(h, world, len(blob), val.text, figures, folder)
+        report(h, world, len(blob), figures, folder)
 
-def report(h, world, model_bytes: int, text: bytes, figures: dict, folder: Path | None) -> None:
+def report(h, world, model_bytes: int, figures: dict, folder: Path | None) -> None:
     """The table for people, and submission.json."""
-    code, sample, log = os.path.getsize(__file__), text[:4_000_000], world.log  # of more it takes too long
+    code, log = os.path.getsize(__file__), world.log
     log(f"\n{'':<34}{'val_loss':>10}{'val_bpb':>10}")
     labels = {"before": "before quantisation", "roundtrip": "artifact", "sliding_window": "artifact, sliding"}
     for kind, label in labels.items():
         if f"val_bpb_{kind}" in figures:
             log(f"{label:<34}{figures[f'val_loss_{kind}']:>10.4f}{figures[f'val_bpb_{kind}']:>10.4f}")
-    for name, packed in (("brotli 11", brotli.compress(sample)), ("xz -9", lzma.compress(sample, preset=9))):
-        log(f"{'for scale, ' + name:<34}{'':>10}{8 * len(packed) / len(sample):>10.4f}")
     log(f"artifact {code + model_bytes:,} bytes: code {code:,}, model {model_bytes:,}")
     if folder:
         submission = {
@@ -1824,7 +1783,6 @@ def report(h, world, model_bytes: int, text: bytes, figures: dict, folder: Path 
 
 REMEDIES = {r"memory": "lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS", r"Errno": "see to that file or disk",
             r"gloo|NCCL|[Cc]onnection|[Tt]imed? ?out": "another process died, or hung for TIMEOUT_SECONDS"}
-
 def main() -> None:
     try:
         h = Hyperparameters()

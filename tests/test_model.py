@@ -174,7 +174,7 @@ def test_lora_layer_is_its_formula(bias):
         for p in layer.parameters():
             p.normal_()
     x = torch.randn(2, 4, 12)
-    expected = x @ layer.weight.float().T + (x @ layer.lora_B.T) @ layer.lora_A.T
+    expected = x @ layer.weight.float().T + (x @ layer.lora.B.T) @ layer.lora.A.T
     torch.testing.assert_close(layer(x), expected + layer.bias if bias else expected, rtol=1e-5, atol=1e-5)
 
 
@@ -185,8 +185,8 @@ def test_a_new_lora_layer_is_its_frozen_map_and_learns():
     x = torch.randn(6, 12)
     torch.testing.assert_close(layer(x), x @ layer.weight.float().T)
     layer(x).square().sum().backward()
-    assert layer.lora_A.grad.abs().min() > 0
-    assert layer.lora_B.grad.abs().max() == 0
+    assert layer.lora.A.grad.abs().min() > 0
+    assert layer.lora.B.grad.abs().max() == 0
     assert not layer.weight.requires_grad
 
 
