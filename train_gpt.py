@@ -862,15 +862,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
     """As causal_attention, but a row goes on from the row above: a query sees the last T positions, its own
     included. `back` turns a key's rotary angle by T."""
-    length, group = q.size(1), q.size(2) // k.size(2)
-    first = causal_attention(q[:1], k[:1], v[:1])
-    k, v = (torch.cat([above, own[1:]], 1).repeat_interleave(group, 2)
-            for above, own in ((rotate(k[:-1], *back), k), (v[:-1], v)))  # (B - 1, 2T, H, D)
-    places = torch.arange(2 * length, device=q.device)
-    past = places[length:, None] - places  # how far back a key lies
-    rest = F.scaled_dot_product_attention(q[1:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                          attn_mask=(past >= 0) & (past < length)).transpose(1, 2)
-    return torch.cat([first, rest])
+    length, group, step = q.size(1), q.size(2) // k.size(2), -(-q.size(1) // 16)
+    keys, values = (torch.cat([above, own[1:]], 1).repeat_interleave(group, 2).transpose(1, 2)
+                    for above, own in ((rotate(k[:-1], *back), k), (v[:-1], v)))  # (B - 1, H, 2T, D)
+    at, rest = torch.arange(length + step, device=q.device), []
+    band = (at > at[:step, None]) & (at <= length + at[:step, None])  # the same for each part of the queries
+    for i, part in zip(range(0, length, step), q[1:].transpose(1, 2).split(step, 2)):
+        seen, mask = slice(i, i + length + part.size(2)), band[: part.size(2), : length + part.size(2)]
+        rest.append(F.scaled_dot_product_attention(part, keys[:, :, seen], values[:, :, seen], mask))
+    return torch.cat([causal_attention(q[:1], k[:1], v[:1]), torch.cat(rest, 2).transpose(1, 2)])
 
 def rotary_table(base: float, dims: int, dtype: torch.dtype, positions: int) -> Tensor:
     """(2, positions, 1, dims / 2): cosine and sine of angles, which kernels else compute for every head."""
