@@ -21,7 +21,7 @@ for package in numpy sentencepiece brotli; do
 done
 
 failed=0
-[ $# -gt 0 ] || set -- step roofline eval export start scaling
+[ $# -gt 0 ] || set -- kernels step roofline eval export start scaling
 for program in "$@"; do
     began=$SECONDS
     command=("$python" -u "$root/bench/$program.py" ${SMOKE:+--smoke})
