@@ -446,7 +446,8 @@ class World:
             dist.destroy_process_group()
             os._exit(0)  # now and then a thread of gloo's aborts an interpreter that takes its time to exit
     def _on_signal(self, number: int, _) -> None:
-        """In training the first asks for a checkpoint; others, but for its copies within a second, leave."""
+        """In training the first signal asks for a checkpoint. Others leave at once, but for those within a
+        second of it: a terminal sends one to every process, and torchrun sends it to them again."""
         if self.told_to_stop and time.monotonic() < self.told_to_stop + 1:
             return
         if self.told_to_stop or not self.can_save:
@@ -773,13 +774,13 @@ class Linear(Owner):
     float32, orthogonal at first; or frozen and random, then a bfloat16 buffer that is never in a state_dict,
     with ΔW the sum of its adapters. All is computed in the type of x."""
     roles = {"weight": MATRIX}
-    def __init__(self, row: MapRow, weight: Tensor | None = None, bias: bool = False):
+    def __init__(self, row: MapRow, bias: bool = False):
         super().__init__()
         shape = row.out_features, row.in_features
         if row.basis == "learned":
             self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(shape)))
         else:
-            self.register_buffer("weight", draw_map(row) if weight is None else weight, persistent=False)
+            self.register_buffer("weight", draw_map(row), persistent=False)
         for name, size in row.adapters().items():
             self.add_module(name, ADAPTERS[name](row, size))
         factors = {"none": None, "map": torch.ones(1), "row": torch.ones(row.out_features)}[row.scale]
@@ -979,11 +980,8 @@ class GPT(LanguageModel):
         self.recurs, self.order = True, list(range(h.num_layers))  # the order in which blocks run
         last, again = max(h.recurring_layers, default=-1) + 1, h.recurring_layers * (h.recur_times - 1)
         self.recurrent_order = self.order[:last] + again + self.order[last:]
-        random = [row for row in self.frozen if row.name.startswith(prefix)]
-        with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-            maps = dict(zip(random, pool.map(draw_map, random)))
         def linear(layer: int, kind: str) -> Linear:
-            return Linear(row := self.table[f"{prefix}blocks.{layer}.{kind}"], maps.get(row))
+            return Linear(self.table[f"{prefix}blocks.{layer}.{kind}"])
         self.embedding = Embedding(h.vocab_size, h.model_dim, h.tied_embed_init_std, dtype)
         if h.bigram_vocab_size > 1:
             self.bigram = nn.Sequential(Embedding(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype),
@@ -1189,7 +1187,8 @@ def row_steps(exponents: Tensor) -> Tensor:
     return torch.exp2((exponents.double() - 160) / 8).where(exponents > 0, 0.0)[..., None]
 
 class Quantizer(NamedTuple):
-    """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row."""
+    """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row.
+    Entropy coding comes after: the width, and hardly the number of codes, sets the bytes."""
     bits: int
     sigmas: float
     prune_pct: float = 0.0
@@ -1267,6 +1266,7 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 2
 GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16, "bits": torch.uint8}
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "machine": platform.machine()}
+
 def write_artifact(header: dict, tensors: dict[str, Codes | Tensor], quality=11) -> tuple[bytes, dict]:
     """The artifact's bytes, and how many of them each group of like tensors takes. Little-endian: magic (8
     bytes), format version and length of the header (uint32 each), header (JSON, brotli), the groups, SHA-256

@@ -3,8 +3,8 @@
     python bench/kernels.py
 
 For each shape of map and each rank: the gradients of A and B by four thin products, and the dense gradient of
-W + A B from which both follow, beside the one that train_gpt's count chooses. On CUDA also the forward product
-in fp8, with the cast of its input, and the fused attention of each backend that takes these shapes.
+W + A B from which both follow, beside the one that train_gpt's count chooses. On CUDA also the forward
+product in fp8, with the cast of its input, and the fused attention of each backend that takes these shapes.
 """
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ RANKS = (32, 128, 304)
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
-def products(options, n: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> list[list]:
+def products(options, n: int, rows: int, columns: int, device: torch.device,
+             dtype: torch.dtype) -> list[list[str]]:
     """Lines of the table for a map (rows, columns) and n tokens."""
 
     def random(*shape: int) -> torch.Tensor:
@@ -27,7 +28,8 @@ def products(options, n: int, rows: int, columns: int, device: torch.device, dty
 
     x, dy, weight = random(n, columns), random(n, rows), random(rows, columns)
     works = {"forward": lambda: x @ weight.t(), "input": lambda: dy @ weight, "dense": lambda: dy.t() @ x}
-    factors = {rank: (random(rows, rank), random(rank, columns)) for rank in RANKS if rank <= min(rows, columns)}
+    ranks = [rank for rank in RANKS if rank <= min(rows, columns)] or [min(rows, columns)]
+    factors = {rank: (random(rows, rank), random(rank, columns)) for rank in ranks}
     for rank, (a, b) in factors.items():
         works[rank] = lambda a=a, b=b: (dy.t() @ (x @ b.t()), (dy @ a).t() @ x)
     if device.type == "cuda":
@@ -83,8 +85,8 @@ def main() -> None:
                  for line in products(options, h.train_batch_tokens, *shape, world.device, world.dtype)]
         by_backend = attention(options, h, world.device, world.dtype) if world.on_cuda else []
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
-    common.print_table(["map", "rank", "forward", "in fp8 + cast", "input gradient", "thin", "dense", "chosen",
-                        "faster"], lines)
+    common.print_table(["map", "rank", "forward", "in fp8 + cast", "input gradient", "thin", "dense",
+                        "chosen", "faster"], lines)
     if by_backend:
         common.print_table(["attention of a layer", "forward", "forward and backward"], by_backend)
 
