@@ -422,7 +422,8 @@ class World:
         fast = "bfloat16" if self.on_cuda or torch.cpu._is_avx512_bf16_supported() else "float32"
         self.dtype = getattr(torch, fast if h.dtype == "auto" else h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
-        self.device_name = torch.cuda.get_device_name() if self.on_cuda else f"{platform.machine()} CPU"
+        cpu = f"{platform.machine()} CPU"
+        self.device_name = torch.cuda.get_device_name(self.device) if self.on_cuda else cpu
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
         self.file, self.can_save, self.told_to_stop = None, False, 0.0
     def __enter__(self) -> World:
@@ -446,8 +447,7 @@ class World:
             dist.destroy_process_group()
             os._exit(0)  # now and then a thread of gloo's aborts an interpreter that takes its time to exit
     def _on_signal(self, number: int, _) -> None:
-        """In training the first signal asks for a checkpoint. Others leave at once, but for those within a
-        second of it: a terminal sends one to every process, and torchrun sends it to them again."""
+        """In training the first asks for a checkpoint; others, but for its copies within a second, leave."""
         if self.told_to_stop and time.monotonic() < self.told_to_stop + 1:
             return
         if self.told_to_stop or not self.can_save:
@@ -748,7 +748,8 @@ class ThinLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, merged, *factors = ctx.saved_tensors
-        gradients, rows_dy, rows_x = [dy @ merged, None], dy.flatten(0, -2), x.flatten(0, -2)
+        gradients = [dy @ merged, None]
+        rows_dy, rows_x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
         for part, a, b in zip(rows_dy.split([len(a) for a in factors[::2]], 1), factors[::2], factors[1::2]):
             gradients += [part.t() @ (rows_x @ b.t()), (part @ a).t() @ rows_x]
         return tuple(gradients)
@@ -759,7 +760,7 @@ def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
     def cost(width: int, length: int) -> float:
         return max(2 * width * length, ridge * 2 * (width + length))
     thin = 2 * cost(rows, rank) + 2 * cost(columns, rank) + scaled * ridge * 10 * rows
-    return a.requires_grad and not weight.requires_grad and thin < cost(rows, columns)
+    return thin < cost(rows, columns)
 
 def stacked(maps: tuple[Linear, ...], name: str, neutral: float) -> Tensor | None:
     """A factor or the bias of all rows of these maps, (Σ out,), or None where none has one."""
@@ -792,19 +793,23 @@ class Linear(Owner):
         weight, adapters = self.weight.to(dtype), list(self.children())
         weight = sum([each.correction(weight) for each in adapters if hasattr(each, "correction")], weight)
         low_rank = [adapter.factors() for adapter in adapters if hasattr(adapter, "factors")]
+        low_rank = low_rank or [(weight[:, :0], weight[:0])]
         return weight, [torch.cat(pair, dim).to(dtype) for dim, pair in zip((1, 0), zip(*low_rank))]
     def forward(self, x: Tensor, *others: Linear, factor: Tensor | None = None, activation=None) -> Tensor:
         """x (…, in) -> (…, Σ out) by one product with other maps of x; `factor` (Σ out,) joins the scale."""
         maps = self, *others
         scale, bias, gate = (stacked(maps, *name) for name in (("scale", 1.0), ("bias", 0.0), ("gate", 1.0)))
         scale = factor if scale is None else scale if factor is None else scale * factor
-        weights, factors = zip(*(each.parts(x.dtype) for each in maps))
-        merged = torch.cat([torch.addmm(w, *pair) if pair else w for w, pair in zip(weights, factors)])
-        if all(pair and thin_pays(w, *pair, scale is not None) for w, pair in zip(weights, factors)):
-            y = ThinLinear.apply(x, merged.detach(), *itertools.chain(*factors))
-            y = y if scale is None else y * scale.to(x.dtype)
+        parts = [each.parts(x.dtype) for each in maps]
+        merged = torch.cat([torch.addmm(w, *pair) if len(pair[1]) else w for w, pair in parts])
+        pays = [thin_pays(w, *pair, scale is not None) for w, pair in parts if pair[0].requires_grad]
+        if pays and all(pays) and not any(w.requires_grad for w, _ in parts):
+            y = ThinLinear.apply(x, merged.detach(), *(factor for _, pair in parts for factor in pair))
         else:
-            y = F.linear(x, merged if scale is None else merged * scale.to(x.dtype)[:, None])
+            if scale is not None and merged.requires_grad:  # its gradient comes with the dense one
+                merged, scale = merged * scale.to(x.dtype)[:, None], None
+            y = F.linear(x, merged)
+        y = y if scale is None else y * scale.to(x.dtype)
         y = y if bias is None else y + bias.to(x.dtype)
         y = y if activation is None else activation(y)
         return y if gate is None else y * gate.to(x.dtype)
@@ -861,8 +866,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(rows, 2).view(batch, heads, length, dim).transpose(1, 2)
 
 def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
-    """As causal_attention, but a row goes on from the row above: a query sees the last T positions, its own
-    included. `back` turns a key's rotary angle by T."""
+    """As causal_attention, over rows that go on from the row above: `back` turns its keys' angle by T."""
     length, group, step = q.size(1), q.size(2) // k.size(2), -(-q.size(1) // 16)
     keys, values = (torch.cat([above, own[1:]], 1).repeat_interleave(group, 2).transpose(1, 2)
                     for above, own in ((rotate(k[:-1], *back), k), (v[:-1], v)))  # (B - 1, H, 2T, D)
@@ -954,8 +958,7 @@ class LanguageModel(nn.Module):
         logits = self.predict(ids, targets.size(1), streams)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
-        """The loss to train on: cross-entropy, mixed with α where a teacher's logits (B, T, vocabulary) are
-        given: α CE + (1 - α) T² KL(teacher ‖ student), both at temperature T (arXiv:1503.02531)."""
+        """The loss; with a teacher's logits, α CE + (1 - α) T² KL(teacher ‖ student) (arXiv:1503.02531)."""
         logits = self.predict(ids, ids.size(1))
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         if taught is None:
@@ -999,8 +1002,7 @@ class GPT(LanguageModel):
         self.rotary = functools.partial(rotary_table, h.rope_base, h.rope_dims, dtype)
         self.register_buffer("rope", self.rotary(1 + max(h.train_seq_len, h.eval_seq_len)), persistent=False)
     def hidden(self, ids: Tensor, streams: bool = False) -> Tensor:
-        """ids (B, T) -> the last norm's output (B, T, d), which the logits are made of. In a stream each row
-        goes on from the row above, so that every position but the first ones attends to the last T."""
+        """ids (B, T) -> the last norm's output (B, T, d). In a stream each row goes on from the row above."""
         shape, ids = ids.shape, ids.reshape(1, -1) if streams else ids
         x = self.embedding(ids)
         if self.bigram_buckets > 1:  # a hash of two tokens; the last bucket where there is one only
@@ -1107,8 +1109,8 @@ class Optimizers:
         self.names = {p: name for group in groups.values() for name, p in group.items()}
         self.params = list(self.names)
         by_role = {role: list(group.values()) for role, group in groups.items()}
-        self.muon = Muon(by_role[MATRIX] + by_role[MASK], h.matrix_lr, h.muon_momentum,
-                         h.muon_backend_steps, h.muon_wd, world)
+        matrices = [{"params": by_role[MATRIX] + by_role[MASK]}]  # as a group there may be none
+        self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, world)
         rates = {EMBEDDING: (h.tied_embed_lr, h.embed_wd), SCALAR: (h.scalar_lr, h.adam_wd),
                  SPARSE: (h.sparse_lr, h.muon_wd)}
         adam = [{"params": by_role[role], "lr": lr, "weight_decay": wd} for role, (lr, wd) in rates.items()]
@@ -1187,8 +1189,7 @@ def row_steps(exponents: Tensor) -> Tensor:
     return torch.exp2((exponents.double() - 160) / 8).where(exponents > 0, 0.0)[..., None]
 
 class Quantizer(NamedTuple):
-    """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row.
-    Entropy coding comes after: the width, and hardly the number of codes, sets the bytes."""
+    """Symmetric, one step width a row: its largest code stands for `sigmas` root mean squares of the row."""
     bits: int
     sigmas: float
     prune_pct: float = 0.0
@@ -1304,8 +1305,7 @@ def unpack(packed: bytes, size: int) -> bytearray:
     return raw
 
 def read_artifact(blob: bytes) -> tuple[dict, dict[str, Tensor]]:
-    """The header, and every tensor by name in float32. UserError for all but what `write_artifact` makes:
-    nothing in the file is executed, and no length in it is believed before it is checked."""
+    """The header, and every tensor by name in float32; executes, believes nothing. UserError if damaged."""
     if len(blob) < 48 or blob[:8] != ARTIFACT_MAGIC:
         raise UserError(f"not an artifact of this project: {len(blob)} bytes that begin with {blob[:8]!r}")
     if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:

@@ -40,7 +40,7 @@ def products(options, n: int, rows: int, columns: int, device: torch.device,
     times = common.interleaved(works, options.runs, calls=3)
     lines = []
     for rank, (a, b) in factors.items():
-        chosen = "thin" if t.thin_pays(weight, a.requires_grad_(), b, False) else "dense"
+        chosen = "thin" if t.thin_pays(weight, a, b, False) else "dense"
         faster = "thin" if times[rank] < times["dense"] else "dense"
         fp8 = f"{milliseconds(times['fp8'])} + {milliseconds(times['cast'])}" if "fp8" in times else ""
         lines.append([f"{rows} x {columns}", str(rank), milliseconds(times["forward"]), fp8,
@@ -85,7 +85,7 @@ def main() -> None:
                  for line in products(options, h.train_batch_tokens, *shape, world.device, world.dtype)]
         by_backend = attention(options, h, world.device, world.dtype) if world.on_cuda else []
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
-    common.print_table(["map", "rank", "forward", "in fp8 + cast", "input gradient", "thin", "dense",
+    common.print_table(["what", "rank", "forward", "in fp8 + cast", "input gradient", "thin", "dense",
                         "chosen", "faster"], lines)
     if by_backend:
         common.print_table(["attention of a layer", "forward", "forward and backward"], by_backend)

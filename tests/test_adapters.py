@@ -238,11 +238,12 @@ def test_a_linear_map_and_its_gradients_are_the_textbooks(adapter, basis, shape)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e9], ids=["thin", "dense"])
-@pytest.mark.parametrize("basis", ["uniform", "learned"])
-def test_maps_of_one_input_by_one_product_are_the_maps_one_by_one(basis, ridge, monkeypatch):
+@pytest.mark.parametrize(("basis", "adapters"), [
+    ("uniform", ("lora:2", "lora:1+rslora:3", "lora:4")), ("uniform", ("lora:2", "none", "vera:3")),
+    ("uniform", ("none", "none", "none")), ("learned", ("none", "none", "none"))])
+def test_maps_of_one_input_by_one_product_are_the_maps_one_by_one(basis, adapters, ridge, monkeypatch):
     """With other ranks, scales and gates in each, whichever way the gradients of the factors are computed."""
     monkeypatch.setitem(train_gpt.RIDGE, "cpu", ridge)
-    adapters = ("lora:2", "lora:1+rslora:3", "none") if basis == "uniform" else ("none",) * 3
     maps = [made(train_gpt.MapRow("", rows, 8, basis, seed, 7, adapter=adapter, scale=scale, gate=gate))
             for seed, (rows, adapter, scale, gate) in enumerate(zip(
                 (6, 4, 4), adapters, ("none", "row", "map"), (0.5, None, 2.0)))]
@@ -263,9 +264,25 @@ def test_the_cheaper_gradient_is_chosen_by_count(ridge, rows, columns, rank, thi
     monkeypatch.setitem(train_gpt.RIDGE, "meta", ridge)
     shapes = (rows, columns), (rows, rank), (rank, columns)
     w, a, b = (torch.empty(shape, device="meta") for shape in shapes)
-    assert not train_gpt.thin_pays(w, a, b, False), "nothing of it is learned"
-    assert train_gpt.thin_pays(w, a.requires_grad_(), b, False) == thin
-    assert not train_gpt.thin_pays(w.requires_grad_(), a, b, False), "the dense one is needed anyway"
+    assert train_gpt.thin_pays(w, a, b, False) == thin
+
+
+def test_one_vector_goes_through_a_map_and_back():
+    layer, x = made(train_gpt.MapRow("", 6, 5, "uniform", 4, adapter="lora:2")), normal(5).requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, (layer.weight.double() + layer.lora.A @ layer.lora.B).sum(0))
+
+
+def test_a_model_without_a_learned_matrix_takes_a_step(variant):
+    h = variant(map_basis="uniform", map_adapter="vera:2", bigram_vocab_size=0, ve_enabled=0)
+    model = train_gpt.make_model(h)
+    groups = train_gpt.tensors_by_role(model)
+    assert not groups["matrix"]
+    optimizers = train_gpt.Optimizers(groups, h, train_gpt.World(h))
+    model(tokens(2, 16), tokens(2, 16, seed=1)).backward()
+    before = model.embedding.weight.detach().clone()
+    optimizers.step(0, 1.0)
+    assert not torch.equal(before, model.embedding.weight)
 
 
 def test_no_gradient_is_computed_for_a_frozen_map():
