@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -27,6 +28,8 @@ TINY = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "campaign: a larger sample of bench/faults.py, which takes minutes")
+    # A shell's background jobs ignore Ctrl-C, and so would the processes that the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
