@@ -748,10 +748,9 @@ class ThinLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, merged, *factors = ctx.saved_tensors
-        gradients = [dy @ merged, None]
-        rows_dy, rows_x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
-        for part, a, b in zip(rows_dy.split([len(a) for a in factors[::2]], 1), factors[::2], factors[1::2]):
-            gradients += [part.t() @ (rows_x @ b.t()), (part @ a).t() @ rows_x]
+        gradients, dy, x = [dy @ merged, None], dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
+        for part, a, b in zip(dy.split([len(a) for a in factors[::2]], 1), factors[::2], factors[1::2]):
+            gradients += [part.t() @ (x @ b.t()), (part @ a).t() @ x]
         return tuple(gradients)
 
 def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
@@ -759,8 +758,7 @@ def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
     (rows, columns), rank, ridge = weight.shape, len(b), RIDGE[weight.device.type]
     def cost(width: int, length: int) -> float:
         return max(2 * width * length, ridge * 2 * (width + length))
-    thin = 2 * cost(rows, rank) + 2 * cost(columns, rank) + scaled * ridge * 10 * rows
-    return thin < cost(rows, columns)
+    return 2 * cost(rows, rank) + 2 * cost(columns, rank) + scaled * ridge * 10 * rows < cost(rows, columns)
 
 def stacked(maps: tuple[Linear, ...], name: str, neutral: float) -> Tensor | None:
     """A factor or the bias of all rows of these maps, (Σ out,), or None where none has one."""
@@ -819,6 +817,8 @@ class FrozenRandomLinearWithLoRA(Linear):
     def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias=False):
         row = MapRow("", out_features, in_features, "orthogonal", seed, adapter=f"lora:{rank}")
         super().__init__(row, bias=bias)
+    lora_A = property(lambda self: self.lora.A)
+    lora_B = property(lambda self: self.lora.B)
 
 class Embedding(Owner):
     """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors multiply it."""

@@ -285,26 +285,26 @@ def test_a_factor_pair_is_quantised_each_against_its_own_inputs():
     torch.manual_seed(0)
     layer = train_gpt.FrozenRandomLinearWithLoRA(40, 300, rank=8)
     with torch.no_grad():
-        layer.lora.A.normal_()
+        layer.lora_A.normal_()
     quantizers = {MATRIX: train_gpt.Quantizer(4, 3.0), EMBEDDING: None}
     x = correlated_inputs(4000, 40)
     codes = layer.lora.quantize(quantizers, (x.T @ x).float())
     assert list(codes) == ["B", "A"]
     assert layer.quantize(quantizers, (x.T @ x).float()) == {}, "the map itself is not stored"
-    b = quantizers[MATRIX].gptq(layer.lora.B.data, (x.T @ x).float())
+    b = quantizers[MATRIX].gptq(layer.lora_B.data, (x.T @ x).float())
     seen = x @ b.values().double().T
-    a = quantizers[MATRIX].gptq(layer.lora.A.data, seen.T @ seen)
+    a = quantizers[MATRIX].gptq(layer.lora_A.data, seen.T @ seen)
     assert torch.equal(codes["B"].codes, b.codes)
     assert torch.equal(codes["A"].codes, a.codes)
-    seen = x @ layer.lora.B.detach().double().T
-    assert not torch.equal(a.codes, quantizers[MATRIX].gptq(layer.lora.A.data, seen.T @ seen).codes)
-    exact = x @ (layer.lora.A @ layer.lora.B).detach().double().T
+    seen = x @ layer.lora_B.detach().double().T
+    assert not torch.equal(a.codes, quantizers[MATRIX].gptq(layer.lora_A.data, seen.T @ seen).codes)
+    exact = x @ (layer.lora_A @ layer.lora_B).detach().double().T
     error, before = ((exact - x @ (a @ b).double().T).norm() for a, b in (
         (codes["A"].values(), codes["B"].values()),
-        (quantizers[MATRIX].nearest(layer.lora.A.data), quantizers[MATRIX].nearest(layer.lora.B.data))))
+        (quantizers[MATRIX].nearest(layer.lora_A.data), quantizers[MATRIX].nearest(layer.lora_B.data))))
     assert error < 0.7 * before
     plain = layer.lora.quantize(quantizers, None)
-    assert torch.equal(plain["A"].values(), quantizers[MATRIX].nearest(layer.lora.A.data))
+    assert torch.equal(plain["A"].values(), quantizers[MATRIX].nearest(layer.lora_A.data))
 
 
 # ---- Late quantisation-aware training ----------------------------------------------------------------------
