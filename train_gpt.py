@@ -16,10 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    import brotli
-    import numpy as np
-    import sentencepiece
-    import torch
+    import brotli, numpy as np, sentencepiece, torch
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
@@ -38,11 +35,9 @@ def setting(default, meaning: str, low=0, high=math.inf, choices=(), model=False
 @dataclasses.dataclass(init=False)
 class Hyperparameters:
     """Every setting: a keyword, else the variable of its name, else its default. UserError for all faults."""
-
     # Run
     run_id: str = setting("", "name of the run's folder; empty: the time of the start")
-    resume: str = setting("auto", "continue the run RUN_ID; auto: where it is unfinished; 1: it must be",
-                          choices=("auto", "0", "1"))
+    resume: str = setting("auto", "continue RUN_ID; auto: if it is unfinished", choices=("auto", "0", "1"))
     checkpoint_seconds: float = setting(60.0, "training time between checkpoints; 0: only at its end")
     timeout_seconds: float = setting(600.0, "longest wait of a process for the others", 1, 86_400)
     output_dir: str = setting("runs", "where the run's folder is made")
@@ -725,8 +720,7 @@ class Mask(Owner):
     size, roles = "", {"scores": MASK}
     def __init__(self, row: MapRow, _: float):
         super().__init__()
-        bound = row.in_features**-0.5
-        self.scores = nn.Parameter(torch.empty(row.out_features, row.in_features).uniform_(-bound, bound))
+        self.scores = nn.Parameter(torch.empty(row[1:3]).uniform_(-1, 1) * row.in_features**-0.5)
     def correction(self, weight: Tensor) -> Tensor:
         mask = (self.scores > 0).to(weight.dtype) + (self.scores - self.scores.detach()).to(weight.dtype)
         return weight * (math.sqrt(2) * mask - 1)
@@ -737,7 +731,7 @@ class Mask(Owner):
 ADAPTERS: dict[str, type[Owner]] = {
     "lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
 
-RIDGE = {"cuda": 264.0, "cpu": 20.0}  # FLOPs a byte, below which memory bounds a product: bench/results
+RIDGE = {"cuda": 264.0, "cpu": 70.0 if torch.cpu._is_amx_tile_supported() else 20.0}  # bench/kernels.py
 
 class ThinLinear(torch.autograd.Function):
     """y = x Mᵀ, M of merged maps W + A B: one GEMM each way, thin ones for A and B, no dense gradient."""
@@ -754,7 +748,8 @@ class ThinLinear(torch.autograd.Function):
         return tuple(gradients)
 
 def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
-    """Whether four thin products for A and B cost less, in FLOPs or bytes, than the dense gradient."""
+    """Whether four thin products for A and B cost less than the dense gradient: in FLOPs or, where memory
+    bounds them, in bytes, one for RIDGE of those."""
     (rows, columns), rank, ridge = weight.shape, len(b), RIDGE[weight.device.type]
     def cost(width: int, length: int) -> float:
         return max(2 * width * length, ridge * 2 * (width + length))
@@ -846,16 +841,28 @@ def stored_bytes(model: nn.Module) -> int:
     return coded + bits + 2 * sum(p.numel() for p in groups[SCALAR].values())
 
 # ---- Transformer -------------------------------------------------------------------------------------------
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
+class RMSNorm(torch.autograd.Function):
+    """x (…, d) · scale / rms(x) (arXiv:1910.07467); on a CPU in half of the passes that torch's own takes."""
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float = 1.0) -> Tensor:
+        square = x.norm(2, -1, True, torch.promote_types(x.dtype, torch.float32)).square() / x.size(-1)
+        factor = (scale * (square + torch.finfo(square.dtype).eps).rsqrt()).to(x.dtype)  # (…, 1)
+        ctx.save_for_backward(y := x * factor, factor, factor / (x.size(-1) * scale**2))
+        return y
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        y, factor, share = ctx.saved_tensors
+        return torch.addcmul(dy * factor, y, (dy * y).sum(-1, keepdim=True) * share, value=-1), None
+
+norm = RMSNorm.apply
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D); H / H_kv query heads share a key head."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     (batch, heads, length, dim), group = q.shape, q.size(1) // k.size(1)
-    if q.is_cuda or length > 1024:
+    if q.is_cuda or length > 1024 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    # On a CPU, plain products over what is not future are faster than the fused kernel (bench/cpu.py).
+    # On a CPU, gradients of plain products over what is not future are faster (bench/cpu.py).
     k, v = k.reshape(-1, length, dim), v.reshape(-1, length, dim)  # (B · H_kv, T, D)
     q, rows = q.reshape(len(k), group, length, dim), []
     for begin in range(0, length, 128):
@@ -911,7 +918,7 @@ class Attention(nn.Module):
             v = v + torch.sigmoid(self.value_gate).to(x.dtype) * first_v
         qk, v = (each.unflatten(-1, (-1, self.head_dim)) for each in (qk, v))  # (B, T, H + H_kv, D)
         gains = F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1.0).to(x.dtype)
-        q, k = (rotate(norm(qk), *rope[:2]) * gains).split(self.heads, 2)
+        q, k = rotate(norm(qk) * gains, *rope[:2]).split(self.heads, 2)
         y = streaming_attention(q, k, v, rope[2:]) if rope[2:] else causal_attention(q, k, v)
         y = exclude_self(y, v) if self.xsa else y
         return self.proj(y.flatten(2), factor=factor), own_v
@@ -940,10 +947,10 @@ class Block(nn.Module):
         self.attention_scale, self.mlp_scale = (nn.Parameter(torch.ones(h.model_dim)) for _ in range(2))
     def forward(self, x: Tensor, x0: Tensor, rope: list, added_v, first_v) -> tuple[Tensor, Tensor]:
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
-        normed = norm(x) * self.norm_scale
+        normed = norm(x, self.norm_scale)
         y, own_v = self.attention(normed, self.attention_scale, rope, added_v, first_v)
         x = x + self.dropout(y)
-        normed = normed if self.parallel else norm(x) * self.norm_scale
+        normed = normed if self.parallel else norm(x, self.norm_scale)
         return x + self.dropout(self.mlp(normed, self.mlp_scale)), own_v
 
 class LanguageModel(nn.Module):
@@ -1135,12 +1142,9 @@ class Optimizers:
         self.adam.step()
         for p in self.params:
             p.grad = None
+            for state in (self.muon.state, self.adam.state) * (not p.requires_grad):
+                state.pop(p, None)  # frozen now
         return {self.names[p]: norm for p, norm in zip(learned, norms)}
-    def forget_frozen(self) -> None:
-        for p in self.params:
-            if not p.requires_grad:
-                self.muon.state.pop(p, None)
-                self.adam.state.pop(p, None)
 
 class Averages:
     """Candidates for the export: `ema`, over 1 - dᵗ, as adapters start at 0, too; `swa`, of late weights."""
@@ -1151,21 +1155,19 @@ class Averages:
         self.totals = dict.fromkeys(self.sums, 0.0)
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
+        for name, sums in self.sums.items():
+            self.sums[name] = {p: mean for p, mean in sums.items() if p.requires_grad}  # else frozen by now
         if self.h.ema_decay:
-            ema = self.sums["ema"]
-            torch._foreach_lerp_(list(ema.values()), list(ema), 1 - self.h.ema_decay)
+            torch._foreach_lerp_([*self.sums["ema"].values()], [*self.sums["ema"]], 1 - self.h.ema_decay)
             self.totals["ema"] += (1 - self.h.ema_decay) * (1 - self.totals["ema"])
         if self.h.swa_enabled and scale < self.h.swa_threshold and step % self.h.swa_interval == 0:
             torch._foreach_add_(list(self.sums["swa"].values()), list(self.sums["swa"]))
             self.totals["swa"] += 1.0
-    def forget_frozen(self) -> None:
-        for name, sums in self.sums.items():
-            self.sums[name] = {p: mean for p, mean in sums.items() if p.requires_grad}
     def candidates(self) -> dict[str, list[Tensor]]:
         found = {"last": [p.detach().clone() for p in self.params]}
         for name, sums in self.sums.items():
             if total := self.totals[name]:
-                found[name] = [sums[p] / total if p in sums else p.detach().clone() for p in self.params]
+                found[name] = [sums[p] / total if p.requires_grad else p.data.clone() for p in self.params]
         return found
     def state_dict(self) -> dict:
         sums = {name: [sums.get(p) for p in self.params] for name, sums in self.sums.items()}
@@ -1180,8 +1182,7 @@ class Codes(NamedTuple):
     """A quantised matrix: value = code · 2^((exponent - 160) / 8), one exponent a row (0: a zero row)."""
     codes: Tensor  # (rows, columns) int8
     exponents: Tensor  # (rows,) uint8
-    def values(self) -> Tensor:
-        """(rows, columns) float32."""
+    def values(self) -> Tensor:  # (rows, columns) float32
         return (self.codes * row_steps(self.exponents)).float()
 
 def row_steps(exponents: Tensor) -> Tensor:
@@ -1493,6 +1494,7 @@ class Trainer:
         self.stages, self.forward = Stages(h, model, teacher, world.compile), model
         if world.compile:
             torch._dynamo.config.recompile_limit = 8 + 2 * len(self.stages.marks)  # each stage is a graph
+            torch._functorch.config.ban_recompute_materialized_backward = not world.on_cuda  # saves memory
             self.forward = torch.compile(model, dynamic=False, fullgraph=True)
         self.optimizers = Optimizers(self.groups, h, world)
         self.averages = Averages(self.optimizers.params, h)
@@ -1558,8 +1560,6 @@ class Trainer:
             share = share if remaining > 0 else 1.0
             if bisect.bisect(stages.marks, share) > bisect.bisect(stages.marks, stages.current):
                 self.world.log(f"stage step:{self.done} share:{share:.4f} {stages.enter(share)}")
-                self.optimizers.forget_frozen()
-                self.averages.forget_frozen()
             if remaining <= 0:
                 return self.finish(val)
             if validates:

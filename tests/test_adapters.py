@@ -548,7 +548,7 @@ def begun(h: train_gpt.Hyperparameters, processes) -> tuple:
     return model, stages, optimizers
 
 
-def test_forgetting_frees_the_state_of_frozen_maps_and_leaves_the_others(variant, processes):
+def test_the_state_of_frozen_maps_is_freed_and_that_of_the_others_stays(variant, processes):
     h = variant(map_basis="learned,attention=uniform", map_adapter="attention=lora:2+sparse:0.2",
                 map_scale="attention=row", map_freeze="mlp.in=0.5,attention@1=0.5")
     model, stages, optimizers = begun(h, processes)
@@ -561,34 +561,31 @@ def test_forgetting_frees_the_state_of_frozen_maps_and_leaves_the_others(variant
     states = (optimizers.muon.state, optimizers.adam.state)
     held = {names[p] for state in states for p in state if state[p]}
     assert held == set(names.values())
-    before = {names[p]: {key: torch.as_tensor(value).clone() for key, value in state[p].items()}
-              for state in states for p in state}
-    optimizers.forget_frozen()
-    left = {names[p]: state[p] for state in states for p in state}
-    assert left.keys() == before.keys() - frozen
-    for name, state in left.items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), before[name][key]), (name, key)
     values = {name: p.detach().clone() for p, name in names.items()}
     steps_of(model, optimizers, 2, first=2)
     for p, name in names.items():
         assert torch.equal(p, values[name]) == (name in frozen), name
-    assert not any(names[p] in frozen for state in states for p in state)
+    assert {names[p] for state in states for p in state} == held - frozen
 
 
 def test_those_that_go_on_move_as_if_nothing_had_been_forgotten(variant, processes):
-    """The same gradients with and without the call: weights end the same."""
+    """Against steps that leave the frozen ones without a gradient and keep their state: the ends agree."""
     ends = []
-    for forget in (True, False):
+    for stage in (True, False):
         h = variant(map_basis="learned", map_freeze="mlp.in=0.5")
         model, stages, optimizers = begun(h, processes)
-        stages.enter(0.7)
-        if forget:
-            optimizers.forget_frozen()
-        steps_of(model, optimizers, 2, first=2)
+        if stage:
+            stages.enter(0.7)
+            steps_of(model, optimizers, 2, first=2)
+        else:
+            for step in (2, 3):
+                model(tokens(4, 16, seed=step), tokens(4, 16, seed=step + 100)).backward()
+                for name, p in model.named_parameters():
+                    p.grad = None if name.endswith("mlp.fc.weight") else p.grad
+                optimizers.step(step, 1.0)
         ends.append(model.state_dict())
     for name, value in ends[0].items():
-        assert torch.equal(value, ends[1][name]), name
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_averages_leave_frozen_tensors_as_they_stand(variant):
@@ -603,7 +600,6 @@ def test_averages_leave_frozen_tensors_as_they_stand(variant):
         averages.update(step, 0.5)
         if step == 3:
             frozen.requires_grad_(False)
-            averages.forget_frozen()
     assert all(frozen not in sums for sums in averages.sums.values()), "their memory is freed"
     found = averages.candidates()
     assert found.keys() == {"last", "ema", "swa"}

@@ -262,7 +262,7 @@ def test_script_that_trains_on_validation_text_is_seen_and_shown(copied, tmp_pat
 
 def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
     s = rewrite(
-        copied, ahead=(".triu(1 + begin)", ".triu(2 + begin)"),
+        copied, ahead=("is_causal=True", "is_causal=False"),
         tail=("np.diff(starts + length, prepend=0)",
               "np.where(np.arange(len(starts)), stride, np.diff(starts + length, prepend=0))"))
     result = check.check_probabilities(s)
@@ -368,7 +368,7 @@ def test_agreement_of_code_settings_and_tokenizer(copied, honest, corpus, tmp_pa
     other = tmp_path / "other.model"
     other.write_bytes(corpus.tokenizer.read_bytes() + b"\n")
     assert "the artifact's tokenizer: " in result(tokenizer=str(other)).evidence
-    (copied / "train_gpt.py").write_bytes(SCRIPT.read_bytes().replace(b"rms_norm", b"RMS_norm"))
+    (copied / "train_gpt.py").write_bytes(SCRIPT.read_bytes().replace(b"maps", b"Maps"))
     assert "SHA-256 of the code and the log's: " in result().evidence
     (copied / "train_gpt.py").unlink()
     replace(copied / "train.log", "\nLOGIT_SOFTCAP=30.0\n", "\nLOGIT_SOFTCAP=31.0\n")
