@@ -113,6 +113,7 @@ if [ "$gpus" -gt 0 ]; then
 fi
 echo "device CPU, $(nproc) cores (torch sees no CUDA GPU)"
 # glibc gives freed memory back to the kernel, which then clears each large activation anew: that costs more than
-# the arithmetic on it. These two keep it (bench/cpu.py).
+# the arithmetic on it. These two keep it, the third asks for huge pages (bench/cpu.py).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-2147483647}
+export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
 exec "$venv/bin/python" "$root/train_gpt.py"

@@ -860,7 +860,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D); H / H_kv query heads share a key head."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     (batch, heads, length, dim), group = q.shape, q.size(1) // k.size(1)
-    if q.is_cuda or length > 1024 or not torch.is_grad_enabled():
+    if q.is_cuda or length > 512 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     # On a CPU, gradients of plain products over what is not future are faster (bench/cpu.py).
     k, v = k.reshape(-1, length, dim), v.reshape(-1, length, dim)  # (B · H_kv, T, D)

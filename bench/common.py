@@ -51,7 +51,8 @@ SMOKE_SIZE = {
 # Dense bfloat16 FLOP/s by the vendor's data sheet, of what a GPU's name may contain.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 # glibc gives freed memory back to the kernel, which then clears each large activation anew (bench/cpu.py).
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647",
+                     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 # ---- Options and sizes -------------------------------------------------------------------------------------
@@ -59,14 +60,16 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483
 
 def begin(description: str, **more: dict) -> argparse.Namespace:
     """The options of a program; `more` are its own, as keywords of add_argument by name. On a CPU the program
-    starts itself again with glibc keeping freed memory, as run.sh starts a run: both sides gain from it."""
+    starts itself again with glibc keeping freed memory, as run.sh starts a run: both sides gain from it. Not
+    where --part names a part that it runs in a process of its own."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5, help="measurements of each side; their median counts")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one run: shows that it runs")
     for name, keywords in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     options = parser.parse_args()
-    if not torch.cuda.is_available() and not set(KEEP_FREED_MEMORY) <= set(os.environ):
+    as_it_is = torch.cuda.is_available() or getattr(options, "part", None)
+    if not as_it_is and not set(KEEP_FREED_MEMORY) <= set(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
     if options.smoke:
         options.runs = 1

@@ -1,111 +1,104 @@
-"""What two choices for the CPU are worth, each as a ratio from one run: medians of 7.
+"""What three choices for the CPU are worth: each side as a ratio from one run, medians.
 
     python bench/cpu.py
 
-1. Attention by plain matrix products, as `causal_attention` does it up to 1024 tokens, against PyTorch's
-   fused kernel, forward and backward.
-2. A training step of presets/cpu/random_adapters.env's model with glibc keeping freed memory (as run.sh asks
-   it to) against glibc's defaults.
+1. Attention by plain matrix products, as `causal_attention` takes it for gradients up to 512 tokens, against
+   torch's fused kernel: forward and backward, and forward alone, where the script takes the fused one.
+2. The norm with a gradient of its own against torch's.
+3. A training step with glibc keeping freed memory, and that in huge pages, as run.sh asks it to, against
+   glibc's defaults. It reads its settings at the start, so each is a process of its own.
 """
-
 from __future__ import annotations
 
+import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+import common
+import torch
+import torch.nn.functional as F
+from common import Row, t
 
-
-def median_seconds(work, runs: int = 7) -> float:
-    work()
-    times = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+TOKENS, HEADS, KV_HEADS, DIM = 8192, 4, 2, 64
 
 
-def compare_attention(
-    length: int, tokens: int = 8192, heads: int = 4, kv_heads: int = 2, dim: int = 64
-) -> None:
-    import torch
-    import torch.nn.functional as F
+def attention(length: int, options: argparse.Namespace) -> list[Row]:
+    dtype, batch = t.World(common.settings()).dtype, TOKENS // length
+    q, k, v = (torch.randn(batch, length, heads, DIM).to(dtype).requires_grad_()
+               for heads in (HEADS, KV_HEADS, KV_HEADS))
 
-    from train_gpt import causal_attention
+    def fused() -> torch.Tensor:
+        heads_first = (each.transpose(1, 2) for each in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
 
-    batch = tokens // length
-    q = torch.randn(batch, length, heads, dim).bfloat16().requires_grad_()
-    k, v = (torch.randn(batch, length, kv_heads, dim).bfloat16().requires_grad_() for _ in range(2))
+    def plain() -> torch.Tensor:
+        return t.causal_attention(q, k, v)
 
-    def fused():
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
-        out.backward(out.detach())
+    def both_ways(forward):
+        return lambda: (y := forward()).backward(y.detach())
 
-    def plain():
-        out = causal_attention(q, k, v)
-        out.backward(out.detach())
-
-    a, b = median_seconds(fused), median_seconds(plain)
-    print(
-        f"attention, {length:>4} tokens: fused {1e3 * a:6.1f} ms, plain {1e3 * b:6.1f} ms, ratio {a / b:.2f}"
-    )
+    times = common.interleaved({"fused": fused, "plain": plain, "fused, gradient": both_ways(fused),
+                                "plain, gradient": both_ways(plain)}, options.runs)
+    fused_took, plain_took, fused_both, plain_both = map(common.milliseconds, times.values())
+    return [
+        Row(f"attention, {length} tokens: plain against fused, forward and backward", plain_both, fused_both,
+            times["fused, gradient"] / times["plain, gradient"]),
+        Row(f"attention, {length} tokens: fused against plain, forward alone", fused_took, plain_took,
+            times["plain"] / times["fused"])]
 
 
-def time_step() -> None:
-    """Seconds of a training step; printed for the parent process."""
-    import torch
-
-    import train_gpt as t
-
-    h = t.Hyperparameters()
-    processes = t.World(h)
-    torch.manual_seed(0)
-    model = t.GPT(h, processes.dtype)
-    optimizers = t.Optimizers(t.tensors_by_role(model), h, processes)
-    ids = torch.randint(0, h.vocab_size, (h.train_batch_tokens // h.train_seq_len, h.train_seq_len + 1))
-    batches = [(ids[:, :-1], ids[:, 1:])]
-
-    def step():
-        t.accumulate_gradients(model, batches, lambda ids: None)
-        optimizers.step(0, 1.0)
-
-    print(median_seconds(step))
+def norms(options: argparse.Namespace) -> Row:
+    x = torch.randn(TOKENS, 256).to(t.World(common.settings()).dtype).requires_grad_()
+    dy = torch.randn_like(x)
+    times = common.interleaved({
+        "ours": lambda: t.norm(x).backward(dy),
+        "torch's": lambda: F.rms_norm(x, (x.size(-1),)).backward(dy)}, options.runs)
+    ours, theirs = times.values()
+    return Row("norm of (8192, 256), forward and backward, against torch's", common.milliseconds(ours),
+               common.milliseconds(theirs), theirs / ours)
 
 
-def child(part: str, extra: dict[str, str]) -> str:
-    """What this program prints for one part, in its own process: glibc reads its settings at the start."""
-    presets = [ROOT / "presets/cpu" / name for name in ("common.env", "random_adapters.env")]
-    lines = [line for preset in presets for line in preset.read_text().splitlines() if line[0] not in "#"]
-    settings = dict(line.split("=", 1) for line in lines if not line.startswith("PRESET_BASE"))
-    environment = {key: value for key, value in os.environ.items() if key not in KEEP} | settings | extra
-    command = [sys.executable, __file__, part]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+def time_step(options: argparse.Namespace) -> None:
+    """Median seconds of a training step, printed for the parent process."""
+    size = common.size_of(options) | common.text_of(options)[0]
+    h = common.settings(size)
+    with t.World(h) as world:
+        step = common.OurStep(h, world, common.new_model(h, world), compiled=False)
+        batches = t.TrainingData(h).micro_batches(0, world)
+        print(common.interleaved({"step": lambda: step(batches)}, options.runs, warm_ups=3)["step"])
+
+
+def allocator(options: argparse.Namespace) -> list[Row]:
+    kept = {name: common.KEEP_FREED_MEMORY[name] for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")}
+    none = dict.fromkeys(common.KEEP_FREED_MEMORY, "")
+    settings = {"defaults": none, "kept": none | kept, "huge": common.KEEP_FREED_MEMORY}
+    command = [sys.executable, __file__, "--part=step", *["--smoke"] * options.smoke]
+    times = {name: [] for name in settings}
+    for _ in range(1 if options.smoke else 3):
+        for name, variables in settings.items():
+            environment = {key: value for key, value in (os.environ | variables).items() if value}
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            times[name].append(float(result.stdout))
+    defaults, kept_took, huge = (statistics.median(values) for values in times.values())
+    return [Row("step, freed memory kept, against glibc's defaults", common.milliseconds(kept_took),
+                common.milliseconds(defaults), defaults / kept_took),
+            Row("step, that in huge pages, against kept alone", common.milliseconds(huge),
+                common.milliseconds(kept_took), kept_took / huge)]
 
 
 def main() -> None:
-    import torch
-
-    print(f"{platform.machine()} CPU, {os.cpu_count()} cores, torch {torch.__version__}")
-    print(child("attention", KEEP), end="")
-    default, kept = float(child("step", {})), float(child("step", KEEP))
-    times = f"glibc's defaults {1e3 * default:.0f} ms, kept memory {1e3 * kept:.0f} ms"
-    print(f"a step: {times}, ratio {default / kept:.2f}")
+    options = common.begin(__doc__, part={"help": "step: its seconds alone, under the allocator as it is"})
+    if options.part:
+        time_step(options)
+        return
+    lengths = (256,) if options.smoke else (128, 256, 512)
+    rows = [row for length in lengths for row in attention(length, options)]
+    rows += [norms(options), *allocator(options)]
+    common.print_header(__file__, options, str(t.World(common.settings()).dtype).removeprefix("torch."))
+    common.print_rows(rows, options)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["attention"]:
-        for tokens in (256, 512, 1024):
-            compare_attention(tokens)
-    elif sys.argv[1:] == ["step"]:
-        time_step()
-    else:
-        main()
+    main()

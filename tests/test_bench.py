@@ -14,7 +14,7 @@ import train_gpt
 from bench import textbook
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ("kernels", "step", "roofline", "eval", "export", "start", "scaling")
+PROGRAMS = ("cpu", "kernels", "step", "roofline", "eval", "export", "start", "scaling")
 
 
 def in_textbook(name: str) -> str:
@@ -81,7 +81,8 @@ def test_the_textbooks_step_is_ours(settings, random_model, batches):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program_runs_and_prints_its_table(program):
-    kept = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+    kept = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647",
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     command = [sys.executable, str(ROOT / "bench" / f"{program}.py"), "--smoke"]
     result = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr

@@ -236,10 +236,10 @@ def test_a_rank_that_fits_no_map_is_refused(rank):
 # ---- Attention ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 5, 64, 1024, 1025])
+@pytest.mark.parametrize("length", [1, 5, 64, 512, 513])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads):
-    """1024 tokens and fewer take plain products on a CPU, more take PyTorch's kernel."""
+    """512 tokens and fewer take plain products on a CPU, for gradients; more take PyTorch's kernel."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1 if length > 100 else 3, length, n, 8, dtype=torch.float64)
                for n in (4, kv_heads, kv_heads))
