@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from common import Row, t
 
-# Of the comparison of speed. A first window counts once in both modes: the longer, the nearer to a whole stream.
+# Of the comparison of speed. Both modes score a first window in one pass: longer is nearer to a whole stream.
 STREAM_TOKENS = {"cpu": 16_384, "cuda": 131_072, "smoke": 256}
 WINDOW = {"eval_seq_len": 2048, "eval_stride": 64}
 # EVAL_MODE's choices: exact gives every scored token its own window's context; window is far cheaper.

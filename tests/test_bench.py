@@ -14,7 +14,7 @@ import train_gpt
 from bench import textbook
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ("cpu", "kernels", "step", "roofline", "eval", "export", "start", "scaling")
+PROGRAMS = ("cpu", "memory", "kernels", "step", "roofline", "eval", "export", "start", "scaling")
 
 
 def in_textbook(name: str) -> str:

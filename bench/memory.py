@@ -1,0 +1,91 @@
+"""What a compiled training step keeps for its backward pass, counted without a GPU and without computing.
+
+    python bench/memory.py             # system A's full size, 98,304 tokens
+    python bench/memory.py --list      # and what it is made of
+
+The model is traced on tensors that have a shape and no values, partitioned into forward and backward as
+torch.compile does it, and the storages that the first hands to the second are added up: each once, without
+weights and inputs. Choices that depend on the device are those for CUDA. It is no measurement: to the count
+come gradients, logits and what kernels need for a moment. At commit bec83cc the count is 21,966 MiB, and one
+H100 measured 22,340 MiB at the peak.
+"""
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import common
+import torch
+import torch._functorch.config
+from common import t
+from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+PUBLISHED = 24_407  # MiB at the peak of system A's own script, PR #1113
+MATERIALIZED = "ban_recompute_materialized_backward"  # what train_gpt sets on CUDA
+
+
+def kept_storages(graph: torch.fx.GraphModule) -> Counter:
+    """Bytes of what a forward graph returns beside the loss, by operation, shape and type."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    given = {node.meta["val"].untyped_storage()._cdata for node in graph.graph.nodes
+             if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)}
+    kept, seen = Counter(), set(given)
+    for node in output.args[0][1:]:
+        value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in seen:
+            seen.add(value.untyped_storage()._cdata)
+            name = str(node.target).removesuffix(".default")
+            kept[f"{name} {tuple(value.shape)} {value.dtype}"] += value.untyped_storage().nbytes()
+    return kept
+
+
+def count(h: t.Hyperparameters, recompute: bool) -> Counter:
+    """Bytes kept by a step of all its tokens at once; `recompute` as train_gpt asks for it on CUDA."""
+    found = Counter()
+
+    def forward_compiler(graph: torch.fx.GraphModule, _):
+        found.update(kept_storages(graph))
+        return graph
+
+    backend = aot_autograd(
+        fw_compiler=forward_compiler, bw_compiler=lambda graph, _: graph,
+        partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
+        decompositions=select_decomp_table())
+    torch._dynamo.reset()
+    torch.manual_seed(h.seed)
+    model, mode = t.make_model(h, torch.bfloat16).train(), FakeTensorMode(allow_non_fake_inputs=True)
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                fake = torch.nn.Parameter(mode.from_tensor(p.data), requires_grad=p.requires_grad)
+                module._parameters[name] = fake
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = mode.from_tensor(buffer)
+    with mode, torch._functorch.config.patch({MATERIALIZED: not recompute}):
+        ids = torch.zeros(h.train_batch_tokens // h.train_seq_len, h.train_seq_len, dtype=torch.int64)
+        torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(ids, ids)
+    return found
+
+
+def main() -> None:
+    options = common.begin(__doc__, list={"action": "store_true", "help": "what is kept, largest first"})
+    h = common.settings(common.SMOKE_SIZE if options.smoke else common.FULL_SIZE)
+    t.RIDGE["cpu"] = t.RIDGE["cuda"]
+    counts = {what: count(h, recompute) for what, recompute in
+              (("as train_gpt asks torch on CUDA", True), ("as torch does it by itself", False))}
+    common.print_header(__file__, options, "bfloat16, traced, not measured")
+    print(f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
+          f" layers of width {h.model_dim}, {h.map_adapter}. Published: {PUBLISHED:,} MiB at the peak.")
+    lines = [[what, common.mebibytes(kept.total()), f"{kept.total() / 2**20 / PUBLISHED:.0%}"]
+             for what, kept in counts.items()]
+    common.print_table(["what", "kept for the backward pass", "of the published peak"], lines)
+    if options.list:
+        largest = next(iter(counts.values())).most_common(12)
+        common.print_table(["kept", "MiB"], [[what, common.mebibytes(size)] for what, size in largest])
+
+
+if __name__ == "__main__":
+    main()
