@@ -37,7 +37,7 @@ class Hyperparameters:
     """Every setting: a keyword, else the variable of its name, else its default. UserError for all faults."""
     # Run
     run_id: str = setting("", "name of the run's folder; empty: the time of the start")
-    resume: str = setting("auto", "continue RUN_ID; auto: if unfinished; 1: or fail", choices=("auto", "0", "1"))
+    resume: str = setting("auto", "continue RUN_ID; auto: if unfinished; 1: must", choices=("auto", "0", "1"))
     checkpoint_seconds: float = setting(60.0, "training time between checkpoints; 0: only at its end")
     timeout_seconds: float = setting(600.0, "longest wait of a process for the others", 1, 86_400)
     output_dir: str = setting("runs", "where the run's folder is made")
@@ -748,7 +748,7 @@ class ThinLinear(torch.autograd.Function):
         return tuple(gradients)
 
 def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
-    """Whether four thin products for A and B cost less, in FLOPs or bytes at RIDGE, than the dense gradient."""
+    """Whether four thin products for A and B cost less, by FLOPs or bytes, than the dense gradient."""
     (rows, columns), rank, ridge = weight.shape, len(b), RIDGE[weight.device.type]
     def cost(width: int, length: int) -> float:
         return max(2 * width * length, ridge * 2 * (width + length))
