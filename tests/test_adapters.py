@@ -583,9 +583,16 @@ def test_those_that_go_on_move_as_if_nothing_had_been_forgotten(variant, process
                 for name, p in model.named_parameters():
                     p.grad = None if name.endswith("mlp.fc.weight") else p.grad
                 optimizers.step(step, 1.0)
-        ends.append(model.state_dict())
-    for name, value in ends[0].items():
-        torch.testing.assert_close(value, ends[1][name], rtol=1e-4, atol=1e-6, msg=name)
+        ends.append((model.state_dict(), {name: optimizers.muon.state[p] | optimizers.adam.state[p]
+                                          for name, p in model.named_parameters() if p.requires_grad}))
+    (weights, states), (expected_weights, expected_states) = ends
+    for name, value in weights.items():
+        assert torch.equal(value, expected_weights[name]), name
+    assert states.keys() == {name for name in expected_states if not name.endswith("mlp.fc.weight")}
+    for name, state in states.items():
+        for key, value in state.items():
+            expected = torch.as_tensor(expected_states[name][key])
+            assert torch.equal(torch.as_tensor(value), expected), (name, key)
 
 
 def test_averages_leave_frozen_tensors_as_they_stand(variant):
