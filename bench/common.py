@@ -60,16 +60,14 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483
 
 def begin(description: str, **more: dict) -> argparse.Namespace:
     """The options of a program; `more` are its own, as keywords of add_argument by name. On a CPU the program
-    starts itself again with glibc keeping freed memory, as run.sh starts a run: both sides gain from it. Not
-    where --part names a part that it runs in a process of its own."""
+    starts itself again with glibc keeping freed memory, as run.sh starts a run: both sides gain from it."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--runs", type=int, default=5, help="measurements of each side; their median counts")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, one run: shows that it runs")
     for name, keywords in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     options = parser.parse_args()
-    as_it_is = torch.cuda.is_available() or getattr(options, "part", None)
-    if not as_it_is and not set(KEEP_FREED_MEMORY) <= set(os.environ):
+    if not torch.cuda.is_available() and not set(KEEP_FREED_MEMORY) <= set(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
     if options.smoke:
         options.runs = 1

@@ -24,9 +24,8 @@ from common import Row, t
 TOKENS, HEADS, KV_HEADS, DIM = 8192, 4, 2, 64
 
 
-def attention(length: int, options: argparse.Namespace) -> list[Row]:
-    dtype, batch = t.World(common.settings()).dtype, TOKENS // length
-    q, k, v = (torch.randn(batch, length, heads, DIM).to(dtype).requires_grad_()
+def attention(length: int, dtype: torch.dtype, options: argparse.Namespace) -> list[Row]:
+    q, k, v = (torch.randn(TOKENS // length, length, heads, DIM).to(dtype).requires_grad_()
                for heads in (HEADS, KV_HEADS, KV_HEADS))
 
     def fused() -> torch.Tensor:
@@ -49,8 +48,8 @@ def attention(length: int, options: argparse.Namespace) -> list[Row]:
             times["plain"] / times["fused"])]
 
 
-def norms(options: argparse.Namespace) -> Row:
-    x = torch.randn(TOKENS, 256).to(t.World(common.settings()).dtype).requires_grad_()
+def norms(dtype: torch.dtype, options: argparse.Namespace) -> Row:
+    x = torch.randn(TOKENS, 256).to(dtype).requires_grad_()
     dy = torch.randn_like(x)
     times = common.interleaved({
         "ours": lambda: t.norm(x).backward(dy),
@@ -61,7 +60,7 @@ def norms(options: argparse.Namespace) -> Row:
 
 
 def time_step(options: argparse.Namespace) -> None:
-    """Median seconds of a training step, printed for the parent process."""
+    """Prints the median seconds of a training step, under the allocator as it is."""
     size = common.size_of(options) | common.text_of(options)[0]
     h = common.settings(size)
     with t.World(h) as world:
@@ -71,15 +70,16 @@ def time_step(options: argparse.Namespace) -> None:
 
 
 def allocator(options: argparse.Namespace) -> list[Row]:
-    kept = {name: common.KEEP_FREED_MEMORY[name] for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")}
-    none = dict.fromkeys(common.KEEP_FREED_MEMORY, "")
-    settings = {"defaults": none, "kept": none | kept, "huge": common.KEEP_FREED_MEMORY}
-    command = [sys.executable, __file__, "--part=step", *["--smoke"] * options.smoke]
-    times = {name: [] for name in settings}
+    others = {key: value for key, value in os.environ.items() if key not in common.KEEP_FREED_MEMORY}
+    huge = others | common.KEEP_FREED_MEMORY
+    kept = {key: value for key, value in huge.items() if key != "GLIBC_TUNABLES"}
+    environments = {"defaults": others, "kept": kept, "huge": huge}
+    command = [sys.executable, "-c", f"import argparse, cpu; cpu.time_step(argparse.{options})"]
+    times = {name: [] for name in environments}
     for _ in range(1 if options.smoke else 3):
-        for name, variables in settings.items():
-            environment = {key: value for key, value in (os.environ | variables).items() if value}
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        for name, environment in environments.items():
+            result = subprocess.run(command, env=environment, cwd=common.ROOT / "bench", capture_output=True,
+                                    text=True, check=True)
             times[name].append(float(result.stdout))
     defaults, kept_took, huge = (statistics.median(values) for values in times.values())
     return [Row("step, freed memory kept, against glibc's defaults", common.milliseconds(kept_took),
@@ -89,14 +89,11 @@ def allocator(options: argparse.Namespace) -> list[Row]:
 
 
 def main() -> None:
-    options = common.begin(__doc__, part={"help": "step: its seconds alone, under the allocator as it is"})
-    if options.part:
-        time_step(options)
-        return
-    lengths = (256,) if options.smoke else (128, 256, 512)
-    rows = [row for length in lengths for row in attention(length, options)]
-    rows += [norms(options), *allocator(options)]
-    common.print_header(__file__, options, str(t.World(common.settings()).dtype).removeprefix("torch."))
+    options = common.begin(__doc__)
+    dtype, lengths = t.World(common.settings()).dtype, (256,) if options.smoke else (128, 256, 512)
+    rows = [row for length in lengths for row in attention(length, dtype, options)]
+    rows += [norms(dtype, options), *allocator(options)]
+    common.print_header(__file__, options, str(dtype).removeprefix("torch."))
     common.print_rows(rows, options)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt
-from bench import textbook
+from bench import common, textbook
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("cpu", "memory", "kernels", "step", "roofline", "eval", "export", "start", "scaling")
@@ -81,8 +81,7 @@ def test_the_textbooks_step_is_ours(settings, random_model, batches):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program_runs_and_prints_its_table(program):
-    kept = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647",
-            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    kept = {"OMP_NUM_THREADS": "1"} | common.KEEP_FREED_MEMORY  # so that it need not start itself again
     command = [sys.executable, str(ROOT / "bench" / f"{program}.py"), "--smoke"]
     result = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
