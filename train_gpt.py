@@ -37,7 +37,7 @@ class Hyperparameters:
     """Every setting: a keyword, else the variable of its name, else its default. UserError for all faults."""
     # Run
     run_id: str = setting("", "name of the run's folder; empty: the time of the start")
-    resume: str = setting("auto", "continue RUN_ID; auto: if unfinished; 1: must", choices=("auto", "0", "1"))
+    resume: str = setting("auto", "continue RUN_ID if unfinished; 1: it must be", choices=("auto", "0", "1"))
     checkpoint_seconds: float = setting(60.0, "training time between checkpoints; 0: only at its end")
     timeout_seconds: float = setting(600.0, "longest wait of a process for the others", 1, 86_400)
     output_dir: str = setting("runs", "where the run's folder is made")

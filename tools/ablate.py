@@ -46,7 +46,8 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parent.parent
 # All that a run inherits: what a process needs. Another variable of the shell could change one run.
 INHERITED = re.compile(r"PATH|HOME|LANG|LC_ALL|TMPDIR|LD_LIBRARY_PATH|OMP_NUM_THREADS|(CUDA|MALLOC)_\w+")
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}  # on a CPU, see run.sh
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647",
+               "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # on a CPU, see run.sh
 OURS = {"SEED": "--seeds", "ITERATIONS": "--budget", "MAX_WALLCLOCK_SECONDS": "--budget", "RUN_ID": "--out",
         "OUTPUT_DIR": "--out"}
 # The least that gives a model file of the right size. The quantiser's step is proportional to a row's RMS, so
