@@ -145,8 +145,7 @@ class Hyperparameters:
     # Evaluation
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
     eval_stride: int = setting(64, "new tokens that each window scores", 1)
-    eval_mode: str = setting("exact", "window: one pass, attention over the last EVAL_SEQ_LEN positions",
-                             choices=("exact", "window"))
+    eval_mode: str = setting("exact", "window: one pass, sees EVAL_SEQ_LEN back", choices=("exact", "window"))
     eval_batch_tokens: int = setting(131_072, "tokens of one forward pass of the evaluation", 1)
     def __init__(self, /, environment: Mapping[str, str] = os.environ, **given):
         fields, problems = {f.name: f for f in dataclasses.fields(self)}, []
@@ -622,24 +621,21 @@ def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
     q = q * r.diagonal().sign()
     return q if out_features >= in_features else q.T
 
-def independent(draw: Callable[[int, int], np.ndarray]) -> Callable[[int, int, int], Tensor]:
-    """The basis (out, in) float64 of independent entries, `draw(seed, n)` over √in."""
-    def basis(out_features: int, in_features: int, seed: int) -> Tensor:
-        entries = torch.from_numpy(draw(seed, out_features * in_features))
-        return entries.view(out_features, in_features) / math.sqrt(in_features)
-    return basis
+def independent(draw: Callable[[int, int], np.ndarray], rows: int, columns: int, seed: int) -> Tensor:
+    """(rows, columns) float64, independent entries `draw(seed, n)` over √columns."""
+    return torch.from_numpy(draw(seed, rows * columns)).view(rows, columns) / math.sqrt(columns)
 
-gaussian = independent(normal_deviates)
-uniform = independent(lambda seed, n: random_words(seed, n).astype(np.float64) * 2.0**-63 - 1)
-rademacher = independent(lambda seed, n: 1.0 - 2.0 * (random_words(seed, n) >> np.uint64(63)))
+gaussian = functools.partial(independent, normal_deviates)
+uniform = functools.partial(independent, lambda seed, n: random_words(seed, n) * 2.0**-63 - 1)
+rademacher = functools.partial(independent, lambda seed, n: 1 - 2.0 * (random_words(seed, n) >= 2**63))
 
 def hadamard(out_features: int, in_features: int, seed: int) -> Tensor:
     """(out, in) float64, random rows and columns, of random signs, of the smallest Hadamard matrix that holds
     them. Every entry is ± one power of two, within √2 of 1/√(longer side): exact in bfloat16 and fp8."""
     size = 2 ** (max(out_features, in_features) - 1).bit_length()
     words = random_words(seed, 2 * size).reshape(2, size)
-    (rows, row_signs), (columns, column_signs) = ((w.argsort(kind="stable"), 1.0 - 2.0 * (w & np.uint64(1)))
-                                                  for w in words)
+    rows, columns = words.argsort(kind="stable")
+    row_signs, column_signs = 1.0 - 2.0 * (words & np.uint64(1))
     shared = rows[:out_features, None] & columns[:in_features]
     parity = functools.reduce(lambda bits, half: bits ^ (bits >> half), (16, 8, 4, 2, 1), shared) & 1
     signs = (1.0 - 2.0 * parity) * row_signs[:out_features, None] * column_signs[:in_features]
@@ -728,8 +724,7 @@ class Mask(Owner):
         return {"scores": self.scores.data > 0}
 
 # Beside a frozen map: the product of `factors`, or a full `correction`, whose gradient is dense.
-ADAPTERS: dict[str, type[Owner]] = {
-    "lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
+ADAPTERS = {"lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
 
 RIDGE = {"cuda": 264.0, "cpu": 70.0 if torch.cpu._is_amx_tile_supported() else 20.0}  # bench/kernels.py
 
@@ -769,9 +764,8 @@ class Linear(Owner):
     roles = {"weight": MATRIX}
     def __init__(self, row: MapRow, bias: bool = False):
         super().__init__()
-        shape = row.out_features, row.in_features
         if row.basis == "learned":
-            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(shape)))
+            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(row[1:3])))
         else:
             self.register_buffer("weight", draw_map(row), persistent=False)
         for name, size in row.adapters().items():
@@ -1085,10 +1079,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
+            learned = [p for p in group["params"] if p.grad is not None]
+            shapes = {shape: [p for p in learned if p.shape == shape] for shape in {p.shape for p in learned}}
             begun = [self._begin(params, group["momentum"]) for params in shapes.values()]
             for ((rows, columns), params), (updates, arrival) in zip(shapes.items(), begun):
                 if arrival:
@@ -1147,35 +1139,31 @@ class Optimizers:
         return {self.names[p]: norm for p, norm in zip(learned, norms)}
 
 class Averages:
-    """Candidates for the export: `ema`, over 1 - dᵗ, as adapters start at 0, too; `swa`, of late weights."""
+    """Candidates for the export: means of the weights, `ema` with less of older ones, `swa` of late ones."""
     def __init__(self, params: list[nn.Parameter], h):
         self.h, self.params = h, params
-        wanted = ["ema"] * (h.ema_decay > 0) + ["swa"] * h.swa_enabled
-        self.sums = {name: {p: torch.zeros_like(p) for p in params} for name in wanted}
-        self.totals = dict.fromkeys(self.sums, 0.0)
+        self.decays = ({"ema": h.ema_decay} if h.ema_decay else {}) | ({"swa": 1.0} if h.swa_enabled else {})
+        self.means = {name: {p: torch.zeros_like(p) for p in params} for name in self.decays}
+        self.totals = dict.fromkeys(self.decays, 0.0)  # 1 + decay + decay² + …: what the weights count for
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
-        for name, sums in self.sums.items():
-            self.sums[name] = {p: mean for p, mean in sums.items() if p.requires_grad}  # else frozen by now
-        if self.h.ema_decay:
-            torch._foreach_lerp_([*self.sums["ema"].values()], [*self.sums["ema"]], 1 - self.h.ema_decay)
-            self.totals["ema"] += (1 - self.h.ema_decay) * (1 - self.totals["ema"])
-        if self.h.swa_enabled and scale < self.h.swa_threshold and step % self.h.swa_interval == 0:
-            torch._foreach_add_(list(self.sums["swa"].values()), list(self.sums["swa"]))
-            self.totals["swa"] += 1.0
+        for name, decay in self.decays.items():
+            learned = {p: mean for p, mean in self.means[name].items() if p.requires_grad}
+            self.means[name] = learned  # the memory of what is frozen by now is freed
+            if name == "ema" or scale < self.h.swa_threshold and step % self.h.swa_interval == 0:
+                self.totals[name] = 1 + decay * self.totals[name]
+                torch._foreach_lerp_([*learned.values()], [*learned], 1 / self.totals[name])
     def candidates(self) -> dict[str, list[Tensor]]:
-        found = {"last": [p.detach().clone() for p in self.params]}
-        for name, sums in self.sums.items():
-            if total := self.totals[name]:
-                found[name] = [sums[p] / total if p.requires_grad else p.data.clone() for p in self.params]
-        return found
+        found = {name: [(means[p] if p.requires_grad else p.data).clone() for p in self.params]
+                 for name, means in self.means.items() if self.totals[name]}
+        return {"last": [p.detach().clone() for p in self.params]} | found
     def state_dict(self) -> dict:
-        sums = {name: [sums.get(p) for p in self.params] for name, sums in self.sums.items()}
-        return {"sums": sums, "totals": self.totals}
+        means = {name: [means.get(p) for p in self.params] for name, means in self.means.items()}
+        return {"means": means, "totals": self.totals}
     def load_state_dict(self, state: dict) -> None:
         self.totals = dict(state["totals"])
-        self.sums = {name: {p: mean.to(p.device) for p, mean in zip(self.params, means) if mean is not None}
-                     for name, means in state["sums"].items()}
+        self.means = {name: {p: mean.to(p.device) for p, mean in zip(self.params, means) if mean is not None}
+                      for name, means in state["means"].items()}
 
 # ---- Quantisation ------------------------------------------------------------------------------------------
 class Codes(NamedTuple):
@@ -1203,9 +1191,7 @@ class Quantizer(NamedTuple):
         return w * (w.abs() > w.abs().flatten(-2).kthvalue(count).values[..., None, None]) if count else w
     def nearest(self, w: Tensor) -> Tensor:
         """w (rows, columns) as the artifact would hold it, without error feedback. Late QAT trains this."""
-        w, steps, largest = self.prune(w), row_steps(self.exponents(w)), 2 ** (self.bits - 1) - 1
-        codes = (w.double() / steps.clamp(min=1e-30)).round().clamp(-largest, largest)
-        return (codes * steps).to(w.dtype)
+        return self.gptq(w, None).values().to(w.dtype)
     def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
         """Codes that keep w x near for inputs of `hessian` Σ x xᵀ, if any (GPTQ, arXiv:2210.17323)."""
         exponents, kept, largest = self.exponents(w), self.prune(w) != 0, 2 ** (self.bits - 1) - 1

@@ -607,7 +607,7 @@ def test_averages_leave_frozen_tensors_as_they_stand(variant):
         averages.update(step, 0.5)
         if step == 3:
             frozen.requires_grad_(False)
-    assert all(frozen not in sums for sums in averages.sums.values()), "their memory is freed"
+    assert all(frozen not in means for means in averages.means.values()), "their memory is freed"
     found = averages.candidates()
     assert found.keys() == {"last", "ema", "swa"}
     for name, (kept, mean) in found.items():
