@@ -82,7 +82,7 @@ class Hyperparameters:
     recur_times: int = setting(3, "how often", 1, 64, model=True)
     ensemble: int = setting(1, "members in one artifact, whose logits are averaged", 1, 16, model=True)
     qk_gain_init: float = setting(1.5, "initial gain of each query head", 0, 100)
-    logit_softcap: float = setting(30.0, "logits are c·tanh(z/c)", 1e-3, 1e6, model=True)
+    logit_softcap: float = setting(30.0, "logits are c·tanh(z/c)", 1e-3, 1e3, model=True)
     tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0, 10)
     # The map table (MapRow): a text is VALUE or SELECTOR=VALUE, with commas between; the last that fits holds
     map_basis: str = setting("orthogonal", "learned, or the basis of a frozen random map", model=True)
@@ -849,6 +849,17 @@ class RMSNorm(torch.autograd.Function):
 
 norm = RMSNorm.apply
 
+class Scores(torch.autograd.Function):
+    """mask + q kᵀ / √D, (B, M, N). Autograd gives k's gradient transposed, which is slow to add up."""
+    @staticmethod
+    def forward(ctx, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        return torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5)
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        q, k = ctx.saved_tensors
+        return None, q.size(-1) ** -0.5 * (dy @ k), q.size(-1) ** -0.5 * (dy.mT @ q)
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D); H / H_kv query heads share a key head."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
@@ -861,7 +872,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for begin in range(0, length, 128):
         part = q[:, :, begin : (end := begin + 128)].flatten(1, 2)  # heads of a group in turn
         future = q.new_full((part.size(1) // group, min(end, length)), -torch.inf).triu(1 + begin)
-        weights = torch.baddbmm(future.repeat(group, 1), part, k[:, :end].mT, alpha=dim**-0.5).softmax(-1)
+        weights = Scores.apply(future.repeat(group, 1), part, k[:, :end]).softmax(-1)
         rows.append((weights @ v[:, :end]).unflatten(1, (group, -1)))
     return torch.cat(rows, 2).view(batch, heads, length, dim).transpose(1, 2)
 
@@ -1029,8 +1040,9 @@ class GPT(LanguageModel):
                 skips[layer] = x
         return norm(x)
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, d) -> (…, vocabulary) float32, softly capped."""
-        return self.softcap * torch.tanh(self.embedding(hidden).float() / self.softcap)
+        """(…, d) -> (…, vocabulary) float32: c·tanh(z/c), as c - 2c·sigmoid(-2z/c), which is faster."""
+        c, z = self.softcap, self.embedding(hidden).float()
+        return torch.rsub(torch.sigmoid(-2 / c * z), c, alpha=2 * c)
     def predict(self, ids: Tensor, last: int, streams: bool = False) -> Tensor:
         return self.logits(self.hidden(ids, streams)[:, -last:])
 
@@ -1068,7 +1080,7 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.mT if is_tall else x).to(g.dtype)
 
 class Muon(torch.optim.Optimizer):
@@ -1481,6 +1493,8 @@ class Trainer:
         if world.compile:
             torch._dynamo.config.recompile_limit = 8 + 2 * len(self.stages.marks)  # each stage is a graph
             torch._functorch.config.ban_recompute_materialized_backward = not world.on_cuda  # saves memory
+            from torch._inductor.decomposition import decompositions  # only now: it loads the compiler
+            decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)  # atomic: in any order
             self.forward = torch.compile(model, dynamic=False, fullgraph=True)
         self.optimizers = Optimizers(self.groups, h, world)
         self.averages = Averages(self.optimizers.params, h)

@@ -117,7 +117,7 @@ def restated_logits(h, model, row):
     {"skips_enabled": 0},
     {"ve_enabled": 0}, {"ve_layers": "0"}, {"ve_layers": "3,1"},
     {"ln_scale": 0},
-    {"logit_softcap": 2.0}, {"logit_softcap": 1e6},
+    {"logit_softcap": 2.0}, {"logit_softcap": 1e3},
     {"num_layers": 5}, {"num_layers": 1, "ve_layers": "0"},
     {"num_kv_heads": 4}, {"num_kv_heads": 1}, {"num_heads": 8, "num_kv_heads": 8},
     {"mlp_mult": 1.5}, {"map_adapter": "lora:1"}, {"map_seed": 7}, {"map_seed_stride": 99},
@@ -129,7 +129,8 @@ def test_logits_are_those_of_the_restated_model(settings, random_model, changes)
     model = random_model(h, torch.float64)
     logits = model.logits(model.hidden(ids)).detach().numpy()
     expected = np.stack([restated_logits(h, model, row) for row in ids.tolist()])
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    atol = max(1e-5, 2e-7 * h.logit_softcap)  # c is what float32 rounds last
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=atol)
     if changes:
         base = random_model(settings(), torch.float64)
         assert np.abs(logits - base.logits(base.hidden(ids)).detach().numpy()).max() > 1e-2
