@@ -426,6 +426,10 @@ class World:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # what is computed in float32 there tolerates tf32
+            torch._functorch.config.ban_recompute_materialized_backward = False  # saves memory
+        if self.compile:
+            from torch._inductor.decomposition import decompositions  # only now: it loads the compiler
+            decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)  # atomic: in any order
         if self.count > 1:
             timeout = datetime.timedelta(seconds=self.h.timeout_seconds)
             store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timeout))
@@ -1489,13 +1493,9 @@ class Trainer:
     def __init__(self, h, world, model, teacher: LanguageModel | None, data: TrainingData, folder: Path):
         self.h, self.world, self.model, self.data, self.folder = h, world, model, data, folder
         self.groups, self.quantizers = tensors_by_role(model), quantizers_of(h)
-        self.stages, self.forward = Stages(h, model, teacher, world.compile), model
-        if world.compile:
-            torch._dynamo.config.recompile_limit = 8 + 2 * len(self.stages.marks)  # each stage is a graph
-            torch._functorch.config.ban_recompute_materialized_backward = not world.on_cuda  # saves memory
-            from torch._inductor.decomposition import decompositions  # only now: it loads the compiler
-            decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)  # atomic: in any order
-            self.forward = torch.compile(model, dynamic=False, fullgraph=True)
+        self.stages = Stages(h, model, teacher, world.compile)
+        torch._dynamo.config.recompile_limit = 8 + 2 * len(self.stages.marks)  # each stage is a graph
+        self.forward = torch.compile(model, dynamic=False, fullgraph=True, disable=not world.compile)
         self.optimizers = Optimizers(self.groups, h, world)
         self.averages = Averages(self.optimizers.params, h)
         self.clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)

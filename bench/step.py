@@ -4,10 +4,9 @@
     DATA_PATH=… python bench/step.py    # on these tokens
 
 Sides, all with the same batches, in turn:
-- ours: train_gpt's step as train() takes it (gradients, optimisers, averages), compiled on CUDA, eager on a
-  CPU;
-- textbook: bench/textbook.py, which says what it does in another way; eager, and compiled (on a CPU only with
-  --compile: compiling takes minutes there);
+- ours: train_gpt's step as train() takes it (gradients, optimisers, averages); compiled on CUDA, on a CPU
+  eager as by default, or with --compile as by COMPILE=1 (compiling takes minutes there), and eager beside it;
+- textbook: bench/textbook.py, which says what it does in another way; eager, and where ours is, compiled;
 - learned in full: train_gpt's step with MAP_BASIS=learned and MAP_ADAPTER=none;
 - on CUDA, ours at other ranks.
 
@@ -54,8 +53,10 @@ def sides_of(on_cuda: bool, compiled: bool) -> list[str]:
     if on_cuda:
         others = ["textbook, eager", "textbook, compiled", "learned in full, compiled"]
         return ["ours, compiled", *others, *(f"ours, rank {rank}, compiled" for rank in RANKS)]
-    return ["ours, eager", "textbook, eager", "learned in full, eager"] + (
-        ["ours, compiled", "textbook, compiled"] if compiled else [])
+    if compiled:
+        others = ["textbook, eager", "textbook, compiled", "learned in full, compiled"]
+        return ["ours, compiled", "ours, eager", *others]
+    return ["ours, eager", "textbook, eager", "learned in full, eager"]
 
 
 def peak_memory_on_cuda(step: Callable, batches: list, held: int) -> int:
@@ -119,12 +120,12 @@ def compare_losses(size: dict, world: t.World, steps: int) -> tuple[float, float
 
 
 def main() -> None:
-    compiled = {"action": "store_true", "help": "on a CPU: the compiled sides, too"}
+    compiled = {"action": "store_true", "help": "on a CPU: compiled, as COMPILE=1 does"}
     loss_steps = {"type": int, "default": 50, "help": "steps until the losses are compared; 0: leave it out"}
     options = common.begin(__doc__, compile=compiled, loss_steps=loss_steps)
     text, label = common.text_of(options)
     size = common.size_of(options) | text
-    h = common.settings(size)
+    h = common.settings(size, compile="1" if options.compile else "auto")  # what the world sets up for it
     sides = sides_of(torch.cuda.is_available(), options.compile)
     memory = {} if torch.cuda.is_available() else peak_memory_on_cpu(sides, size)
     with t.World(h) as world:
