@@ -455,6 +455,37 @@ def test_nothing_compiles_in_the_timed_region(trained, base, tmp_path):
     assert losses_of(out) == pytest.approx(losses_of(log_of(trained)), abs=1e-3)
 
 
+IN_ORDER = """
+import sys
+import torch
+from torch._dynamo.backends.common import aot_autograd
+sys.path.insert(0, sys.argv[1])
+import train_gpt
+
+traced = []
+
+def keep(graph, inputs):  # what inductor gets, without the minutes of making code of it
+    traced.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    return graph.forward
+
+with train_gpt.World(train_gpt.Hyperparameters(compile="1")):
+    from torch._inductor.decomposition import select_decomp_table
+    backend = aot_autograd(fw_compiler=keep, decompositions=select_decomp_table())
+    embedding = torch.compile(train_gpt.Embedding(8, 4, 1.0, torch.bfloat16), backend=backend, fullgraph=True)
+    embedding(torch.randint(8, (64,))).float().sum().backward()
+print(*traced)
+"""
+
+
+def test_compiled_gradients_of_embeddings_add_up_in_order(tmp_path):
+    """Inductor would add by atomic operations, whose order and so whose last bits differ from run to run."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(IN_ORDER)
+    traced = run_well({}, launcher=(str(driver),), script=ROOT).split()
+    assert any("embedding_dense_backward" in name for name in traced)
+    assert not any("index_put" in name for name in traced)
+
+
 def test_wall_clock_ends_training_with_its_schedule_complete(base, runs):
     limits = {"MAX_WALLCLOCK_SECONDS": 4, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 1_000_000}
     quiet = {"VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 0}
