@@ -426,10 +426,10 @@ class World:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # what is computed in float32 there tolerates tf32
-            torch._functorch.config.ban_recompute_materialized_backward = False  # saves memory
         if self.compile:
             from torch._inductor.decomposition import decompositions  # only now: it loads the compiler
             decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)  # atomic: in any order
+            torch._functorch.config.ban_recompute_materialized_backward = not self.on_cuda  # saves memory
         if self.count > 1:
             timeout = datetime.timedelta(seconds=self.h.timeout_seconds)
             store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timeout))
