@@ -1095,8 +1095,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            learned = [p for p in group["params"] if p.grad is not None]
-            shapes = {shape: [p for p in learned if p.shape == shape] for shape in {p.shape for p in learned}}
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in [p for p in group["params"] if p.grad is not None]:
+                shapes.setdefault(p.shape, []).append(p)
             begun = [self._begin(params, group["momentum"]) for params in shapes.values()]
             for ((rows, columns), params), (updates, arrival) in zip(shapes.items(), begun):
                 if arrival:
@@ -1163,9 +1164,8 @@ class Averages:
         self.totals = dict.fromkeys(self.decays, 0.0)  # 1 + decay + decay² + …: what the weights count for
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
-        for name, decay in self.decays.items():
-            learned = {p: mean for p, mean in self.means[name].items() if p.requires_grad}
-            self.means[name] = learned  # the memory of what is frozen by now is freed
+        for name, decay in self.decays.items():  # the memory of what is frozen by now is freed
+            learned = self.means[name] = {p: m for p, m in self.means[name].items() if p.requires_grad}
             if name == "ema" or scale < self.h.swa_threshold and step % self.h.swa_interval == 0:
                 self.totals[name] = 1 + decay * self.totals[name]
                 torch._foreach_lerp_([*learned.values()], [*learned], 1 / self.totals[name])
