@@ -79,15 +79,15 @@ def status_bytes(key: str) -> int:
 def added_memory(side: str, size: dict) -> int:
     """Bytes that two steps of one side add to this process at its peak."""
     h = common.settings(size)
-    world = t.World(h)
-    batches = t.TrainingData(h).micro_batches(0, world)
-    ids = torch.randint(0, 64, (4, common.SMOKE_SIZE["train_seq_len"]))
-    build(side, common.SMOKE_SIZE, world)([(ids, ids)])  # torch's own code and buffers do not count
-    before = status_bytes("VmRSS")
-    step = build(side, size, world)
-    for _ in range(2):
-        step(batches)
-    return status_bytes("VmHWM") - before
+    with t.World(h) as world:
+        batches = t.TrainingData(h).micro_batches(0, world)
+        ids = torch.randint(0, 64, (4, common.SMOKE_SIZE["train_seq_len"]))
+        build(side, common.SMOKE_SIZE, world)([(ids, ids)])  # torch's own code and buffers do not count
+        before = status_bytes("VmRSS")
+        step = build(side, size, world)
+        for _ in range(2):
+            step(batches)
+        return status_bytes("VmHWM") - before
 
 
 def peak_memory_on_cpu(sides: list[str], size: dict) -> dict[str, int]:
@@ -124,8 +124,8 @@ def main() -> None:
     loss_steps = {"type": int, "default": 50, "help": "steps until the losses are compared; 0: leave it out"}
     options = common.begin(__doc__, compile=compiled, loss_steps=loss_steps)
     text, label = common.text_of(options)
-    size = common.size_of(options) | text
-    h = common.settings(size, compile="1" if options.compile else "auto")  # what the world sets up for it
+    size = common.size_of(options) | text | {"compile": "1" if options.compile else "auto"}
+    h = common.settings(size)
     sides = sides_of(torch.cuda.is_available(), options.compile)
     memory = {} if torch.cuda.is_available() else peak_memory_on_cpu(sides, size)
     with t.World(h) as world:
