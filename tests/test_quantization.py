@@ -45,11 +45,27 @@ def awkward_rows() -> torch.Tensor:
     return w
 
 
+def restated_nearest(quantizer: train_gpt.Quantizer, w: torch.Tensor) -> torch.Tensor:
+    """Each value rounded to its row's steps, within the codes there are; what is pruned is zero."""
+    steps, largest = train_gpt.row_steps(quantizer.exponents(w)).numpy(), 2 ** (quantizer.bits - 1) - 1
+    codes = np.clip(np.rint(w.double().numpy() / np.maximum(steps, 1e-30)), -largest, largest)
+    return torch.from_numpy(codes * steps * (quantizer.prune(w) != 0).numpy()).float()
+
+
 @each_quantizer
 def test_late_qat_trains_the_values_that_the_artifact_holds(quantizer):
     torch.manual_seed(0)
     for w in (torch.randn(64, 48), torch.randn(5, 1), 1e-3 * torch.randn(1, 300), awkward_rows()):
         assert torch.equal(quantizer.nearest(w), quantizer.gptq(w, None).values())
+        assert torch.equal(quantizer.nearest(w), restated_nearest(quantizer, w))
+
+
+def test_late_qat_prunes_as_the_export_does():
+    """A row's exponent is that of the whole row, of which the smallest values are dropped after."""
+    torch.manual_seed(0)
+    quantizer, w = train_gpt.Quantizer(6, 10.0, 60.0), torch.randn(64, 48)
+    assert torch.equal(quantizer.nearest(w), quantizer.gptq(w, None).values())
+    assert torch.equal(quantizer.nearest(w), restated_nearest(quantizer, w))
 
 
 def test_late_qat_trains_the_values_that_the_artifact_holds_at_ties():
@@ -60,6 +76,7 @@ def test_late_qat_trains_the_values_that_the_artifact_holds_at_ties():
     tied = (((w / steps).floor() + 0.5) * steps).float()
     tied = torch.where(torch.arange(512) % 8 == 0, tied, w)
     assert torch.equal(quantizer.nearest(tied), quantizer.gptq(tied, None).values())
+    assert torch.equal(quantizer.nearest(tied), restated_nearest(quantizer, tied))
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
