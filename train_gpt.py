@@ -266,9 +266,8 @@ PUBLISHED = {
 def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, object]:
     """What was said, in the project's own vocabulary: the published variables replaced by what they mean."""
     columns = {name: value for name, value in said.items() if name not in PUBLISHED}
-    firm, soft = {name: (name, str(value)) for name, value in columns.items()}, {}
-    if str(said.get("use_random_adapters")) == "0":
-        soft["map_basis"] = "learned"
+    firm = {name: (name, str(value)) for name, value in columns.items()}
+    soft = {"map_basis": "learned"} if str(said.get("use_random_adapters")) == "0" else {}
     for name, (_, says, otherwise) in PUBLISHED.items():
         value = str(said.get(name, "")).replace(" ", "").replace(",", "+")
         is_flag = not any("{}" in text for text in says.values())
@@ -357,9 +356,8 @@ class Column:
             if not match:
                 raise ValueError(f"{selector!r} is no selector such as all, mlp.fc or attention@0-2")
             member, kind, layers = match.groups()
-            layers = layers_of(layers or "0-", h.num_layers)
-            member, cell = member and int(member), read_cell(name, cell)
-            self.rules.append((selector, member, kind or "all", layers, cell))
+            about = member and int(member), kind or "all", layers_of(layers or "0-", h.num_layers)
+            self.rules.append((selector, *about, read_cell(name, cell)))
     def cells(self, member: int, kind: str, layer: int, random: bool) -> dict[str, str | float | None]:
         """{column: cell} for one map, or nothing where no rule selects it."""
         family = "mlp.in" if kind in ("mlp.fc", "mlp.gate") else kind
@@ -731,7 +729,6 @@ class Mask(Owner):
 ADAPTERS = {"lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
 
 RIDGE = {"cuda": 264.0, "cpu": 70.0 if torch.cpu._is_amx_tile_supported() else 20.0}  # bench/kernels.py
-
 class ThinLinear(torch.autograd.Function):
     """y = x Mᵀ, M of merged maps W + A B: one GEMM each way, thin ones for A and B, no dense gradient."""
     @staticmethod
@@ -865,11 +862,12 @@ class Scores(torch.autograd.Function):
         return None, q.size(-1) ** -0.5 * (dy @ k), q.size(-1) ** -0.5 * (dy.mT @ q)
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, T, H, D), k and v (B, T, H_kv, D) -> (B, T, H, D); H / H_kv query heads share a key head."""
+    """q (B, n, H, D) of n last positions, k, v (B, T, H_kv, D) -> (B, n, H, D); groups of heads share k."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    (batch, heads, length, dim), group = q.shape, q.size(1) // k.size(1)
-    if q.is_cuda or length > 512 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    (batch, heads, last, dim), length, group = q.shape, k.size(2), q.size(1) // k.size(1)
+    if q.is_cuda or length > 512 or last < length or not torch.is_grad_enabled():
+        past = None if last == length else q.new_ones(last, length, dtype=torch.bool).tril(length - last)
+        return F.scaled_dot_product_attention(q, k, v, past, 0, past is None, enable_gqa=True).transpose(1, 2)
     # On a CPU, gradients of plain products over what is not future are faster (bench/cpu.py).
     k, v = k.reshape(-1, length, dim), v.reshape(-1, length, dim)  # (B · H_kv, T, D)
     q, rows = q.reshape(len(k), group, length, dim), []
@@ -880,17 +878,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows.append((weights @ v[:, :end]).unflatten(1, (group, -1)))
     return torch.cat(rows, 2).view(batch, heads, length, dim).transpose(1, 2)
 
+def attention_and_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """causal_attention of T queries without gradients, and ln Σ exp(scores) of each, (B, T, H, 1) float32."""
+    kernel = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{'' if q.is_cuda else '_for_cpu'}")
+    narrow = torch.float16 if q.is_cuda and q.dtype is torch.float32 else q.dtype  # as exact as tf32
+    y, sums, *_ = kernel(*(each.transpose(1, 2).to(narrow) for each in (q, k, v)), 0.0, True)
+    return y.transpose(1, 2).to(q.dtype), sums.transpose(1, 2).unsqueeze(-1)
+
 def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
     """As causal_attention, over rows that go on from the row above: `back` turns its keys' angle by T."""
-    length, group, step = q.size(1), q.size(2) // k.size(2), -(-q.size(1) // 16)
-    keys, values = (torch.cat([above, own[1:]], 1).repeat_interleave(group, 2).transpose(1, 2)
-                    for above, own in ((rotate(k[:-1], *back), k), (v[:-1], v)))  # (B - 1, H, 2T, D)
-    at, rest = torch.arange(length + step, device=q.device), []
-    band = (at > at[:step, None]) & (at <= length + at[:step, None])  # the same for each part of the queries
-    for i, part in zip(range(0, length, step), q[1:].transpose(1, 2).split(step, 2)):
-        seen, mask = slice(i, i + length + part.size(2)), band[: part.size(2), : length + part.size(2)]
-        rest.append(F.scaled_dot_product_attention(part, keys[:, :, seen], values[:, :, seen], mask))
-    return torch.cat([causal_attention(q[:1], k[:1], v[:1]), torch.cat(rest, 2).transpose(1, 2)])
+    y, sums = attention_and_sums(q, k, v)
+    # Of the row above a query sees what is later in its row: causal, too, when both rows are read backwards.
+    above = q[1:, :-1], rotate(k[:-1, 1:], *back), v[:-1, 1:]
+    earlier, more = (each.flip(1) for each in attention_and_sums(*(each.flip(1) for each in above)))
+    y[1:, :-1].lerp_(earlier, torch.sigmoid(more - sums[1:, :-1]).to(y.dtype))
+    return y
 
 def rotary_table(base: float, dims: int, dtype: torch.dtype, positions: int) -> Tensor:
     """(2, positions, 1, dims / 2): cosine and sine of angles, which kernels else compute for every head."""
@@ -918,8 +920,8 @@ class Attention(nn.Module):
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
         self.xsa, self.head_dim = layer >= h.num_layers - h.xsa_last_n, h.head_dim
         self.heads, self.widths = [h.num_heads, h.num_kv_heads], [h.model_dim + h.kv_dim, h.kv_dim]
-    def forward(self, x: Tensor, factor: Tensor, rope: list[Tensor], added_v, first_v):
-        """x (B, T, d) -> output times factor (d,), (B, T, d), and this layer's own values (B, T, kv_dim)."""
+    def forward(self, x: Tensor, factor: Tensor, rope: list[Tensor], added_v, first_v, last: int = 0):
+        """x (B, T, d) -> output times factor (d,) at last or all positions, and own values (B, T, kv_dim)."""
         qk, own_v = self.q(x, self.k, self.v).split(self.widths, -1)
         v = own_v if added_v is None else own_v + added_v
         if self.value_gate is not None:
@@ -927,8 +929,8 @@ class Attention(nn.Module):
         qk, v = (each.unflatten(-1, (-1, self.head_dim)) for each in (qk, v))  # (B, T, H + H_kv, D)
         gains = F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1.0).to(x.dtype)
         q, k = rotate(norm(qk) * gains, *rope[:2]).split(self.heads, 2)
-        y = streaming_attention(q, k, v, rope[2:]) if rope[2:] else causal_attention(q, k, v)
-        y = exclude_self(y, v) if self.xsa else y
+        y = streaming_attention(q, k, v, rope[2:]) if rope[2:] else causal_attention(q[:, -last:], k, v)
+        y = exclude_self(y, v[:, -last:]) if self.xsa else y
         return self.proj(y.flatten(2), factor=factor), own_v
 
 class MLP(nn.Module):
@@ -953,16 +955,16 @@ class Block(nn.Module):
         self.stream_mix = nn.Parameter(torch.full((h.model_dim,), share))
         self.embedding_mix = nn.Parameter(torch.full((h.model_dim,), 1 - share))
         self.attention_scale, self.mlp_scale = (nn.Parameter(torch.ones(h.model_dim)) for _ in range(2))
-    def forward(self, x: Tensor, x0: Tensor, rope: list, added_v, first_v) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, x0: Tensor, rope: list, added_v, first_v, last: int = 0):
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x, self.norm_scale)
-        y, own_v = self.attention(normed, self.attention_scale, rope, added_v, first_v)
-        x = x + self.dropout(y)
-        normed = normed if self.parallel else norm(x, self.norm_scale)
+        y, own_v = self.attention(normed, self.attention_scale, rope, added_v, first_v, last)
+        x = x[:, -last:] + self.dropout(y)
+        normed = normed[:, -last:] if self.parallel else norm(x, self.norm_scale)
         return x + self.dropout(self.mlp(normed, self.mlp_scale)), own_v
 
 class LanguageModel(nn.Module):
-    """A model but for `predict`: ids (B, T) -> logits of the last positions (B, last, vocabulary) float32."""
+    """A model but for `predict`: ids (B, T) -> float32 logits of last or all positions (B, n, vocabulary)."""
     def __init__(self, h):
         super().__init__()
         self.table = {row.name: row for row in h.maps}
@@ -974,7 +976,7 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
         """The loss; with a teacher's logits, α CE + (1 - α) T² KL(teacher ‖ student) (arXiv:1503.02531)."""
-        logits = self.predict(ids, ids.size(1))
+        logits = self.predict(ids)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         if taught is None:
             return loss
@@ -1016,8 +1018,8 @@ class GPT(LanguageModel):
         self.skip_gates = nn.Parameter(torch.zeros(self.skipping, h.model_dim)) if gated else None
         self.rotary = functools.partial(rotary_table, h.rope_base, h.rope_dims, dtype)
         self.register_buffer("rope", self.rotary(1 + max(h.train_seq_len, h.eval_seq_len)), persistent=False)
-    def hidden(self, ids: Tensor, streams: bool = False) -> Tensor:
-        """ids (B, T) -> the last norm's output (B, T, d). In a stream each row goes on from the row above."""
+    def hidden(self, ids: Tensor, last: int = 0, streams: bool = False) -> Tensor:
+        """ids (B, T) -> the last norm's output (B, last or T, d). Streams: rows go on from the one above."""
         shape, ids = ids.shape, ids.reshape(1, -1) if streams else ids
         x = self.embedding(ids)
         if self.bigram_buckets > 1:  # a hash of two tokens; the last bucket where there is one only
@@ -1032,13 +1034,14 @@ class GPT(LanguageModel):
         rope = [cos[:length], sin[:length]] + [cos[length], -sin[length]] * streams  # streams turn keys back
         added_v = self.value_embedding(ids) if self.value_layers else None
         x0, skips, first_v = x, {}, None  # skips: the stream after each layer of the first half
-        for layer in self.recurrent_order if self.recurs else self.order:
+        order = self.recurrent_order if self.recurs else self.order
+        for place, layer in enumerate(order, 1):
             if 0 <= (i := layer - self.skipping) < self.skipping:
                 skip, gates = self.skip_weights[i].to(x.dtype) * skips[self.skipping - 1 - i], self.skip_gates
                 x = x + skip if gates is None else torch.lerp(skip, x, gates[i].sigmoid().to(x.dtype))
             v = (added_v * self.value_scales[self.value_layers.index(layer)].to(x.dtype)
                  if layer in self.value_layers else None)
-            x, own_v = self.blocks[layer](x, x0, rope, v, first_v)
+            x, own_v = self.blocks[layer](x, x0, rope, v, first_v, last if place == len(order) else 0)
             first_v = own_v if first_v is None else first_v
             if layer < self.skipping:
                 skips[layer] = x
@@ -1047,15 +1050,15 @@ class GPT(LanguageModel):
         """(…, d) -> (…, vocabulary) float32: c·tanh(z/c), as c - 2c·sigmoid(-2z/c), which is faster."""
         c, z = self.softcap, self.embedding(hidden).float()
         return torch.rsub(torch.sigmoid(-2 / c * z), c, alpha=2 * c)
-    def predict(self, ids: Tensor, last: int, streams: bool = False) -> Tensor:
-        return self.logits(self.hidden(ids, streams)[:, -last:])
+    def predict(self, ids: Tensor, last: int = 0, streams: bool = False) -> Tensor:
+        return self.logits(self.hidden(ids, last, streams))
 
 class Ensemble(LanguageModel):
     """Models in one artifact (PR #1301): each learns for itself, the mean of their logits predicts."""
     def __init__(self, h, dtype: torch.dtype = torch.float32):
         super().__init__(h)
         self.members = nn.ModuleList(GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble))
-    def predict(self, ids: Tensor, last: int, streams: bool = False) -> Tensor:
+    def predict(self, ids: Tensor, last: int = 0, streams: bool = False) -> Tensor:
         return sum(member.predict(ids, last, streams) for member in self.members) / len(self.members)
     def forward(self, ids: Tensor, targets: Tensor, taught: Tensor | None = None) -> Tensor:
         return sum(member(ids, targets, taught) for member in self.members) / len(self.members)
@@ -1205,11 +1208,8 @@ class Quantizer(NamedTuple):
         """w, its smallest values set to zero."""
         count = int(w.size(-2) * w.size(-1) * self.prune_pct / 100)
         return w * (w.abs() > w.abs().flatten(-2).kthvalue(count).values[..., None, None]) if count else w
-    def nearest(self, w: Tensor) -> Tensor:
-        """w (rows, columns) as the artifact would hold it, without error feedback. Late QAT trains this."""
-        return self.gptq(w, None).values().to(w.dtype)
-    def gptq(self, w: Tensor, hessian: Tensor | None, block: int = 128) -> Codes:
-        """Codes that keep w x near for inputs of `hessian` Σ x xᵀ, if any (GPTQ, arXiv:2210.17323)."""
+    def gptq(self, w: Tensor, hessian: Tensor | None = None, block: int = 128) -> Codes:
+        """The nearest codes, or with `hessian` Σ x xᵀ those that keep w x near (GPTQ, arXiv:2210.17323)."""
         exponents, kept, largest = self.exponents(w), self.prune(w) != 0, 2 ** (self.bits - 1) - 1
         w = w.double() / row_steps(exponents).clamp(min=1e-30)  # in steps, which the error feedback keeps
         if hessian is None:
@@ -1240,7 +1240,7 @@ def weights_as_stored(groups: dict[str, dict[str, nn.Parameter]], quantizers: di
     masters = [p.clone() for _, p in stored]
     for key in dict.fromkeys((quantizer, p.shape) for quantizer, p in stored):  # by shape, not one by one
         alike = [p for quantizer, p in stored if (quantizer, p.shape) == key]
-        torch._foreach_copy_(alike, key[0].nearest(torch.stack(alike)).unbind())
+        torch._foreach_copy_(alike, key[0].gptq(torch.stack(alike)).values().unbind())
     try:
         yield
     finally:
@@ -1259,7 +1259,7 @@ def collect_hessians(model: LanguageModel, batches: Iterable[Tensor], world) -> 
             hessians[sharing] = hessians.get(sharing, 0) + x.t() @ x
     hooks = [module.register_forward_pre_hook(add) for module in owners]
     for ids in batches:
-        model.predict(ids, ids.size(1))
+        model.predict(ids)
     for hook in hooks:
         hook.remove()
     return {owner: hessian for sharing, total in hessians.items() for hessian in [world.sum_(total)]
@@ -1270,7 +1270,6 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 2
 GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.float16, "bits": torch.uint8}
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "machine": platform.machine()}
-
 def write_artifact(header: dict, tensors: dict[str, Codes | Tensor], quality=11) -> tuple[bytes, dict]:
     """The artifact's bytes, and how many of them each group of like tensors takes. Little-endian: magic (8
     bytes), format version and length of the header (uint32 each), header (JSON, brotli), the groups, SHA-256
@@ -1404,25 +1403,26 @@ def evaluate(model: LanguageModel, val: ValidationStream, h, world, stride: int)
     """Mean loss in nats and bits per byte over all tokens after the first; processes take batches in turn."""
     model.eval()
     length = min(h.eval_seq_len, targets := len(val.tokens) - 1)
-    per_batch, streams = max(1, h.eval_batch_tokens // length), h.eval_mode == "window" and stride < length
+    per_batch = max(1, h.eval_batch_tokens // length)
+    streams = h.eval_mode == "window" and stride < length < targets
     if streams:  # rows of the stream, after those that the last attention can look back to through the others
         warm = 1 + h.num_layers + len(h.recurring_layers) * (h.recur_times - 1)
-        rows, scored, stride = -(-targets // length), max(per_batch - warm, 3 * warm), length
-        ranges = [(i, np.arange(max(0, i - warm), min(i + scored, rows))) for i in range(0, rows, scored)]
-        batches, per_batch = [(r * length, length * (r >= i)) for i, r in ranges], scored + warm
+        rows, stride = -(-targets // length), length
+        per_batch = min(max(per_batch, 8 * warm), rows)
+        part, plan = np.arange(per_batch), plan_windows(rows, per_batch, max(per_batch - warm, 1))
+        batches = [(length * (i + part), length * (part >= per_batch - new)) for i, new in zip(*plan)]
     else:
         starts, counts = plan_windows(targets, length, stride)
-        slices = [slice(0, 1)] + [slice(i, i + per_batch) for i in range(1, len(starts), per_batch)]
-        batches = [(starts[part], counts[part]) for part in slices]
-    compiled = torch.compile(model.losses, dynamic=False) if world.compile else model.losses
+        batches = [*zip(*(np.split(each, range(1, len(starts), per_batch)) for each in (starts, counts)))]
+    compiled = torch.compile(model.losses, dynamic=False, disable=len(batches) < 3 or not world.compile)
     tokens, total = F.pad(val.tokens, (0, length)), torch.zeros((), dtype=torch.float64, device=world.device)
     for starts, counts in batches[world.rank :: world.count]:
         places = torch.from_numpy(starts[:, None] + np.arange(length + 1))
         rows, tail = tokens[places].to(world.device), int(counts.max())
         score = compiled if (len(rows), tail) == (per_batch, stride) else model.losses  # others stay eager
-        losses = score(rows[:, :-1], rows[:, 1:][:, -tail:], streams)  # (windows, tail)
-        seen = torch.arange(tail)[None] < tail - torch.from_numpy(counts[:, None])  # in earlier windows
-        beyond = places[:, 1:][:, -tail:] > targets  # the end of the stream
+        losses = score(rows[:, :-1], rows[:, -tail:], streams)  # (windows, tail)
+        seen = torch.arange(-tail, 0) < -torch.from_numpy(counts)[:, None]  # in earlier windows
+        beyond = places[:, -tail:] > targets  # the end of the stream
         total += losses.double().masked_fill((seen | beyond).to(world.device), 0.0).sum()
     nats = world.sum_(total).item()
     return nats / targets, nats / math.log(2) / val.bytes
@@ -1486,7 +1486,7 @@ class Stages:
     @torch.no_grad()
     def teach(self, ids: Tensor) -> Tensor | None:
         """The teacher's logits (B, T, vocabulary), where there is one at this stage."""
-        return self.predict(ids, ids.size(1)) if self.teaches else None
+        return self.predict(ids) if self.teaches else None
 
 class Trainer:
     """Training as a state that can be saved before any step; a step needs settings and data besides."""

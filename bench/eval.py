@@ -1,18 +1,22 @@
 """Sliding evaluation: train_gpt's against a loop over the rows, and its modes against each other.
 
     python bench/eval.py                                              # speed, weights as they are initialised
+    python bench/eval.py --compile                                    # as with COMPILE=1, as ever on CUDA
     DATA_PATH=… python bench/eval.py --artifact runs/ID/model.int6.ptz    # and the scores of trained weights
 
 The row-by-row loop is what published scripts do: one window a forward pass, logits of all its positions, of
-which the last ones are scored. Both must give the same bits per byte: that is checked first, in float32.
-Tokens scored per second are compared on the start of the stream; with --artifact the modes are then compared
-on all of it, in the type of the machine, and EVAL_SEQ_LEN and EVAL_STRIDE hold: windows longer than the
-training sequences cost score.
+which the last ones are scored. It runs over the textbook's network (bench/textbook.py), eager, and over ours,
+compiled where ours is. All must give the same bits per byte: that is checked first, in float32.
+Tokens scored per second are compared on the start of the stream; with --artifact, which the textbook does not
+know, the modes are then compared on all of it, in the type of the machine, and EVAL_SEQ_LEN, EVAL_STRIDE and
+EVAL_BATCH_TOKENS hold: windows longer than the training sequences cost score.
 """
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,19 +24,23 @@ import common
 import torch
 import torch.nn.functional as F
 from common import Row, t
+from textbook import Textbook
 
-# Of the comparison of speed. Both modes score a first window in one pass: longer is nearer to a whole stream.
-STREAM_TOKENS = {"cpu": 16_384, "cuda": 131_072, "smoke": 256}
-WINDOW = {"eval_seq_len": 2048, "eval_stride": 64}
+# Of the comparison with the loops, and of the modes: both score a first window in one pass, so that a longer
+# stream is nearer to a whole one.
+LOOP_TOKENS = {"cpu": 16_384, "cuda": 131_072, "smoke": 256}
+MODE_TOKENS = {"cpu": 65_536, "cuda": 1_048_576, "smoke": 512}
+WINDOW = {"eval_seq_len": 2048, "eval_stride": 64, "eval_batch_tokens": 131_072}
+if not torch.cuda.is_available():
+    WINDOW["eval_batch_tokens"] = 16_384  # as presets/cpu has it
 # EVAL_MODE's choices: exact gives every scored token its own window's context; window is far cheaper.
 modes = ("exact", "window")
 
 
 @torch.no_grad()
-def row_by_row(model: t.LanguageModel, val, h: t.Hyperparameters, world: t.World,
+def row_by_row(predict: Callable, val, h: t.Hyperparameters, world: t.World,
                stride: int) -> tuple[float, float]:
-    """Nats a token and bits per byte, one window after the other."""
-    model.eval()
+    """Nats a token and bits per byte, one window after the other; `predict`: ids (1, T) -> logits."""
     tokens = val.tokens.to(world.device)
     targets = len(tokens) - 1
     length = min(h.eval_seq_len, targets)
@@ -42,7 +50,7 @@ def row_by_row(model: t.LanguageModel, val, h: t.Hyperparameters, world: t.World
         end = min(begin + length, targets)
         begin = end - length  # the last window ends with the stream
         ids, following = tokens[begin:end], tokens[begin + 1 : end + 1]
-        logits = model.predict(ids[None], length)[0]
+        logits = predict(ids[None])[0]
         losses = F.cross_entropy(logits, following, reduction="none")
         total += losses[scored - begin :].double().sum()
         scored = end
@@ -57,8 +65,15 @@ def begin_of(val, tokens: int):
     return SimpleNamespace(tokens=val.tokens[:tokens], bytes=val.bytes * share)
 
 
-def check_agreement(h: t.Hyperparameters, model: t.LanguageModel, val) -> float:
-    """Bits per byte by which the two differ in float32; an error where it is more than rounding."""
+def loops_over(model: t.LanguageModel, h: t.Hyperparameters, world: t.World, artifact) -> dict[str, Callable]:
+    """What the row-by-row loops predict by."""
+    model.eval()
+    loops = {"the same model": torch.compile(model.predict, dynamic=False, disable=not world.compile)}
+    return loops if artifact else {"the textbook": Textbook(h, model, world.dtype).predict} | loops
+
+
+def check_agreement(h: t.Hyperparameters, model: t.LanguageModel, val, artifact) -> float:
+    """Most bits per byte by which they differ in float32; an error where it is more than rounding."""
     h = common.settings(h.model_settings(), dtype="float32", compile="0", eval_seq_len=h.eval_seq_len,
                         eval_stride=h.eval_stride, eval_batch_tokens=h.eval_batch_tokens)
     world = t.World(h)
@@ -68,10 +83,12 @@ def check_agreement(h: t.Hyperparameters, model: t.LanguageModel, val) -> float:
     few = begin_of(val, h.eval_seq_len + 5 * h.eval_stride + h.eval_stride // 2)
     with common.no_tf32():
         ours = common.evaluate(single, few, h, world, h.eval_stride)[1]
-        loop = row_by_row(single, few, h, world, h.eval_stride)[1]
-    if not abs(ours - loop) < 1e-6:
-        raise SystemExit(f"the two evaluations differ: {ours:.8f} and {loop:.8f} bits per byte")
-    return abs(ours - loop)
+        loops = loops_over(single, h, world, artifact)
+        apart = max(abs(ours - row_by_row(predict, few, h, world, h.eval_stride)[1])
+                    for predict in loops.values())
+    if not apart < 1e-6:
+        raise SystemExit(f"the evaluations differ by {apart:.8f} bits per byte")
+    return apart
 
 
 def trained(options, world: t.World):
@@ -112,36 +129,41 @@ def compare_modes(h: t.Hyperparameters, model: t.LanguageModel, val, world: t.Wo
 
 
 def main() -> None:
-    options = common.begin(__doc__, artifact={"help": "trained model; else initial weights, for speed only"})
+    compiled = {"action": "store_true", "help": "on a CPU: compiled, as COMPILE=1 does"}
+    artifact = {"help": "trained model; else initial weights, for speed only"}
+    options = common.begin(__doc__, compile=compiled, artifact=artifact)
     size = common.SMOKE_SIZE if options.smoke else common.size_of(options) | WINDOW
-    h = common.settings(size)
+    h = common.settings(size, compile="1" if options.compile else "auto")
     with t.World(h) as world:
         if options.artifact:
             h, model, val, label = trained(options, world)
             label = f"the artifact {options.artifact} on {label}"
         else:
             model = common.new_model(h, world)
-            stream = torch.randint(0, h.vocab_size, (300_000,), generator=torch.Generator().manual_seed(0))
+            stream = torch.randint(0, h.vocab_size, (1_100_000,), generator=torch.Generator().manual_seed(0))
             val, label = SimpleNamespace(tokens=stream, bytes=len(stream)), "initial weights on random tokens"
-        apart = check_agreement(h, model, val)
-        few = begin_of(val, STREAM_TOKENS["smoke" if options.smoke else world.device.type])
-        sides = {"ours": common.evaluate, "loop": row_by_row}
-        works = {name: lambda work=work: work(model, few, h, world, h.eval_stride)
-                 for name, work in sides.items()}
+        apart = check_agreement(h, model, val, options.artifact)
+        kind = "smoke" if options.smoke else world.device.type
+        few, more = (begin_of(val, tokens[kind]) for tokens in (LOOP_TOKENS, MODE_TOKENS))
+        works = {"ours": lambda: common.evaluate(model, few, h, world, h.eval_stride)}
+        for name, predict in loops_over(model, h, world, options.artifact).items():
+            works[name] = functools.partial(row_by_row, predict, few, h, world, h.eval_stride)
         times = common.interleaved(works, options.runs, warm_ups=1)
         n = len(few.tokens) - 1
-        ours, loop = times["ours"], times["loop"]
-        rows = [Row("exact mode against a row-by-row loop, tokens scored a second", f"{n / ours:,.0f}",
-                    f"{n / loop:,.0f}", loop / ours, "≥ 5"),
-                Row("bits per byte of the two in float32, difference", f"{apart:.1e}", bar="≤ 1e-6",
-                    measured=apart)]
-        rows += compare_modes(h, model, few, world, options.runs, f"{n:,} tokens")
+        ours = times.pop("ours")
+        rows = []
+        for name, loop in times.items():
+            what = f"exact mode against a row-by-row loop over {name}, tokens scored a second"
+            rows.append(Row(what, f"{n / ours:,.0f}", f"{n / loop:,.0f}", loop / ours, "≥ 5"))
+        rows.append(Row("bits per byte of them in float32, difference", f"{apart:.1e}", bar="≤ 1e-6",
+                        measured=apart))
+        rows += compare_modes(h, model, more, world, options.runs, f"{len(more.tokens) - 1:,} tokens")
         if options.artifact:
             rows += compare_modes(h, model, val, world, 1, "trained, the whole stream, one run")
 
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
     print(f"\n{n:,} tokens in windows of {h.eval_seq_len}, stride {h.eval_stride}; {h.num_layers} layers of"
-          f" width {h.model_dim}, {label}.")
+          f" width {h.model_dim}, {label}{', compiled' if world.compile else ''}.")
     common.print_rows(rows, options)
 
 

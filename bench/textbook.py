@@ -195,11 +195,15 @@ class Textbook(nn.Module):
                 skips.append(x)
         return rms_norm(x)
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy in nats."""
+    def predict(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> logits of all positions (B, T, vocabulary) float32."""
         x = self.hidden(ids)
         logits = F.linear(x, self.embedding.weight.to(x.dtype)).float()
-        logits = self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
+        return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy in nats."""
+        logits = self.predict(ids)
         return F.cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1))
 
 

@@ -262,7 +262,7 @@ def test_script_that_trains_on_validation_text_is_seen_and_shown(copied, tmp_pat
 
 def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
     s = rewrite(
-        copied, ahead=("is_causal=True", "is_causal=False"),
+        copied, ahead=("0, past is None,", "0, False,"),
         tail=("np.diff(starts + length, prepend=0)",
               "np.where(np.arange(len(starts)), stride, np.diff(starts + length, prepend=0))"))
     result = check.check_probabilities(s)

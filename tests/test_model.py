@@ -295,6 +295,24 @@ def test_losses_of_the_last_targets_and_their_mean(settings, random_model):
     torch.testing.assert_close(model(ids, targets), expected.mean())
 
 
+@pytest.mark.parametrize("changes", [
+    {}, {"recur_layers": "2-3", "recur_times": 2}, {"parallel_from": 2, "mlp_gated": 1}, {"num_layers": 1}])
+@pytest.mark.parametrize("last", [1, 5, 16])
+def test_the_last_block_computes_the_wanted_positions_alone(settings, random_model, changes, last):
+    """And they are what they are among all, in training as in evaluation."""
+    changes = changes if "num_layers" not in changes else changes | {"ve_enabled": 0}
+    model, ids = random_model(settings(**changes), torch.float64), tokens(2, 16)
+    everything, widths = model.hidden(ids), []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode():
+            torch.testing.assert_close(model.hidden(ids, last), everything[:, -last:], rtol=0, atol=1e-12)
+        blocks = len(widths) - 1
+        assert widths == [16] * blocks + [last]
+        widths.clear()
+
+
 def test_every_learned_parameter_gets_a_gradient(settings, random_model):
     model = random_model(settings())
     model(tokens(4, 16), tokens(4, 16, seed=1)).backward()

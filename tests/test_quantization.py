@@ -53,30 +53,27 @@ def restated_nearest(quantizer: train_gpt.Quantizer, w: torch.Tensor) -> torch.T
 
 
 @each_quantizer
-def test_late_qat_trains_the_values_that_the_artifact_holds(quantizer):
+def test_codes_without_a_hessian_are_the_nearest(quantizer):
     torch.manual_seed(0)
     for w in (torch.randn(64, 48), torch.randn(5, 1), 1e-3 * torch.randn(1, 300), awkward_rows()):
-        assert torch.equal(quantizer.nearest(w), quantizer.gptq(w, None).values())
-        assert torch.equal(quantizer.nearest(w), restated_nearest(quantizer, w))
+        assert torch.equal(quantizer.gptq(w).values(), restated_nearest(quantizer, w))
 
 
-def test_late_qat_prunes_as_the_export_does():
+def test_pruned_codes_without_a_hessian_are_the_nearest():
     """A row's exponent is that of the whole row, of which the smallest values are dropped after."""
     torch.manual_seed(0)
     quantizer, w = train_gpt.Quantizer(6, 10.0, 60.0), torch.randn(64, 48)
-    assert torch.equal(quantizer.nearest(w), quantizer.gptq(w, None).values())
-    assert torch.equal(quantizer.nearest(w), restated_nearest(quantizer, w))
+    assert torch.equal(quantizer.gptq(w).values(), restated_nearest(quantizer, w))
 
 
-def test_late_qat_trains_the_values_that_the_artifact_holds_at_ties():
-    """Ties are rare, about one in 4 million values, but both are to be one function."""
+def test_ties_go_to_even_codes():
+    """They are rare, about one in 4 million values."""
     torch.manual_seed(0)
     quantizer, w = QUANTIZERS[0], torch.randn(64, 512)
     steps = train_gpt.row_steps(quantizer.exponents(w))
     tied = (((w / steps).floor() + 0.5) * steps).float()
     tied = torch.where(torch.arange(512) % 8 == 0, tied, w)
-    assert torch.equal(quantizer.nearest(tied), quantizer.gptq(tied, None).values())
-    assert torch.equal(quantizer.nearest(tied), restated_nearest(quantizer, tied))
+    assert torch.equal(quantizer.gptq(tied).values(), restated_nearest(quantizer, tied))
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
@@ -175,7 +172,7 @@ def test_gptq_halves_the_output_error_of_rounding(quantizer):
     x = correlated_inputs(6000, 64)
     seen, unseen = x[:4000], x[4000:]
     w = torch.randn(96, 64)
-    rounded, fed = quantizer.nearest(w).double(), quantizer.gptq(w, seen.T @ seen).values().double()
+    rounded, fed = quantizer.gptq(w).values().double(), quantizer.gptq(w, seen.T @ seen).values().double()
     for inputs in (seen, unseen):
         error, before = ((inputs @ (w.double() - other).T).norm() for other in (fed, rounded))
         assert error < 0.5 * before
@@ -217,7 +214,7 @@ def test_pruning_zeroes_that_share_of_the_smallest(percent, with_hessian):
     smallest = w.abs().flatten().argsort()[: int(w.numel() * percent / 100)]
     assert codes.flatten()[smallest].abs().sum() == 0
     if not with_hessian:  # with one, what is kept moves, and some of it to zero
-        rounds_to_zero = (quantizer.nearest(w) == 0).flatten()
+        rounds_to_zero = (quantizer.gptq(w).values() == 0).flatten()
         rounds_to_zero[smallest] = True
         assert torch.equal(codes.flatten() == 0, rounds_to_zero)
 
@@ -316,12 +313,12 @@ def test_a_factor_pair_is_quantised_each_against_its_own_inputs():
     seen = x @ layer.lora_B.detach().double().T
     assert not torch.equal(a.codes, quantizers[MATRIX].gptq(layer.lora_A.data, seen.T @ seen).codes)
     exact = x @ (layer.lora_A @ layer.lora_B).detach().double().T
-    error, before = ((exact - x @ (a @ b).double().T).norm() for a, b in (
-        (codes["A"].values(), codes["B"].values()),
-        (quantizers[MATRIX].nearest(layer.lora_A.data), quantizers[MATRIX].nearest(layer.lora_B.data))))
+    nearest = [quantizers[MATRIX].gptq(factor.data).values() for factor in (layer.lora_A, layer.lora_B)]
+    error, before = ((exact - x @ (a @ b).double().T).norm()
+                     for a, b in ((codes["A"].values(), codes["B"].values()), nearest))
     assert error < 0.7 * before
     plain = layer.lora.quantize(quantizers, None)
-    assert torch.equal(plain["A"].values(), quantizers[MATRIX].nearest(layer.lora_A.data))
+    assert torch.equal(plain["A"].values(), nearest[0])
 
 
 # ---- Late quantisation-aware training ----------------------------------------------------------------------
@@ -353,7 +350,7 @@ def test_gradients_of_late_qat_are_straight_through(settings, random_model):
     with torch.no_grad():
         for role, params in train_gpt.tensors_by_role(stored).items():
             for p in params.values() if role in quantizers else ():
-                p.copy_(quantizers[role].nearest(p))
+                p.copy_(quantizers[role].gptq(p).values())
     with train_gpt.weights_as_stored(train_gpt.tensors_by_role(model), quantizers):
         loss = model(tokens(2, 16), tokens(2, 16, seed=1))
         loss.backward()
@@ -502,7 +499,7 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported,
         for part, codes in stored.items():
             assert torch.equal(tensors[f"{name}.{part}"], codes.values()), name
     fed = tensors["blocks.3.mlp.proj.lora.B"]
-    assert not torch.equal(fed, quantizers[MATRIX].nearest(model.blocks[3].mlp.proj.lora.B.data))
+    assert not torch.equal(fed, quantizers[MATRIX].gptq(model.blocks[3].mlp.proj.lora.B.data).values())
     assert torch.equal(tensors["skip_weights"], model.skip_weights.half().float())
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import train_gpt
@@ -50,6 +51,29 @@ def test_one_pass_is_attention_over_the_last_positions(window, random_model, pro
     assert bpb == pytest.approx(expected * (count - 1) / math.log(2) / count, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_for_cuda_is_asked_as_it_expects(dtype):
+    """Without a GPU: shapes and types alone, of tensors that have no values."""
+    with FakeTensorMode():
+        q, k = (torch.empty(3, WINDOW, heads, 64, device="cuda", dtype=dtype) for heads in (4, 2))
+        y, sums = train_gpt.attention_and_sums(q, k, k)
+    assert (y.shape, y.dtype, y.device) == (q.shape, dtype, q.device)
+    assert (sums.shape, sums.dtype) == ((3, WINDOW, 4, 1), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_attention_gives_its_sums_too(dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 40, heads, 64, dtype=dtype) for heads in (4, 2, 2))
+    with torch.no_grad():
+        y, sums = train_gpt.attention_and_sums(q, k, v)
+        assert torch.equal(y, train_gpt.causal_attention(q, k, v))
+    scores = q.double().transpose(1, 2) @ k.double().repeat_interleave(2, 2).permute(0, 2, 3, 1) / 8
+    scores = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), -math.inf)
+    expected = scores.logsumexp(-1).transpose(1, 2)[..., None]
+    torch.testing.assert_close(sums.double(), expected, rtol=0, atol=2e-4)
+
+
 def test_processes_share_the_rows(window, random_model, processes):
     """The sums of two processes are the sum of one."""
     h, val = window(), stream_of(700)
@@ -71,7 +95,7 @@ def test_every_token_is_scored_once(window, processes, count):
     val = SimpleNamespace(tokens=torch.arange(count), bytes=count)
     class Ledger(torch.nn.Module):
         def losses(self, ids, targets, streams):
-            assert streams
+            assert streams == (count > WINDOW + 1)  # else there is one window
             assert torch.equal(ids[:, 1:], targets[:, :-1])  # whole rows, in the order of the stream
             return targets.double() ** 2
 
