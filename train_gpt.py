@@ -1408,7 +1408,7 @@ def evaluate(model: LanguageModel, val: ValidationStream, h, world, stride: int)
     if streams:  # rows of the stream, after those that the last attention can look back to through the others
         warm = 1 + h.num_layers + len(h.recurring_layers) * (h.recur_times - 1)
         rows, stride = -(-targets // length), length
-        per_batch = min(max(per_batch, 8 * warm), rows)
+        per_batch = min(max(per_batch, 4 * warm), rows)
         part, plan = np.arange(per_batch), plan_windows(rows, per_batch, max(per_batch - warm, 1))
         batches = [(length * (i + part), length * (part >= per_batch - new)) for i, new in zip(*plan)]
     else:

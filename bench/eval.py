@@ -8,8 +8,8 @@ The row-by-row loop is what published scripts do: one window a forward pass, log
 which the last ones are scored. It runs over the textbook's network (bench/textbook.py), eager, and over ours,
 compiled where ours is. All must give the same bits per byte: that is checked first, in float32.
 Tokens scored per second are compared on the start of the stream; with --artifact, which the textbook does not
-know, the modes are then compared on all of it, in the type of the machine, and EVAL_SEQ_LEN, EVAL_STRIDE and
-EVAL_BATCH_TOKENS hold: windows longer than the training sequences cost score.
+know, the modes are compared on all of it, in the type of the machine, and EVAL_SEQ_LEN and EVAL_STRIDE hold:
+windows longer than the training sequences cost score.
 """
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from textbook import Textbook
 # stream is nearer to a whole one.
 LOOP_TOKENS = {"cpu": 16_384, "cuda": 131_072, "smoke": 256}
 MODE_TOKENS = {"cpu": 65_536, "cuda": 1_048_576, "smoke": 512}
-WINDOW = {"eval_seq_len": 2048, "eval_stride": 64, "eval_batch_tokens": 131_072}
-if not torch.cuda.is_available():
-    WINDOW["eval_batch_tokens"] = 16_384  # as presets/cpu has it
-# EVAL_MODE's choices: exact gives every scored token its own window's context; window is far cheaper.
-modes = ("exact", "window")
+WINDOW = {"eval_seq_len": 2048, "eval_stride": 64}
+# EVAL_MODE's choices and EVAL_BATCH_TOKENS for each. Exact gives every scored token its own window's context,
+# and is faster where activations stay near a CPU (presets/cpu has that size). Window is far cheaper; it
+# computes some rows before each batch once more, so that large ones pay.
+MODES = ({"exact": 131_072, "window": 524_288} if torch.cuda.is_available() else
+         {"exact": 16_384, "window": 131_072})
 
 
 @torch.no_grad()
@@ -97,31 +98,30 @@ def trained(options, world: t.World):
     text, label = common.text_of(options)
     paths = {name: text[name] for name in ("data_path", "tokenizer_path") if name in text}
     asked = {name: os.environ[name.upper()] for name in WINDOW if name.upper() in os.environ}
-    h = common.settings(header["model"], WINDOW, paths, asked)
+    h = common.settings(header["model"], WINDOW, paths, asked, eval_batch_tokens=MODES["exact"])
     tokenizer = t.Tokenizer(h.tokenizer_path, h.vocab_size)
     if tokenizer.sha256 != header["tokenizer"]:
         raise SystemExit(f"{h.tokenizer_path} is not the tokenizer of {options.artifact}: set DATA_PATH")
     return h, t.build_model(header, tensors, world), t.ValidationStream(h, tokenizer), label
 
 
-def compare_modes(h: t.Hyperparameters, model: t.LanguageModel, val, world: t.World, runs: int,
-                  what: str) -> list[Row]:
-    """Seconds and bits per byte of the modes on a stream."""
+def compare_modes(h: t.Hyperparameters, model: t.LanguageModel, val, world: t.World, options) -> list[Row]:
+    """Seconds and, where trained, bits per byte of the modes on a stream."""
     scores = {}
 
     def side(mode: str):
         setting = common.settings(h.model_settings(), eval_seq_len=h.eval_seq_len, eval_stride=h.eval_stride,
-                                  eval_batch_tokens=h.eval_batch_tokens, eval_mode=mode)
+                                  eval_batch_tokens=MODES[mode], eval_mode=mode)
 
         def work():
             scores[mode] = common.evaluate(model, val, setting, world, h.eval_stride)[1]
         return work
 
-    times = common.interleaved({mode: side(mode) for mode in modes}, runs, warm_ups=1)
+    times = common.interleaved({mode: side(mode) for mode in MODES}, options.runs, warm_ups=1)
     exact, window = times["exact"], times["window"]
-    rows = [Row(f"EVAL_MODE=window against exact at stride {h.eval_stride}, {what}", f"{window:.2f} s",
-                f"{exact:.2f} s", exact / window, "≥ 15")]
-    if "trained" in what:
+    what = f"EVAL_MODE=window against exact at stride {h.eval_stride}, {len(val.tokens) - 1:,} tokens"
+    rows = [Row(what, f"{window:.2f} s", f"{exact:.2f} s", exact / window, "≥ 15")]
+    if options.artifact:
         apart = scores["window"] - scores["exact"]
         rows.append(Row(f"its bits per byte, difference {apart:+.6f}", f"{scores['window']:.6f}",
                         f"{scores['exact']:.6f}"))
@@ -133,7 +133,7 @@ def main() -> None:
     artifact = {"help": "trained model; else initial weights, for speed only"}
     options = common.begin(__doc__, compile=compiled, artifact=artifact)
     size = common.SMOKE_SIZE if options.smoke else common.size_of(options) | WINDOW
-    h = common.settings(size, compile="1" if options.compile else "auto")
+    h = common.settings(size, compile="1" if options.compile else "auto", eval_batch_tokens=MODES["exact"])
     with t.World(h) as world:
         if options.artifact:
             h, model, val, label = trained(options, world)
@@ -144,7 +144,8 @@ def main() -> None:
             val, label = SimpleNamespace(tokens=stream, bytes=len(stream)), "initial weights on random tokens"
         apart = check_agreement(h, model, val, options.artifact)
         kind = "smoke" if options.smoke else world.device.type
-        few, more = (begin_of(val, tokens[kind]) for tokens in (LOOP_TOKENS, MODE_TOKENS))
+        few = begin_of(val, LOOP_TOKENS[kind])
+        more = val if options.artifact else begin_of(val, MODE_TOKENS[kind])
         works = {"ours": lambda: common.evaluate(model, few, h, world, h.eval_stride)}
         for name, predict in loops_over(model, h, world, options.artifact).items():
             works[name] = functools.partial(row_by_row, predict, few, h, world, h.eval_stride)
@@ -157,9 +158,7 @@ def main() -> None:
             rows.append(Row(what, f"{n / ours:,.0f}", f"{n / loop:,.0f}", loop / ours, "≥ 5"))
         rows.append(Row("bits per byte of them in float32, difference", f"{apart:.1e}", bar="≤ 1e-6",
                         measured=apart))
-        rows += compare_modes(h, model, more, world, options.runs, f"{len(more.tokens) - 1:,} tokens")
-        if options.artifact:
-            rows += compare_modes(h, model, val, world, 1, "trained, the whole stream, one run")
+        rows += compare_modes(h, model, more, world, options)
 
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
     print(f"\n{n:,} tokens in windows of {h.eval_seq_len}, stride {h.eval_stride}; {h.num_layers} layers of"
