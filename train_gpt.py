@@ -220,7 +220,7 @@ def layers_of(text: str, count: int) -> list[int]:
 
 def contradictions(h, environment: Mapping[str, str]) -> list[str]:
     """Settings that are fine alone and impossible together or under this launcher, with their numbers."""
-    count = int(environment.get("WORLD_SIZE") or 1)
+    count, on_cuda = int(environment.get("WORLD_SIZE") or 1), torch.cuda.is_available()
     restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS") or 0)
     wrong = {
         "torchrun's --max-restarts needs RUN_ID: a new start must find its run": restarts and not h.run_id,
@@ -235,6 +235,8 @@ def contradictions(h, environment: Mapping[str, str]) -> list[str]:
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS to train":
             0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
         f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit": h.mlp_dim < 1,
+        f"EVAL_MODE=window on CUDA needs bfloat16 and heads of a multiple of 8 dimensions, not {h.head_dim}":
+            h.eval_mode == "window" and on_cuda and (h.dtype == "float32" or h.head_dim % 8),
         "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
         "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt": h.export_only and not h.checkpoint_path,
         "DISTILL_FROM and SELF_DISTILL=1 are two teachers": h.distill_from and h.self_distill,
@@ -322,8 +324,7 @@ class MapRow(NamedTuple):
         for name, colon, text in [part.partition(":") for part in self.adapter.split("+") if part != "none"]:
             if name not in ADAPTERS or name in chosen:
                 raise ValueError(f"{name!r} is no adapter or stands twice; use {', '.join(ADAPTERS)} or none")
-            unit = ADAPTERS[name].size
-            low, high = limits.get(unit, (0, 0))
+            low, high = limits.get(unit := ADAPTERS[name].size, (0, 0))
             with contextlib.suppress(ValueError):
                 chosen[name] = int(text) if unit == "rank" else float(text or 0)
             if not low <= chosen.get(name, math.nan) <= high:
@@ -647,8 +648,7 @@ BASES = {"orthogonal": orthogonal, "gaussian": gaussian, "uniform": uniform, "ra
          "hadamard": hadamard}
 def draw_map(row: MapRow) -> Tensor:
     """(out, in) bfloat16, drawn on the CPU. The map *is* this rounding, on every device and in every type."""
-    drawn = BASES[row.basis](row.out_features, row.in_features, row.seed) * row.gain
-    return drawn.to(torch.bfloat16).contiguous()
+    return (BASES[row.basis](*row[1:3], row.seed) * row.gain).to(torch.bfloat16).contiguous()
 
 # ---- Linear layers -----------------------------------------------------------------------------------------
 # Roles of learned tensors: they decide optimiser and quantiser.
@@ -728,7 +728,6 @@ class Mask(Owner):
 # Beside a frozen map: the product of `factors`, or a full `correction`, whose gradient is dense.
 ADAPTERS = {"lora": LoRA, "rslora": RankStabilizedLoRA, "vera": VeRA, "sparse": Sparse, "mask": Mask}
 
-RIDGE = {"cuda": 264.0, "cpu": 70.0 if torch.cpu._is_amx_tile_supported() else 20.0}  # bench/kernels.py
 class ThinLinear(torch.autograd.Function):
     """y = x Mᵀ, M of merged maps W + A B: one GEMM each way, thin ones for A and B, no dense gradient."""
     @staticmethod
@@ -743,6 +742,7 @@ class ThinLinear(torch.autograd.Function):
             gradients += [part.t() @ (x @ b.t()), (part @ a).t() @ x]
         return tuple(gradients)
 
+RIDGE = {"cuda": 264.0, "cpu": 70.0 if torch.cpu._is_amx_tile_supported() else 20.0}  # bench/kernels.py
 def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
     """Whether four thin products for A and B cost less, by FLOPs or bytes, than the dense gradient."""
     (rows, columns), rank, ridge = weight.shape, len(b), RIDGE[weight.device.type]
@@ -863,11 +863,12 @@ class Scores(torch.autograd.Function):
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, n, H, D) of n last positions, k, v (B, T, H_kv, D) -> (B, n, H, D); groups of heads share k."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, n, D), (B, H_kv, T, D)
     (batch, heads, last, dim), length, group = q.shape, k.size(2), q.size(1) // k.size(1)
     if q.is_cuda or length > 512 or last < length or not torch.is_grad_enabled():
-        past = None if last == length else q.new_ones(last, length, dtype=torch.bool).tril(length - last)
-        return F.scaled_dot_product_attention(q, k, v, past, 0, past is None, enable_gqa=True).transpose(1, 2)
+        mask = None if last == length else q.new_ones(last, length, dtype=torch.bool).tril(length - last)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return y.transpose(1, 2)
     # On a CPU, gradients of plain products over what is not future are faster (bench/cpu.py).
     k, v = k.reshape(-1, length, dim), v.reshape(-1, length, dim)  # (B · H_kv, T, D)
     q, rows = q.reshape(len(k), group, length, dim), []
@@ -878,20 +879,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows.append((weights @ v[:, :end]).unflatten(1, (group, -1)))
     return torch.cat(rows, 2).view(batch, heads, length, dim).transpose(1, 2)
 
-def attention_and_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """causal_attention of T queries without gradients, and ln Σ exp(scores) of each, (B, T, H, 1) float32."""
-    kernel = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{'' if q.is_cuda else '_for_cpu'}")
-    narrow = torch.float16 if q.is_cuda and q.dtype is torch.float32 else q.dtype  # as exact as tf32
-    y, sums, *_ = kernel(*(each.transpose(1, 2).to(narrow) for each in (q, k, v)), 0.0, True)
-    return y.transpose(1, 2).to(q.dtype), sums.transpose(1, 2).unsqueeze(-1)
+def attention_and_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """causal_attention of T queries, and the log-sum-exp of each one's scores, (B, T, H, 1)."""
+    flash = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{'' if q.is_cuda else '_for_cpu'}")
+    y, lse, *_ = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True)
+    return y.transpose(1, 2), lse.transpose(1, 2).unsqueeze(-1)
 
 def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
     """As causal_attention, over rows that go on from the row above: `back` turns its keys' angle by T."""
-    y, sums = attention_and_sums(q, k, v)
+    y, lse = attention_and_lse(q, k, v)
     # Of the row above a query sees what is later in its row: causal, too, when both rows are read backwards.
-    above = q[1:, :-1], rotate(k[:-1, 1:], *back), v[:-1, 1:]
-    earlier, more = (each.flip(1) for each in attention_and_sums(*(each.flip(1) for each in above)))
-    y[1:, :-1].lerp_(earlier, torch.sigmoid(more - sums[1:, :-1]).to(y.dtype))
+    reverse = (each.flip(1) for each in (q[1:, :-1], rotate(k[:-1, 1:], *back), v[:-1, 1:]))
+    y_above, lse_above = (each.flip(1) for each in attention_and_lse(*reverse))
+    y[1:, :-1].lerp_(y_above, torch.sigmoid(lse_above - lse[1:, :-1]).to(y.dtype))  # its share of both sums
     return y
 
 def rotary_table(base: float, dims: int, dtype: torch.dtype, positions: int) -> Tensor:
@@ -924,8 +924,7 @@ class Attention(nn.Module):
         """x (B, T, d) -> output times factor (d,) at last or all positions, and own values (B, T, kv_dim)."""
         qk, own_v = self.q(x, self.k, self.v).split(self.widths, -1)
         v = own_v if added_v is None else own_v + added_v
-        if self.value_gate is not None:
-            v = v + torch.sigmoid(self.value_gate).to(x.dtype) * first_v
+        v = v if self.value_gate is None else v + torch.sigmoid(self.value_gate).to(x.dtype) * first_v
         qk, v = (each.unflatten(-1, (-1, self.head_dim)) for each in (qk, v))  # (B, T, H + H_kv, D)
         gains = F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1.0).to(x.dtype)
         q, k = rotate(norm(qk) * gains, *rope[:2]).split(self.heads, 2)
@@ -986,9 +985,8 @@ class LanguageModel(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 over the maps it computes with and all else that seeds drew, in the order of the table."""
         digest = hashlib.sha256()
-        for row in self.frozen:
-            for drawn in self.get_submodule(row.name).buffers():
-                digest.update(drawn.cpu().view(torch.uint8).numpy().tobytes())
+        for drawn in (buffer for row in self.frozen for buffer in self.get_submodule(row.name).buffers()):
+            digest.update(drawn.cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 class GPT(LanguageModel):
@@ -1035,17 +1033,18 @@ class GPT(LanguageModel):
         added_v = self.value_embedding(ids) if self.value_layers else None
         x0, skips, first_v = x, {}, None  # skips: the stream after each layer of the first half
         order = self.recurrent_order if self.recurs else self.order
+        few = 0 if streams or 8 * last > length else last  # so few that the mask they need costs little
         for place, layer in enumerate(order, 1):
             if 0 <= (i := layer - self.skipping) < self.skipping:
                 skip, gates = self.skip_weights[i].to(x.dtype) * skips[self.skipping - 1 - i], self.skip_gates
                 x = x + skip if gates is None else torch.lerp(skip, x, gates[i].sigmoid().to(x.dtype))
             v = (added_v * self.value_scales[self.value_layers.index(layer)].to(x.dtype)
                  if layer in self.value_layers else None)
-            x, own_v = self.blocks[layer](x, x0, rope, v, first_v, last if place == len(order) else 0)
+            x, own_v = self.blocks[layer](x, x0, rope, v, first_v, few if place == len(order) else 0)
             first_v = own_v if first_v is None else first_v
             if layer < self.skipping:
                 skips[layer] = x
-        return norm(x)
+        return norm(x[:, -last:])
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, d) -> (…, vocabulary) float32: c·tanh(z/c), as c - 2c·sigmoid(-2z/c), which is faster."""
         c, z = self.softcap, self.embedding(hidden).float()
@@ -1405,16 +1404,17 @@ def evaluate(model: LanguageModel, val: ValidationStream, h, world, stride: int)
     length = min(h.eval_seq_len, targets := len(val.tokens) - 1)
     per_batch = max(1, h.eval_batch_tokens // length)
     streams = h.eval_mode == "window" and stride < length < targets
-    if streams:  # rows of the stream, after those that the last attention can look back to through the others
+    if streams:  # batches of rows; a row sees `warm` before it: one a layer, and one for bigrams and smear
         warm = 1 + h.num_layers + len(h.recurring_layers) * (h.recur_times - 1)
         rows, stride = -(-targets // length), length
         per_batch = min(max(per_batch, 4 * warm), rows)
-        part, plan = np.arange(per_batch), plan_windows(rows, per_batch, max(per_batch - warm, 1))
-        batches = [(length * (i + part), length * (part >= per_batch - new)) for i, new in zip(*plan)]
+        row, plan = np.arange(per_batch), plan_windows(rows, per_batch, max(per_batch - warm, 1))
+        batches = [(length * (i + row), length * (row >= per_batch - new)) for i, new in zip(*plan)]
     else:
         starts, counts = plan_windows(targets, length, stride)
         batches = [*zip(*(np.split(each, range(1, len(starts), per_batch)) for each in (starts, counts)))]
-    compiled = torch.compile(model.losses, dynamic=False, disable=len(batches) < 3 or not world.compile)
+    pays = world.compile and len(batches) > 2 * world.count  # a graph for fewer costs more than it saves
+    compiled = torch.compile(model.losses, dynamic=False, disable=not pays)
     tokens, total = F.pad(val.tokens, (0, length)), torch.zeros((), dtype=torch.float64, device=world.device)
     for starts, counts in batches[world.rank :: world.count]:
         places = torch.from_numpy(starts[:, None] + np.arange(length + 1))

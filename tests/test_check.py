@@ -262,7 +262,7 @@ def test_script_that_trains_on_validation_text_is_seen_and_shown(copied, tmp_pat
 
 def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
     s = rewrite(
-        copied, ahead=("0, past is None,", "0, False,"),
+        copied, ahead=("is_causal=mask is None", "is_causal=False"),
         tail=("np.diff(starts + length, prepend=0)",
               "np.where(np.arange(len(starts)), stride, np.diff(starts + length, prepend=0))"))
     result = check.check_probabilities(s)
@@ -273,11 +273,20 @@ def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
     assert check.check_agreement(s).verdict == "pass"
 
 
+@pytest.mark.parametrize(("mask", "verdict"), [(".tril(length - last)", "pass"), ("", "FAIL")])
+def test_script_that_looks_ahead_where_few_positions_are_scored(copied, mask, verdict):
+    s = rewrite(copied, few=("8 * last > length", "last > length"),  # 8 of 32 are not few enough
+                ahead=(".tril(length - last)", mask))
+    result = check.check_probabilities(s)
+    assert result.verdict == verdict
+    assert result.evidence.startswith("the future changes the past") == (verdict == "FAIL")
+
+
 def test_script_whose_probabilities_are_none(copied):
     """Losses a little too small, and windows that see the windows beside them."""
     s = rewrite(copied, small=('reduction="none").view_as', 'reduction="none").sub(1e-3).view_as'),
-                beside=("        return norm(x)\n",
-                        "        return norm(x + 0.01 * x.mean(0, keepdim=True))\n"))
+                beside=("        return norm(x[:, -last:])\n",
+                        "        return norm((x + 0.01 * x.mean(0, keepdim=True))[:, -last:])\n"))
     result = check.check_probabilities(s)
     assert result.verdict == "FAIL"
     for problem in ("do not sum to one", "predict and losses disagree", "other windows of a batch"):

@@ -1,6 +1,7 @@
 """EVAL_MODE=window: one pass over the stream, each position attends to the last EVAL_SEQ_LEN ones."""
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from types import SimpleNamespace
@@ -51,27 +52,36 @@ def test_one_pass_is_attention_over_the_last_positions(window, random_model, pro
     assert bpb == pytest.approx(expected * (count - 1) / math.log(2) / count, rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_kernel_for_cuda_is_asked_as_it_expects(dtype):
-    """Without a GPU: shapes and types alone, of tensors that have no values."""
+def test_the_kernel_for_cuda_gives_the_shapes_that_the_sums_need():
+    """Without a GPU: of tensors that have no values."""
     with FakeTensorMode():
-        q, k = (torch.empty(3, WINDOW, heads, 64, device="cuda", dtype=dtype) for heads in (4, 2))
-        y, sums = train_gpt.attention_and_sums(q, k, k)
-    assert (y.shape, y.dtype, y.device) == (q.shape, dtype, q.device)
-    assert (sums.shape, sums.dtype) == ((3, WINDOW, 4, 1), torch.float32)
+        q, k = (torch.empty(3, WINDOW, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2))
+        y, lse = train_gpt.attention_and_lse(q, k, k)
+    assert (y.shape, y.dtype, y.device) == (q.shape, q.dtype, q.device)
+    assert (lse.shape, lse.dtype) == ((3, WINDOW, 4, 1), torch.float32)
+
+
+@pytest.mark.parametrize(("mode", "dtype", "heads", "fits"), [
+    ("window", "auto", 2, True), ("window", "bfloat16", 4, True), ("window", "float32", 4, False),
+    ("window", "auto", 8, False), ("exact", "float32", 8, True)])
+def test_what_the_kernel_for_cuda_does_not_take_is_refused(settings, monkeypatch, mode, dtype, heads, fits):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refused = pytest.raises(train_gpt.UserError, match="EVAL_MODE=window on CUDA")
+    with contextlib.nullcontext() if fits else refused:
+        settings(eval_mode=mode, dtype=dtype, model_dim=32, num_heads=heads, rope_dims=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_attention_gives_its_sums_too(dtype):
+def test_attention_and_its_log_sum_exp(dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 40, heads, 64, dtype=dtype) for heads in (4, 2, 2))
     with torch.no_grad():
-        y, sums = train_gpt.attention_and_sums(q, k, v)
+        y, lse = train_gpt.attention_and_lse(q, k, v)
         assert torch.equal(y, train_gpt.causal_attention(q, k, v))
     scores = q.double().transpose(1, 2) @ k.double().repeat_interleave(2, 2).permute(0, 2, 3, 1) / 8
     scores = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), -math.inf)
     expected = scores.logsumexp(-1).transpose(1, 2)[..., None]
-    torch.testing.assert_close(sums.double(), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=2e-4)
 
 
 def test_processes_share_the_rows(window, random_model, processes):
