@@ -1413,7 +1413,7 @@ def evaluate(model: LanguageModel, val: ValidationStream, h, world, stride: int)
     else:
         starts, counts = plan_windows(targets, length, stride)
         batches = [*zip(*(np.split(each, range(1, len(starts), per_batch)) for each in (starts, counts)))]
-    pays = world.compile and len(batches) > 2 * world.count  # a graph for fewer costs more than it saves
+    pays = world.compile and len(batches) > 24 * world.count  # a graph for fewer costs more than it saves
     compiled = torch.compile(model.losses, dynamic=False, disable=not pays)
     tokens, total = F.pad(val.tokens, (0, length)), torch.zeros((), dtype=torch.float64, device=world.device)
     for starts, counts in batches[world.rank :: world.count]:
