@@ -46,7 +46,7 @@ SMOKE_SIZE = {
     "num_layers": 2, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 8, "ve_layers": "1",
     "ve_dim": 8, "bigram_vocab_size": 64, "bigram_dim": 8, "map_adapter": "lora:4", "xsa_last_n": 256,
     "train_seq_len": 32, "train_batch_tokens": 128, "micro_batch_tokens": 128, "eval_seq_len": 32,
-    "eval_stride": 8, "eval_batch_tokens": 256, "gptq_calib_batches": 1,
+    "eval_stride": 8, "gptq_calib_batches": 1,
 }
 # Dense bfloat16 FLOP/s by the vendor's data sheet, of what a GPU's name may contain.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -74,6 +74,14 @@ def begin(description: str, **more: dict) -> argparse.Namespace:
     if torch.cuda.is_available() or getattr(options, "compile", False):
         torch._dynamo.config.recompile_limit = 64  # several models of one class are compiled side by side
     return options
+
+
+COMPILE = {"action": "store_true", "help": "on a CPU: compiled, as COMPILE=1 does"}  # an option of begin's
+
+
+def compile_setting(options: argparse.Namespace) -> dict[str, str]:
+    """What --compile asks for."""
+    return {"compile": "1" if options.compile else "auto"}
 
 
 def size_of(options: argparse.Namespace, on_cpu: dict = CPU_SIZE) -> dict:

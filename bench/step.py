@@ -120,11 +120,10 @@ def compare_losses(size: dict, world: t.World, steps: int) -> tuple[float, float
 
 
 def main() -> None:
-    compiled = {"action": "store_true", "help": "on a CPU: compiled, as COMPILE=1 does"}
     loss_steps = {"type": int, "default": 50, "help": "steps until the losses are compared; 0: leave it out"}
-    options = common.begin(__doc__, compile=compiled, loss_steps=loss_steps)
+    options = common.begin(__doc__, compile=common.COMPILE, loss_steps=loss_steps)
     text, label = common.text_of(options)
-    size = common.size_of(options) | text | {"compile": "1" if options.compile else "auto"}
+    size = common.size_of(options) | text | common.compile_setting(options)
     h = common.settings(size)
     sides = sides_of(torch.cuda.is_available(), options.compile)
     memory = {} if torch.cuda.is_available() else peak_memory_on_cpu(sides, size)
