@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -67,20 +68,20 @@ def begin(description: str, **more: dict) -> argparse.Namespace:
     for name, keywords in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     options = parser.parse_args()
+    if options.smoke:
+        options.runs, options.compile = 1, False
+    compiles_on_cpu = getattr(options, "compile", False) and not torch.cuda.is_available()
+    if compiles_on_cpu and not shutil.which(os.environ.get("CXX", "g++")):
+        parser.error("what is compiled on a CPU needs g++, or CXX must name another C++ compiler")
     if not torch.cuda.is_available() and not set(KEEP_FREED_MEMORY) <= set(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
-    if options.smoke:
-        options.runs = 1
-    if torch.cuda.is_available() or getattr(options, "compile", False):
+    if torch.cuda.is_available() or compiles_on_cpu:
         torch._dynamo.config.recompile_limit = 64  # several models of one class are compiled side by side
     return options
 
 
-COMPILE = {"action": "store_true", "help": "on a CPU: compiled, as COMPILE=1 does"}  # an option of begin's
-
-
 def compile_setting(options: argparse.Namespace) -> dict[str, str]:
-    """What --compile asks for."""
+    """The setting by options.compile, where a program has it: on CUDA all is compiled anyway."""
     return {"compile": "1" if options.compile else "auto"}
 
 
@@ -149,7 +150,7 @@ def synthetic_text(vocabulary: int, tokens: int) -> tuple[dict, str]:
 # ---- What is taken from train_gpt.py -----------------------------------------------------------------------
 
 class OurStep:
-    """A training step as train() does it: gradients of the micro-batches, optimisers, averages."""
+    """A training step as the trainer does it: gradients of the micro-batches, optimisers, averages."""
 
     def __init__(self, h: t.Hyperparameters, world: t.World, model: t.LanguageModel, compiled: bool):
         self.model = model.train()

@@ -130,7 +130,8 @@ def compare_modes(h: t.Hyperparameters, model: t.LanguageModel, val, world: t.Wo
 
 def main() -> None:
     artifact = {"help": "trained model; else initial weights, for speed only"}
-    options = common.begin(__doc__, compile=common.COMPILE, artifact=artifact)
+    compiled = {"action": "store_true", "help": "on a CPU: compiled, as COMPILE=1 does"}
+    options = common.begin(__doc__, compile=compiled, artifact=artifact)
     size = common.SMOKE_SIZE if options.smoke else common.size_of(options) | WINDOW
     h = common.settings(size, common.compile_setting(options), eval_batch_tokens=MODES["exact"])
     with t.World(h) as world:

@@ -1,12 +1,13 @@
 """A training step of ours against the textbook's of the same network, and against learning it in full.
 
     python bench/step.py                # 6 layers of width 256 on a CPU, system A's full size on a GPU
+    python bench/step.py --eager        # on a CPU without what is compiled: that takes minutes
     DATA_PATH=… python bench/step.py    # on these tokens
 
 Sides, all with the same batches, in turn:
-- ours: train_gpt's step as train() takes it (gradients, optimisers, averages); compiled on CUDA, on a CPU
-  eager as by default, or with --compile as by COMPILE=1 (compiling takes minutes there), and eager beside it;
-- textbook: bench/textbook.py, which says what it does in another way; eager, and where ours is, compiled;
+- ours: train_gpt's step as the trainer takes it (gradients, optimisers, averages), compiled as on CUDA and by
+  COMPILE=1, and on a CPU eager beside it, as there by default;
+- textbook: bench/textbook.py, which says what it does in another way; eager and compiled;
 - learned in full: train_gpt's step with MAP_BASIS=learned and MAP_ADAPTER=none;
 - on CUDA, ours at other ranks.
 
@@ -121,7 +122,8 @@ def compare_losses(size: dict, world: t.World, steps: int) -> tuple[float, float
 
 def main() -> None:
     loss_steps = {"type": int, "default": 50, "help": "steps until the losses are compared; 0: leave it out"}
-    options = common.begin(__doc__, compile=common.COMPILE, loss_steps=loss_steps)
+    eager = {"dest": "compile", "action": "store_false", "help": "on a CPU: leave out what is compiled"}
+    options = common.begin(__doc__, eager=eager, loss_steps=loss_steps)
     text, label = common.text_of(options)
     size = common.size_of(options) | text | common.compile_setting(options)
     h = common.settings(size)
