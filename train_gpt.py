@@ -9,7 +9,7 @@ around them is quantised, compressed and written as one artifact. Settings are e
 from __future__ import annotations
 
 import bisect, contextlib, copy, dataclasses, datetime, difflib, fcntl, functools, hashlib, io, itertools
-import json, math, os, pickle, platform, re, shutil, signal, statistics, sys, time, traceback, zipfile
+import json, math, os, pickle, platform, re, shutil, signal, statistics, time, traceback, zipfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,7 +81,7 @@ class Hyperparameters:
     recur_layers: str = setting("", "layers that run several times, such as 3-5", model=True)
     recur_times: int = setting(3, "how often", 1, 64, model=True)
     ensemble: int = setting(1, "members in one artifact, whose logits are averaged", 1, 16, model=True)
-    qk_gain_init: float = setting(1.5, "initial gain of each query head", 0, 100)
+    qk_gain_init: float = setting(1.5, "initial gain of each query head", 1e-3, 100)
     logit_softcap: float = setting(30.0, "logits are c·tanh(z/c)", 1e-3, 1e3, model=True)
     tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0, 10)
     # The map table (MapRow): a text is VALUE or SELECTOR=VALUE, with commas between; the last that fits holds
@@ -127,7 +127,7 @@ class Hyperparameters:
     embed_wd: float = setting(0.04, "likewise for embeddings")
     beta1: float = setting(0.9, "AdamW: decay of the mean", 0, 0.9999)
     beta2: float = setting(0.95, "AdamW: decay of the variance", 0, 0.99999)
-    adam_eps: float = setting(1e-8, "AdamW: added to the deviation")
+    adam_eps: float = setting(1e-8, "AdamW: added to the deviation", 1e-30)
     grad_clip_norm: float = setting(0.3, "largest norm of all gradients together; 0: no clip")
     ema_decay: float = setting(0.997, "exponential moving average of the weights; 0: none", 0, 0.999999)
     swa_enabled: int = setting(1, "1: plain average of late weights", 0, 1)
@@ -151,7 +151,7 @@ class Hyperparameters:
         fields, problems = {f.name: f for f in dataclasses.fields(self)}, []
         names = [name for name in [*fields, *PUBLISHED] if name.upper() in environment]
         said = expand_published({name: environment[name.upper()] for name in names} | given, problems)
-        self.given = set(said)  # what somebody asked for, by name
+        self.given = set(said)  # names of what is not a default: somebody's words, or those of a file
         problems += [f"{name}: no such setting" for name in said if name not in fields]
         for name, f in fields.items():
             setattr(self, name, f.default)
@@ -169,6 +169,8 @@ class Hyperparameters:
         sizes = [row.out_features * row.in_features for row in self.maps] or [0]
         tables = self.vocab_size * (self.model_dim + self.ve_dim) + self.bigram_vocab_size * self.bigram_dim
         need = 4 * (sum(sizes) + self.ensemble * tables) + 64 * max(sizes)  # 64: while one is drawn
+        need += sum(4 * size * (row[1] + row[2]) if type(size) is int else 12 * row[1] * row[2]
+                    for row in self.maps if not problems for size in row.adapters().values())  # a rank?
         if need > self.model_limit_bytes:  # a stranger's artifact must not ask for more, either
             problems.append(f"MODEL_LIMIT_BYTES={self.model_limit_bytes}, but the model needs {need:,} bytes")
         if problems:
@@ -242,12 +244,10 @@ def contradictions(h, environment: Mapping[str, str]) -> list[str]:
         "DISTILL_FROM and SELF_DISTILL=1 are two teachers": h.distill_from and h.self_distill,
         "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0": h.self_distill and not h.distill_start_frac,
         f"DISTILL_END_FRAC={h.distill_end_frac} is not after DISTILL_START_FRAC={h.distill_start_frac}":
-            h.distill_end_frac <= h.distill_start_frac,
-    }
+            h.distill_end_frac <= h.distill_start_frac}
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
-# Variables of published scripts: what each means, what it says in the columns of the map table, {} being its
-# value, and defaults for columns that nothing else sets. Two that say different things contradict.
+# Variables of published scripts: meaning, what they say in the map table ({}: the value), and for the rest.
 PUBLISHED = {
     "use_random_adapters": ("1: system A, every map random with LoRA", {"map_basis": "orthogonal"}, {}),
     "random_adapter_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
@@ -263,8 +263,7 @@ PUBLISHED = {
                                 {"map_freeze": "mlp.in={}"}, {"map_basis": "learned"}),
     "rand_proj_layers": ("PR #1228, layers of random up-projections", {"map_basis": "mlp.in@{}=orthogonal"},
                          {"map_adapter": "none"}),
-    "rand_gain": ("1: a learned gain for each of their features", {"map_scale": "row"}, {}),
-}
+    "rand_gain": ("1: a learned gain for each of their features", {"map_scale": "row"}, {})}
 def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, object]:
     """What was said, in the project's own vocabulary: the published variables replaced by what they mean."""
     columns = {name: value for name, value in said.items() if name not in PUBLISHED}
@@ -286,8 +285,7 @@ def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, 
     return soft | {name: text for name, (_, text) in firm.items()} | columns
 
 # Variables of published scripts for what is not here, and why it is not.
-NOT_HERE = {"TTT_ENABLED": "test-time training is not built",
-            "NGRAM_EVAL": "a cache of hashed n-grams gives no normalised distribution",
+NOT_HERE = {"TTT_ENABLED": "test-time training is not built", "NGRAM_EVAL": "its probabilities sum to over 1",
             "KNN_LAMBDA": "a cache of hidden states gives no distribution that is fixed before scoring"}
 def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> list[str]:
     """Variables of the environment that ask for what is not here, or look like a misspelt setting."""
@@ -415,8 +413,7 @@ class World:
         fast = "bfloat16" if self.on_cuda or torch.cpu._is_avx512_bf16_supported() else "float32"
         self.dtype = getattr(torch, fast if h.dtype == "auto" else h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
-        cpu = f"{platform.machine()} CPU"
-        self.device_name = torch.cuda.get_device_name(self.device) if self.on_cuda else cpu
+        self.device_name = torch.cuda.get_device_name() if self.on_cuda else f"{platform.machine()} CPU"
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
         self.file, self.can_save, self.told_to_stop = None, False, 0.0
     def __enter__(self) -> World:
@@ -428,7 +425,6 @@ class World:
         if self.compile:
             from torch._inductor.decomposition import decompositions  # only now: it loads the compiler
             decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)  # atomic: in any order
-            torch._functorch.config.ban_recompute_materialized_backward = not self.on_cuda  # saves memory
         if self.count > 1:
             timeout = datetime.timedelta(seconds=self.h.timeout_seconds)
             store, *_ = next(dist.rendezvous("env://", self.rank, self.count, timeout=timeout))
@@ -449,8 +445,9 @@ class World:
             return
         if self.told_to_stop or not self.can_save:
             os._exit(128 + number)
-        os.write(2, b"saving after this step; a second signal leaves at once\n")  # print may be under way
         self.told_to_stop = time.monotonic()
+        with contextlib.suppress(OSError):  # the console may be gone; and print may be under way
+            os.write(2, b"saving after this step; a second signal leaves at once\n")
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor, summed over the processes in place."""
         if self.count > 1:
@@ -475,14 +472,12 @@ class World:
             self.file = None
             raise UserError(f"{path}: another process is at this run; choose a new RUN_ID") from None
     def log(self, text: str, console: bool = True) -> None:
-        """A line of rank 0's, to the run's file and to the console."""
+        """A line of rank 0's, to the run's file and to the console, unless that is gone."""
         if self.file:
             print(text, file=self.file, flush=True)
         if self.rank == 0 and console:
-            print("\r\033[K" * sys.stdout.isatty() + text, flush=True)
-    def progress(self, text: str) -> None:
-        if self.rank == 0 and sys.stdout.isatty():
-            print("\r\033[K" + text, end="", flush=True)
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
 
 def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
     """A reader sees the old file or the whole new one, whatever happens; the old one may be kept."""
@@ -571,10 +566,9 @@ class Tokenizer:
             raise UserError(f"TOKENIZER_PATH={path} has {model.vocab_size()} pieces, VOCAB_SIZE={vocab_size}")
         if model.is_unknown(model.piece_to_id("▁")):
             raise UserError(f"TOKENIZER_PATH={path}: ▁ is no piece of its own, so bytes cannot be counted")
-        pieces = [model.id_to_piece(i) for i in range(vocab_size)]
-        self.is_control = np.array([model.is_control(i) or model.is_unknown(i) or model.is_unused(i)
-                                    for i in range(vocab_size)])
-        self.is_byte = np.array([model.is_byte(i) for i in range(vocab_size)])
+        pieces = model.id_to_piece(ids := list(range(vocab_size)))
+        self.is_control = np.any([f(ids) for f in (model.is_control, model.is_unknown, model.is_unused)], 0)
+        self.is_byte = np.array(model.is_byte(ids))
         self.has_space = np.array([piece.startswith("▁") for piece in pieces]) & ~self.is_control
         lengths = np.array([len(piece.removeprefix("▁").encode()) for piece in pieces])
         self.own_bytes = np.where(self.is_byte, 1, np.where(self.is_control, 0, lengths))
@@ -591,7 +585,7 @@ class Tokenizer:
     def decode(self, tokens: np.ndarray) -> bytes:
         """The text of a stream, document after document: a control token stands before each."""
         documents = np.split(tokens, np.flatnonzero(self.is_control[tokens]))
-        return "".join(self.model.decode([document.tolist() for document in documents])).encode()
+        return "".join(self.model.decode(document.tolist()) for document in documents).encode()
 
 class ValidationStream:
     """All validation tokens as one stream. Refuses one whose bytes do not add up to its decoded text."""
@@ -651,10 +645,9 @@ def draw_map(row: MapRow) -> Tensor:
     return (BASES[row.basis](*row[1:3], row.seed) * row.gain).to(torch.bfloat16).contiguous()
 
 # ---- Linear layers -----------------------------------------------------------------------------------------
-# Roles of learned tensors: they decide optimiser and quantiser.
-MATRIX, EMBEDDING, SCALAR, SPARSE, MASK = "matrix", "embedding", "scalar", "sparse", "mask"
+MATRIX, EMBEDDING, SCALAR, SPARSE, MASK = "matrix", "embedding", "scalar", "sparse", "mask"  # roles
 class Owner(nn.Module):
-    """A module that gives each of its learned tensors a role; a tensor without an owner is a SCALAR."""
+    """Gives learned tensors roles, which decide optimiser and quantiser; what has no owner is a SCALAR."""
     roles: dict[str, str] = {}
     def quantize(self, quantizers: dict[str, Quantizer], hessian: Tensor | None) -> dict[str, Codes]:
         """Codes of each tensor in `roles`; `hessian` is Σ x xᵀ (in, in) of calibration inputs, if any."""
@@ -766,7 +759,7 @@ class Linear(Owner):
     def __init__(self, row: MapRow, bias: bool = False):
         super().__init__()
         if row.basis == "learned":
-            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(row[1:3])))
+            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(row[1:3]), row.gain))
         else:
             self.register_buffer("weight", draw_map(row), persistent=False)
         for name, size in row.adapters().items():
@@ -791,7 +784,7 @@ class Linear(Owner):
         merged = torch.cat([torch.addmm(w, *pair) if len(pair[1]) else w for w, pair in parts])
         pays = [thin_pays(w, *pair, scale is not None) for w, pair in parts if pair[0].requires_grad]
         if pays and all(pays) and not any(w.requires_grad for w, _ in parts):
-            y = ThinLinear.apply(x, merged.detach(), *(factor for _, pair in parts for factor in pair))
+            y = ThinLinear.apply(x, merged.detach(), *(each for _, pair in parts for each in pair))
         else:
             if scale is not None and merged.requires_grad:  # its gradient comes with the dense one
                 merged, scale = merged * scale.to(x.dtype)[:, None], None
@@ -806,8 +799,7 @@ class FrozenRandomLinearWithLoRA(Linear):
     def __init__(self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias=False):
         row = MapRow("", out_features, in_features, "orthogonal", seed, adapter=f"lora:{rank}")
         super().__init__(row, bias=bias)
-    lora_A = property(lambda self: self.lora.A)
-    lora_B = property(lambda self: self.lora.B)
+    lora_A, lora_B = property(lambda self: self.lora.A), property(lambda self: self.lora.B)
 
 class Embedding(Owner):
     """A learned table (vocabulary, dim) float32: ids look up rows in `dtype`, vectors multiply it."""
@@ -835,18 +827,35 @@ def stored_bytes(model: nn.Module) -> int:
     return coded + bits + 2 * sum(p.numel() for p in groups[SCALAR].values())
 
 # ---- Transformer -------------------------------------------------------------------------------------------
+def rotary_table(base: float, dims: int, dtype: torch.dtype, positions: int) -> Tensor:
+    """(2, positions, 1, dims / 2): cosine and sine of angles, which kernels else compute for every head."""
+    angles = torch.arange(positions)[:, None, None] * base ** -(torch.arange(0, dims, 2).double() / dims)
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Partial RoPE: x (B, T, H, D), cos and sin (T, 1, R); the first 2R dimensions turn, the rest stay."""
+    half = cos.size(-1)
+    x1, x2, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], dim=-1)
+
 class RMSNorm(torch.autograd.Function):
-    """x (…, d) · scale / rms(x) (arXiv:1910.07467); on a CPU in half of the passes that torch's own takes."""
+    """x (…, d) · scale / rms(x) (arXiv:1910.07467), turned by `rope` (cos, sin) where it is given. The result
+    is kept instead of x: scale, a number or a tensor that fits (…, 1), must not be 0."""
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float = 1.0) -> Tensor:
+    def forward(ctx, x: Tensor, scale: float | Tensor = 1.0, *rope: Tensor) -> Tensor:
+        ctx.scale, x = scale, rotate(x, *rope) if rope else x
         square = x.norm(2, -1, True, torch.promote_types(x.dtype, torch.float32)).square() / x.size(-1)
         factor = (scale * (square + torch.finfo(square.dtype).eps).rsqrt()).to(x.dtype)  # (…, 1)
-        ctx.save_for_backward(y := x * factor, factor, factor / (x.size(-1) * scale**2))
+        ctx.save_for_backward(y := x * factor, factor, (factor / (x.size(-1) * scale**2)).to(x.dtype), *rope)
         return y
     @staticmethod
     def backward(ctx, dy: Tensor):
-        y, factor, share = ctx.saved_tensors
-        return torch.addcmul(dy * factor, y, (dy * y).sum(-1, keepdim=True) * share, value=-1), None
+        y, factor, share, *rope = ctx.saved_tensors
+        dot = (dy * y).sum(-1, keepdim=True)
+        dscale = (dot / ctx.scale).sum_to_size(ctx.scale.shape) if isinstance(ctx.scale, Tensor) else None
+        if rope:  # both turned back, and then added: compiled, it is one pass; the other way round it is two
+            dy, y = (rotate(each, rope[0], -rope[1]) for each in (dy, y))
+        return torch.addcmul(dy * factor, y, dot * share, value=-1), dscale, *(None for _ in rope)
 
 norm = RMSNorm.apply
 
@@ -894,17 +903,6 @@ def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Ten
     y[1:, :-1].lerp_(y_above, torch.sigmoid(lse_above - lse[1:, :-1]).to(y.dtype))  # its share of both sums
     return y
 
-def rotary_table(base: float, dims: int, dtype: torch.dtype, positions: int) -> Tensor:
-    """(2, positions, 1, dims / 2): cosine and sine of angles, which kernels else compute for every head."""
-    angles = torch.arange(positions)[:, None, None] * base ** -(torch.arange(0, dims, 2).double() / dims)
-    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Partial RoPE: x (B, T, H, D), cos and sin (T, 1, R); the first 2R dimensions turn, the rest stay."""
-    half = cos.size(-1)
-    x1, x2, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], dim=-1)
-
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """XSA: y (B, T, H, D) without its projection on the position's own value v (B, T, H_kv, D)."""
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, H_kv, H / H_kv, D)
@@ -926,11 +924,16 @@ class Attention(nn.Module):
         v = own_v if added_v is None else own_v + added_v
         v = v if self.value_gate is None else v + torch.sigmoid(self.value_gate).to(x.dtype) * first_v
         qk, v = (each.unflatten(-1, (-1, self.head_dim)) for each in (qk, v))  # (B, T, H + H_kv, D)
-        gains = F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1.0).to(x.dtype)
-        q, k = rotate(norm(qk) * gains, *rope[:2]).split(self.heads, 2)
+        q, k = norm(qk, F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1), *rope[:2]).split(self.heads, 2)
         y = streaming_attention(q, k, v, rope[2:]) if rope[2:] else causal_attention(q[:, -last:], k, v)
         y = exclude_self(y, v[:, -last:]) if self.xsa else y
         return self.proj(y.flatten(2), factor=factor), own_v
+
+def squared_leaky_relu(x: Tensor) -> Tensor:
+    """LeakyReLU(0.5)². On CUDA only x is kept: the backward pass reads x anyway, and so computes it again."""
+    def compute(x: Tensor) -> Tensor:
+        return F.leaky_relu(x, 0.5).square()
+    return torch.utils.checkpoint.checkpoint(compute, x, use_reentrant=False) if x.is_cuda else compute(x)
 
 class MLP(nn.Module):
     """LeakyReLU(0.5)² between two maps, or GEGLU between three (arXiv:2002.05202); times factor (d,)."""
@@ -939,7 +942,7 @@ class MLP(nn.Module):
         self.fc, self.proj = linear("mlp.fc"), linear("mlp.proj")
         self.gate = linear("mlp.gate") if h.mlp_gated else None
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        hidden = (self.fc(x, activation=lambda y: F.leaky_relu(y, 0.5).square()) if self.gate is None
+        hidden = (self.fc(x, activation=squared_leaky_relu) if self.gate is None
                   else self.fc(x) * self.gate(x, activation=F.gelu))
         return self.proj(hidden, factor=factor)
 
@@ -1108,15 +1111,16 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(updates), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
     def _begin(self, params: list[nn.Parameter], momentum: float) -> tuple[Tensor, dist.Work | None]:
         """Updates of parameters of one shape, stacked. From other processes they arrive later."""
-        gradients = [p.grad for p in params]
-        momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+        for p in params:
+            self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
+        gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
         torch._foreach_mul_(momenta, momentum)
         torch._foreach_add_(momenta, gradients)
-        stacked = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
+        batch = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
         if self.world is None or self.world.count == 1:
-            return orthogonalize(stacked, self.backend_steps), None
-        everyone, mine = torch.zeros_like(stacked), slice(self.world.rank, None, self.world.count)
-        everyone[mine] = orthogonalize(stacked[mine], self.backend_steps)
+            return orthogonalize(batch, self.backend_steps), None
+        everyone, mine = torch.zeros_like(batch), slice(self.world.rank, None, self.world.count)
+        everyone[mine] = orthogonalize(batch[mine], self.backend_steps)
         return everyone, dist.all_reduce(everyone, async_op=True)
 
 class Optimizers:
@@ -1125,12 +1129,11 @@ class Optimizers:
         self.h, self.world = h, world
         self.names = {p: name for group in groups.values() for name, p in group.items()}
         self.params = list(self.names)
-        by_role = {role: list(group.values()) for role, group in groups.items()}
-        matrices = [{"params": by_role[MATRIX] + by_role[MASK]}]  # as a group there may be none
+        matrices = [{"params": (groups[MATRIX] | groups[MASK]).values()}]  # as a group there may be none
         self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd, world)
         rates = {EMBEDDING: (h.tied_embed_lr, h.embed_wd), SCALAR: (h.scalar_lr, h.adam_wd),
                  SPARSE: (h.sparse_lr, h.muon_wd)}
-        adam = [{"params": by_role[role], "lr": lr, "weight_decay": wd} for role, (lr, wd) in rates.items()]
+        adam = [{"params": groups[r].values(), "lr": lr, "weight_decay": wd} for r, (lr, wd) in rates.items()]
         self.adam = torch.optim.AdamW(adam, 0.0, (h.beta1, h.beta2), h.adam_eps, fused=True)
         self.base_lrs = [g["lr"] for g in self.muon.param_groups + self.adam.param_groups]
     def step(self, step: int, scale: float) -> dict[str, Tensor]:
@@ -1155,7 +1158,7 @@ class Optimizers:
             if not p.requires_grad:  # frozen now: its memory is freed
                 self.muon.state.pop(p, None)
                 self.adam.state.pop(p, None)
-        return {self.names[p]: norm for p, norm in zip(learned, norms)}
+        return {self.names[p]: size for p, size in zip(learned, norms)}
 
 class Averages:
     """Candidates for the export: means of the weights, `ema` with less of older ones, `swa` of late ones."""
@@ -1251,14 +1254,17 @@ def collect_hessians(model: LanguageModel, batches: Iterable[Tensor], world) -> 
     owners = [module for module in model.modules() if isinstance(module, Owner)]
     used = {module for module in owners if any(tensors_by_role(module)[role] for role in (MATRIX, EMBEDDING))}
     hessians: dict[tuple[nn.Module, ...], Tensor] = {}
+    precision = torch.get_float32_matmul_precision()
     def add(module: nn.Module, inputs: tuple) -> None:
         x, sharing = inputs[0], (module, *inputs[1:])  # maps of one input have one Hessian
         if x.is_floating_point() and not used.isdisjoint(sharing):
+            torch.set_float32_matmul_precision("medium" if x.dtype is torch.bfloat16 else precision)  # exact
             x = x.flatten(0, -2).float()  # a product rounded to bfloat16 need not be positive
             hessians[sharing] = hessians.get(sharing, 0) + x.t() @ x
     hooks = [module.register_forward_pre_hook(add) for module in owners]
     for ids in batches:
         model.predict(ids)
+    torch.set_float32_matmul_precision(precision)
     for hook in hooks:
         hook.remove()
     return {owner: hessian for sharing, total in hessians.items() for hessian in [world.sum_(total)]
@@ -1270,10 +1276,9 @@ GROUP_TYPES = {"codes": torch.int8, "exponents": torch.uint8, "float16": torch.f
 VERSIONS = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__,
             "machine": platform.machine()}
 def write_artifact(header: dict, tensors: dict[str, Codes | Tensor], quality=11) -> tuple[bytes, dict]:
-    """The artifact's bytes, and how many of them each group of like tensors takes. Little-endian: magic (8
-    bytes), format version and length of the header (uint32 each), header (JSON, brotli), the groups, SHA-256
-    over all before it. To `header` come versions, the tensor table [name, shape, groups] and the groups
-    [name, packed size]: their tensors' values in byte planes, or 8 bits to the byte, packed by brotli."""
+    """The artifact's bytes, and how many each group of like tensors takes: magic, format version and length
+    of the header (little-endian uint32), header (JSON, brotli) with tensor table [name, shape, groups] and
+    groups [name, packed size], the groups (byte planes, or 8 bits to the byte, brotli), SHA-256 of it all."""
     table, groups = [], {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
         kind, parts = name.rpartition(".")[-1], {"float16": tensor}
@@ -1292,8 +1297,7 @@ def write_artifact(header: dict, tensors: dict[str, Codes | Tensor], quality=11)
     sizes = {group: len(data) for group, data in packed.items()}
     header = header | {"versions": VERSIONS, "tensors": table, "groups": list(sizes.items())}
     text = brotli.compress(json.dumps(header).encode())
-    numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
-    body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed.values()])
+    body = b"".join([ARTIFACT_MAGIC, np.array([ARTIFACT_VERSION, len(text)], "<u4"), text, *packed.values()])
     return body + hashlib.sha256(body).digest(), {"header": len(text) + 48} | sizes
 
 def unpack(packed: bytes, size: int) -> bytearray:
@@ -1330,13 +1334,13 @@ def read_tensors(header: dict, body: bytes) -> Iterable[tuple[str, Tensor]]:
         raise ValueError("its tensors would not fit into 256 MiB")
     place, parts = 0, {}
     for group, packed in header["groups"]:
-        dtype = GROUP_TYPES[group.split()[-1]]
-        size = sum(lengths[group]) * dtype.itemsize
+        dtype, counts = GROUP_TYPES[group.split()[-1]], lengths.pop(group)  # KeyError where it comes twice
+        size = sum(counts) * dtype.itemsize
         raw = np.frombuffer(unpack(body[place : place + packed], size), np.uint8)
         if len(raw) != size or packed < 0:
             raise ValueError(f"{group} has {len(raw)} bytes, not {size}")
         values = torch.from_numpy(raw).view(dtype.itemsize, size // dtype.itemsize).t().flatten().view(dtype)
-        parts[group], place = iter(values.split(lengths[group])), place + packed
+        parts[group], place = iter(values.split(counts)), place + packed
     if place != len(body):
         raise ValueError(f"its groups have {place} bytes, the file has {len(body)} for them")
     for name, shape, groups in header["tensors"]:
@@ -1500,7 +1504,7 @@ class Trainer:
         self.averages = Averages(self.optimizers.params, h)
         self.clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
         self.done, self.qat, self.every = 0, False, h.checkpoint_seconds or math.inf
-        self.measured: dict[str, Tensor] = {}  # loss and norms of the last step, still on the device
+        self.measured = [], torch.zeros(0), None  # of the last step: names, loss and norms, their arrival
         self.saved, self.saved_at, self.saving_took, self.fingerprint = "none", 0.0, 0.0, model.fingerprint()
         self.parts = {"muon": self.optimizers.muon, "adam": self.optimizers.adam, "averages": self.averages}
         self.parts |= {"teacher": self.stages.teacher} if h.self_distill else {}
@@ -1533,11 +1537,13 @@ class Trainer:
         self.check_finite()  # a checkpoint must be one to go back to
         save_checkpoint(self.h, self.world, self.model, self.fingerprint, self.folder, {}, self.state_dict())
         self.saved, self.saved_at = f"{self.folder}/checkpoint.pt of step {self.done}", self.clock.elapsed
-        self.saving_took = time.perf_counter() - began
+        self.saving_took = self.world.agree(time.perf_counter() - began)[0]  # all wait until it is written
     def check_finite(self) -> None:
         """UserError if the last step saw a loss or gradient that is not finite; waits for that step."""
-        if self.measured and not torch.stack(list(self.measured.values())).isfinite().all():
-            bad = [name for name, value in self.measured.items() if not value.isfinite()]
+        names, values, arrival = self.measured
+        if arrival:
+            arrival.synchronize()
+        if bad := [name for name, is_finite in zip(names, values.isfinite()) if not is_finite]:
             raise UserError(f"step {self.done}: {', '.join(bad[:3])} not finite ({len(bad)} in all); the last"
                             f" good checkpoint is {self.saved}. Lower the learning rates, or export that")
     def run(self, val: ValidationStream) -> dict:
@@ -1554,8 +1560,7 @@ class Trainer:
                 raise UserError(f"stopped as a signal asked; the same RUN_ID continues from {self.saved}")
             validates = h.val_loss_every and self.done and self.done % h.val_loss_every == 0
             if validates or remaining <= 0:
-                if self.world.on_cuda:
-                    torch.cuda.synchronize()  # what is still queued is training
+                self.check_finite()  # and so waits for what is queued: it is training
                 clock.elapsed += time.perf_counter() - began
             share = share if remaining > 0 else 1.0
             if bisect.bisect(stages.marks, share) > bisect.bisect(stages.marks, stages.current):
@@ -1567,9 +1572,7 @@ class Trainer:
                 began = time.perf_counter()
             loss = self.step(int(remaining), share)
             clock.step_took(time.perf_counter() - began)
-            began, average = time.perf_counter(), clock.elapsed / self.done
-            self.world.progress(f"step {self.done}, {(remaining - 1) * average:.0f} s left,"
-                                f" {h.train_batch_tokens / average:,.0f} tokens/s")
+            began = time.perf_counter()
             if h.train_log_every and (self.done <= 10 or self.done % h.train_log_every == 0):
                 self.log(f"train_loss:{self.world.sum_(loss.clone()).item() / self.world.count:.4f}")
     def step(self, remaining: int, share: float) -> Tensor:
@@ -1587,8 +1590,10 @@ class Trainer:
             loss = accumulate_gradients(self.forward, batches, self.stages.teach)
         norms = self.optimizers.step(self.done, scale)  # on the float32 masters
         self.averages.update(self.done, scale)
-        self.check_finite()  # the step before, while this one is under way
-        self.measured, self.done = {"loss": loss} | norms, self.done + 1
+        self.check_finite()  # the step before, while this one is under way: the device is not to stand idle
+        values = torch.stack([loss, *norms.values()]).to("cpu", non_blocking=True)
+        arrival = torch.cuda.current_stream().record_event() if world.on_cuda else None
+        self.measured, self.done = (["loss", *norms], values, arrival), self.done + 1
         return loss
     def log(self, what: str) -> None:
         took, step = 1000 * self.clock.elapsed, f"step:{self.done}/{self.h.iterations}"
@@ -1600,7 +1605,6 @@ class Trainer:
     @torch.no_grad()
     def finish(self, val: ValidationStream) -> dict:
         """Leaves in the model the weights that do best on held-out training text, validates; the figures."""
-        self.check_finite()
         self.model.eval()
         began, elapsed, scores = time.perf_counter(), self.clock.elapsed, {}
         params, candidates = [p.detach() for p in self.optimizers.params], self.averages.candidates()
@@ -1624,9 +1628,10 @@ class Trainer:
                 **{f"holdout_loss_{name}": score for name, score in scores.items()}}
 
 # ---- Main --------------------------------------------------------------------------------------------------
-# What may differ where a run is continued: where things lie, and how much of it is told.
+# What may differ where a run is continued: where things lie, how much is told, what fits into the memory.
 MAY_DIFFER = ("run_id resume output_dir data_path tokenizer_path distill_from compile checkpoint_seconds"
-              " timeout_seconds train_log_every author github_id allow_unknown").split()
+              " timeout_seconds train_log_every author github_id allow_unknown micro_batch_tokens"
+              " eval_batch_tokens model_limit_bytes artifact_limit_bytes").split()
 def save_checkpoint(h, world, model, fingerprint: str, folder: Path, figures: dict, training: dict) -> None:
     """Rank 0 writes all that training goes on from, or the export alone where there are figures."""
     if world.rank == 0:
@@ -1639,10 +1644,9 @@ def read_checkpoint(*paths: Path) -> dict:
     """The first that is a whole checkpoint, else UserError. Nothing in the files is executed."""
     for path in paths:
         with contextlib.nullcontext() if path is paths[-1] else contextlib.suppress(UserError):
-            with distrusting(f"{path}, as a checkpoint,"):
-                with zipfile.ZipFile(path) as archive:  # stored as it is, every entry with a checksum
-                    if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
-                        raise ValueError("it is torn")
+            with distrusting(f"{path}, as a checkpoint,"), zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
+                    raise ValueError("it is torn")  # stored as it is, every entry with a checksum
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 parts = "settings", "model", "fingerprint", "versions", "figures", "weights", "training"
                 return {part: saved[part] for part in parts}
@@ -1652,7 +1656,7 @@ def open_run(h, world) -> tuple[Path, dict | None]:
     folder, saved = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S")), None
     if world.rank == 0:
         names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        goes_on = "train.log" in names and "submission.json" not in names and not h.export_only
+        goes_on = "train.log" in names and "submission.json" not in names
         if names and (not goes_on or h.resume == "0") or h.resume == "1" and not goes_on:
             raise UserError(f"{folder} is not there, finished, or something else; choose a new RUN_ID")
         folder.mkdir(parents=True, exist_ok=True)
@@ -1675,8 +1679,8 @@ def preflight(h, world, model: LanguageModel, data: TrainingData, val: Validatio
         rebuilt = build_model(*read_artifact(blob), world)
         if not math.isfinite(evaluate(rebuilt, few, h, world, h.eval_stride)[0]):
             raise UserError("the untrained model's loss is not finite; lower the initial gains")
-        stage, need = "disk", 60 * sum(p.numel() for p in model.parameters()) + len(blob)  # 3 checkpoints
-        if world.rank == 0 and shutil.disk_usage(folder).free < need:
+        stage, need = "disk", sum((60 + 12 * h.self_distill) * p.numel() for p in model.parameters())
+        if world.rank == 0 and shutil.disk_usage(folder).free < need:  # for three checkpoints
             raise UserError(f"{folder} needs {need:,} bytes free; make room, or set OUTPUT_DIR")
     except (UserError, RuntimeError, OSError) as error:
         raise UserError(f"preflight, {stage}: {error} (nothing is trained yet)") from error
@@ -1686,14 +1690,16 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
                      saved: dict | None) -> tuple[bytes, dict]:
     """The artifact of a new model, or of a saved one, and the run's figures."""
     data, teacher, log = TrainingData(h), None, world.log
-    if h.distill_from and not h.export_only:
+    if h.distill_from and not h.export_only and not (saved and saved["figures"]):
         header, tensors = read_artifact(Path(h.distill_from).read_bytes())
         if header.get("tokenizer") != tokenizer.sha256:
             raise UserError(f"DISTILL_FROM={h.distill_from}: the teacher has another tokenizer")
         teacher = build_model(header, tensors, world).requires_grad_(False)
     torch.manual_seed(h.seed)
-    model = (build_model(saved, saved["weights"], world, h) if saved else
-             make_model(h, world.dtype).to(world.device))
+    model = build_model(saved, saved["weights"], world, h) if saved else make_model(h, world.dtype)
+    if not saved:
+        model.load_state_dict(world.share(model.state_dict()))  # another machine's QR may differ in a bit
+    model.to(world.device)
     if world.share(fingerprint := model.fingerprint()) != fingerprint:
         raise UserError("the processes draw different random maps; use the same versions on all machines")
     log(Path(__file__).read_text(encoding="utf-8"), console=False)  # a log is enough to repeat the run
@@ -1732,10 +1738,13 @@ def run(h, world) -> None:
     if h.eval_only:
         blob = Path(h.model_path).read_bytes()
         with distrusting(f"MODEL_PATH={h.model_path}"):
-            h = h.adopt(read_artifact(blob)[0]["model"], f"MODEL_PATH={h.model_path}")
+            stored = read_artifact(blob)[0]["model"]
+            h = h.adopt({name: stored[name] for name in h.model_settings()}, f"MODEL_PATH={h.model_path}")
     elif h.export_only:
         saved = read_checkpoint(Path(h.checkpoint_path))
-        h = h.adopt(saved["model"], f"CHECKPOINT_PATH={h.checkpoint_path}")
+        with distrusting(what := f"CHECKPOINT_PATH={h.checkpoint_path}"):  # as it was, but for what is given
+            stored = {name: saved["settings"][name] for name in saved["settings"].keys() - MAY_DIFFER}
+            h = h.adopt(stored, what, stored.keys() - saved["model"].keys())
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     tokenizer.check_manifest(h)
     val = ValidationStream(h, tokenizer)
@@ -1745,6 +1754,7 @@ def run(h, world) -> None:
         folder, resumed = open_run(h, world)
         if resumed:
             saved, h = resumed, h.adopt(resumed["settings"], str(folder), MAY_DIFFER)
+        world.h, world.dtype = h, World(h).dtype  # COMPILE stays what it is here and now
         blob, figures = train_and_export(h, world, tokenizer, val, folder, saved)
     header, tensors = read_artifact(blob)
     if header.get("tokenizer") != tokenizer.sha256:
@@ -1758,30 +1768,20 @@ def run(h, world) -> None:
         world.log(f"final_int6_brotli_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride}"
                   f" eval_time:{1000 * seconds:.0f}ms")
         world.log(f"final_int6_brotli_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
-    if world.rank == 0:
-        report(h, world, len(blob), figures, folder)
-
-def report(h, world, model_bytes: int, figures: dict, folder: Path | None) -> None:
-    """The table for people, and submission.json."""
-    code, log = os.path.getsize(__file__), world.log
-    log(f"\n{'':<34}{'val_loss':>10}{'val_bpb':>10}")
-    labels = {"before": "before quantisation", "roundtrip": "artifact", "sliding_window": "artifact, sliding"}
-    for kind, label in labels.items():
-        if f"val_bpb_{kind}" in figures:
-            log(f"{label:<34}{figures[f'val_loss_{kind}']:>10.4f}{figures[f'val_bpb_{kind}']:>10.4f}")
-    log(f"artifact {code + model_bytes:,} bytes: code {code:,}, model {model_bytes:,}")
-    if folder:
-        submission = {
-            "author": h.author, "github_id": h.github_id, "name": "Adapters on random linear maps",
+    code, size = os.path.getsize(__file__), len(blob)
+    world.log(f"artifact {code + size:,} bytes: code {code:,}, model {size:,}")
+    if folder and world.rank == 0:
+        submission = {"author": h.author, "github_id": h.github_id, "name": "Adapters on random linear maps",
             "blurb": f"{h.num_layers} layers of width {h.model_dim}, maps {h.map_basis}, {h.map_adapter}",
             "date": time.strftime("%F"), "hardware": f"{world.count} x {world.device_name}",
             "val_loss": figures["val_loss_sliding_window"], "val_bpb": figures["val_bpb_sliding_window"],
-            "bytes_total": code + model_bytes, "bytes_code": code, "seeds": [h.seed],
+            "bytes_total": code + size, "bytes_code": code, "seeds": [h.seed],
             "dataset": Path(h.data_path).name, **figures}
         write_file(folder / "submission.json", (json.dumps(submission, indent=2) + "\n").encode())
-        log(f"written: {folder}/ model.int6.ptz, submission.json, checkpoint.pt, train.log")
+        world.log(f"written: {folder}/ model.int6.ptz, submission.json, checkpoint.pt, train.log")
 
-REMEDIES = {r"memory": "lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS", r"Errno": "see to that file or disk",
+REMEDIES = {r"out of memory|allocate|MemoryError": "lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS",
+            r"Errno": "see to that file or disk",
             r"gloo|NCCL|[Cc]onnection|[Tt]imed? ?out": "another process died, or hung for TIMEOUT_SECONDS"}
 def main() -> None:
     try:

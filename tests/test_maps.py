@@ -4,6 +4,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -208,3 +209,18 @@ def test_the_fingerprint_is_of_the_maps_alone(settings, random_model):
         digest.update(model.get_submodule(name).weight.view(torch.int16).numpy().astype("<i2").tobytes())
     assert model.fingerprint() == digest.hexdigest()
     assert random_model(settings(bigram_vocab_size=0, smear_enabled=0)).fingerprint() == model.fingerprint()
+
+
+def test_the_gain_of_a_learned_map_is_that_of_its_first_weights():
+    layer = train_gpt.Linear(train_gpt.MapRow("", 12, 8, gain=2.0))
+    torch.testing.assert_close(torch.linalg.svdvals(layer.weight), torch.full((8,), 2.0))
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora:16", "rslora:8+vera:16", "sparse:0.5", "sparse:1", "mask"])
+def test_a_model_asks_for_no_less_memory_than_it_takes(settings, adapter):
+    with pytest.raises(train_gpt.UserError, match="MODEL_LIMIT_BYTES=1, but") as refused:
+        settings(map_adapter=adapter, model_limit_bytes=1)
+    need = int(re.search(r"needs ([\d,]+) bytes", str(refused.value))[1].replace(",", ""))
+    model = train_gpt.GPT(settings(map_adapter=adapter, model_limit_bytes=need))
+    tensors = [*model.parameters(), *(each for name, each in model.named_buffers() if name != "rope")]
+    assert sum(each.numel() * each.element_size() for each in tensors) < 1.1 * need  # but for small gates

@@ -158,6 +158,36 @@ def test_the_norm_is_torchs_with_its_gradient(shape, scale):
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_the_norm_of_turned_vectors_with_a_scale_for_each_head():
+    torch.manual_seed(0)
+    x, weights = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64).unbind()
+    scale = torch.tensor([[0.2], [-1.5], [1.0]], dtype=torch.float64)
+    given, rope = (x.requires_grad_(), scale.requires_grad_()), train_gpt.rotary_table(100.0, 4, x.dtype, 5)
+    y, expected = train_gpt.norm(*given, *rope), scale * F.rms_norm(train_gpt.rotate(x, *rope), (8,))
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(*(torch.autograd.grad((each * weights).sum(), given) for each in (y, expected))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_on_cuda_the_mlp_keeps_its_input_alone(monkeypatch):
+    """And computes the rest again, with the same gradient."""
+    x, seen = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).requires_grad_(), []
+    gradients = []
+    for on_cuda in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", on_cuda, raising=False)
+        seen.append([])
+        def keep(kept):
+            seen[-1].append(kept.data_ptr())
+            return kept
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
+            y = train_gpt.squared_leaky_relu(x)
+        gradients.append(torch.autograd.grad(y.sum(), x)[0])
+        assert torch.equal(y, torch.where(x > 0, x, x / 2) ** 2)
+    assert torch.equal(*gradients)
+    assert len(set(seen[0])) == 2
+    assert set(seen[1]) <= {x.data_ptr()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_a_row_of_zeros_and_of_huge_values_is_finite(dtype):
     x = torch.cat([torch.zeros(1, 64), 1e15 * torch.ones(1, 64), 1e-3 * torch.ones(1, 64)]).to(dtype)

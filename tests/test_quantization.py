@@ -269,6 +269,19 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
     assert len(hessians) == 2 * 6 + 3
 
 
+def test_products_of_bfloat16_inputs_are_exact(settings, processes):
+    """They may be multiplied as bfloat16, but not rounded to it; and nothing else may be from then on."""
+    h = settings(num_layers=1, model_dim=256, num_heads=8, bigram_vocab_size=0, ve_enabled=0, smear_enabled=0)
+    torch.manual_seed(0)
+    model, seen = train_gpt.GPT(h, torch.bfloat16), []
+    module = model.blocks[0].mlp.proj
+    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2).double()))
+    hessian = train_gpt.collect_hessians(model, [tokens(256, 16)], processes)[module].double()
+    expected = seen[0].T @ seen[0]
+    assert (hessian - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_collecting_leaves_no_trace_in_the_model(settings, random_model, processes):
     model, ids = random_model(settings()), tokens(2, 16)
     before = copy.deepcopy(model.state_dict())
@@ -585,6 +598,15 @@ def test_a_cut_or_lengthened_file_is_noticed(sample):
     for extra in (b"\0", b"\n", sample):
         with pytest.raises(train_gpt.UserError):
             train_gpt.read_artifact(sample + extra)
+
+
+def test_a_group_that_stands_twice_is_refused():
+    """Else each of many mentions of a small file would be unpacked."""
+    packed = brotli.compress(bytes(8))
+    once = {"tensors": [["a", [4], ["float16"]]], "groups": [["float16", len(packed)]]}
+    assert [name for name, _ in train_gpt.read_tensors(once, packed)] == ["a"]
+    with pytest.raises(KeyError):
+        dict(train_gpt.read_tensors(once | {"groups": 2 * once["groups"]}, 2 * packed))
 
 
 def test_what_is_no_artifact_is_refused():

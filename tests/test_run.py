@@ -1,6 +1,7 @@
 """The whole job as a person runs it: real processes, a tiny model, loopback where there are several."""
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -374,13 +376,38 @@ def test_its_checkpoint_exports_what_the_run_would_have(over_the_limit, trained,
     assert json.loads((runs / "exported" / "submission.json").read_text())["steps"] == 20
 
 
-def test_checkpoint_brings_the_settings_of_its_model(trained, base):
-    """Who exports need not know how the model was built."""
-    forgotten = {name: value for name, value in base.items() if name not in MODEL_SETTINGS}
-    assert len(forgotten) < len(base) - 5
+def test_checkpoint_brings_the_settings_of_its_run(trained, base, runs):
+    """Who exports need not know how the model was built, trained and evaluated, or in which type."""
+    where = {name: base[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "OUTPUT_DIR")}
     export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "forgotten"}
-    out = run_well(forgotten | export)
+    (runs / "forgotten").mkdir()
+    (runs / "forgotten" / "train.log").write_text("a start that came no further\n")
+    out = run_well(where | export)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-8)
+    assert json.loads((runs / "forgotten" / "submission.json").read_text())["seeds"] == [base["SEED"]]
+
+
+def test_a_continued_run_computes_in_its_own_type_and_may_take_smaller_batches(over_the_limit, trained, base,
+                                                                               runs):
+    shutil.copytree(runs / "large", runs / "continued")
+    other = {"RUN_ID": "continued", "MICRO_BATCH_TOKENS": 32, "EVAL_BATCH_TOKENS": 64,
+             "ARTIFACT_LIMIT_BYTES": 16_000_000}
+    out = run_well({name: value for name, value in base.items() if name != "DTYPE"} | other)
+    assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-7)
+
+
+def test_a_console_that_is_gone_ends_no_run(processes, tmp_path, monkeypatch):
+    """`bash run.sh | tee log`: Ctrl-C ends tee, too, before the run has saved."""
+    def write(*_):
+        raise BrokenPipeError
+    world = copy.copy(processes)
+    world.file, world.can_save = (tmp_path / "train.log").open("w"), True
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=write))
+    monkeypatch.setattr("os.write", write)
+    world.log("a line")
+    world._on_signal(2, None)
+    assert (tmp_path / "train.log").read_text() == "a line\n"
+    assert world.told_to_stop
 
 
 def test_checkpoint_of_another_model_than_was_asked_for_is_refused(trained, base, runs):
