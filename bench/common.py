@@ -1,8 +1,8 @@
 """What the measuring programs share: sizes, text, our training step, timing and the printed table.
 
 Every program measures both sides of a comparison in one run, in turn (A B A B …), and prints medians.
-All that they take from train_gpt.py by a signature that may change stands in this file, and in `textbook.py`
-nothing of it but names of settings and weights.
+Most of what they take from train_gpt.py by a signature that may change stands in this file, and in
+`textbook.py` nothing of it but names of settings and weights.
 """
 from __future__ import annotations
 

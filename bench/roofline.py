@@ -7,7 +7,8 @@ each result of a product goes to memory once, and each chain of element-wise ope
 rates" is the larger of FLOPs over the measured GEMM rate and bytes over the measured copy rate; the gap is
 the time taken over that.
 
-Each part is timed alone, at its shapes, as the step's own code does it or as torch does it. A profile of the
+Each part is timed alone, at its shapes, as the step's own code does it or as torch does it; the factors by
+thin products, also where the step takes the dense gradient (`thin_pays`, bench/kernels.py). A profile of the
 whole step would name kernels, and a compiled step's kernels mix the parts. Element-wise work cannot be run
 alone: its time is what remains of the whole step, so it holds all that the step loses between the parts, too.
 """
