@@ -35,7 +35,7 @@ setup() {
 }
 
 # Exports the settings of a preset, KEY=VALUE a line, but for those that are set already. PRESET_BASE names a preset
-# that holds where this one is silent.
+# that holds where this one is silent. A published switch takes the place of its map table.
 load_preset() {
     local line key base=
     while IFS= read -r line || [ -n "$line" ]; do
@@ -47,6 +47,7 @@ load_preset() {
         case $key in
         PRESET_BASE) base=${line#*=} ;;
         TEACHER_PRESET) ;;
+        MAP_*) [ -n "$switch" ] || [ -n "${!key+set}" ] || export "$key=${line#*=}" ;;
         *) [ -n "${!key+set}" ] || export "$key=${line#*=}" ;;
         esac
     done <"$1"
@@ -84,9 +85,10 @@ teacher=$(sed -n 's/^TEACHER_PRESET=//p' "$found")
 if [ -n "$teacher" ] && [ -z "${DISTILL_FROM:-}" ]; then
     name=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}-teacher
     echo "teacher $teacher, run $name"
-    RUN_ID=$name bash "$root/run.sh" "presets/$teacher.env"
+    [ -f "$OUTPUT_DIR/$name/submission.json" ] || RUN_ID=$name bash "$root/run.sh" "presets/$teacher.env"
     export DISTILL_FROM=$OUTPUT_DIR/$name/model.int6.ptz
 fi
+switch=${USE_RANDOM_ADAPTERS-}${RANDOM_BASIS_ENABLED-}${SELECTIVE_FREEZE-}${PROGRESSIVE_FREEZE_FRAC-}${RAND_PROJ_LAYERS-}
 load_preset "$found"
 
 # The data: DATA_PATH, else the English that comes with Python.

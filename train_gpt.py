@@ -4,7 +4,7 @@ Most weight matrices are frozen random maps, regenerated from a seed and stored 
 around them is quantised, compressed and written as one artifact. Settings are environment variables.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # train, export, evaluate from the artifact
-    EVAL_ONLY=1 MODEL_PATH=model.int6.ptz python train_gpt.py  # repeat the evaluation
+    EVAL_ONLY=1 MODEL_PATH=model.int6.ptz python train_gpt.py  # evaluate an artifact, as EVAL_* say
 """
 from __future__ import annotations
 

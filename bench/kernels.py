@@ -4,9 +4,9 @@
 
 For each shape of map and each rank: the gradients of A and B by four thin products, and the dense gradient of
 W + A B from which both follow, beside the one that train_gpt's count chooses for a map of that shape whose
-output has no scale (one that has, such as proj, goes over to the dense gradient sooner; q, k and v are counted
-one by one). On CUDA also the forward product in fp8, with the cast of its input, and the fused attention of
-each backend that takes these shapes.
+output has no scale (one that has, such as proj, goes over to the dense gradient sooner; q, k and v are
+counted one by one). On CUDA also the forward product in fp8, with the cast of its input, and the fused
+attention of each backend that takes these shapes.
 """
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import common
 import torch
 from common import t
-from functorch.compile import min_cut_rematerialization_partition
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,16 +47,16 @@ def activation_on_cuda(x: torch.Tensor) -> torch.Tensor:
     return torch.utils.checkpoint.checkpoint(ON_CPU, x, use_reentrant=False)
 
 
-def count(h: t.Hyperparameters, activation: Callable) -> Counter:
-    """Bytes kept by a step of all its tokens at once, with this activation of the MLP."""
-    found = Counter()
+def trace(h: t.Hyperparameters, activation: Callable) -> list[torch.fx.GraphModule]:
+    """Forward and backward graph of a step of all its tokens at once, with this activation of the MLP."""
+    graphs = []
 
-    def forward_compiler(graph: torch.fx.GraphModule, _):
-        found.update(kept_storages(graph))
-        return graph
+    def keep(graph: torch.fx.GraphModule, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
 
     backend = aot_autograd(
-        fw_compiler=forward_compiler, bw_compiler=lambda graph, _: graph,
+        fw_compiler=keep, bw_compiler=keep,
         partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
         decompositions=select_decomp_table())
     torch._dynamo.reset()
@@ -69,18 +69,17 @@ def count(h: t.Hyperparameters, activation: Callable) -> Counter:
                 module._parameters[name] = fake
         for name, buffer in module._buffers.items():
             module._buffers[name] = mode.from_tensor(buffer)
-    t.squared_leaky_relu = activation
-    with mode:
+    t.squared_leaky_relu, t.RIDGE["cpu"] = activation, t.RIDGE["cuda"]
+    with mode, t.World(h):
         ids = torch.zeros(h.train_batch_tokens // h.train_seq_len, h.train_seq_len, dtype=torch.int64)
-        torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(ids, ids)
-    return found
+        torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(ids, ids).backward()
+    return graphs
 
 
 def main() -> None:
     options = common.begin(__doc__, list={"action": "store_true", "help": "what is kept, largest first"})
-    h = common.settings(common.SMOKE_SIZE if options.smoke else common.FULL_SIZE)
-    t.RIDGE["cpu"] = t.RIDGE["cuda"]
-    counts = {what: count(h, activation) for what, activation in
+    h = common.settings(common.SMOKE_SIZE if options.smoke else common.FULL_SIZE, compile="1")
+    counts = {what: kept_storages(trace(h, activation)[0]) for what, activation in
               (("with the activation computed again, as on CUDA", activation_on_cuda),
                ("with all that it computes kept", ON_CPU))}
     common.print_header(__file__, options, "bfloat16, traced, not measured")

@@ -48,7 +48,7 @@ def second_step(size: dict, world: t.World) -> float:
 
 
 def start_two(smoke: bool) -> float:
-    """Seconds of that step with two world, which share this one's threads."""
+    """Seconds of that step with two processes, which share this one's threads."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *launcher, __file__, "--part"] + (["--smoke"] if smoke else [])
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // 2))}

@@ -42,7 +42,7 @@ import numpy as np
 import sentencepiece
 
 INHERITED = re.compile(r"PATH|LANG|LC_ALL|LD_LIBRARY_PATH|OMP_NUM_THREADS|(CUDA|MALLOC)_\w+")
-SCORING = ("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_BATCH_TOKENS", "DTYPE", "COMPILE")  # of an evaluation
+SCORING = ("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_MODE", "EVAL_BATCH_TOKENS", "DTYPE", "COMPILE")
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev")  # files that any process may open
 SEQUENCES = 8  # most sequences of one step of the short training
 PROBABILITY = 1e-4  # how far a sum of probabilities may be from 1, and a log-probability may move
