@@ -1,4 +1,4 @@
-"""Fault injection: what a run survives, each fault in a real process, with what was lost counted.
+"""Fault injection: what a run survives, with what was lost counted.
 
     python bench/faults.py                                   # everything, about half an hour on one slow core
     python bench/faults.py --scale 0.02 --seed 7             # a sample of every kind

@@ -2,8 +2,8 @@
 # bash bench/gpu.sh                  all measurements of a GPU, into gpu.md in OUT (bench/results/gpu)
 # bash bench/gpu.sh step roofline    these alone
 # OUT=DIR: another folder. WHEELS=DIR: wheels of what is missing, where there is no network. PYTHON=python3.
-# SMOKE=1: tiny sizes. It needs no data: without DATA_PATH the text is made up. The file grows program by
-# program; what goes wrong stands in gpu.err.
+# SMOKE=1: tiny sizes. It needs no data: where there is neither DATA_PATH nor data/datasets/docs_sp1024 the text is
+# made up. The file grows program by program; what goes wrong stands in gpu.err.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}

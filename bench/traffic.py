@@ -3,11 +3,12 @@
     python bench/traffic.py              # system A's full size, 98,304 tokens
     python bench/traffic.py --top 40     # and the kernels that move most
 
-torch.compile's own generator writes the code for an H100 from tensors that have a shape and no values, and says
-what each kernel reads and writes; a buffer of which a kernel reads a slice counts whole. The time is that of the
-bytes at the rate that one H100 copied at (bench/results/gpu.md). Products and attention are library calls, whose
-time is not in their bytes: they are left out. It needs a CUDA build of torch, as pip installs it on Linux, and a
-C++ compiler, no GPU; and since all this is inside torch, a new version may need another program.
+torch.compile's own generator writes the code for an H100 from tensors that have a shape and no values, and
+says what each kernel reads and writes; a buffer of which a kernel reads a slice counts whole. The time is
+that of the bytes at the rate that one H100 copied at (bench/results/gpu.md). Products and attention are
+library calls, whose time is not in their bytes: they are left out. It needs a CUDA build of torch, as pip
+installs it on Linux, and no GPU. All this is inside torch, so that a new version may need another program:
+no test runs it.
 """
 from __future__ import annotations
 
