@@ -21,7 +21,6 @@ import common
 import memory
 import torch
 import torch._inductor.scheduler
-from common import t
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.compile_fx import _recursive_post_grad_passes
 from torch._inductor.debug import DebugContext
