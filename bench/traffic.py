@@ -90,15 +90,16 @@ def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[int
         with V.set_graph_handler(lowered), V.set_debug_handler(DebugContext()):
             lowered.run(*inputs)
             lowered.codegen()
-            return [(node.get_read_write_buffers_sizes(), operations(node)) for node in lowered.scheduler.nodes
-                    if "Extern" not in type(node).__name__]
+            own = [node for node in lowered.scheduler.nodes if "Extern" not in type(node).__name__]
+            return [(node.get_read_write_buffers_sizes(), operations(node)) for node in own]
 
 
 def operations(node) -> str:
     """What a kernel computes, as aten names it."""
     origins = {origin for part in node.get_nodes() if part.node for origin in part.node.get_origins()}
     names = {str(origin.target).removeprefix("aten.").partition(".")[0] for origin in origins}
-    return ", ".join(sorted(names - {"view", "permute", "unsqueeze", "expand", "<built-in function getitem>"}))
+    moves_nothing = {"view", "permute", "unsqueeze", "expand", "<built-in function getitem>"}
+    return ", ".join(sorted(names - moves_nothing))
 
 
 def main() -> None:
