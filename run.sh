@@ -47,8 +47,7 @@ load_preset() {
         case $key in
         PRESET_BASE) base=${line#*=} ;;
         TEACHER_PRESET) ;;
-        MAP_*) [ -n "$switch" ] || [ -n "${!key+set}" ] || export "$key=${line#*=}" ;;
-        *) [ -n "${!key+set}" ] || export "$key=${line#*=}" ;;
+        *) [[ -n ${!key+set} || (-n $switch && $key == MAP_*) ]] || export "$key=${line#*=}" ;;
         esac
     done <"$1"
     [ -z "$base" ] || load_preset "$root/presets/$base.env"
@@ -88,7 +87,10 @@ if [ -n "$teacher" ] && [ -z "${DISTILL_FROM:-}" ]; then
     [ -f "$OUTPUT_DIR/$name/submission.json" ] || RUN_ID=$name bash "$root/run.sh" "presets/$teacher.env"
     export DISTILL_FROM=$OUTPUT_DIR/$name/model.int6.ptz
 fi
-switch=${USE_RANDOM_ADAPTERS-}${RANDOM_BASIS_ENABLED-}${SELECTIVE_FREEZE-}${PROGRESSIVE_FREEZE_FRAC-}${RAND_PROJ_LAYERS-}
+switch=
+for key in USE_RANDOM_ADAPTERS RANDOM_BASIS_ENABLED SELECTIVE_FREEZE PROGRESSIVE_FREEZE_FRAC RAND_PROJ_LAYERS; do
+    switch+=${!key-}
+done
 load_preset "$found"
 
 # The data: DATA_PATH, else the English that comes with Python.

@@ -169,8 +169,8 @@ class Hyperparameters:
         sizes = [row.out_features * row.in_features for row in self.maps] or [0]
         tables = self.vocab_size * (self.model_dim + self.ve_dim) + self.bigram_vocab_size * self.bigram_dim
         need = 4 * (sum(sizes) + self.ensemble * tables) + 64 * max(sizes)  # 64: while one is drawn
-        need += sum(4 * size * (row[1] + row[2]) if type(size) is int else 12 * row[1] * row[2]
-                    for row in self.maps if not problems for size in row.adapters().values())  # a rank?
+        need += sum(4 * size * (row[1] + row[2]) if type(size) is int else 12 * row[1] * row[2]  # int: a rank
+                    for row in self.maps if not problems for size in row.adapters().values())
         if need > self.model_limit_bytes:  # a stranger's artifact must not ask for more, either
             problems.append(f"MODEL_LIMIT_BYTES={self.model_limit_bytes}, but the model needs {need:,} bytes")
         if problems:
@@ -247,7 +247,7 @@ def contradictions(h, environment: Mapping[str, str]) -> list[str]:
             h.distill_end_frac <= h.distill_start_frac}
     return [message for message, is_wrong in wrong.items() if is_wrong]
 
-# Variables of published scripts: meaning, what they say in the map table ({}: the value), and for the rest.
+# Variables of published scripts: meaning, columns of the map table they set ({}: value), other defaults.
 PUBLISHED = {
     "use_random_adapters": ("1: system A, every map random with LoRA", {"map_basis": "orthogonal"}, {}),
     "random_adapter_rank": ("rank of its LoRA", {"map_adapter": "lora:{}"}, {}),
@@ -1254,11 +1254,11 @@ def collect_hessians(model: LanguageModel, batches: Iterable[Tensor], world) -> 
     owners = [module for module in model.modules() if isinstance(module, Owner)]
     used = {module for module in owners if any(tensors_by_role(module)[role] for role in (MATRIX, EMBEDDING))}
     hessians: dict[tuple[nn.Module, ...], Tensor] = {}
-    precision = torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()  # the lowest is exact for values of bfloat16
     def add(module: nn.Module, inputs: tuple) -> None:
         x, sharing = inputs[0], (module, *inputs[1:])  # maps of one input have one Hessian
         if x.is_floating_point() and not used.isdisjoint(sharing):
-            torch.set_float32_matmul_precision("medium" if x.dtype is torch.bfloat16 else precision)  # exact
+            torch.set_float32_matmul_precision("medium" if x.dtype is torch.bfloat16 else precision)
             x = x.flatten(0, -2).float()  # a product rounded to bfloat16 need not be positive
             hessians[sharing] = hessians.get(sharing, 0) + x.t() @ x
     hooks = [module.register_forward_pre_hook(add) for module in owners]
@@ -1543,7 +1543,7 @@ class Trainer:
         names, values, arrival = self.measured
         if arrival:
             arrival.synchronize()
-        if bad := [name for name, is_finite in zip(names, values.isfinite()) if not is_finite]:
+        if bad := [name for name, is_finite in zip(names, values.isfinite().tolist()) if not is_finite]:
             raise UserError(f"step {self.done}: {', '.join(bad[:3])} not finite ({len(bad)} in all); the last"
                             f" good checkpoint is {self.saved}. Lower the learning rates, or export that")
     def run(self, val: ValidationStream) -> dict:
@@ -1628,7 +1628,7 @@ class Trainer:
                 **{f"holdout_loss_{name}": score for name, score in scores.items()}}
 
 # ---- Main --------------------------------------------------------------------------------------------------
-# What may differ where a run is continued: where things lie, how much is told, what fits into the memory.
+# What may differ where a run is continued: where things lie, how much is told, what has to fit.
 MAY_DIFFER = ("run_id resume output_dir data_path tokenizer_path distill_from compile checkpoint_seconds"
               " timeout_seconds train_log_every author github_id allow_unknown micro_batch_tokens"
               " eval_batch_tokens model_limit_bytes artifact_limit_bytes").split()
