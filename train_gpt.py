@@ -19,7 +19,7 @@ try:
     import brotli, numpy as np, sentencepiece, torch
     import torch.distributed as dist
     import torch.nn.functional as F
-    from torch import Tensor, nn
+    from torch import Tensor, cpu, nn
 except ImportError as missing:  # all of them now: the export needs one that the training does not
     raise SystemExit(f"error: {missing}; pip install -r requirements.txt") from None
 
@@ -42,7 +42,7 @@ class Hyperparameters:
     timeout_seconds: float = setting(600.0, "longest wait of a process for the others", 1, 86_400)
     output_dir: str = setting("runs", "where the run's folder is made")
     seed: int = setting(1337, "seed of initial weights and data order", 0, 2**63 - 1)
-    dtype: str = setting("auto", "type of activations", choices=("auto", "bfloat16", "float32"))
+    dtype: str = setting("auto", "activations; auto: the fast type", choices=("auto", "bfloat16", "float32"))
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH, nothing else", 0, 1)
     model_path: str = setting("", "artifact that EVAL_ONLY reads")
@@ -410,8 +410,9 @@ class World:
     def __init__(self, h):
         self.h, self.rank = h, int(os.environ.get("RANK", 0))
         self.count, self.on_cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-        fast = "bfloat16" if self.on_cuda or torch.cpu._is_avx512_bf16_supported() else "float32"
-        self.dtype = getattr(torch, fast if h.dtype == "auto" else h.dtype)
+        intel = any("GenuineIntel" in path.read_text() for path in Path("/proc").glob("cpuinfo"))
+        fast = self.on_cuda or cpu._is_amx_tile_supported() or not intel and cpu._is_avx512_bf16_supported()
+        self.dtype = getattr(torch, ("bfloat16" if fast else "float32") if h.dtype == "auto" else h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
         self.device_name = torch.cuda.get_device_name() if self.on_cuda else f"{platform.machine()} CPU"
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
@@ -735,7 +736,7 @@ class ThinLinear(torch.autograd.Function):
             gradients += [part.t() @ (x @ b.t()), (part @ a).t() @ x]
         return tuple(gradients)
 
-RIDGE = {"cuda": 264.0, "cpu": 70.0 if torch.cpu._is_amx_tile_supported() else 20.0}  # bench/kernels.py
+RIDGE = {"cuda": 264.0, "cpu": 70.0 if cpu._is_amx_tile_supported() else 20.0}  # bench/kernels.py
 def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
     """Whether four thin products for A and B cost less, by FLOPs or bytes, than the dense gradient."""
     (rows, columns), rank, ridge = weight.shape, len(b), RIDGE[weight.device.type]
@@ -1370,9 +1371,8 @@ def export(h, world, model: LanguageModel, data: TrainingData, step: int, tokeni
             tensors |= {f"{prefix}.{name}": value for name, value in codes.items()}
     header = {"model": h.model_settings(), "fingerprint": model.fingerprint(), "tokenizer": tokenizer.sha256}
     blob, sizes = write_artifact(header, tensors, 5 if trial else 11)
-    code, limit = os.path.getsize(__file__), h.artifact_limit_bytes
+    code, limit, kind = os.path.getsize(__file__), h.artifact_limit_bytes, "projected " * trial + "artifact"
     total = f"code {code:,} + model {len(blob):,} = {code + len(blob):,} bytes"
-    kind = "projected artifact" if trial else "artifact"
     world.log(f"{kind} bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
     world.log(f"{kind} {total}, {(code + len(blob)) / limit:.1%} of {limit:,}")
     if code + len(blob) > limit and not trial:

@@ -492,3 +492,24 @@ def test_sizes_of_the_full_configuration():
                  if name.removesuffix(".weight") not in model.table)
     trained = around + sum(row.adapters()["lora"] * (row.in_features + row.out_features) for row in rows)
     assert trained == pytest.approx(3_744_892, abs=30)  # PR #1113 has 23 more scalars among its gates
+
+
+# ---- The type of activations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("amx", "avx512", "maker", "expected"), [
+    (True, True, "GenuineIntel", torch.bfloat16), (False, True, "AuthenticAMD", torch.bfloat16),
+    (False, True, None, torch.bfloat16), (False, True, "GenuineIntel", torch.float32),
+    (False, False, "AuthenticAMD", torch.float32),
+])
+def test_the_type_is_the_one_that_this_cpu_multiplies_faster(amx, avx512, maker, expected, monkeypatch,
+                                                             tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    if maker:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {maker}\n")
+    monkeypatch.setattr(train_gpt, "Path", lambda path: tmp_path)  # for /proc
+    assert train_gpt.World(train_gpt.Hyperparameters({})).dtype is expected
+    for name in ("float32", "bfloat16"):
+        assert train_gpt.World(train_gpt.Hyperparameters({}, dtype=name)).dtype is getattr(torch, name)
