@@ -139,7 +139,7 @@ class Hyperparameters:
     embed_bits: int = setting(8, "bits of an embedding's code", 2, 8)
     matrix_clip_sigmas: float = setting(10.0, "deviations of a row that its largest code spans", 0.5, 100)
     embed_clip_sigmas: float = setting(15.0, "likewise for embeddings", 0.5, 100)
-    gptq_calib_batches: int = setting(256, "calibration batches of 16,384 training tokens; 0: no GPTQ")
+    gptq_calib_batches: int = setting(8, "calibration batches of 8,192 training tokens; 0: no GPTQ")
     prune_pct: float = setting(0.0, "percentage of each matrix, the smallest, set to zero", 0, 99)
     artifact_limit_bytes: int = setting(16_000_000, "code and model together", 1)
     # Evaluation
@@ -1357,7 +1357,7 @@ def read_tensors(header: dict, body: bytes) -> Iterable[tuple[str, Tensor]]:
 def export(h, world, model: LanguageModel, data: TrainingData, step: int, tokenizer: Tokenizer,
            trial: bool = False) -> bytes:
     """The artifact of the model, on every process. A trial calibrates on little, and packs fast."""
-    size = 1 if trial else max(1, 16_384 // h.train_seq_len)  # sequences of a batch
+    size = 1 if trial else max(1, 8192 // h.train_seq_len)  # sequences of a batch
     first, rounds = step * (h.train_batch_tokens // h.train_seq_len), -(-h.gptq_calib_batches // world.count)
     mine = range(world.rank, (min(rounds, 1) if trial else rounds) * world.count, world.count)
     batches = (data.sequences(first + i * size, size)[:, :-1].to(world.device) for i in mine)

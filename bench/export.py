@@ -4,8 +4,8 @@
 
 Weights are random, none at its initial zero, so that they pack like trained ones. The other side of the
 quantisation is GPTQ as its paper has it, one matrix after the other, column by column; it gets Hessians of
-random inputs, since its time does not depend on their values. On CUDA calibration takes the published 256
-batches of 16,384 tokens, on a CPU one.
+random inputs, since its time does not depend on their values. --calib-batches is the setting of that name;
+256 is what was published.
 """
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from types import SimpleNamespace
 import common
 import torch
 from common import Row, t
-
-CALIBRATION_BATCHES = {"cpu": 1, "cuda": 256}
 
 
 @contextlib.contextmanager
@@ -77,11 +75,11 @@ def quantise_one_by_one(h: t.Hyperparameters, groups: dict, hessians: dict[int, 
 
 
 def main() -> None:
-    options = common.begin(__doc__)
+    default = t.Hyperparameters({}).gptq_calib_batches
+    options = common.begin(__doc__, calib_batches={"type": int, "default": default, "help": "how many"})
     text, _ = common.text_of(options)
-    calibration = CALIBRATION_BATCHES["cuda" if torch.cuda.is_available() else "cpu"]
     size = common.size_of(options, on_cpu=common.FULL_SIZE)
-    h = common.settings(size, text, gptq_calib_batches=1 if options.smoke else calibration)
+    h = common.settings(size, text, gptq_calib_batches=1 if options.smoke else options.calib_batches)
     with t.World(h) as world:
         model = common.new_model(h, world).eval()
         groups = t.tensors_by_role(model)
@@ -122,7 +120,7 @@ def main() -> None:
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
     values = sum(p.numel() for p in model.parameters())
     print(f"\n{h.num_layers} layers of width {h.model_dim}, {h.map_adapter}: {values:,} learned values;"
-          f" {h.gptq_calib_batches} calibration batch(es) of 16,384 tokens.")
+          f" {h.gptq_calib_batches} calibration batches of 8,192 tokens.")
     common.print_rows(rows, options)
 
 

@@ -472,7 +472,7 @@ def test_defaults_are_system_a():
         "muon_momentum_warmup_steps": 1500, "muon_backend_steps": 5, "muon_wd": 0.04, "adam_wd": 0.04,
         "beta1": 0.9, "beta2": 0.95, "grad_clip_norm": 0.3, "warmdown_iters": 3500, "warmup_steps": 20,
         "ema_decay": 0.997, "swa_interval": 50, "swa_threshold": 0.2, "late_qat_threshold": 0.15,
-        "gptq_reserve_seconds": 45, "gptq_calib_batches": 256, "max_wallclock_seconds": 600,
+        "gptq_reserve_seconds": 45, "max_wallclock_seconds": 600,
         "eval_stride": 64, "artifact_limit_bytes": 16_000_000,
     }
     h = train_gpt.Hyperparameters()

@@ -502,7 +502,7 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported,
     blob, model, h = exported
     _, tensors = train_gpt.read_artifact(blob)
     length = h.train_seq_len
-    rows = train_gpt.TrainingData(h).sequences(3 * h.train_batch_tokens // length, 16_384 // length)
+    rows = train_gpt.TrainingData(h).sequences(3 * h.train_batch_tokens // length, 8192 // length)
     quantizers = train_gpt.quantizers_of(h)
     hessians = train_gpt.collect_hessians(model, [rows[:, :-1]], processes)
     for name in ("embedding", "bigram.0", "bigram.1", "blocks.3.mlp.proj.lora"):
