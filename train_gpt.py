@@ -222,11 +222,10 @@ def layers_of(text: str, count: int) -> list[int]:
 
 def contradictions(h, environment: Mapping[str, str]) -> list[str]:
     """Settings that are fine alone and impossible together or under this launcher, with their numbers."""
-    count, on_cuda = int(environment.get("WORLD_SIZE") or 1), torch.cuda.is_available()
-    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS") or 0)
+    count = int(environment.get("WORLD_SIZE") or 1)
     wrong = {
-        "torchrun's --max-restarts needs RUN_ID: a new start must find its run": restarts and not h.run_id,
-        "RESUME=1 needs RUN_ID, the run to continue": h.resume == "1" and not h.run_id,
+        "RESUME=1 and torchrun's --max-restarts need RUN_ID, the run to continue": not h.run_id and (
+            h.resume == "1" or environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"),
         f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}": h.model_dim % h.num_heads,
         f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}": h.num_heads % h.num_kv_heads,
         f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head":
@@ -237,8 +236,6 @@ def contradictions(h, environment: Mapping[str, str]) -> list[str]:
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of MAX_WALLCLOCK_SECONDS to train":
             0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds,
         f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit": h.mlp_dim < 1,
-        f"EVAL_MODE=window on CUDA needs bfloat16 and heads of a multiple of 8 dimensions, not {h.head_dim}":
-            h.eval_mode == "window" and on_cuda and (h.dtype == "float32" or h.head_dim % 8),
         "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate": h.eval_only and not h.model_path,
         "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt": h.export_only and not h.checkpoint_path,
         "DISTILL_FROM and SELF_DISTILL=1 are two teachers": h.distill_from and h.self_distill,
@@ -332,16 +329,15 @@ class MapRow(NamedTuple):
 
 def read_cell(column: str, text: str) -> str | float | None:
     """One cell of a column from its text. ValueError says what is wrong with it."""
-    choices = {"basis": ["learned", *BASES], "scale": ["none", "map", "row"]}.get(column, [text])
-    if text not in choices:
-        raise ValueError(f"{text!r} is none of {', '.join(choices)}")
-    if column in ("basis", "scale", "adapter") or (column, text) == ("gate", "none"):
+    words = {"basis": ["learned", *BASES], "scale": ["none", "map", "row"], "gate": ["none"]}
+    if column == "adapter" or text in words.get(column, []):  # an adapter is read when its map is known
         return None if column == "gate" else text
-    low, high = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}[column]
+    low, high = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}.get(column, (1, 0))
     with contextlib.suppress(ValueError):
         if low <= float(text) <= high:
             return float(text)
-    raise ValueError(f"{text!r} is no number from {low:g} to {high:g}")
+    needs = f"no number from {low:g} to {high:g}" if low < high else f"none of {', '.join(words[column])}"
+    raise ValueError(f"{text!r} is {needs}")
 
 class Column:
     """A column's rules, CELL or SELECTOR=CELL with commas between; of those that fit a map the last holds. A
@@ -575,11 +571,10 @@ class Tokenizer:
         self.own_bytes = np.where(self.is_byte, 1, np.where(self.is_control, 0, lengths))
     def check_manifest(self, h) -> None:
         """UserError if the manifest of the shards, where there is one, names another tokenizer."""
-        path, made_with = Path(h.data_path) / "manifest.json", None
+        path = Path(h.data_path) / "manifest.json"
         with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be none, or another kind
-            made_with = json.loads(path.read_bytes()).get("tokenizer_sha256")
-        if made_with not in (None, self.sha256):
-            raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not what made the shards, {path} says")
+            if json.loads(path.read_bytes()).get("tokenizer_sha256") not in (None, self.sha256):
+                raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not what made the shards, {path} says")
     def count_bytes(self, before: np.ndarray, tokens: np.ndarray) -> int:
         """Bytes of text of the tokens (n,), given the token before each, (n,)."""
         return int(self.own_bytes[tokens].sum() + (self.has_space[tokens] & ~self.is_control[before]).sum())
@@ -736,7 +731,8 @@ class ThinLinear(torch.autograd.Function):
             gradients += [part.t() @ (x @ b.t()), (part @ a).t() @ x]
         return tuple(gradients)
 
-RIDGE = {"cuda": 264.0, "cpu": 70.0 if cpu._is_amx_tile_supported() else 20.0}  # bench/kernels.py
+AMX = cpu._is_amx_tile_supported()
+RIDGE = {"cuda": 264.0, "cpu": 70.0 if AMX else 20.0}  # bench/kernels.py
 def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
     """Whether four thin products for A and B cost less, by FLOPs or bytes, than the dense gradient."""
     (rows, columns), rank, ridge = weight.shape, len(b), RIDGE[weight.device.type]
@@ -871,23 +867,28 @@ class Scores(torch.autograd.Function):
         q, k = ctx.saved_tensors
         return None, q.size(-1) ** -0.5 * (dy @ k), q.size(-1) ** -0.5 * (dy.mT @ q)
 
+# Longest attention by plain products on a CPU, with gradients (they keep T² weights), without: bench/cpu.py
+PLAIN_ATTENTION = {True: 512, False: 0} if AMX else {True: 2048, False: math.inf}
+def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
+    """causal_attention, of `span` keys at most, by plain products that leave out what a block cannot see."""
+    block, groups, place = 128 if k.size(1) <= 1024 else 256, k.size(2), k.size(1) - q.size(1)
+    q = q.transpose(1, 2).unflatten(1, (groups, -1)).flatten(0, 1)  # (B · H_kv, H / H_kv, n, D)
+    (k, v), rows = (each.transpose(1, 2).flatten(0, 1) for each in (k, v)), []  # (B · H_kv, T, D)
+    for part in q.split(block, 2):
+        begin, end = max(0, place - span + 1), place + part.size(2)
+        hidden = q.new_full((part.size(2), end - begin), -torch.inf)
+        mask = (hidden.triu(place - begin + 1) + hidden.tril(place - begin - span)).repeat(part.size(1), 1)
+        weights = Scores.apply(mask, part.flatten(1, 2), k[:, begin:end]).softmax(-1)
+        rows.append((weights @ v[:, begin:end]).view_as(part))
+        place = end
+    return torch.cat(rows, 2).unflatten(0, (-1, groups)).flatten(1, 2).transpose(1, 2)
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, n, H, D) of n last positions, k, v (B, T, H_kv, D) -> (B, n, H, D); groups of heads share k."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, n, D), (B, H_kv, T, D)
-    (batch, heads, last, dim), length, group = q.shape, k.size(2), q.size(1) // k.size(1)
-    if q.is_cuda or length > 512 or last < length or not torch.is_grad_enabled():
-        mask = None if last == length else q.new_ones(last, length, dtype=torch.bool).tril(length - last)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        return y.transpose(1, 2)
-    # On a CPU, gradients of plain products over what is not future are faster (bench/cpu.py).
-    k, v = k.reshape(-1, length, dim), v.reshape(-1, length, dim)  # (B · H_kv, T, D)
-    q, rows = q.reshape(len(k), group, length, dim), []
-    for begin in range(0, length, 128):
-        part = q[:, :, begin : (end := begin + 128)].flatten(1, 2)  # heads of a group in turn
-        future = q.new_full((part.size(1) // group, min(end, length)), -torch.inf).triu(1 + begin)
-        weights = Scores.apply(future.repeat(group, 1), part, k[:, :end]).softmax(-1)
-        rows.append((weights @ v[:, :end]).unflatten(1, (group, -1)))
-    return torch.cat(rows, 2).view(batch, heads, length, dim).transpose(1, 2)
+    if q.size(1) < k.size(1) or not q.is_cuda and k.size(1) <= PLAIN_ATTENTION[torch.is_grad_enabled()]:
+        return block_attention(q, k, v, k.size(1))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 def attention_and_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """causal_attention of T queries, and the log-sum-exp of each one's scores, (B, T, H, 1)."""
@@ -897,6 +898,9 @@ def attention_and_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
     """As causal_attention, over rows that go on from the row above: `back` turns its keys' angle by T."""
+    if not (q.dtype is torch.bfloat16 and q.size(-1) % 8 == 0 if q.is_cuda else AMX):  # no flash that pays
+        kv = torch.cat([rotate(k[:-1], *back), k[1:]], 1), torch.cat([v[:-1], v[1:]], 1)
+        return torch.cat([causal_attention(q[:1], k[:1], v[:1]), block_attention(q[1:], *kv, q.size(1))])
     y, lse = attention_and_lse(q, k, v)
     # Of the row above a query sees what is later in its row: causal, too, when both rows are read backwards.
     reverse = (each.flip(1) for each in (q[1:, :-1], rotate(k[:-1, 1:], *back), v[:-1, 1:]))
@@ -1185,7 +1189,7 @@ class Averages:
     def load_state_dict(self, state: dict) -> None:
         self.totals = dict(state["totals"])
         self.means = {name: {p: mean.to(p.device) for p, mean in zip(self.params, means) if mean is not None}
-                      for name, means in state["means"].items()}
+                      for name, means in state["means"].items() if name in self.decays}
 
 # ---- Quantisation ------------------------------------------------------------------------------------------
 class Codes(NamedTuple):
@@ -1383,7 +1387,7 @@ def export(h, world, model: LanguageModel, data: TrainingData, step: int, tokeni
 def build_model(header: dict, tensors: dict[str, Tensor], world, h=None) -> LanguageModel:
     """A model from an artifact alone, or with settings `h`; its maps are drawn anew and proved the same."""
     with distrusting("the stored model"):
-        h = h or Hyperparameters({}, model_limit_bytes=world.h.model_limit_bytes, **header["model"])
+        h = h or Hyperparameters({}, **(dataclasses.asdict(world.h) | header["model"]))
         blocks = {row.name.rsplit(".", 2)[0] for row in h.maps}  # a forger's need not be drawn first
         if header["model"].keys() != h.model_settings().keys() or any(
                 tensors[f"{block}.mlp_scale"].shape != (h.model_dim,) for block in blocks):
@@ -1602,21 +1606,16 @@ class Trainer:
         nats, bpb = evaluate(self.model, val, self.h, self.world, self.h.eval_seq_len)
         self.log(f"val_loss:{nats:.4f} val_bpb:{bpb:.4f}")
         return {"val_loss_before": nats, "val_bpb_before": bpb}
-    @torch.no_grad()
     def finish(self, val: ValidationStream) -> dict:
         """Leaves in the model the weights that do best on held-out training text, validates; the figures."""
-        self.model.eval()
         began, elapsed, scores = time.perf_counter(), self.clock.elapsed, {}
         params, candidates = [p.detach() for p in self.optimizers.params], self.averages.candidates()
-        held_out, size = self.data.read(self.data.held_out), max(1, 16_384 // self.h.train_seq_len)
+        held_out, rows = copy.copy(val), self.data.read(self.data.held_out)
+        held_out.tokens = torch.cat([rows[:, :-1].flatten(), rows[-1, -1:]])
         for name, weights in candidates.items():
             torch._foreach_copy_(params, weights)
-            total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-            for rows in held_out.split(size)[self.world.rank :: self.world.count]:
-                rows = rows.to(self.world.device)
-                total += self.model.losses(rows[:, :-1], rows[:, 1:]).double().sum()
-            scores[name] = self.world.sum_(total).item() / held_out[:, 1:].numel()
-        best = min(scores, key=scores.get)
+            scores[name] = evaluate(self.model, held_out, self.h, self.world, self.h.eval_seq_len)[0]
+        best = min(scores, key=lambda name: (math.isnan(scores[name]), scores[name]))
         if not math.isfinite(scores[best]):
             raise UserError(f"the trained weights' loss is not finite: {scores}; lower the learning rates")
         torch._foreach_copy_(params, candidates[best])
@@ -1721,7 +1720,8 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
             log(f"continued after step {trainer.done}")
         figures = {"trained_parameters": trained, "frozen_parameters": frozen} | trainer.run(val)
         del trainer  # its memory is the export's
-    save_checkpoint(h, world, model, fingerprint, folder, figures, {})
+    if not (saved and saved["figures"] and (folder / "checkpoint.pt").exists()):  # else the one that was read
+        save_checkpoint(h, world, model, fingerprint, folder, figures, {})
     world.can_save = False
     if world.agree()[-1]:
         raise UserError(f"stopped as a signal asked; the same RUN_ID exports {folder}/checkpoint.pt")

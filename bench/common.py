@@ -325,9 +325,10 @@ def print_table(header: list[str], lines: list[list[str]]) -> None:
     print(flush=True)
 
 
-def print_header(program: str, options: argparse.Namespace, dtype: str) -> None:
-    """On what was measured: device, cores, versions, type, commit."""
-    runs = "smoke run, its figures mean nothing" if options.smoke else f"medians of {options.runs}"
+def print_header(program: str, options: argparse.Namespace, dtype: str, counted: bool = False) -> None:
+    """On what was measured, or counted: device, cores, versions, type, commit."""
+    runs = "counted" if counted else f"medians of {options.runs}"
+    runs = "smoke run, its figures mean nothing" if options.smoke else runs
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     today = datetime.date.today().isoformat()

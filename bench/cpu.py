@@ -2,8 +2,8 @@
 
     python bench/cpu.py
 
-1. Attention by plain matrix products, as `causal_attention` takes it for gradients up to 512 tokens, against
-   torch's fused kernel: forward and backward, and forward alone, where the script takes the fused one.
+1. Attention: plain matrix products or torch's fused kernel, whichever `causal_attention` takes at this length
+   on this CPU, against the other one; forward and backward, and forward alone without gradients.
 2. The norm with a gradient of its own against torch's.
 3. A training step with glibc keeping freed memory, and that in huge pages, as run.sh asks it to, against
    glibc's defaults. It reads its settings at the start, so each is a process of its own.
@@ -34,19 +34,21 @@ def attention(length: int, dtype: torch.dtype, options: argparse.Namespace) -> l
         return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     def plain() -> torch.Tensor:
-        return t.causal_attention(q, k, v)
+        return t.block_attention(q, k, v, length)
 
     def both_ways(forward):
         return lambda: (y := forward()).backward(y.detach())
 
-    times = common.interleaved({"fused": fused, "plain": plain, "fused, gradient": both_ways(fused),
-                                "plain, gradient": both_ways(plain)}, options.runs)
-    fused_took, plain_took, fused_both, plain_both = map(common.milliseconds, times.values())
-    return [
-        Row(f"attention, {length} tokens: plain against fused, forward and backward", plain_both, fused_both,
-            times["fused, gradient"] / times["plain, gradient"]),
-        Row(f"attention, {length} tokens: fused against plain, forward alone", fused_took, plain_took,
-            times["plain"] / times["fused"])]
+    rows, forwards = [], {"plain": plain, "fused": fused}
+    for graded, what in ((True, "forward and backward"), (False, "forward alone")):
+        is_plain = length <= t.PLAIN_ATTENTION[graded]
+        chosen, other = ("plain", "fused") if is_plain else ("fused", "plain")
+        sides = {name: both_ways(forwards[name]) if graded else torch.no_grad()(forwards[name])
+                 for name in (chosen, other)}
+        ours, theirs = common.interleaved(sides, options.runs).values()
+        rows.append(Row(f"attention, {length} tokens: {chosen} against {other}, {what}",
+                        common.milliseconds(ours), common.milliseconds(theirs), theirs / ours))
+    return rows
 
 
 def norms(dtype: torch.dtype, options: argparse.Namespace) -> Row:
@@ -109,7 +111,7 @@ def allocator(options: argparse.Namespace) -> list[Row]:
 
 def main() -> None:
     options = common.begin(__doc__)
-    dtype, lengths = t.World(common.settings()).dtype, (256,) if options.smoke else (128, 256, 512)
+    dtype, lengths = t.World(common.settings()).dtype, (256,) if options.smoke else (128, 256, 512, 1024, 2048)
     rows = [row for length in lengths for row in attention(length, dtype, options)]
     rows += [norms(dtype, options), *allocator(options), *types(options, dtype)]
     common.print_header(__file__, options, str(dtype).removeprefix("torch."))

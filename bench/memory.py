@@ -70,6 +70,7 @@ def trace(h: t.Hyperparameters, activation: Callable) -> list[torch.fx.GraphModu
         for name, buffer in module._buffers.items():
             module._buffers[name] = mode.from_tensor(buffer)
     t.squared_leaky_relu, t.RIDGE["cpu"] = activation, t.RIDGE["cuda"]
+    t.PLAIN_ATTENTION = {True: 0, False: 0}
     with mode, t.World(h):
         ids = torch.zeros(h.train_batch_tokens // h.train_seq_len, h.train_seq_len, dtype=torch.int64)
         torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(ids, ids).backward()
@@ -82,7 +83,7 @@ def main() -> None:
     counts = {what: kept_storages(trace(h, activation)[0]) for what, activation in
               (("with the activation computed again, as on CUDA", activation_on_cuda),
                ("with all that it computes kept", ON_CPU))}
-    common.print_header(__file__, options, "bfloat16, traced, not measured")
+    common.print_header(__file__, options, "bfloat16, traced, not measured", counted=True)
     print(f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
           f" layers of width {h.model_dim}, {h.map_adapter}. Published: {PUBLISHED:,} MiB at the peak.")
     lines = [[what, common.mebibytes(kept.total()), f"{kept.total() / 2**20 / PUBLISHED:.0%}"]

@@ -115,7 +115,7 @@ def main() -> None:
         count, total = sum(map(len, kernels.values())), sum(map(sum, kernels.values()))
         lines.append([what, str(count), f"{total / 1e9:.1f} GB", common.milliseconds(total / COPY_RATE)])
         largest += [(sum(sizes), len(sizes), what, name) for name, sizes in kernels.items()]
-    common.print_header(__file__, options, "bfloat16, generated, not measured")
+    common.print_header(__file__, options, "bfloat16, generated, not measured", counted=True)
     print(f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
           f" layers of width {h.model_dim}, {h.map_adapter}. Without products and attention.")
     common.print_table(["what", "kernels", "bytes", "at an H100's copy rate"], lines)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import sys
 import zlib
@@ -52,6 +53,15 @@ def clean_environment():
         for name in names | {"RANK", "LOCAL_RANK", "WORLD_SIZE"}:
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture(params=["with AMX", "without AMX"])
+def either_cpu(request, monkeypatch):
+    """What train_gpt chooses by the kind of CPU, as on each of both."""
+    with_amx = request.param == "with AMX"
+    monkeypatch.setattr(train_gpt, "AMX", with_amx)
+    monkeypatch.setattr(train_gpt, "PLAIN_ATTENTION", {True: 512, False: 0} if with_amx else
+                        {True: 2048, False: math.inf})
 
 
 @pytest.fixture(scope="session")

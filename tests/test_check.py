@@ -262,7 +262,7 @@ def test_script_that_trains_on_validation_text_is_seen_and_shown(copied, tmp_pat
 
 def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
     s = rewrite(
-        copied, ahead=("is_causal=mask is None", "is_causal=False"),
+        copied, ahead=("is_causal=True", "is_causal=False"), too=(".triu(place - begin + 1)", ".triu(end)"),
         tail=("np.diff(starts + length, prepend=0)",
               "np.where(np.arange(len(starts)), stride, np.diff(starts + length, prepend=0))"))
     result = check.check_probabilities(s)
@@ -273,10 +273,10 @@ def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
     assert check.check_agreement(s).verdict == "pass"
 
 
-@pytest.mark.parametrize(("mask", "verdict"), [(".tril(length - last)", "pass"), ("", "FAIL")])
-def test_script_that_looks_ahead_where_few_positions_are_scored(copied, mask, verdict):
+@pytest.mark.parametrize(("few", "verdict"), [(0, "pass"), (99, "FAIL")])
+def test_script_that_looks_ahead_where_few_positions_are_scored(copied, few, verdict):
     s = rewrite(copied, few=("8 * last > length", "last > length"),  # 8 of 32 are not few enough
-                ahead=(".tril(length - last)", mask))
+                ahead=("place - begin + 1", f"place - begin + 1 + {few} * (q.size(2) < k.size(1))"))
     result = check.check_probabilities(s)
     assert result.verdict == verdict
     assert result.evidence.startswith("the future changes the past") == (verdict == "FAIL")

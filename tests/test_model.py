@@ -259,8 +259,8 @@ def test_a_rank_that_fits_no_map_is_refused(rank):
 
 @pytest.mark.parametrize("length", [1, 5, 64, 300, 512, 513, 1025])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads):
-    """512 tokens and fewer take plain products on a CPU, for gradients; more take PyTorch's kernel."""
+def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads, either_cpu):
+    """On a CPU with AMX 512 tokens and fewer take plain products, for gradients, and more PyTorch's kernel."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1 if length > 100 else 3, length, n, 8, dtype=torch.float64)
                for n in (4, kv_heads, kv_heads))
@@ -273,7 +273,26 @@ def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads):
     torch.testing.assert_close(out, fused.transpose(1, 2))
     with torch.no_grad():
         ungraded = train_gpt.causal_attention(q, k, v)
+        last = train_gpt.causal_attention(q[:, -2:], k, v)  # of few queries
     torch.testing.assert_close(out, ungraded, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(out[:, -2:], last, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("queries", "keys", "span"), [
+    (300, 300, 300), (300, 300, 1), (300, 300, 70), (300, 600, 300), (260, 1300, 129), (1, 40, 7)])
+def test_plain_products_see_the_span_before_each_query(queries, keys, span):
+    """Against a mask over all keys; blocks have 128 queries, 256 from 1,025 keys on."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, heads, 8, dtype=torch.float64, requires_grad=True)
+               for n, heads in ((queries, 4), (keys, 2), (keys, 2)))
+    past = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    seen = (past >= 0) & (past < span)
+    expected = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, enable_gqa=True).transpose(1, 2)
+    out, dy = train_gpt.block_attention(q, k, v, span), torch.randn(2, queries, 4, 8, dtype=torch.float64)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), dy) for y in (out, expected))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_rotary_scores_depend_on_distance_alone():
