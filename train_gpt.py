@@ -1061,7 +1061,7 @@ class GPT(LanguageModel):
         return self.logits(self.hidden(ids, last, streams))
 
 class Ensemble(LanguageModel):
-    """Models in one artifact (PR #1301): each learns for itself, the mean of their logits predicts."""
+    """Models in one artifact (PR #1301): each has a loss of its own, the mean of their logits predicts."""
     def __init__(self, h, dtype: torch.dtype = torch.float32):
         super().__init__(h)
         self.members = nn.ModuleList(GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble))
@@ -1667,7 +1667,7 @@ def open_run(h, world) -> tuple[Path, dict | None]:
 def preflight(h, world, model: LanguageModel, data: TrainingData, val: ValidationStream, tokenizer: Tokenizer,
               folder: Path) -> None:
     """All that comes after training, in small and with the untrained model: what would fail, fails now."""
-    began, stage, trial, few = time.perf_counter(), "export", copy.deepcopy(model), copy.copy(val)
+    began, stage, trial, few = time.perf_counter(), "export", copy.deepcopy(model).eval(), copy.copy(val)
     for p in trial.parameters():
         if p.ndim > 1 and not p.any():
             nn.init.normal_(p, std=0.02)  # codes of zeros would pack to nothing
@@ -1766,7 +1766,7 @@ def run(h, world) -> None:
         seconds, whole = (round(time.perf_counter() - since, 3) for since in (start, began))
         figures |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_seconds": whole}
         world.log(f"final_int6_brotli_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride}"
-                  f" eval_time:{1000 * seconds:.0f}ms")
+                  f" mode:{h.eval_mode} eval_time:{1000 * seconds:.0f}ms")
         world.log(f"final_int6_brotli_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     code, size = os.path.getsize(__file__), len(blob)
     world.log(f"artifact {code + size:,} bytes: code {code:,}, model {size:,}")
@@ -1776,7 +1776,7 @@ def run(h, world) -> None:
             "date": time.strftime("%F"), "hardware": f"{world.count} x {world.device_name}",
             "val_loss": figures["val_loss_sliding_window"], "val_bpb": figures["val_bpb_sliding_window"],
             "bytes_total": code + size, "bytes_code": code, "seeds": [h.seed],
-            "dataset": Path(h.data_path).name, **figures}
+            "dataset": Path(h.data_path).name, "eval_mode": h.eval_mode, **figures}
         write_file(folder / "submission.json", (json.dumps(submission, indent=2) + "\n").encode())
         world.log(f"written: {folder}/ model.int6.ptz, submission.json, checkpoint.pt, train.log")
 

@@ -6,7 +6,8 @@
 
 The row-by-row loop is what published scripts do: one window a forward pass, logits of all its positions, of
 which the last ones are scored. It runs over the textbook's network (bench/textbook.py), eager, and over ours,
-compiled where ours is. All must give the same bits per byte: that is checked first, in float32.
+compiled where ours is. All must give the same bits per byte: that is checked first, in float32. What this
+machine's rate of products allows exact mode at most is counted beside it.
 Tokens scored per second are compared on the start of the stream; with --artifact, which the textbook does not
 know, the modes are compared on all of it, in the type of the machine, and EVAL_SEQ_LEN and EVAL_STRIDE hold:
 windows longer than the training sequences cost score.
@@ -64,6 +65,18 @@ def begin_of(val, tokens: int):
     """The first tokens of a stream; bytes in proportion, since only the two sides' agreement matters."""
     share = min(1.0, tokens / len(val.tokens))
     return SimpleNamespace(tokens=val.tokens[:tokens], bytes=val.bytes * share)
+
+
+def flops_of_window(h: t.Hyperparameters) -> float:
+    """Products that exact mode cannot do without for one window: keys and values of all its positions in every
+    layer, the rest of the last layer and the logits for those that it scores alone; half of attention is masked.
+    """
+    length, scored, width = h.eval_seq_len, h.eval_stride, h.model_dim
+    flops = 2 * width * length**2 * (h.num_layers - 1) + 4 * width * length * scored
+    for row in h.maps:
+        is_partial = f"blocks.{h.num_layers - 1}." in row.name and not row.name.endswith((".k", ".v"))
+        flops += 2 * row.out_features * row.in_features * (scored if is_partial else length)
+    return flops + 2 * scored * h.vocab_size * width
 
 
 def loops_over(model: t.LanguageModel, h: t.Hyperparameters, world: t.World, artifact) -> dict[str, Callable]:
@@ -156,6 +169,10 @@ def main() -> None:
         for name, loop in times.items():
             what = f"exact mode against a row-by-row loop over {name}, tokens scored a second"
             rows.append(Row(what, f"{n / ours:,.0f}", f"{n / loop:,.0f}", loop / ours, "≥ 5"))
+        rate = common.gemm_rate(world.dtype, world.device, options)
+        most, (loop, *_) = h.eval_stride * rate / flops_of_window(h), times.values()
+        rows.append(Row(f"the most that exact mode could reach, at {rate / 1e9:,.0f} GFLOP/s of products alone",
+                        f"{most:,.0f}", f"{n / loop:,.0f}", most * loop / n))
         rows.append(Row("bits per byte of them in float32, difference", f"{apart:.1e}", bar="≤ 1e-6",
                         measured=apart))
         rows += compare_modes(h, model, more, world, options)

@@ -498,6 +498,13 @@ def test_the_artifact_predicts_what_the_model_does(exported, processes):
     assert again.fingerprint() == model.fingerprint()
 
 
+def test_a_rebuilt_model_has_a_table_of_angles_as_long_as_this_runs_windows(exported, settings):
+    """A longer window would compute it anew in every forward pass."""
+    for length in (16, 4096):
+        world = train_gpt.World(settings(eval_seq_len=length))
+        assert train_gpt.build_model(*train_gpt.read_artifact(exported[0]), world).rope.size(1) == length + 1
+
+
 def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported, processes):
     blob, model, h = exported
     _, tensors = train_gpt.read_artifact(blob)
@@ -781,6 +788,17 @@ def test_averages_that_are_off_or_empty_are_no_candidates(settings):
     history = [torch.ones(2)] * 3
     assert set(averaged(settings(ema_decay=0.0, swa_enabled=0), history, [0.1] * 3)) == {"last"}
     assert set(averaged(settings(ema_decay=0.9), history, [1.0] * 3)) == {"last", "ema"}
+
+
+def test_an_export_considers_the_averages_that_it_is_asked_for(settings):
+    """EXPORT_ONLY with EMA_DECAY=0, of a checkpoint that has one."""
+    p = torch.nn.Parameter(torch.ones(3))
+    trained = train_gpt.Averages([p], settings(swa_interval=1))
+    trained.update(0, 0.1)
+    for changes, expected in (({}, {"last", "ema", "swa"}), ({"ema_decay": 0.0}, {"last", "swa"})):
+        averages = train_gpt.Averages([p], settings(**changes))
+        averages.load_state_dict(trained.state_dict())
+        assert set(averages.candidates()) == expected
 
 
 def test_candidates_do_not_change_with_the_weights(settings):

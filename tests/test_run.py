@@ -394,6 +394,8 @@ def test_a_continued_run_computes_in_its_own_type_and_may_take_smaller_batches(o
              "ARTIFACT_LIMIT_BYTES": 16_000_000}
     out = run_well({name: value for name, value in base.items() if name != "DTYPE"} | other)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-7)
+    # Trying the export again writes no checkpoint: the last ones of the training would be pushed out.
+    assert not (runs / "continued" / "checkpoint.previous.pt").exists()
 
 
 def test_a_console_that_is_gone_ends_no_run(processes, tmp_path, monkeypatch):
