@@ -836,24 +836,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], dim=-1)
 
 class RMSNorm(torch.autograd.Function):
-    """x (…, d) · scale / rms(x) (arXiv:1910.07467), turned by `rope` (cos, sin) where it is given. The result
-    is kept instead of x: scale, a number or a tensor that fits (…, 1), must not be 0."""
+    """x (…, d) · scale / rms(x) (arXiv:1910.07467), turned by cos and sin if given; y is kept: no scale 0."""
     @staticmethod
-    def forward(ctx, x: Tensor, scale: float | Tensor = 1.0, *rope: Tensor) -> Tensor:
-        ctx.scale, x = scale, rotate(x, *rope) if rope else x
+    def forward(ctx, x: Tensor, scale: float | Tensor = 1.0, cos=None, sin=None) -> Tensor:
+        ctx.scale, x = scale, x if cos is None else rotate(x, cos, sin)
         square = x.norm(2, -1, True, torch.promote_types(x.dtype, torch.float32)).square() / x.size(-1)
         factor = (scale * (square + torch.finfo(square.dtype).eps).rsqrt()).to(x.dtype)  # (…, 1)
-        ctx.save_for_backward(y := x * factor, factor, (factor / (x.size(-1) * scale**2)).to(x.dtype), *rope)
+        ctx.save_for_backward(y := x * factor, factor, (factor / (x.size(-1) * scale**2)).to(x), cos, sin)
         return y
     @staticmethod
     def backward(ctx, dy: Tensor):
-        y, factor, share, *rope = ctx.saved_tensors
+        y, factor, share, cos, sin = ctx.saved_tensors
         dot = (dy * y).sum(-1, keepdim=True)
         dscale = (dot / ctx.scale).sum_to_size(ctx.scale.shape) if isinstance(ctx.scale, Tensor) else None
-        if rope:  # both turned back, and then added: compiled, it is one pass; the other way round it is two
-            dy, y = (rotate(each, rope[0], -rope[1]) for each in (dy, y))
-        return torch.addcmul(dy * factor, y, dot * share, value=-1), dscale, *(None for _ in rope)
-
+        if cos is not None:  # turned back, and then added: compiled, it is one pass; the other way round two
+            dy, y = (rotate(each, cos, -sin) for each in (dy, y))
+        return torch.addcmul(dy * factor, y, dot * share, value=-1), dscale, None, None
 norm = RMSNorm.apply
 
 class Scores(torch.autograd.Function):

@@ -141,3 +141,15 @@ def test_whole_windows_are_scored_as_ever(window, settings, random_model, proces
               for stride in (WINDOW, 4)]
     assert scores[0] == scores[2]
     assert scores[1] != scores[3]
+
+
+@pytest.mark.parametrize("scored, streams", [(64, False), (4, False), (64, True)])
+def test_what_a_score_needs_compiles_into_one_graph(settings, random_model, either_cpu, scored, streams):
+    """Without gradients, too: of whole windows, a few last positions, streams. `fullgraph` refuses a break."""
+    model = random_model(settings(recur_layers="1-2", recur_times=2)).eval()
+    ids = torch.arange(3 * 64).view(3, 64) % 61
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for eager, of in ((model.losses, ids[:, -scored:]), (model.predict, scored)):
+            compiled = torch.compile(eager, fullgraph=True, dynamic=False, backend="eager")
+            torch.testing.assert_close(compiled(ids, of, streams), eager(ids, of, streams), rtol=1e-4, atol=1e-5)
