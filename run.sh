@@ -35,7 +35,8 @@ setup() {
 }
 
 # Exports the settings of a preset, KEY=VALUE a line, but for those that are set already. PRESET_BASE names a preset
-# that holds where this one is silent. A published switch takes the place of its map table.
+# that holds where this one is silent. A published switch takes the place of its map table, and an artifact or a
+# checkpoint that of all but how to score or what has to fit.
 load_preset() {
     local line key base=
     while IFS= read -r line || [ -n "$line" ]; do
@@ -47,7 +48,7 @@ load_preset() {
         case $key in
         PRESET_BASE) base=${line#*=} ;;
         TEACHER_PRESET) ;;
-        *) [[ -n ${!key+set} || (-n $switch && $key == MAP_*) ]] || export "$key=${line#*=}" ;;
+        *) [[ $key != $taken || -n ${!key+set} || (-n $switch && $key == MAP_*) ]] || export "$key=${line#*=}" ;;
         esac
     done <"$1"
     [ -z "$base" ] || load_preset "$root/presets/$base.env"
@@ -76,7 +77,7 @@ found=
 for file in "${places[@]}"; do
     if [[ -z $found && $file == *.env && -f $file ]]; then found=$file; fi
 done
-[ -n "$found" ] || fail "no preset $preset; there are: $(cd "$root/presets" && echo *.env cpu/*.env)"
+[ -n "$found" ] || fail "no preset $preset; there are: $(cd "$root/presets" && echo *.env)"
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/runs}
 
 # A preset with a teacher: that is trained first, with the same variables, unless DISTILL_FROM names one.
@@ -91,6 +92,9 @@ switch=
 for key in USE_RANDOM_ADAPTERS RANDOM_BASIS_ENABLED SELECTIVE_FREEZE PROGRESSIVE_FREEZE_FRAC RAND_PROJ_LAYERS; do
     switch+=${!key-}
 done
+taken=*
+[ "${EVAL_ONLY:-0}" != 1 ] || taken='@(EVAL_*|DTYPE|COMPILE)'
+[ "${EXPORT_ONLY:-0}" != 1 ] || taken='@(EVAL_BATCH_TOKENS|COMPILE)'
 load_preset "$found"
 
 # The data: DATA_PATH, else the English that comes with Python.

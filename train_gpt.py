@@ -288,7 +288,7 @@ def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> lis
     """Variables of the environment that ask for what is not here, or look like a misspelt setting."""
     asked = [name for name in NOT_HERE if environment.get(name, "") not in ("", "0", "0.0")]
     problems = [f"{name}={environment[name]}: {NOT_HERE[name]}; unset it" for name in asked]
-    names = [name.upper() for name in (*Hyperparameters.__dataclass_fields__, *PUBLISHED)]
+    names = [name.upper() for name in (*Hyperparameters.__dataclass_fields__, *PUBLISHED, "preset")]
     def one_less(name: str) -> set[str]:  # what two share if they differ by a letter
         return {name} | {name[:i] + name[i + 1 :] for i in range(len(name))}
     for name in [] if allow_unknown else sorted(set(environment) - {*names, *NOT_HERE}):
@@ -465,7 +465,7 @@ class World:
         self.file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.file = None
             raise UserError(f"{path}: another process is at this run; choose a new RUN_ID") from None
     def log(self, text: str, console: bool = True) -> None:
@@ -617,7 +617,6 @@ def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
 def independent(draw: Callable[[int, int], np.ndarray], rows: int, columns: int, seed: int) -> Tensor:
     """(rows, columns) float64, independent entries `draw(seed, n)` over √columns."""
     return torch.from_numpy(draw(seed, rows * columns)).view(rows, columns) / math.sqrt(columns)
-
 gaussian = functools.partial(independent, normal_deviates)
 uniform = functools.partial(independent, lambda seed, n: random_words(seed, n) * 2.0**-63 - 1)
 rademacher = functools.partial(independent, lambda seed, n: 1 - 2.0 * (random_words(seed, n) >= 2**63))
@@ -638,7 +637,10 @@ BASES = {"orthogonal": orthogonal, "gaussian": gaussian, "uniform": uniform, "ra
          "hadamard": hadamard}
 def draw_map(row: MapRow) -> Tensor:
     """(out, in) bfloat16, drawn on the CPU. The map *is* this rounding, on every device and in every type."""
-    return (BASES[row.basis](*row[1:3], row.seed) * row.gain).to(torch.bfloat16).contiguous()
+    drawn = BASES[row.basis](*row[1:3], row.seed) * row.gain
+    if drawn.shape != row[1:3] or not drawn.isfinite().all():
+        raise UserError(f"MAP_BASIS={row.basis} of {row.name} draws {tuple(drawn.shape)}, or not finite")
+    return drawn.to(torch.bfloat16).contiguous()
 
 # ---- Linear layers -----------------------------------------------------------------------------------------
 MATRIX, EMBEDDING, SCALAR, SPARSE, MASK = "matrix", "embedding", "scalar", "sparse", "mask"  # roles
@@ -896,7 +898,7 @@ def attention_and_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def streaming_attention(q: Tensor, k: Tensor, v: Tensor, back: tuple[Tensor, Tensor]) -> Tensor:
     """As causal_attention, over rows that go on from the row above: `back` turns its keys' angle by T."""
-    if not (q.dtype is torch.bfloat16 and q.size(-1) % 8 == 0 if q.is_cuda else AMX):  # no flash that pays
+    if not (q.dtype is torch.bfloat16 and q.size(-1) in range(8, 257, 8) if q.is_cuda else AMX):  # no flash
         kv = torch.cat([rotate(k[:-1], *back), k[1:]], 1), torch.cat([v[:-1], v[1:]], 1)
         return torch.cat([causal_attention(q[:1], k[:1], v[:1]), block_attention(q[1:], *kv, q.size(1))])
     y, lse = attention_and_lse(q, k, v)
@@ -1209,8 +1211,7 @@ class Quantizer(NamedTuple):
     def exponents(self, w: Tensor) -> Tensor:
         step = w.double().square().mean(-1).sqrt() * self.sigmas / (2 ** (self.bits - 1) - 1)
         return torch.where(step > 0, (160 + 8 * step.log2()).round().clamp(1, 255), 0).to(torch.uint8)
-    def prune(self, w: Tensor) -> Tensor:
-        """w, its smallest values set to zero."""
+    def prune(self, w: Tensor) -> Tensor:  # the smallest values
         count = int(w.size(-2) * w.size(-1) * self.prune_pct / 100)
         return w * (w.abs() > w.abs().flatten(-2).kthvalue(count).values[..., None, None]) if count else w
     def gptq(self, w: Tensor, hessian: Tensor | None = None, block: int = 128) -> Codes:
@@ -1618,7 +1619,8 @@ class Trainer:
             raise UserError(f"the trained weights' loss is not finite: {scores}; lower the learning rates")
         torch._foreach_copy_(params, candidates[best])
         losses = " ".join(f"{name}:{score:.4f}" for name, score in scores.items())
-        self.world.log(f"average {losses} exported:{best}")
+        end = "ITERATIONS" if self.done >= self.clock.iterations else "MAX_WALLCLOCK_SECONDS"
+        self.world.log(f"average {losses} exported:{best} ended_by:{end}")
         took, speed = time.perf_counter() - began, self.h.train_batch_tokens * self.done / max(elapsed, 1e-9)
         return {"steps": self.done, "train_seconds": round(elapsed, 3), "tokens_per_second": round(speed),
                 "choice_seconds": round(took, 3), **self.validate(val),
@@ -1705,7 +1707,7 @@ def train_and_export(h, world, tokenizer: Tokenizer, val: ValidationStream, fold
     trained = sum(p.numel() for p in model.parameters())
     frozen = sum(row.out_features * row.in_features for row in model.frozen)
     log(f"{trained:,} trained and {frozen:,} frozen parameters; {len(model.frozen)} of {len(model.table)}"
-        f" maps cost 0 bytes; all that is learned takes {stored_bytes(model):,} before it is packed")
+        f" maps are random, in 0 bytes; all that is learned takes {stored_bytes(model):,} unpacked")
     log(f"versions {json.dumps(VERSIONS)} device {world.device_name}, {torch.get_num_threads()} threads")
     if not (figures := saved["figures"] if saved else {}):
         trainer = Trainer(h, world, model, teacher, data, folder)
@@ -1734,8 +1736,8 @@ def run(h, world) -> None:
     """The job: train and export, unless there is an artifact; evaluate it from its bytes alone; report."""
     blob, saved, figures, folder = b"", None, {}, None
     if h.eval_only:
-        blob = Path(h.model_path).read_bytes()
         with distrusting(f"MODEL_PATH={h.model_path}"):
+            blob = Path(h.model_path).read_bytes()
             stored = read_artifact(blob)[0]["model"]
             h = h.adopt({name: stored[name] for name in h.model_settings()}, f"MODEL_PATH={h.model_path}")
     elif h.export_only:
@@ -1759,12 +1761,12 @@ def run(h, world) -> None:
         raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer the artifact was made with")
     began, model = time.perf_counter(), build_model(header, tensors, world)
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
-        start = time.perf_counter()
+        start, mode = time.perf_counter(), h.eval_mode if stride < h.eval_seq_len else "exact"
         loss, bpb = evaluate(model, val, h, world, stride)
         seconds, whole = (round(time.perf_counter() - since, 3) for since in (start, began))
         figures |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_seconds": whole}
         world.log(f"final_int6_brotli_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride}"
-                  f" mode:{h.eval_mode} eval_time:{1000 * seconds:.0f}ms")
+                  f" mode:{mode} eval_time:{1000 * seconds:.0f}ms")
         world.log(f"final_int6_brotli_{kind}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     code, size = os.path.getsize(__file__), len(blob)
     world.log(f"artifact {code + size:,} bytes: code {code:,}, model {size:,}")
@@ -1774,7 +1776,7 @@ def run(h, world) -> None:
             "date": time.strftime("%F"), "hardware": f"{world.count} x {world.device_name}",
             "val_loss": figures["val_loss_sliding_window"], "val_bpb": figures["val_bpb_sliding_window"],
             "bytes_total": code + size, "bytes_code": code, "seeds": [h.seed],
-            "dataset": Path(h.data_path).name, "eval_mode": h.eval_mode, **figures}
+            "dataset": Path(h.data_path).name, "eval_mode": mode, **figures}
         write_file(folder / "submission.json", (json.dumps(submission, indent=2) + "\n").encode())
         world.log(f"written: {folder}/ model.int6.ptz, submission.json, checkpoint.pt, train.log")
 

@@ -185,6 +185,14 @@ def test_every_map_of_a_model_differs(settings):
     assert len({sha256(model.get_submodule(name).weight) for name in model.table}) == len(model.table) == 24
 
 
+@pytest.mark.parametrize("wrong", [lambda rows, columns, seed: torch.ones(columns, rows, dtype=torch.float64),
+                                   lambda rows, columns, seed: torch.full((rows, columns), math.inf)])
+def test_a_basis_that_draws_no_map_is_named(monkeypatch, wrong):
+    monkeypatch.setitem(train_gpt.BASES, "mine", wrong)
+    with pytest.raises(train_gpt.UserError, match="MAP_BASIS=mine of blocks.0.mlp.fc"):
+        train_gpt.draw_map(train_gpt.MapRow("blocks.0.mlp.fc", 6, 4, "mine"))
+
+
 def test_the_fingerprint_sees_one_bit_the_order_and_the_seed(settings):
     model = train_gpt.GPT(settings())
     original = model.fingerprint()

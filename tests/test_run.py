@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import socket
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from helpers import (
     ROOT,
     SCRIPT,
     TINY,
+    environment,
     finish,
     make_corpus,
     read_shard,
@@ -260,6 +262,30 @@ def test_flipped_bit_is_refused(trained, place):
 def test_damaged_artifact_is_refused(trained, spoil):
     with pytest.raises(train_gpt.UserError):
         train_gpt.read_artifact(spoil((trained / "model.int6.ptz").read_bytes()))
+
+
+def test_missing_artifact_is_named(eval_only, tmp_path):
+    message = refusal(eval_only | {"MODEL_PATH": tmp_path / "none.ptz"})
+    assert f"MODEL_PATH={tmp_path / 'none.ptz'} cannot be used: FileNotFoundError" in message
+    assert "RUN_ID" not in message, "an evaluation has no run to continue"
+
+
+def test_log_says_how_each_figure_was_scored(eval_only):
+    """The roundtrip has one window after the other in either mode."""
+    out = run_well(eval_only | {"EVAL_MODE": "window"})
+    modes = dict(re.findall(r"final_int6_brotli_(\w+) .* mode:(\w+)", out))
+    assert modes == {"roundtrip": "exact", "sliding_window": "window"}
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / ".installed").exists(), reason="run.sh would have to set up first")
+def test_run_sh_evaluates_and_exports_what_its_preset_did_not_make(trained, eval_only, corpus, tmp_path):
+    """The preset says how to score an artifact, and nothing of a checkpoint's run."""
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "OUTPUT_DIR": tmp_path}
+    for settings in (eval_only, corpus.settings | export):
+        process = subprocess.run(["bash", ROOT / "run.sh"], env=environment(settings), cwd=tmp_path, text=True,
+                                 capture_output=True, timeout=100)
+        assert process.returncode == 0, process.stderr
+        assert final(process.stdout) == pytest.approx(final(log_of(trained)), abs=1e-6)
 
 
 def test_damaged_artifact_ends_a_process_with_a_message(trained, eval_only, tmp_path):

@@ -216,6 +216,10 @@ def test_misspelt_setting_is_refused_with_the_right_name(monkeypatch, name):
     assert suggestions(monkeypatch, typos) == dict.fromkeys(typos, name)
 
 
+def test_misspelt_preset_of_run_sh_is_refused(monkeypatch):
+    assert suggestions(monkeypatch, {"PRSET", "PRESETS"}) == {"PRSET": "PRESET", "PRESETS": "PRESET"}
+
+
 def test_great_majority_of_all_misspellings_is_refused(monkeypatch):
     """Short names and swapped letters too, of every setting, without exception."""
     right = total = 0

@@ -255,7 +255,7 @@ def test_an_artifact_holds_the_bytes_that_the_table_says(trained, name):
     size = sum(map(len, unpacked_groups(run.blob).values()))
     assert size == sum(map(bytes_of_row, run.h.maps)) + bytes_around(run.model)
     assert size == train_gpt.stored_bytes(run.model)
-    assert any(f"takes {size:,} before it is packed" in line for line in run.lines)
+    assert any(f"takes {size:,} unpacked" in line for line in run.lines)
     table = next(text for text in run.lines if text.startswith("map ")).splitlines()[1:]
     assert sum(int(line.split()[-1].replace(",", "")) for line in table) == sum(map(bytes_of_row, run.h.maps))
 
