@@ -35,8 +35,8 @@ setup() {
 }
 
 # Exports the settings of a preset, KEY=VALUE a line, but for those that are set already. PRESET_BASE names a preset
-# that holds where this one is silent. A published switch takes the place of its map table, and an artifact or a
-# checkpoint that of all but how to score or what has to fit.
+# that holds where this one is silent. A published switch takes the place of its map table; what does not match
+# $taken is left out.
 load_preset() {
     local line key base=
     while IFS= read -r line || [ -n "$line" ]; do
@@ -92,6 +92,7 @@ switch=
 for key in USE_RANDOM_ADAPTERS RANDOM_BASIS_ENABLED SELECTIVE_FREEZE PROGRESSIVE_FREEZE_FRAC RAND_PROJ_LAYERS; do
     switch+=${!key-}
 done
+# An artifact brings its model, a checkpoint its whole run: of the preset they take how to score, or what fits.
 taken=*
 [ "${EVAL_ONLY:-0}" != 1 ] || taken='@(EVAL_*|DTYPE|COMPILE)'
 [ "${EXPORT_ONLY:-0}" != 1 ] || taken='@(EVAL_BATCH_TOKENS|COMPILE)'

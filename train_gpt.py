@@ -285,7 +285,7 @@ def expand_published(said: dict[str, object], problems: list[str]) -> dict[str, 
 NOT_HERE = {"TTT_ENABLED": "test-time training is not built", "NGRAM_EVAL": "its probabilities sum to over 1",
             "KNN_LAMBDA": "a cache of hidden states gives no distribution that is fixed before scoring"}
 def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> list[str]:
-    """Variables of the environment that ask for what is not here, or look like a misspelt setting."""
+    """Variables that ask for what is not here, or look like a misspelt setting or run.sh's PRESET."""
     asked = [name for name in NOT_HERE if environment.get(name, "") not in ("", "0", "0.0")]
     problems = [f"{name}={environment[name]}: {NOT_HERE[name]}; unset it" for name in asked]
     names = [name.upper() for name in (*Hyperparameters.__dataclass_fields__, *PUBLISHED, "preset")]
@@ -401,13 +401,14 @@ def map_table(h, problems: list[str]) -> list[MapRow]:
     return rows
 
 # ---- World and log -----------------------------------------------------------------------------------------
+AMX = cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
 class World:
     """This process among those of the run: its device, type of activations, signals and log."""
     def __init__(self, h):
         self.h, self.rank = h, int(os.environ.get("RANK", 0))
         self.count, self.on_cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
         intel = any("GenuineIntel" in path.read_text() for path in Path("/proc").glob("cpuinfo"))
-        fast = self.on_cuda or cpu._is_amx_tile_supported() or not intel and cpu._is_avx512_bf16_supported()
+        fast = self.on_cuda or AMX or not intel and cpu._is_avx512_bf16_supported()
         self.dtype = getattr(torch, ("bfloat16" if fast else "float32") if h.dtype == "auto" else h.dtype)
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if self.on_cuda else "cpu")
         self.device_name = torch.cuda.get_device_name() if self.on_cuda else f"{platform.machine()} CPU"
@@ -733,7 +734,6 @@ class ThinLinear(torch.autograd.Function):
             gradients += [part.t() @ (x @ b.t()), (part @ a).t() @ x]
         return tuple(gradients)
 
-AMX = cpu._is_amx_tile_supported()
 RIDGE = {"cuda": 264.0, "cpu": 70.0 if AMX else 20.0}  # bench/kernels.py
 def thin_pays(weight: Tensor, a: Tensor, b: Tensor, scaled: bool) -> bool:
     """Whether four thin products for A and B cost less, by FLOPs or bytes, than the dense gradient."""
@@ -838,7 +838,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], dim=-1)
 
 class RMSNorm(torch.autograd.Function):
-    """x (…, d) · scale / rms(x) (arXiv:1910.07467), turned by cos and sin if given; y is kept: no scale 0."""
+    """x (…, d) · scale / rms(x) (arXiv:1910.07467), turned by cos, sin if given; keeps y, so no scale 0."""
     @staticmethod
     def forward(ctx, x: Tensor, scale: float | Tensor = 1.0, cos=None, sin=None) -> Tensor:
         ctx.scale, x = scale, x if cos is None else rotate(x, cos, sin)
@@ -867,8 +867,8 @@ class Scores(torch.autograd.Function):
         q, k = ctx.saved_tensors
         return None, q.size(-1) ** -0.5 * (dy @ k), q.size(-1) ** -0.5 * (dy.mT @ q)
 
-# Longest attention by plain products on a CPU, with gradients (they keep T² weights), without: bench/cpu.py
-PLAIN_ATTENTION = {True: 512, False: 0} if AMX else {True: 2048, False: math.inf}
+# Longest attention by plain products on a CPU, by (AMX, with gradients: they keep T² weights); bench/cpu.py
+PLAIN_ATTENTION = {(True, True): 512, (True, False): 0, (False, True): 2048, (False, False): math.inf}
 def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
     """causal_attention, of `span` keys at most, by plain products that leave out what a block cannot see."""
     block, groups, place = 128 if k.size(1) <= 1024 else 256, k.size(2), k.size(1) - q.size(1)
@@ -885,7 +885,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (B, n, H, D) of n last positions, k, v (B, T, H_kv, D) -> (B, n, H, D); groups of heads share k."""
-    if q.size(1) < k.size(1) or not q.is_cuda and k.size(1) <= PLAIN_ATTENTION[torch.is_grad_enabled()]:
+    if q.size(1) < k.size(1) or not q.is_cuda and k.size(1) <= PLAIN_ATTENTION[AMX, torch.is_grad_enabled()]:
         return block_attention(q, k, v, k.size(1))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -1211,7 +1211,7 @@ class Quantizer(NamedTuple):
     def exponents(self, w: Tensor) -> Tensor:
         step = w.double().square().mean(-1).sqrt() * self.sigmas / (2 ** (self.bits - 1) - 1)
         return torch.where(step > 0, (160 + 8 * step.log2()).round().clamp(1, 255), 0).to(torch.uint8)
-    def prune(self, w: Tensor) -> Tensor:  # the smallest values
+    def prune(self, w: Tensor) -> Tensor:  # its smallest values set to zero
         count = int(w.size(-2) * w.size(-1) * self.prune_pct / 100)
         return w * (w.abs() > w.abs().flatten(-2).kthvalue(count).values[..., None, None]) if count else w
     def gptq(self, w: Tensor, hessian: Tensor | None = None, block: int = 128) -> Codes:

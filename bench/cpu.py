@@ -41,7 +41,7 @@ def attention(length: int, dtype: torch.dtype, options: argparse.Namespace) -> l
 
     rows, forwards = [], {"plain": plain, "fused": fused}
     for graded, what in ((True, "forward and backward"), (False, "forward alone")):
-        is_plain = length <= t.PLAIN_ATTENTION[graded]
+        is_plain = length <= t.PLAIN_ATTENTION[t.AMX, graded]
         chosen, other = ("plain", "fused") if is_plain else ("fused", "plain")
         sides = {name: both_ways(forwards[name]) if graded else torch.no_grad()(forwards[name])
                  for name in (chosen, other)}

@@ -70,7 +70,7 @@ def trace(h: t.Hyperparameters, activation: Callable) -> list[torch.fx.GraphModu
         for name, buffer in module._buffers.items():
             module._buffers[name] = mode.from_tensor(buffer)
     t.squared_leaky_relu, t.RIDGE["cpu"] = activation, t.RIDGE["cuda"]
-    t.PLAIN_ATTENTION = {True: 0, False: 0}
+    t.PLAIN_ATTENTION = dict.fromkeys(t.PLAIN_ATTENTION, 0)
     with mode, t.World(h):
         ids = torch.zeros(h.train_batch_tokens // h.train_seq_len, h.train_seq_len, dtype=torch.int64)
         torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(ids, ids).backward()

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import sys
 import zlib
@@ -58,10 +57,7 @@ def clean_environment():
 @pytest.fixture(params=["with AMX", "without AMX"])
 def either_cpu(request, monkeypatch):
     """What train_gpt chooses by the kind of CPU, as on each of both."""
-    with_amx = request.param == "with AMX"
-    monkeypatch.setattr(train_gpt, "AMX", with_amx)
-    monkeypatch.setattr(train_gpt, "PLAIN_ATTENTION", {True: 512, False: 0} if with_amx else
-                        {True: 2048, False: math.inf})
+    monkeypatch.setattr(train_gpt, "AMX", request.param == "with AMX")
 
 
 @pytest.fixture(scope="session")

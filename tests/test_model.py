@@ -524,7 +524,7 @@ def test_sizes_of_the_full_configuration():
 def test_the_type_is_the_one_that_this_cpu_multiplies_faster(amx, avx512, maker, expected, monkeypatch,
                                                              tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(train_gpt, "AMX", amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     if maker:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {maker}\n")
