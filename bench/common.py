@@ -4,6 +4,7 @@ Every program measures both sides of a comparison in one run, in turn (A B A B â
 Most of what they take from train_gpt.py by a signature that may change stands in this file, and in
 `textbook.py` nothing of it but names of settings and weights.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,31 +30,63 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_gpt as t  # noqa: E402
+import train_gpt as t
 
 # The system of the issue: system A at the size of a CPU, and as published, with the tokens of one GPU.
 CPU_SIZE = {
-    "num_layers": 6, "model_dim": 256, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 3.0, "ve_layers": "4,5",
-    "map_adapter": "lora:32", "xsa_last_n": 256, "train_seq_len": 512, "train_batch_tokens": 8192,
+    "num_layers": 6,
+    "model_dim": 256,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "mlp_mult": 3.0,
+    "ve_layers": "4,5",
+    "map_adapter": "lora:32",
+    "xsa_last_n": 256,
+    "train_seq_len": 512,
+    "train_batch_tokens": 8192,
     "micro_batch_tokens": 8192,
 }
 FULL_SIZE = {
-    "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0,
-    "ve_layers": "9,10", "map_adapter": "lora:32", "xsa_last_n": 256, "train_seq_len": 2048,
-    "train_batch_tokens": 98_304, "micro_batch_tokens": 98_304,
+    "num_layers": 11,
+    "model_dim": 512,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "mlp_mult": 3.0,
+    "ve_layers": "9,10",
+    "map_adapter": "lora:32",
+    "xsa_last_n": 256,
+    "train_seq_len": 2048,
+    "train_batch_tokens": 98_304,
+    "micro_batch_tokens": 98_304,
 }
 # So small that a program is through in seconds: it shows that the program runs, its figures mean nothing.
 SMOKE_SIZE = {
-    "num_layers": 2, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 8, "ve_layers": "1",
-    "ve_dim": 8, "bigram_vocab_size": 64, "bigram_dim": 8, "map_adapter": "lora:4", "xsa_last_n": 256,
-    "train_seq_len": 32, "train_batch_tokens": 128, "micro_batch_tokens": 128, "eval_seq_len": 32,
-    "eval_stride": 8, "gptq_calib_batches": 1,
+    "num_layers": 2,
+    "model_dim": 32,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "rope_dims": 8,
+    "ve_layers": "1",
+    "ve_dim": 8,
+    "bigram_vocab_size": 64,
+    "bigram_dim": 8,
+    "map_adapter": "lora:4",
+    "xsa_last_n": 256,
+    "train_seq_len": 32,
+    "train_batch_tokens": 128,
+    "micro_batch_tokens": 128,
+    "eval_seq_len": 32,
+    "eval_stride": 8,
+    "gptq_calib_batches": 1,
 }
 # Dense bfloat16 FLOP/s by the vendor's data sheet, of what a GPU's name may contain.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 # glibc gives freed memory back to the kernel, which then clears each large activation anew (bench/cpu.py).
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647",
-                     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 # ---- Options and sizes -------------------------------------------------------------------------------------
@@ -63,8 +96,12 @@ def begin(description: str, **more: dict) -> argparse.Namespace:
     """The options of a program; `more` are its own, as keywords of add_argument by name. On a CPU the program
     starts itself again with glibc keeping freed memory, as run.sh starts a run: both sides gain from it."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="measurements of each side; their median counts")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, one run: shows that it runs")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="measurements of each side; their median counts"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, one run: shows that it runs"
+    )
     for name, keywords in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **keywords)
     options = parser.parse_args()
@@ -76,7 +113,9 @@ def begin(description: str, **more: dict) -> argparse.Namespace:
     if not torch.cuda.is_available() and not set(KEEP_FREED_MEMORY) <= set(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_FREED_MEMORY)
     if torch.cuda.is_available() or compiles_on_cpu:
-        torch._dynamo.config.recompile_limit = 64  # several models of one class are compiled side by side
+        torch._dynamo.config.recompile_limit = (
+            64  # several models of one class are compiled side by side
+        )
     return options
 
 
@@ -115,7 +154,9 @@ def text_of(options: argparse.Namespace) -> tuple[dict, str]:
     if given or (docs / "manifest.json").exists():
         folder = Path(given or docs)
         found = {"data_path": str(folder)}
-        if (folder / "manifest.json").exists():  # data/prepare.py says which tokenizer made the shards
+        if (
+            folder / "manifest.json"
+        ).exists():  # data/prepare.py says which tokenizer made the shards
             manifest = json.loads((folder / "manifest.json").read_text())
             found["vocab_size"] = manifest["vocab_size"]
             found["tokenizer_path"] = str(folder / manifest["tokenizer"])
@@ -149,10 +190,13 @@ def synthetic_text(vocabulary: int, tokens: int) -> tuple[dict, str]:
 
 # ---- What is taken from train_gpt.py -----------------------------------------------------------------------
 
+
 class OurStep:
     """A training step as the trainer does it: gradients of the micro-batches, optimisers, averages."""
 
-    def __init__(self, h: t.Hyperparameters, world: t.World, model: t.LanguageModel, compiled: bool):
+    def __init__(
+        self, h: t.Hyperparameters, world: t.World, model: t.LanguageModel, compiled: bool
+    ):
         self.model = model.train()
         self.optimizers = t.Optimizers(t.tensors_by_role(model), h, world)
         self.averages = t.Averages(self.optimizers.params, h)
@@ -173,15 +217,17 @@ def new_model(h: t.Hyperparameters, world: t.World) -> t.LanguageModel:
     return t.make_model(h, world.dtype).to(world.device)
 
 
-def evaluate(model: t.LanguageModel, val, h: t.Hyperparameters, world: t.World,
-             stride: int) -> tuple[float, float]:
+def evaluate(
+    model: t.LanguageModel, val, h: t.Hyperparameters, world: t.World, stride: int
+) -> tuple[float, float]:
     """train_gpt's evaluation; `val` needs `tokens` and `bytes`."""
     with contextlib.redirect_stdout(io.StringIO()):
         return t.evaluate(model, val, h, world, stride)
 
 
-def export(h: t.Hyperparameters, world: t.World, model: t.LanguageModel, data: t.TrainingData,
-           tokenizer) -> bytes:
+def export(
+    h: t.Hyperparameters, world: t.World, model: t.LanguageModel, data: t.TrainingData, tokenizer
+) -> bytes:
     """train_gpt's export, as after step 0; `tokenizer` needs `sha256`."""
     with contextlib.redirect_stdout(io.StringIO()):
         return t.export(h, world, model, data, 0, tokenizer)
@@ -216,8 +262,9 @@ def seconds_of(work: Callable[[], object], calls: int = 1) -> float:
     return (time.perf_counter() - began) / calls
 
 
-def interleaved(sides: dict[str, Callable[[], object]], runs: int, calls: int = 1,
-                warm_ups: int | None = None) -> dict[str, float]:
+def interleaved(
+    sides: dict[str, Callable[[], object]], runs: int, calls: int = 1, warm_ups: int | None = None
+) -> dict[str, float]:
     """Median seconds of a call of each side. The sides take turns, so that what else the machine does meets
     all of them; before that each runs alone until it is compiled and its memory is there."""
     if warm_ups is None:
@@ -237,15 +284,22 @@ def calls_per_measurement(options: argparse.Namespace) -> int:
     return 5 if torch.cuda.is_available() and not options.smoke else 1
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device, options: argparse.Namespace,
-              shapes: list[tuple[int, int, int]] | None = None) -> float:
+def gemm_rate(
+    dtype: torch.dtype,
+    device: torch.device,
+    options: argparse.Namespace,
+    shapes: list[tuple[int, int, int]] | None = None,
+) -> float:
     """FLOP/s of matrix products in this type: of a large square one, or of all of (rows, inner, columns)."""
     if shapes is None:
         side = 64 if options.smoke else 8192 if device.type == "cuda" else 2048
         shapes = [(side, side, side)]
     pairs = []
     for rows, inner, columns in shapes:
-        left, right = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
+        left, right = (
+            torch.randn(rows, inner, device=device),
+            torch.randn(inner, columns, device=device),
+        )
         pairs.append((left.to(dtype), right.to(dtype)))
 
     def multiply():
@@ -325,7 +379,9 @@ def print_table(header: list[str], lines: list[list[str]]) -> None:
     print(flush=True)
 
 
-def print_header(program: str, options: argparse.Namespace, dtype: str, counted: bool = False) -> None:
+def print_header(
+    program: str, options: argparse.Namespace, dtype: str, counted: bool = False
+) -> None:
     """On what was measured, or counted: device, cores, versions, type, commit."""
     runs = "counted" if counted else f"medians of {options.runs}"
     runs = "smoke run, its figures mean nothing" if options.smoke else runs
@@ -340,7 +396,9 @@ def print_rows(rows: list[Row], options: argparse.Namespace) -> None:
     lines = []
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        lines.append([row.what, row.ours, row.other, ratio, row.bar, "" if options.smoke else row.met()])
+        lines.append(
+            [row.what, row.ours, row.other, ratio, row.bar, "" if options.smoke else row.met()]
+        )
     print_table(["what", "ours", "other", "ratio", "bar", "met"], lines)
 
 

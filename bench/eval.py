@@ -12,6 +12,7 @@ Tokens scored per second are compared on the start of the stream; with --artifac
 know, the modes are compared on all of it, in the type of the machine, and EVAL_SEQ_LEN and EVAL_STRIDE hold:
 windows longer than the training sequences cost score.
 """
+
 from __future__ import annotations
 
 import functools
@@ -21,11 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import common
 import torch
 import torch.nn.functional as F
-from common import Row, t
 from textbook import Textbook
+
+import common
+from common import Row, t
 
 # Of the comparison with the loops, and of the modes: both score a first window in one pass, so that a longer
 # stream is nearer to a whole one.
@@ -35,13 +37,17 @@ WINDOW = {"eval_seq_len": 2048, "eval_stride": 64}
 # EVAL_MODE's choices and EVAL_BATCH_TOKENS for each. Exact gives every scored token its own window's context,
 # and is faster where activations stay near a CPU (presets/cpu has that size). Window is far cheaper; it
 # computes some rows before each batch once more, so that large ones pay.
-MODES = ({"exact": 131_072, "window": 524_288} if torch.cuda.is_available() else
-         {"exact": 16_384, "window": 131_072})
+MODES = (
+    {"exact": 131_072, "window": 524_288}
+    if torch.cuda.is_available()
+    else {"exact": 16_384, "window": 131_072}
+)
 
 
 @torch.no_grad()
-def row_by_row(predict: Callable, val, h: t.Hyperparameters, world: t.World,
-               stride: int) -> tuple[float, float]:
+def row_by_row(
+    predict: Callable, val, h: t.Hyperparameters, world: t.World, stride: int
+) -> tuple[float, float]:
     """Nats a token and bits per byte, one window after the other; `predict`: ids (1, T) -> logits."""
     tokens = val.tokens.to(world.device)
     targets = len(tokens) - 1
@@ -74,22 +80,34 @@ def flops_of_window(h: t.Hyperparameters) -> float:
     length, scored, width = h.eval_seq_len, h.eval_stride, h.model_dim
     flops = 2 * width * length**2 * (h.num_layers - 1) + 4 * width * length * scored
     for row in h.maps:
-        is_partial = f"blocks.{h.num_layers - 1}." in row.name and not row.name.endswith((".k", ".v"))
+        is_partial = f"blocks.{h.num_layers - 1}." in row.name and not row.name.endswith(
+            (".k", ".v")
+        )
         flops += 2 * row.out_features * row.in_features * (scored if is_partial else length)
     return flops + 2 * scored * h.vocab_size * width
 
 
-def loops_over(model: t.LanguageModel, h: t.Hyperparameters, world: t.World, artifact) -> dict[str, Callable]:
+def loops_over(
+    model: t.LanguageModel, h: t.Hyperparameters, world: t.World, artifact
+) -> dict[str, Callable]:
     """What the row-by-row loops predict by."""
     model.eval()
-    loops = {"the same model": torch.compile(model.predict, dynamic=False, disable=not world.compile)}
+    loops = {
+        "the same model": torch.compile(model.predict, dynamic=False, disable=not world.compile)
+    }
     return loops if artifact else {"the textbook": Textbook(h, model, world.dtype).predict} | loops
 
 
 def check_agreement(h: t.Hyperparameters, model: t.LanguageModel, val, artifact) -> float:
     """Most bits per byte by which they differ in float32; an error where it is more than rounding."""
-    h = common.settings(h.model_settings(), dtype="float32", compile="0", eval_seq_len=h.eval_seq_len,
-                        eval_stride=h.eval_stride, eval_batch_tokens=h.eval_batch_tokens)
+    h = common.settings(
+        h.model_settings(),
+        dtype="float32",
+        compile="0",
+        eval_seq_len=h.eval_seq_len,
+        eval_stride=h.eval_stride,
+        eval_batch_tokens=h.eval_batch_tokens,
+    )
     world = t.World(h)
     single = t.make_model(h, torch.float32).to(world.device)
     single.load_state_dict(model.state_dict())
@@ -98,8 +116,10 @@ def check_agreement(h: t.Hyperparameters, model: t.LanguageModel, val, artifact)
     with common.no_tf32():
         ours = common.evaluate(single, few, h, world, h.eval_stride)[1]
         loops = loops_over(single, h, world, artifact)
-        apart = max(abs(ours - row_by_row(predict, few, h, world, h.eval_stride)[1])
-                    for predict in loops.values())
+        apart = max(
+            abs(ours - row_by_row(predict, few, h, world, h.eval_stride)[1])
+            for predict in loops.values()
+        )
     if not apart < 1e-6:
         raise SystemExit(f"the evaluations differ by {apart:.8f} bits per byte")
     return apart
@@ -114,30 +134,47 @@ def trained(options, world: t.World):
     h = common.settings(header["model"], WINDOW, paths, asked, eval_batch_tokens=MODES["exact"])
     tokenizer = t.Tokenizer(h.tokenizer_path, h.vocab_size)
     if tokenizer.sha256 != header["tokenizer"]:
-        raise SystemExit(f"{h.tokenizer_path} is not the tokenizer of {options.artifact}: set DATA_PATH")
+        raise SystemExit(
+            f"{h.tokenizer_path} is not the tokenizer of {options.artifact}: set DATA_PATH"
+        )
     return h, t.build_model(header, tensors, world), t.ValidationStream(h, tokenizer), label
 
 
-def compare_modes(h: t.Hyperparameters, model: t.LanguageModel, val, world: t.World, options) -> list[Row]:
+def compare_modes(
+    h: t.Hyperparameters, model: t.LanguageModel, val, world: t.World, options
+) -> list[Row]:
     """Seconds and, where trained, bits per byte of the modes on a stream."""
     scores = {}
 
     def side(mode: str):
-        setting = common.settings(h.model_settings(), eval_seq_len=h.eval_seq_len, eval_stride=h.eval_stride,
-                                  eval_batch_tokens=MODES[mode], eval_mode=mode)
+        setting = common.settings(
+            h.model_settings(),
+            eval_seq_len=h.eval_seq_len,
+            eval_stride=h.eval_stride,
+            eval_batch_tokens=MODES[mode],
+            eval_mode=mode,
+        )
 
         def work():
             scores[mode] = common.evaluate(model, val, setting, world, h.eval_stride)[1]
+
         return work
 
     times = common.interleaved({mode: side(mode) for mode in MODES}, options.runs, warm_ups=1)
     exact, window = times["exact"], times["window"]
-    what = f"EVAL_MODE=window against exact at stride {h.eval_stride}, {len(val.tokens) - 1:,} tokens"
+    what = (
+        f"EVAL_MODE=window against exact at stride {h.eval_stride}, {len(val.tokens) - 1:,} tokens"
+    )
     rows = [Row(what, f"{window:.2f} s", f"{exact:.2f} s", exact / window, "≥ 15")]
     if options.artifact:
         apart = scores["window"] - scores["exact"]
-        rows.append(Row(f"its bits per byte, difference {apart:+.6f}", f"{scores['window']:.6f}",
-                        f"{scores['exact']:.6f}"))
+        rows.append(
+            Row(
+                f"its bits per byte, difference {apart:+.6f}",
+                f"{scores['window']:.6f}",
+                f"{scores['exact']:.6f}",
+            )
+        )
     return rows
 
 
@@ -153,8 +190,13 @@ def main() -> None:
             label = f"the artifact {options.artifact} on {label}"
         else:
             model = common.new_model(h, world)
-            stream = torch.randint(0, h.vocab_size, (1_100_000,), generator=torch.Generator().manual_seed(0))
-            val, label = SimpleNamespace(tokens=stream, bytes=len(stream)), "initial weights on random tokens"
+            stream = torch.randint(
+                0, h.vocab_size, (1_100_000,), generator=torch.Generator().manual_seed(0)
+            )
+            val, label = (
+                SimpleNamespace(tokens=stream, bytes=len(stream)),
+                "initial weights on random tokens",
+            )
         apart = check_agreement(h, model, val, options.artifact)
         kind = "smoke" if options.smoke else world.device.type
         few = begin_of(val, LOOP_TOKENS[kind])
@@ -171,15 +213,29 @@ def main() -> None:
             rows.append(Row(what, f"{n / ours:,.0f}", f"{n / loop:,.0f}", loop / ours, "≥ 5"))
         rate = common.gemm_rate(world.dtype, world.device, options)
         most, (loop, *_) = h.eval_stride * rate / flops_of_window(h), times.values()
-        rows.append(Row(f"the most that exact mode could reach, at {rate / 1e9:,.0f} GFLOP/s of products alone",
-                        f"{most:,.0f}", f"{n / loop:,.0f}", most * loop / n))
-        rows.append(Row("bits per byte of them in float32, difference", f"{apart:.1e}", bar="≤ 1e-6",
-                        measured=apart))
+        rows.append(
+            Row(
+                f"the most that exact mode could reach, at {rate / 1e9:,.0f} GFLOP/s of products alone",
+                f"{most:,.0f}",
+                f"{n / loop:,.0f}",
+                most * loop / n,
+            )
+        )
+        rows.append(
+            Row(
+                "bits per byte of them in float32, difference",
+                f"{apart:.1e}",
+                bar="≤ 1e-6",
+                measured=apart,
+            )
+        )
         rows += compare_modes(h, model, more, world, options)
 
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
-    print(f"\n{n:,} tokens in windows of {h.eval_seq_len}, stride {h.eval_stride}; {h.num_layers} layers of"
-          f" width {h.model_dim}, {label}{', compiled' if world.compile else ''}.")
+    print(
+        f"\n{n:,} tokens in windows of {h.eval_seq_len}, stride {h.eval_stride}; {h.num_layers} layers of"
+        f" width {h.model_dim}, {label}{', compiled' if world.compile else ''}."
+    )
     common.print_rows(rows, options)
 
 

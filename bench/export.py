@@ -7,6 +7,7 @@ quantisation is GPTQ as its paper has it, one matrix after the other, column by 
 random inputs, since its time does not depend on their values. --calib-batches is the setting of that name;
 256 is what was published.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -14,8 +15,9 @@ import statistics
 import time
 from types import SimpleNamespace
 
-import common
 import torch
+
+import common
 from common import Row, t
 
 
@@ -39,7 +41,9 @@ def timing(name: str, seconds: dict[str, float]):
         setattr(t, name, function)
 
 
-def gptq(w: torch.Tensor, hessian: torch.Tensor, bits: int, sigmas: float, damping: float) -> torch.Tensor:
+def gptq(
+    w: torch.Tensor, hessian: torch.Tensor, bits: int, sigmas: float, damping: float
+) -> torch.Tensor:
     """The codes of one matrix (rows, columns) for inputs of this Hessian, blocks of 128 columns."""
     largest = 2 ** (bits - 1) - 1
     exponents = (160 + 8 * (w.double().square().mean(1).sqrt() * sigmas / largest).log2()).round()
@@ -61,10 +65,14 @@ def gptq(w: torch.Tensor, hessian: torch.Tensor, bits: int, sigmas: float, dampi
     return codes[:, order.argsort()]
 
 
-def quantise_one_by_one(h: t.Hyperparameters, groups: dict, hessians: dict[int, torch.Tensor]) -> None:
+def quantise_one_by_one(
+    h: t.Hyperparameters, groups: dict, hessians: dict[int, torch.Tensor]
+) -> None:
     """All matrices and embeddings of the model, A of each adapter against inputs that went through its B."""
-    for role, bits, sigmas in ((t.MATRIX, h.matrix_bits, h.matrix_clip_sigmas),
-                               (t.EMBEDDING, h.embed_bits, h.embed_clip_sigmas)):
+    for role, bits, sigmas in (
+        (t.MATRIX, h.matrix_bits, h.matrix_clip_sigmas),
+        (t.EMBEDDING, h.embed_bits, h.embed_clip_sigmas),
+    ):
         for name, p in groups[role].items():
             if name.endswith(".A"):
                 b = groups[role][name.removesuffix("A") + "B"].detach().double()
@@ -76,10 +84,14 @@ def quantise_one_by_one(h: t.Hyperparameters, groups: dict, hessians: dict[int, 
 
 def main() -> None:
     default = t.Hyperparameters({}).gptq_calib_batches
-    options = common.begin(__doc__, calib_batches={"type": int, "default": default, "help": "how many"})
+    options = common.begin(
+        __doc__, calib_batches={"type": int, "default": default, "help": "how many"}
+    )
     text, _ = common.text_of(options)
     size = common.size_of(options, on_cpu=common.FULL_SIZE)
-    h = common.settings(size, text, gptq_calib_batches=1 if options.smoke else options.calib_batches)
+    h = common.settings(
+        size, text, gptq_calib_batches=1 if options.smoke else options.calib_batches
+    )
     with t.World(h) as world:
         model = common.new_model(h, world).eval()
         groups = t.tensors_by_role(model)
@@ -109,18 +121,32 @@ def main() -> None:
             quantise_one_by_one(h, groups, hessians)
 
         warm_ups = 1 if world.on_cuda else 0
-        times = common.interleaved({"ours": ours, "one by one": one_by_one}, options.runs, warm_ups=warm_ups)
-        medians = {name: statistics.median(values[-options.runs :]) for name, values in parts.items()}
+        times = common.interleaved(
+            {"ours": ours, "one by one": one_by_one}, options.runs, warm_ups=warm_ups
+        )
+        medians = {
+            name: statistics.median(values[-options.runs :]) for name, values in parts.items()
+        }
 
     limit = 10 if world.on_cuda else 60
-    rows = [Row("export, whole", f"{times['ours']:.2f} s", bar=f"≤ {limit} s", measured=times["ours"])]
+    rows = [
+        Row("export, whole", f"{times['ours']:.2f} s", bar=f"≤ {limit} s", measured=times["ours"])
+    ]
     rows += [Row(f"of it {name}", f"{medians[name]:.2f} s") for name in ("Hessians", "packing")]
-    rows.append(Row("of it quantisation, against GPTQ matrix by matrix", f"{medians['quantisation']:.2f} s",
-                    f"{times['one by one']:.2f} s", times["one by one"] / medians["quantisation"]))
+    rows.append(
+        Row(
+            "of it quantisation, against GPTQ matrix by matrix",
+            f"{medians['quantisation']:.2f} s",
+            f"{times['one by one']:.2f} s",
+            times["one by one"] / medians["quantisation"],
+        )
+    )
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
     values = sum(p.numel() for p in model.parameters())
-    print(f"\n{h.num_layers} layers of width {h.model_dim}, {h.map_adapter}: {values:,} learned values;"
-          f" {h.gptq_calib_batches} calibration batches of 8,192 tokens.")
+    print(
+        f"\n{h.num_layers} layers of width {h.model_dim}, {h.map_adapter}: {values:,} learned values;"
+        f" {h.gptq_calib_batches} calibration batches of 8,192 tokens."
+    )
     common.print_rows(rows, options)
 
 

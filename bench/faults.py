@@ -9,6 +9,7 @@ interrupted ends in the very bytes of one that was not; what cannot be used is r
 in bounded time and memory, and the last good checkpoint still loads. The exit code is 1 if anything was lost.
 Needs Linux. The artifacts, shards and checkpoints that are spoilt are read in child processes of this script.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,23 +44,37 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import brotli
-import helpers
 import numpy as np
 import torch
 
+import helpers
 import train_gpt
 
 GIB = 2**30
 SLOWEST, LARGEST = 20.0, GIB  # seconds and bytes that reading one file of a stranger may take
 
 BASE = helpers.TINY | {
-    "ITERATIONS": 30, "EVAL_STRIDE": 32, "HOLDOUT_TOKENS": 512, "SWA_INTERVAL": 3, "LATE_QAT_THRESHOLD": 0.4,
-    "CHECKPOINT_SECONDS": 0.01, "COMPILE": 0, "VAL_LOSS_EVERY": 20, "TRAIN_LOG_EVERY": 1,
+    "ITERATIONS": 30,
+    "EVAL_STRIDE": 32,
+    "HOLDOUT_TOKENS": 512,
+    "SWA_INTERVAL": 3,
+    "LATE_QAT_THRESHOLD": 0.4,
+    "CHECKPOINT_SECONDS": 0.01,
+    "COMPILE": 0,
+    "VAL_LOSS_EVERY": 20,
+    "TRAIN_LOG_EVERY": 1,
 }
 # Together they have every state that a checkpoint must hold: optimisers, averages, dropout, teacher, stages.
 VARIANTS = {
-    "everything": {"MAP_BASIS": "orthogonal,mlp.fc=learned", "MAP_FREEZE": "mlp.fc=0.5", "DROPOUT": 0.1,
-                   "SELF_DISTILL": 1, "DISTILL_START_FRAC": 0.3, "DISTILL_END_FRAC": 0.8, "RECUR_LAYERS": 1},
+    "everything": {
+        "MAP_BASIS": "orthogonal,mlp.fc=learned",
+        "MAP_FREEZE": "mlp.fc=0.5",
+        "DROPOUT": 0.1,
+        "SELF_DISTILL": 1,
+        "DISTILL_START_FRAC": 0.3,
+        "DISTILL_END_FRAC": 0.8,
+        "RECUR_LAYERS": 1,
+    },
     "adapters": {"EMA_DECAY": 0},
     "ensemble": {"ENSEMBLE": 2, "MAP_BASIS": "learned,m1.all=orthogonal", "MAP_ADAPTER": "lora:4"},
     "sparse": {"MAP_BASIS": "hadamard", "MAP_ADAPTER": "sparse:0.1+lora:4", "MAP_SCALE": "map"},
@@ -80,7 +95,14 @@ class Tally:
     memory: int = 0  # bytes, the most that one answer took
     skipped: list[str] = dataclasses.field(default_factory=list)  # what this machine does not allow
 
-    def add(self, where: str, problems: list[str], seconds: float = 0.0, memory: int = 0, faults: int = 1):
+    def add(
+        self,
+        where: str,
+        problems: list[str],
+        seconds: float = 0.0,
+        memory: int = 0,
+        faults: int = 1,
+    ):
         """Faults that landed at `where`; they were survived if there are no problems."""
         self.injected += faults
         self.landed[where] += faults
@@ -95,8 +117,10 @@ class Tally:
         where = ", ".join(f"{name} {count:,}" for name, count in sorted(self.landed.items()))
         memory = f"{self.memory / 2**20:,.0f}" if self.memory else ""
         where += "".join(f"; not possible here: {text}" for text in self.skipped)
-        return (f"| {self.name} | {self.injected:,} | {self.survived:,} | {len(self.lost):,} |"
-                f" {self.seconds:.1f} | {memory} | {where} |")
+        return (
+            f"| {self.name} | {self.injected:,} | {self.survived:,} | {len(self.lost):,} |"
+            f" {self.seconds:.1f} | {memory} | {where} |"
+        )
 
 
 # ---- Processes ---------------------------------------------------------------------------------------------
@@ -116,7 +140,8 @@ DRIVERS = {
     # Saves a checkpoint at nearly every step.
     "eager": EAGER,
     # Dies before or after the n-th operation of those that replace a file.
-    "operation": EAGER + """
+    "operation": EAGER
+    + """
 left = int(argument)
 def moment():
     global left
@@ -146,7 +171,8 @@ def slow(*args):
 train_gpt.accumulate_gradients = slow
 """,
     # Not a number in the gradient of one tensor at one step (WARMUP_STEPS=0: calls are steps).
-    "nan": EAGER + """
+    "nan": EAGER
+    + """
 step, name = argument.split(":")
 calls, accumulate = 0, train_gpt.accumulate_gradients
 def poisoned(forward, *args):
@@ -168,23 +194,40 @@ import train_gpt
 class Attempt:
     """A process of the script, with its output in files: a pipe that nobody reads would stop it."""
 
-    def __init__(self, site: Site, settings: dict, fault: tuple = (), launcher: tuple = (),
-                 wrap: tuple = (), file_limit: int = 0):
+    def __init__(
+        self,
+        site: Site,
+        settings: dict,
+        fault: tuple = (),
+        launcher: tuple = (),
+        wrap: tuple = (),
+        file_limit: int = 0,
+    ):
         out, err = (site.folder / f"process-{next(site.numbers)}.{kind}" for kind in ("out", "err"))
-        self.paths, self.log = (out, err), Path(settings["OUTPUT_DIR"]) / settings["RUN_ID"] / "train.log"
+        self.paths, self.log = (
+            (out, err),
+            Path(settings["OUTPUT_DIR"]) / settings["RUN_ID"] / "train.log",
+        )
         self.log_began = self.log.stat().st_size if self.log.exists() else 0
         script = (*launcher, str(helpers.SCRIPT))
         if fault:
             name, *rest = fault
             code = PRELUDE + DRIVERS[name] + "\ntrain_gpt.main()\n"
             script = ("-c", code, str(ROOT), *map(str, rest))
-        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_limit, file_limit))
+        limit = functools.partial(
+            resource.setrlimit, resource.RLIMIT_FSIZE, (file_limit, file_limit)
+        )
         self.began = time.monotonic()
         with out.open("w") as to_out, err.open("w") as to_err:
             self.process = subprocess.Popen(
-                [*wrap, sys.executable, *script], env=helpers.environment(settings), cwd=site.folder,
-                stdout=to_out, stderr=to_err, stdin=subprocess.DEVNULL,
-                preexec_fn=limit if file_limit else None)
+                [*wrap, sys.executable, *script],
+                env=helpers.environment(settings),
+                cwd=site.folder,
+                stdout=to_out,
+                stderr=to_err,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=limit if file_limit else None,
+            )
 
     @property
     def errors(self) -> str:
@@ -227,9 +270,13 @@ class Attempt:
     def phase(self) -> str:
         """Where the process was when it ended, from what it left."""
         log = re.sub(r"^(projected .*|\s.*)$", "", self.new_log(), flags=re.M)
-        marks = (("finished", r"^written: "), ("evaluation", r"^artifact code "),
-                 ("export", r"^step:(\d+)/\1 val_loss"), ("training", r"^(step:\d|continued after)"),
-                 ("preflight or warm-up", MODEL_BUILT))
+        marks = (
+            ("finished", r"^written: "),
+            ("evaluation", r"^artifact code "),
+            ("export", r"^step:(\d+)/\1 val_loss"),
+            ("training", r"^(step:\d|continued after)"),
+            ("preflight or warm-up", MODEL_BUILT),
+        )
         found = next((name for name, pattern in marks if re.search(pattern, log, re.M)), "start")
         part = found in ("training", "export") and self.log.with_name("checkpoint.pt.part").exists()
         return "checkpointing" if part else found
@@ -258,7 +305,12 @@ class Site:
     def settings(self, variant: str, name: str = "") -> dict:
         """Of a new run, or of the one that is named."""
         name = name or f"{variant}-{next(self.numbers)}"
-        return BASE | VARIANTS[variant] | self.corpus.settings | {"OUTPUT_DIR": self.runs, "RUN_ID": name}
+        return (
+            BASE
+            | VARIANTS[variant]
+            | self.corpus.settings
+            | {"OUTPUT_DIR": self.runs, "RUN_ID": name}
+        )
 
     def start(self, settings: dict, fault: tuple = (), **more) -> Attempt:
         return Attempt(self, settings, fault, **more)
@@ -291,7 +343,10 @@ class Site:
 
     def ends_like(self, settings: dict, variant: str = USUAL) -> list[str]:
         """Continues a run to its end; what differs from the undisturbed one."""
-        folder, expected = Path(settings["OUTPUT_DIR"]) / settings["RUN_ID"], self.undisturbed(variant)
+        folder, expected = (
+            Path(settings["OUTPUT_DIR"]) / settings["RUN_ID"],
+            self.undisturbed(variant),
+        )
         if not (folder / "submission.json").exists():
             attempt = self.start(settings)
             code = attempt.end()
@@ -300,16 +355,25 @@ class Site:
         problems = []
         if (folder / "model.int6.ptz").read_bytes() != (expected / "model.int6.ptz").read_bytes():
             problems.append("the artifact has other bytes")
-        ours, theirs = (json.loads((path / "submission.json").read_text()) for path in (folder, expected))
-        problems += [f"{key} is {ours[key]}, not {theirs[key]}" for key in theirs
-                     if key in ("steps", "bytes_total") or re.match("val_|holdout_", key)
-                     if ours.get(key) != theirs[key]]
+        ours, theirs = (
+            json.loads((path / "submission.json").read_text()) for path in (folder, expected)
+        )
+        problems += [
+            f"{key} is {ours[key]}, not {theirs[key]}"
+            for key in theirs
+            if key in ("steps", "bytes_total") or re.match("val_|holdout_", key)
+            if ours.get(key) != theirs[key]
+        ]
         left = sorted(path.name for path in folder.glob("*.part"))
         return problems + [f"{name} was left" for name in left] + loads(folder)
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    return [path for name in ("checkpoint.pt", "checkpoint.previous.pt") if (path := folder / name).exists()]
+    return [
+        path
+        for name in ("checkpoint.pt", "checkpoint.previous.pt")
+        if (path := folder / name).exists()
+    ]
 
 
 def loads(folder: Path) -> list[str]:
@@ -334,7 +398,9 @@ def clear_error(attempt: Attempt, code: int | None, *words: str) -> list[str]:
         problems.append(f"no clear message: {errors[-600:]!r}")
     elif code is not None and len(errors.splitlines()) > 1 + first[0].endswith(":"):
         problems.append(f"more than one line: {errors[-600:]!r}")
-    return problems + [f"does not name {word}: {errors[-600:]!r}" for word in words if word not in errors]
+    return problems + [
+        f"does not name {word}: {errors[-600:]!r}" for word in words if word not in errors
+    ]
 
 
 # ---- Interruptions -----------------------------------------------------------------------------------------
@@ -342,14 +408,18 @@ def clear_error(attempt: Attempt, code: int | None, *words: str) -> list[str]:
 MOMENTS = ("any", "checkpointing", "export", "operation")
 
 
-def kill_once(site: Site, settings: dict, variant: str, moment: str, draw: random.Random) -> str | None:
+def kill_once(
+    site: Site, settings: dict, variant: str, moment: str, draw: random.Random
+) -> str | None:
     """Starts or continues a run and kills it at such a moment; where that was, None if it had ended."""
     site.undisturbed(variant)
     if moment == "operation":
         attempt = site.start(settings, ("operation", draw.randint(1, 4 * BASE["ITERATIONS"])))
         code = attempt.end()
     else:
-        attempt = site.start(settings, ("eager",) if moment == "checkpointing" or draw.random() < 0.5 else ())
+        attempt = site.start(
+            settings, ("eager",) if moment == "checkpointing" or draw.random() < 0.5 else ()
+        )
         part = attempt.log.with_name("checkpoint.pt.part")
         if moment == "any":
             time.sleep(draw.uniform(0, site.durations[variant]))
@@ -363,8 +433,13 @@ def kill_once(site: Site, settings: dict, variant: str, moment: str, draw: rando
     return attempt.phase() if code == -signal.SIGKILL else None
 
 
-def kills(site: Site, count: int, seed: int, variants: Iterable[str] = VARIANTS,
-          moments: Iterable[str] = MOMENTS) -> Tally:
+def kills(
+    site: Site,
+    count: int,
+    seed: int,
+    variants: Iterable[str] = VARIANTS,
+    moments: Iterable[str] = MOMENTS,
+) -> Tally:
     """kill -9 at random moments, up to three times a run; every run must end as if nothing had been."""
     draw, tally, variants = random.Random(seed), Tally("kill -9"), list(variants)
     moments, turn = itertools.cycle(moments), itertools.cycle(variants)
@@ -382,13 +457,19 @@ def kills(site: Site, count: int, seed: int, variants: Iterable[str] = VARIANTS,
         problems += site.ends_like(settings, variant)
         took = time.monotonic() - began
         for where in landed:
-            tally.add(where, [f"{settings['RUN_ID']}, killed in {', '.join(landed)}", *problems] if problems
-                      else [], took)
+            tally.add(
+                where,
+                [f"{settings['RUN_ID']}, killed in {', '.join(landed)}", *problems]
+                if problems
+                else [],
+                took,
+            )
     return tally
 
 
-def signals(site: Site, count: int, seed: int,
-            moments: Iterable[str] = ("training", "any", "twice")) -> Tally:
+def signals(
+    site: Site, count: int, seed: int, moments: Iterable[str] = ("training", "any", "twice")
+) -> Tally:
     """SIGTERM and SIGINT at random moments, and twice in a step that lasts long."""
     draw, tally = random.Random(seed), Tally("SIGTERM, SIGINT")
     numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT))
@@ -446,23 +527,33 @@ def signal_twice(site: Site, settings: dict, number: signal.Signals, draw: rando
     sent = time.monotonic()
     code, took = attempt.end(30), time.monotonic() - sent
     if code != 128 + number or took > 1:
-        problems.append(f"the second signal ended it with {code} after {took:.1f} s: {attempt.errors!r}")
+        problems.append(
+            f"the second signal ended it with {code} after {took:.1f} s: {attempt.errors!r}"
+        )
     return f"{number.name} twice", problems + site.ends_like(settings), took
 
 
-def ranks(site: Site, count: int, seed: int,
-          modes: Iterable[str] = ("killed", "restarted", "stopped")) -> Tally:
+def ranks(
+    site: Site, count: int, seed: int, modes: Iterable[str] = ("killed", "restarted", "stopped")
+) -> Tally:
     """One of two processes dies, or stands still: the others must not wait for ever."""
     draw, tally = random.Random(seed), Tally("a rank of two")
     expected = json.loads((site.undisturbed() / "submission.json").read_text())["val_bpb"]
-    for mode in itertools.islice(itertools.cycle(modes), count):  # each draws its own dropout: ends near
+    for mode in itertools.islice(
+        itertools.cycle(modes), count
+    ):  # each draws its own dropout: ends near
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
         launcher += ("--max-restarts=1",) if mode == "restarted" else ()
         settings = site.settings(USUAL) | {"TIMEOUT_SECONDS": 10}
         attempt, step = site.start(settings, launcher=launcher), draw.randint(2, 25)
-        problems = [] if attempt.wait_for_log(rf"^step:{step}/", 120) else ["never came to training"]
-        workers = [pid for pid in descendants(attempt.process.pid)
-                   if b"train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        problems = (
+            [] if attempt.wait_for_log(rf"^step:{step}/", 120) else ["never came to training"]
+        )
+        workers = [
+            pid
+            for pid in descendants(attempt.process.pid)
+            if b"train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         rank = draw.randrange(2)
         for pid in sorted(workers)[rank : rank + 1]:
             os.kill(pid, signal.SIGSTOP if mode == "stopped" else signal.SIGKILL)
@@ -485,7 +576,9 @@ def ranks(site: Site, count: int, seed: int,
             problems += [f"continuing it ended with {code}: {again.errors[-600:]}"] if code else []
         if not problems:
             bpb = json.loads((folder / "submission.json").read_text())["val_bpb"]
-            problems += [f"ends with val_bpb {bpb}, not {expected}"] if abs(bpb - expected) > 0.1 else []
+            problems += (
+                [f"ends with val_bpb {bpb}, not {expected}"] if abs(bpb - expected) > 0.1 else []
+            )
         tally.add(f"rank {rank} {mode}", problems, took)
     return tally
 
@@ -500,7 +593,9 @@ def twice(site: Site, count: int, seed: int) -> Tally:
         first.wait_for_log(MODEL_BUILT)  # it then sleeps in a step
         began = time.monotonic()
         second = site.start(settings)
-        problems = clear_error(second, second.end(), "another process is at this run", settings["RUN_ID"])
+        problems = clear_error(
+            second, second.end(), "another process is at this run", settings["RUN_ID"]
+        )
         took = time.monotonic() - began
         if first.process.poll() is not None:
             problems.append(f"the first was disturbed: {first.errors!r}")
@@ -540,13 +635,17 @@ def file_size_limit(site: Site, draw: random.Random) -> tuple[list[str], float]:
     """No file may grow over a size below a checkpoint's: the log or the checkpoint fails, at random."""
     saved = site.interrupted()
     settings, largest = site.copy_of(saved), (saved / "checkpoint.pt").stat().st_size
-    attempt = site.start(settings, ("eager",), file_limit=draw.randint(largest // 10, largest - 1000))
+    attempt = site.start(
+        settings, ("eager",), file_limit=draw.randint(largest // 10, largest - 1000)
+    )
     problems = clear_error(attempt, attempt.end(), "Errno 27", "see to that file or disk")
     took = time.monotonic() - attempt.began
     return problems + loads(site.runs / settings["RUN_ID"]) + site.ends_like(settings), took
 
 
-def small_disk(site: Site, options: str, fill: str, fresh: bool, *words: str) -> tuple[list[str], float]:
+def small_disk(
+    site: Site, options: str, fill: str, fresh: bool, *words: str
+) -> tuple[list[str], float]:
     """A disk that is full from the start, fills up on the way, or cannot be written to."""
     settings = site.settings(USUAL) if fresh else site.copy_of(site.interrupted())
     room, saved = site.folder / "room", site.runs / settings["RUN_ID"]
@@ -567,13 +666,18 @@ def missing_file(site: Site, draw: random.Random) -> tuple[list[str], float]:
     split = draw.choice(("train", "val"))
     for path in data.glob(f"fineweb_{split}_*.bin"):
         path.unlink()
-    changes, word = draw.choice([
-        ({"DATA_PATH": gone}, "DATA_PATH"), ({"DATA_PATH": data}, f"fineweb_{split}_"),
-        ({"TOKENIZER_PATH": gone}, str(gone)), ({"TOKENIZER_PATH": site.corpus.folder}, "directory"),
-        ({"OUTPUT_DIR": site.corpus.tokenizer}, str(site.corpus.tokenizer)),
-        ({"DISTILL_FROM": gone}, str(gone)), ({"EVAL_ONLY": 1, "MODEL_PATH": gone}, str(gone)),
-        ({"EXPORT_ONLY": 1, "CHECKPOINT_PATH": gone}, str(gone)),
-    ])
+    changes, word = draw.choice(
+        [
+            ({"DATA_PATH": gone}, "DATA_PATH"),
+            ({"DATA_PATH": data}, f"fineweb_{split}_"),
+            ({"TOKENIZER_PATH": gone}, str(gone)),
+            ({"TOKENIZER_PATH": site.corpus.folder}, "directory"),
+            ({"OUTPUT_DIR": site.corpus.tokenizer}, str(site.corpus.tokenizer)),
+            ({"DISTILL_FROM": gone}, str(gone)),
+            ({"EVAL_ONLY": 1, "MODEL_PATH": gone}, str(gone)),
+            ({"EXPORT_ONLY": 1, "CHECKPOINT_PATH": gone}, str(gone)),
+        ]
+    )
     settings = site.settings(USUAL) | changes
     attempt = site.start(settings)
     return clear_error(attempt, attempt.end(), word), time.monotonic() - attempt.began
@@ -585,13 +689,19 @@ def disk(site: Site, count: int, seed: int, only: Iterable[str] = ()) -> Tally:
     cases = {
         "file size limit": lambda: file_size_limit(site, draw),
         "missing": lambda: missing_file(site, draw),
-        "fills up in training": lambda: small_disk(site, "size=8m", "continued after", False, "Errno 28"),
+        "fills up in training": lambda: small_disk(
+            site, "size=8m", "continued after", False, "Errno 28"
+        ),
         "fills up in export": lambda: small_disk(site, "size=8m", "average ", False, "Errno 28"),
-        "no room at the start": lambda: small_disk(site, "size=1m", "", True, "preflight, disk", "make room"),
+        "no room at the start": lambda: small_disk(
+            site, "size=1m", "", True, "preflight, disk", "make room"
+        ),
         "read-only": lambda: small_disk(site, "ro", "", True, "Errno 30"),
     }
     if not namespaces_work():
-        cases = {name: case for name, case in cases.items() if name in ("file size limit", "missing")}
+        cases = {
+            name: case for name, case in cases.items() if name in ("file size limit", "missing")
+        }
         tally.skipped.append("a small disk needs `unshare -rm`")
     for name in itertools.islice(itertools.cycle(list(only) or cases), count):
         if name in cases:
@@ -602,7 +712,9 @@ def disk(site: Site, count: int, seed: int, only: Iterable[str] = ()) -> Tally:
 def packages(site: Site, count: int, seed: int) -> Tally:
     """A package that is not installed: said at once, not after training."""
     tally = Tally("missing package")
-    for name in itertools.islice(itertools.cycle(("brotli", "sentencepiece", "numpy", "torch")), count):
+    for name in itertools.islice(
+        itertools.cycle(("brotli", "sentencepiece", "numpy", "torch")), count
+    ):
         attempt = site.start(site.settings(USUAL), ("hidden", name))
         problems = clear_error(attempt, attempt.end(), name, "pip install")
         took = time.monotonic() - attempt.began
@@ -624,14 +736,19 @@ def not_a_number(site: Site, count: int, seed: int) -> Tally:
         words = f"step {step}: {name} not finite", "checkpoint.pt of step"
         problems = clear_error(attempt, attempt.end(), *words)
         took = time.monotonic() - attempt.began
-        tally.add("stopped, last checkpoint exported", problems + exports(site, folder, step - 1), took)
+        tally.add(
+            "stopped, last checkpoint exported", problems + exports(site, folder, step - 1), took
+        )
     return tally
 
 
 def exports(site: Site, folder: Path, at_most: int, variant: str = USUAL) -> list[str]:
     """What is wrong with the export of a run's last checkpoint, one from the midst of training."""
     problems = loads(folder)
-    settings = site.settings(variant) | {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": folder / "checkpoint.pt"}
+    settings = site.settings(variant) | {
+        "EXPORT_ONLY": 1,
+        "CHECKPOINT_PATH": folder / "checkpoint.pt",
+    }
     attempt = site.start(settings)
     if attempt.end() != 0:
         return [*problems, f"export failed: {attempt.errors[-600:]}"]
@@ -708,22 +825,41 @@ def judge(kind: str, first: int, count: int, seed: int, folder: Path) -> None:
         faulthandler.cancel_dump_traceback_later()
         if seconds > SLOWEST or memory > LARGEST:
             problem += f" took {seconds:.1f} s and {memory / 2**20:,.0f} MiB"
-        print(json.dumps({"verdict": verdict, "problem": problem, "seconds": seconds, "memory": memory}),
-              flush=True)
+        print(
+            json.dumps(
+                {"verdict": verdict, "problem": problem, "seconds": seconds, "memory": memory}
+            ),
+            flush=True,
+        )
 
 
 def judged(tally: Tally, kind: str, folder: Path, count: int, seed: int) -> Tally:
     """In the parent: has `count` spoilt files read, in a new child after each that ended one."""
     first = 0
     while first < count:
-        command = [sys.executable, __file__, "--judge", kind, str(first), str(count), str(seed), str(folder)]
+        command = [
+            sys.executable,
+            __file__,
+            "--judge",
+            kind,
+            str(first),
+            str(count),
+            str(seed),
+            str(folder),
+        ]
         child = subprocess.run(command, capture_output=True, text=True, env=helpers.environment({}))
         lines = [json.loads(line) for line in child.stdout.splitlines()]
         for began, ended in itertools.zip_longest(lines[::2], lines[1::2]):
             if ended is None:
-                ended = {"verdict": "lost", "seconds": 0.0, "memory": 0,
-                         "problem": f"the process ended with {child.returncode}: {child.stderr[-600:]}"}
-            problems = [f"{began['name']} (number {began['began']}, seed {seed}): {ended['problem']}"]
+                ended = {
+                    "verdict": "lost",
+                    "seconds": 0.0,
+                    "memory": 0,
+                    "problem": f"the process ended with {child.returncode}: {child.stderr[-600:]}",
+                }
+            problems = [
+                f"{began['name']} (number {began['began']}, seed {seed}): {ended['problem']}"
+            ]
             problems = problems if ended["problem"] else []
             tally.add(ended["verdict"], problems, ended["seconds"], ended["memory"])
             first = began["began"] + 1
@@ -732,9 +868,42 @@ def judged(tally: Tally, kind: str, folder: Path, count: int, seed: int) -> Tall
     return tally
 
 
-EVIL = [-1, 0, 1, 7, 2**16, 2**26, 2**31, 2**63, 2**200, 0.5, 1e308, -1e308, math.nan, math.inf, True, False,
-        None, "", "x", "0", "-1", "99999999999999999999", "lora:1", "all", "../../etc/passwd", "a" * 100_000,
-        [], [[]], [-1], [2**40], [2**13, 2**13], [3, -3], {}, {"x": 1}]
+EVIL = [
+    -1,
+    0,
+    1,
+    7,
+    2**16,
+    2**26,
+    2**31,
+    2**63,
+    2**200,
+    0.5,
+    1e308,
+    -1e308,
+    math.nan,
+    math.inf,
+    True,
+    False,
+    None,
+    "",
+    "x",
+    "0",
+    "-1",
+    "99999999999999999999",
+    "lora:1",
+    "all",
+    "../../etc/passwd",
+    "a" * 100_000,
+    [],
+    [[]],
+    [-1],
+    [2**40],
+    [2**13, 2**13],
+    [3, -3],
+    {},
+    {"x": 1},
+]
 
 
 def spoil_bytes(data: bytes, draw: random.Random) -> tuple[str, bytes]:
@@ -742,7 +911,9 @@ def spoil_bytes(data: bytes, draw: random.Random) -> tuple[str, bytes]:
     data, n = bytearray(data), len(data)
     i, j = sorted((draw.randrange(n), draw.randrange(n)))
     j = min(j, i + draw.choice((1, 4, 64, n)))
-    what = draw.choice(("flip", "flips", "random", "zero", "insert", "delete", "double", "swap", "cut"))
+    what = draw.choice(
+        ("flip", "flips", "random", "zero", "insert", "delete", "double", "swap", "cut")
+    )
     if what == "flip":
         data[i] ^= 1 << draw.randrange(8)
     elif what == "flips":
@@ -770,7 +941,11 @@ class Container:
 
     def __init__(self, blob: bytes):
         self.version, size = np.frombuffer(blob[8:16], "<u4").tolist()
-        self.header, place, self.packed = json.loads(brotli.decompress(blob[16 : 16 + size])), 16 + size, []
+        self.header, place, self.packed = (
+            json.loads(brotli.decompress(blob[16 : 16 + size])),
+            16 + size,
+            [],
+        )
         self.boundaries = [0, 8, 12, 16, place]
         for _, packed in self.header["groups"]:
             self.packed.append(blob[place : place + packed])
@@ -778,13 +953,20 @@ class Container:
             self.boundaries.append(place)
         self.boundaries.append(len(blob))
 
-    def blob(self, header: object = None, packed: list[bytes] | None = None, mend: bool = True,
-             text: bytes | None = None) -> bytes:
+    def blob(
+        self,
+        header: object = None,
+        packed: list[bytes] | None = None,
+        mend: bool = True,
+        text: bytes | None = None,
+    ) -> bytes:
         """`mend`: the sizes of the groups in the header are made right."""
         header = json.loads(json.dumps(self.header)) if header is None else header
         packed = self.packed if packed is None else packed
         if mend:
-            header["groups"] = [[name, len(data)] for (name, _), data in zip(header["groups"], packed)]
+            header["groups"] = [
+                [name, len(data)] for (name, _), data in zip(header["groups"], packed)
+            ]
         text = brotli.compress(json.dumps(header).encode(), quality=5) if text is None else text
         numbers = np.array([self.version, len(text)], "<u4").tobytes()
         return sealed(b"RANDMAPS" + numbers + text + b"".join(packed))
@@ -829,6 +1011,7 @@ def spoil_json(value: object, draw: random.Random) -> str:
 
 def forged(container: Container) -> dict[str, Callable[[], bytes]]:
     """Files that somebody made on purpose, each with a right checksum; made when they are read."""
+
     def header(**changes) -> bytes:
         return container.blob(container.header | changes)
 
@@ -848,25 +1031,41 @@ def forged(container: Container) -> dict[str, Callable[[], bytes]]:
         with torch.device("meta"):
             spaces = [(n, list(p.shape)) for n, p in train_gpt.make_model(h).state_dict().items()]
         total = sum(math.prod(shape) for _, shape in spaces)
-        parts = {"model": h.model_settings(), "tensors": [[n, shape, ["a float16"]] for n, shape in spaces]}
-        return container.blob(container.header | parts | {"groups": [["a float16", 0]]},
-                              [zeros_packed(2 * total)])
+        parts = {
+            "model": h.model_settings(),
+            "tensors": [[n, shape, ["a float16"]] for n, shape in spaces],
+        }
+        return container.blob(
+            container.header | parts | {"groups": [["a float16", 0]]}, [zeros_packed(2 * total)]
+        )
 
     nan = brotli.compress(np.array([1, np.nan], "<f2").tobytes())
     return {
         "a bomb for a header": lambda: container.blob(text=zeros_packed(2 * GIB)),
-        "a bomb for a group": lambda: container.blob(packed=[zeros_packed(2 * GIB), *container.packed[1:]]),
-        "1 KB that asks for 100 GB": lambda: table([160_000, 160_000], ["x codes", "x exponents"], b"\x06"),
+        "a bomb for a group": lambda: container.blob(
+            packed=[zeros_packed(2 * GIB), *container.packed[1:]]
+        ),
+        "1 KB that asks for 100 GB": lambda: table(
+            [160_000, 160_000], ["x codes", "x exponents"], b"\x06"
+        ),
         "a product over 64 bits": lambda: table([2**25] * 9, ["x codes"], b"\x06"),
         "a shape with 0 in it": lambda: table([2**25, 2**25, 0], ["x float16"], b"\x06"),
         "a deep shape": lambda: table([1] * 5000, ["x float16"], brotli.compress(b"\0\0")),
-        "as many codes as may be": lambda: table([8, 2**23 - 8], ["x codes"], zeros_packed(2**26 - 64)),
-        "as many float16 as may be": lambda: table([2**26 - 1], ["x float16"], zeros_packed(2**27 - 2)),
+        "as many codes as may be": lambda: table(
+            [8, 2**23 - 8], ["x codes"], zeros_packed(2**26 - 64)
+        ),
+        "as many float16 as may be": lambda: table(
+            [2**26 - 1], ["x float16"], zeros_packed(2**27 - 2)
+        ),
         "as many bits as may be": lambda: table([2**26 - 1], ["x bits"], zeros_packed(2**23)),
-        "bits past the limit": lambda: header(tensors=[[f"x{i}", [2**25], ["x bits"]] for i in range(2000)]),
+        "bits past the limit": lambda: header(
+            tensors=[[f"x{i}", [2**25], ["x bits"]] for i in range(2000)]
+        ),
         "a million tensors": lambda: header(tensors=[["x", [0], ["x float16"]]] * 100_000),
         "4 MiB of brackets": lambda: raw(b"[" * (2**22 - 10)),
-        "a long number": lambda: raw(b'{"tensors": [["x", [' + b"9" * 100_000 + b'], ["x codes"]]]}'),
+        "a long number": lambda: raw(
+            b'{"tensors": [["x", [' + b"9" * 100_000 + b'], ["x codes"]]]}'
+        ),
         "a header that is a list": lambda: raw(b"[]"),
         "no header": lambda: container.blob(text=b""),
         "no JSON": lambda: raw(b"\xff\xfe\x00"),
@@ -883,20 +1082,31 @@ def forged(container: Container) -> dict[str, Callable[[], bytes]]:
         "deep, many members": lambda: model(num_layers=256, ensemble=16),
         "a large vocabulary": lambda: model(vocab_size=65_536, model_dim=8192),
         "many buckets": lambda: model(bigram_vocab_size=2**24, bigram_dim=4096),
-        "as large as may be": lambda: model(model_dim=1024, num_heads=8, num_kv_heads=8, num_layers=16),
-        "one map as large as may be": lambda: model(num_layers=1, ve_layers="0", model_dim=2304, mlp_mult=1),
-        "as large as may be, tensors too": lambda: matching(model_dim=768, num_layers=12, mlp_mult=4.0),
+        "as large as may be": lambda: model(
+            model_dim=1024, num_heads=8, num_kv_heads=8, num_layers=16
+        ),
+        "one map as large as may be": lambda: model(
+            num_layers=1, ve_layers="0", model_dim=2304, mlp_mult=1
+        ),
+        "as large as may be, tensors too": lambda: matching(
+            model_dim=768, num_layers=12, mlp_mult=4.0
+        ),
         "sparse values without end": lambda: model(map_adapter="sparse:1"),
         "many loops": lambda: model(recur_layers="0-", recur_times=64),
         "a selector of patience": lambda: model(map_basis=",".join(["all@0-=uniform"] * 5000)),
         "another gain": lambda: model(map_gain="1e6"),
         "groups in another order": lambda: container.blob(
-            container.header | {"groups": container.header["groups"][::-1]}, container.packed[::-1]),
+            container.header | {"groups": container.header["groups"][::-1]}, container.packed[::-1]
+        ),
         "a group twice": lambda: container.blob(
-            container.header | {"groups": [*container.header["groups"], container.header["groups"][0]]},
-            [*container.packed, container.packed[0]]),
+            container.header
+            | {"groups": [*container.header["groups"], container.header["groups"][0]]},
+            [*container.packed, container.packed[0]],
+        ),
         "negative size of a group": lambda: container.blob(
-            container.header | {"groups": [["x codes", -5], *container.header["groups"]]}, mend=False),
+            container.header | {"groups": [["x codes", -5], *container.header["groups"]]},
+            mend=False,
+        ),
         "another version": lambda: sealed(container.blob()[:8] + b"\x07" + container.blob()[9:-32]),
     }
 
@@ -966,9 +1176,16 @@ def artifacts(site: Site, count: int, seed: int) -> Tally:
 def shard_cases(folder: Path):
     """(make, read): spoils a shard; reads it as training and evaluation do."""
     corpus, tokenizer_path = folder / "shards", folder / "tokenizer.model"
-    h = train_gpt.Hyperparameters({}, data_path=str(corpus), tokenizer_path=str(tokenizer_path),
-                                  vocab_size=512, train_seq_len=32, train_batch_tokens=256, eval_seq_len=32,
-                                  eval_stride=32)
+    h = train_gpt.Hyperparameters(
+        {},
+        data_path=str(corpus),
+        tokenizer_path=str(tokenizer_path),
+        vocab_size=512,
+        train_seq_len=32,
+        train_batch_tokens=256,
+        eval_seq_len=32,
+        eval_stride=32,
+    )
     tokenizer = train_gpt.Tokenizer(str(tokenizer_path), 512)
     wholes = {path: path.read_bytes() for path in sorted(corpus.glob("*.bin"))}
 
@@ -981,7 +1198,9 @@ def shard_cases(folder: Path):
             data = begin + data[1024:]
         elif way == "numbers":
             header, place = np.frombuffer(data[:1024], "<i4").copy(), draw.randrange(3)
-            header[place] = draw.choice((-1, 0, 1, 2**31 - 1, header[place] + 1, header[place] - 1, -2**31))
+            header[place] = draw.choice(
+                (-1, 0, 1, 2**31 - 1, header[place] + 1, header[place] - 1, -(2**31))
+            )
             name, data = f"number {place} is {header[place]}", header.tobytes() + data[1024:]
         elif way == "tokens":
             tokens = np.frombuffer(data[1024:], "<u2").copy()
@@ -993,7 +1212,9 @@ def shard_cases(folder: Path):
             tokens[draw.randrange(len(tokens))] = draw.choice((512, 513, 65_535))
             name, data = "a token outside the vocabulary", data[:1024] + tokens.tobytes()
         elif way == "cut":
-            cut = draw.choice((0, 1, 11, 12, 1023, 1024, 1025, 1026, len(data) - 1, draw.randrange(2000)))
+            cut = draw.choice(
+                (0, 1, 11, 12, 1023, 1024, 1025, 1026, len(data) - 1, draw.randrange(2000))
+            )
             name, data = f"cut at {cut}", data[:cut]
         else:
             name, data = spoil_bytes(data, draw)
@@ -1003,7 +1224,9 @@ def shard_cases(folder: Path):
         path, data = spoilt
         path.write_bytes(data)
         numbers = np.frombuffer(data[:12].ljust(12, b"\xff"), "<i4").tolist()
-        sound = numbers[:2] == [20240520, 1] and numbers[2] > 0 and len(data) == 1024 + 2 * numbers[2]
+        sound = (
+            numbers[:2] == [20240520, 1] and numbers[2] > 0 and len(data) == 1024 + 2 * numbers[2]
+        )
         tokens = np.frombuffer(data[1024 : 1024 + 2 * numbers[2]], "<u2") if sound else np.zeros(0)
         split = "train" if "train" in path.name else "val"
         try:
@@ -1014,7 +1237,11 @@ def shard_cases(folder: Path):
             else:
                 train_gpt.ValidationStream(h, tokenizer)
             found = train_gpt.read_shards(str(corpus), split)[list(wholes_of(split)).index(path)]
-            if not sound or not np.array_equal(found, tokens) or (split == "val" and tokens.max() >= 512):
+            if (
+                not sound
+                or not np.array_equal(found, tokens)
+                or (split == "val" and tokens.max() >= 512)
+            ):
                 raise Lost("an unsound shard was taken")
             return "as documented"
         except train_gpt.UserError as error:
@@ -1054,7 +1281,10 @@ class Executes:
 def rezipped(data: bytes, change: Callable[[str, bytes], bytes], **more) -> bytes:
     """The archive with other contents of its entries, checksums right."""
     target = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(target, "w", **more) as archive:
+    with (
+        zipfile.ZipFile(io.BytesIO(data)) as source,
+        zipfile.ZipFile(target, "w", **more) as archive,
+    ):
         for entry in source.namelist():
             archive.writestr(entry, change(entry, source.read(entry)))
     return target.getvalue()
@@ -1079,6 +1309,7 @@ def same(ours: object, theirs: object) -> bool:
 
 def hostile_checkpoints(whole: bytes, trap: Path) -> dict[str, Callable[[], bytes]]:
     """Files that somebody made on purpose. What would execute makes the folder `trap`."""
+
     def with_pickle(code: bytes) -> bytes:
         return rezipped(whole, lambda name, data: code if name.endswith("data.pkl") else data)
 
@@ -1096,10 +1327,13 @@ def hostile_checkpoints(whole: bytes, trap: Path) -> dict[str, Callable[[], byte
         "code in torch's format": lambda: saved_by_torch({"weights": Executes(trap)}),
         "a bare pickle": lambda: pickle.dumps(Executes(trap)),
         "a zip bomb": lambda: rezipped(whole, bomb, compression=zipfile.ZIP_DEFLATED),
-        "compressed": lambda: rezipped(whole, lambda _, data: data, compression=zipfile.ZIP_DEFLATED),
+        "compressed": lambda: rezipped(
+            whole, lambda _, data: data, compression=zipfile.ZIP_DEFLATED
+        ),
         "storages that claim more": lambda: rezipped(whole, larger),
         "storages cut short": lambda: rezipped(
-            whole, lambda name, data: data[: len(data) // 2] if "/data/" in name else data),
+            whole, lambda name, data: data[: len(data) // 2] if "/data/" in name else data
+        ),
         "no pickle": lambda: with_pickle(b""),
         "the old format": lambda: saved_by_torch({"weights": {}}, **legacy),
         "nothing": lambda: b"",
@@ -1114,7 +1348,11 @@ def checkpoint_cases(folder: Path):
     expected, older = (train_gpt.read_checkpoint(path) for path in checkpoints_of(folder))
     trial = folder / "trial"
     trial.mkdir(exist_ok=True)
-    path, previous, trap = trial / "checkpoint.pt", trial / "checkpoint.previous.pt", trial / "executed"
+    path, previous, trap = (
+        trial / "checkpoint.pt",
+        trial / "checkpoint.previous.pt",
+        trial / "executed",
+    )
     previous.write_bytes(before)
     specials = list(hostile_checkpoints(whole, trap).items())
 
@@ -1153,7 +1391,11 @@ def checkpoints(site: Site, count: int, seed: int) -> Tally:
     shutil.copytree(site.interrupted(), folder)
     tally = judged(Tally("checkpoint"), "checkpoint", folder, count, seed)
     weights = {"embedding.weight": torch.zeros(3)}
-    others = {"weights alone": weights, "another program's": {"model": weights, "step": 3}, "a list": [1, 2]}
+    others = {
+        "weights alone": weights,
+        "another program's": {"model": weights, "step": 3},
+        "a list": [1, 2],
+    }
     for name, value in itertools.islice(others.items(), max(1, count // 20)):
         path = site.folder / "other.pt"
         torch.save(value, path)
@@ -1167,11 +1409,21 @@ JUDGES = {"artifact": artifact_cases, "shard": shard_cases, "checkpoint": checkp
 
 # ---- The campaign ------------------------------------------------------------------------------------------
 
-KINDS: dict[str, tuple[Callable[[Site, int, int], Tally], int]] = {  # and how many in the full campaign
-    "kills": (kills, 50), "signals": (signals, 20), "disk": (disk, 24), "artifacts": (artifacts, 2000),
-    "shards": (shards, 200), "checkpoints": (checkpoints, 200), "ranks": (ranks, 6),
-    "packages": (packages, 4), "not_a_number": (not_a_number, 6),
-    "twice": (twice, 3), "midway": (midway, 4), "typos": (typos, 1000),
+KINDS: dict[
+    str, tuple[Callable[[Site, int, int], Tally], int]
+] = {  # and how many in the full campaign
+    "kills": (kills, 50),
+    "signals": (signals, 20),
+    "disk": (disk, 24),
+    "artifacts": (artifacts, 2000),
+    "shards": (shards, 200),
+    "checkpoints": (checkpoints, 200),
+    "ranks": (ranks, 6),
+    "packages": (packages, 4),
+    "not_a_number": (not_a_number, 6),
+    "twice": (twice, 3),
+    "midway": (midway, 4),
+    "typos": (typos, 1000),
 }
 
 
@@ -1180,14 +1432,20 @@ def machine() -> str:
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     name = model[1] if model else platform.machine()
-    return (f"{os.cpu_count()} cores, {name}, Linux {platform.release()},"
-            f" Python {platform.python_version()}, torch {torch.__version__}, commit {commit}")
+    return (
+        f"{os.cpu_count()} cores, {name}, Linux {platform.release()},"
+        f" Python {platform.python_version()}, torch {torch.__version__}, commit {commit}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(KINDS), help="kinds with commas between: %(default)s")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of faults")
+    parser.add_argument(
+        "--only", default=",".join(KINDS), help="kinds with commas between: %(default)s"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of the full number of faults"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--judge", nargs=5, help=argparse.SUPPRESS)  # this script's own children
     asked = parser.parse_args()
@@ -1200,16 +1458,22 @@ def main() -> None:
         parser.error(f"no such kind: {', '.join(sorted(unknown))}")
     began, lost = time.monotonic(), []
     print(f"{machine()}, seed {asked.seed}, scale {asked.scale:g}\n")
-    print("| fault | injected | survived | lost | slowest, s | most memory, MiB | where it landed |")
+    print(
+        "| fault | injected | survived | lost | slowest, s | most memory, MiB | where it landed |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         site, tallies = Site(Path(folder)), []
         for name in names:
             function, full = KINDS[name]
-            tallies.append(tally := function(site, max(1, math.ceil(full * asked.scale)), asked.seed))
+            tallies.append(
+                tally := function(site, max(1, math.ceil(full * asked.scale)), asked.seed)
+            )
             lost += [f"{tally.name}: {text}" for text in tally.lost]
             print(tally.row(), flush=True)
-    total, survived = (sum(getattr(tally, key) for tally in tallies) for key in ("injected", "survived"))
+    total, survived = (
+        sum(getattr(tally, key) for tally in tallies) for key in ("injected", "survived")
+    )
     seconds = time.monotonic() - began
     print(f"| **all** | {total:,} | {survived:,} | **{len(lost):,}** | {seconds:,.0f} in all | | |")
     if lost:

@@ -9,19 +9,21 @@ weights and inputs. Choices that depend on the device are those for CUDA. It is 
 come gradients, logits and what kernels need for a moment. At commit bec83cc an earlier form of this program
 counted 21,966 MiB, and one H100 measured 22,340 MiB at the peak.
 """
+
 from __future__ import annotations
 
 import functools
 from collections import Counter
 from collections.abc import Callable
 
-import common
 import torch
-from common import t
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import common
+from common import t
 
 PUBLISHED = 24_407  # MiB at the peak of system A's own script, PR #1113
 ON_CPU = t.squared_leaky_relu
@@ -30,8 +32,11 @@ ON_CPU = t.squared_leaky_relu
 def kept_storages(graph: torch.fx.GraphModule) -> Counter:
     """Bytes of what a forward graph returns beside the loss, by operation, shape and type."""
     output = next(node for node in graph.graph.nodes if node.op == "output")
-    given = {node.meta["val"].untyped_storage()._cdata for node in graph.graph.nodes
-             if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)}
+    given = {
+        node.meta["val"].untyped_storage()._cdata
+        for node in graph.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+    }
     kept, seen = Counter(), set(given)
     for node in output.args[0][1:]:
         value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
@@ -56,12 +61,17 @@ def trace(h: t.Hyperparameters, activation: Callable) -> list[torch.fx.GraphModu
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(
-        fw_compiler=keep, bw_compiler=keep,
+        fw_compiler=keep,
+        bw_compiler=keep,
         partition_fn=functools.partial(min_cut_rematerialization_partition, compiler="inductor"),
-        decompositions=select_decomp_table())
+        decompositions=select_decomp_table(),
+    )
     torch._dynamo.reset()
     torch.manual_seed(h.seed)
-    model, mode = t.make_model(h, torch.bfloat16).train(), FakeTensorMode(allow_non_fake_inputs=True)
+    model, mode = (
+        t.make_model(h, torch.bfloat16).train(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    )
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -72,26 +82,40 @@ def trace(h: t.Hyperparameters, activation: Callable) -> list[torch.fx.GraphModu
     t.squared_leaky_relu, t.RIDGE["cpu"] = activation, t.RIDGE["cuda"]
     t.PLAIN_ATTENTION = dict.fromkeys(t.PLAIN_ATTENTION, 0)
     with mode, t.World(h):
-        ids = torch.zeros(h.train_batch_tokens // h.train_seq_len, h.train_seq_len, dtype=torch.int64)
+        ids = torch.zeros(
+            h.train_batch_tokens // h.train_seq_len, h.train_seq_len, dtype=torch.int64
+        )
         torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(ids, ids).backward()
     return graphs
 
 
 def main() -> None:
-    options = common.begin(__doc__, list={"action": "store_true", "help": "what is kept, largest first"})
+    options = common.begin(
+        __doc__, list={"action": "store_true", "help": "what is kept, largest first"}
+    )
     h = common.settings(common.SMOKE_SIZE if options.smoke else common.FULL_SIZE, compile="1")
-    counts = {what: kept_storages(trace(h, activation)[0]) for what, activation in
-              (("with the activation computed again, as on CUDA", activation_on_cuda),
-               ("with all that it computes kept", ON_CPU))}
+    counts = {
+        what: kept_storages(trace(h, activation)[0])
+        for what, activation in (
+            ("with the activation computed again, as on CUDA", activation_on_cuda),
+            ("with all that it computes kept", ON_CPU),
+        )
+    }
     common.print_header(__file__, options, "bfloat16, traced, not measured", counted=True)
-    print(f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
-          f" layers of width {h.model_dim}, {h.map_adapter}. Published: {PUBLISHED:,} MiB at the peak.")
-    lines = [[what, common.mebibytes(kept.total()), f"{kept.total() / 2**20 / PUBLISHED:.0%}"]
-             for what, kept in counts.items()]
+    print(
+        f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
+        f" layers of width {h.model_dim}, {h.map_adapter}. Published: {PUBLISHED:,} MiB at the peak."
+    )
+    lines = [
+        [what, common.mebibytes(kept.total()), f"{kept.total() / 2**20 / PUBLISHED:.0%}"]
+        for what, kept in counts.items()
+    ]
     common.print_table(["what", "kept for the backward pass", "of the published peak"], lines)
     if options.list:
         largest = next(iter(counts.values())).most_common(12)
-        common.print_table(["kept", "MiB"], [[what, common.mebibytes(size)] for what, size in largest])
+        common.print_table(
+            ["kept", "MiB"], [[what, common.mebibytes(size)] for what, size in largest]
+        )
 
 
 if __name__ == "__main__":

@@ -12,14 +12,16 @@ thin products, also where the step takes the dense gradient (`thin_pays`, bench/
 whole step would name kernels, and a compiled step's kernels mix the parts. Element-wise work cannot be run
 alone: its time is what remains of the whole step, so it holds all that the step loses between the parts, too.
 """
+
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-import common
 import torch
 import torch.nn.functional as F
+
+import common
 from common import t
 
 
@@ -33,37 +35,58 @@ class Part(NamedTuple):
 
 def shapes_of(h: t.Hyperparameters) -> list[tuple[int, int, int]]:
     """(out, in, rank) of every map of the blocks; rank 0: no low-rank adapter."""
-    return [(row.out_features, row.in_features, int(row.adapters().get("lora", 0))) for row in h.maps]
+    return [
+        (row.out_features, row.in_features, int(row.adapters().get("lora", 0))) for row in h.maps
+    ]
 
 
-def count_parts(h: t.Hyperparameters, parameters: dict[str, list[torch.Size]], dtype: torch.dtype,
-                on_cuda: bool) -> list[Part]:
+def count_parts(
+    h: t.Hyperparameters, parameters: dict[str, list[torch.Size]], dtype: torch.dtype, on_cuda: bool
+) -> list[Part]:
     """The parts of a step of system A; `parameters` are the shapes of what is learned, by role."""
     n, size, maps = h.train_batch_tokens, dtype.itemsize, shapes_of(h)
-    tables = [(h.model_dim, h.bigram_dim), (h.kv_dim, h.ve_dim)]  # learned maps of the two embeddings
+    tables = [
+        (h.model_dim, h.bigram_dim),
+        (h.kv_dim, h.ve_dim),
+    ]  # learned maps of the two embeddings
     dense = sum(o * i for o, i, _ in maps)
     operands = sum(n * (o + i) + o * i for o, i, _ in maps) * size
     factors = sum(r * (o + i) for o, i, r in maps)
     heads = h.num_layers * h.model_dim
-    attention_io = h.num_layers * n * (2 * h.model_dim + 2 * h.kv_dim) * size  # q, k, v and the output
+    attention_io = (
+        h.num_layers * n * (2 * h.model_dim + 2 * h.kv_dim) * size
+    )  # q, k, v and the output
     logits, vectors = n * h.vocab_size * size, n * h.model_dim * size
     matrices = parameters[t.MATRIX]
     values = sum(math.prod(shape) for shapes in parameters.values() for shape in shapes)
     in_muon = sum(math.prod(shape) for shape in matrices)
     orthogonalise, moved = newton_schulz_cost(matrices, h.muon_backend_steps, 2 if on_cuda else 4)
     return [
-        Part("merging W + A B", 2 * sum(r * o * i for o, i, r in maps), size * (2 * dense + factors)),
+        Part(
+            "merging W + A B", 2 * sum(r * o * i for o, i, r in maps), size * (2 * dense + factors)
+        ),
         Part("maps forward", 2 * n * dense, operands),
         Part("maps, input gradient", 2 * n * dense, operands),
         # x Bᵀ, dY A, and with them the two gradients; each operand once
-        Part("adapter factors", 4 * n * factors, size * sum(2 * n * (o + i) + 4 * n * r for o, i, r in maps)),
-        Part("embeddings' maps", 6 * n * sum(o * i for o, i in tables),
-             4 * n * sum(o + i for o, i in tables) * size),
+        Part(
+            "adapter factors",
+            4 * n * factors,
+            size * sum(2 * n * (o + i) + 4 * n * r for o, i, r in maps),
+        ),
+        Part(
+            "embeddings' maps",
+            6 * n * sum(o * i for o, i in tables),
+            4 * n * sum(o + i for o, i in tables) * size,
+        ),
         # Two products of (T, D) and (T, T) a head, half of each masked; the gradient has twice as many.
         Part("attention", 6 * n * h.train_seq_len * heads, 4 * attention_io),
         # Logits: written, read; their gradient: written, read for both products.
         Part("head and loss", 6 * n * h.vocab_size * h.model_dim, 5 * logits + 3 * vectors),
-        Part("optimisers", orthogonalise, moved + 4 * (5 * in_muon + 7 * (values - in_muon) + 3 * values)),
+        Part(
+            "optimisers",
+            orthogonalise,
+            moved + 4 * (5 * in_muon + 7 * (values - in_muon) + 3 * values),
+        ),
         Part("averages", 0, 4 * 3 * values),
         Part("element-wise work and the rest", 0, elementwise_bytes(h, n, size)),
     ]
@@ -107,7 +130,9 @@ def model_flops(parts: list[Part]) -> float:
 
 def parts_of(h: t.Hyperparameters, model: t.LanguageModel, world: t.World) -> list[Part]:
     """The parts of a step of this model."""
-    shapes = {role: [p.shape for p in group.values()] for role, group in t.tensors_by_role(model).items()}
+    shapes = {
+        role: [p.shape for p in group.values()] for role, group in t.tensors_by_role(model).items()
+    }
     return count_parts(h, shapes, world.dtype, world.on_cuda)
 
 
@@ -124,8 +149,10 @@ def alone(h: t.Hyperparameters, world: t.World, step: common.OurStep) -> dict[st
     weights = {(o, i): random(o, i) for o, i, _ in maps}
     a = {(o, r): random(o, r) for o, _, r in maps}
     b = {(r, i): random(r, i) for _, i, r in maps}
-    tables = [(random(n, i), random(n, o), random(o, i)) for o, i in (
-        (h.model_dim, h.bigram_dim), (h.kv_dim, h.ve_dim))]
+    tables = [
+        (random(n, i), random(n, o), random(o, i))
+        for o, i in ((h.model_dim, h.bigram_dim), (h.kv_dim, h.ve_dim))
+    ]
     batch = n // h.train_seq_len
     q = random(batch, h.train_seq_len, h.num_heads, h.head_dim).requires_grad_()
     k = random(batch, h.train_seq_len, h.num_kv_heads, h.head_dim).requires_grad_()
@@ -176,10 +203,17 @@ def alone(h: t.Hyperparameters, world: t.World, step: common.OurStep) -> dict[st
             p.grad = gradient
         step.optimizers.step(0, 0.0)  # a rate of 0: the same work, and the weights stay as they are
 
-    return {"merging W + A B": merge, "maps forward": forward, "maps, input gradient": input_gradient,
-            "adapter factors": factors, "embeddings' maps": embeddings_maps, "attention": attention,
-            "head and loss": head, "optimisers": optimisers,
-            "averages": lambda: step.averages.update(0, 1.0)}
+    return {
+        "merging W + A B": merge,
+        "maps forward": forward,
+        "maps, input gradient": input_gradient,
+        "adapter factors": factors,
+        "embeddings' maps": embeddings_maps,
+        "attention": attention,
+        "head and loss": head,
+        "optimisers": optimisers,
+        "averages": lambda: step.averages.update(0, 1.0),
+    }
 
 
 def main() -> None:
@@ -204,26 +238,47 @@ def main() -> None:
         copy = common.copy_rate(world.device, options)
 
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
-    print(f"\nA step of {n:,} tokens in sequences of {h.train_seq_len}: {h.num_layers} layers of width"
-          f" {h.model_dim}, {h.map_adapter}, {'compiled' if world.compile else 'eager'}, on {label}.")
-    print(f"Measured: {square / 1e9:,.0f} GFLOP/s (a square product), {own / 1e9:,.0f} GFLOP/s (products of"
-          f" the maps' shapes), {copy / 1e9:,.1f} GB/s (a copy, read and written). The table uses the first"
-          " and the last.")
+    print(
+        f"\nA step of {n:,} tokens in sequences of {h.train_seq_len}: {h.num_layers} layers of width"
+        f" {h.model_dim}, {h.map_adapter}, {'compiled' if world.compile else 'eager'}, on {label}."
+    )
+    print(
+        f"Measured: {square / 1e9:,.0f} GFLOP/s (a square product), {own / 1e9:,.0f} GFLOP/s (products of"
+        f" the maps' shapes), {copy / 1e9:,.1f} GB/s (a copy, read and written). The table uses the first"
+        " and the last."
+    )
     lines = []
     total = 0.0
     for part in parts:
         least = max(part.flops / square, part.bytes / copy)
         limit = "FLOPs" if part.flops / square > part.bytes / copy else "bytes"
         total += least
-        lines.append([part.name, f"{part.flops / 1e9:,.1f}", f"{part.bytes / 1e9:,.2f}",
-                      f"{common.milliseconds(least)} ({limit})", common.milliseconds(times[part.name]),
-                      f"{times[part.name] / least:.2f}"])
+        lines.append(
+            [
+                part.name,
+                f"{part.flops / 1e9:,.1f}",
+                f"{part.bytes / 1e9:,.2f}",
+                f"{common.milliseconds(least)} ({limit})",
+                common.milliseconds(times[part.name]),
+                f"{times[part.name] / least:.2f}",
+            ]
+        )
     flops, moved = sum(part.flops for part in parts), sum(part.bytes for part in parts)
-    lines.append(["whole step", f"{flops / 1e9:,.1f}", f"{moved / 1e9:,.2f}", common.milliseconds(total),
-                  common.milliseconds(whole), f"{whole / total:.2f}"])
+    lines.append(
+        [
+            "whole step",
+            f"{flops / 1e9:,.1f}",
+            f"{moved / 1e9:,.2f}",
+            common.milliseconds(total),
+            common.milliseconds(whole),
+            f"{whole / total:.2f}",
+        ]
+    )
     common.print_table(["part", "GFLOP", "GB", "at the rates", "taken", "gap"], lines)
     flops = model_flops(parts)
-    print(f"Model FLOPs {flops / 1e9:,.1f} G a step, {flops / whole / square:.1%} of the measured GEMM rate.")
+    print(
+        f"Model FLOPs {flops / 1e9:,.1f} G a step, {flops / whole / square:.1%} of the measured GEMM rate."
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Processes: this one with all cores and, by torchrun, two that share them take tu
 turn builds the model, warms up with one step and times the next. Growth: one size changes, the rest and the
 tokens a step stay; all steps take turns in one process. There the ratio is the cost over the base's.
 """
+
 from __future__ import annotations
 
 import json
@@ -14,26 +15,36 @@ import statistics
 import subprocess
 import sys
 
-import common
 import torch
+
+import common
 from common import Row, t
 
 ON_CPU = {
     "rank": [{"map_adapter": f"lora:{rank}"} for rank in (8, 128)],
-    "width": [{"model_dim": 128, "num_heads": 2, "num_kv_heads": 1},
-              {"model_dim": 512, "num_heads": 8, "num_kv_heads": 4}],
+    "width": [
+        {"model_dim": 128, "num_heads": 2, "num_kv_heads": 1},
+        {"model_dim": 512, "num_heads": 8, "num_kv_heads": 4},
+    ],
     "depth": [{"num_layers": 3, "ve_layers": "1,2"}, {"num_layers": 12, "ve_layers": "10,11"}],
     "sequence": [{"train_seq_len": length} for length in (128, 2048)],
 }
 ON_CUDA = {
     "rank": [{"map_adapter": f"lora:{rank}"} for rank in (8, 128, 304)],
-    "width": [{"model_dim": 256, "num_heads": 4, "num_kv_heads": 2},
-              {"model_dim": 1024, "num_heads": 16, "num_kv_heads": 8}],
+    "width": [
+        {"model_dim": 256, "num_heads": 4, "num_kv_heads": 2},
+        {"model_dim": 1024, "num_heads": 16, "num_kv_heads": 8},
+    ],
     "depth": [{"num_layers": 5, "ve_layers": "3,4"}, {"num_layers": 22, "ve_layers": "20,21"}],
     "sequence": [{"train_seq_len": length} for length in (512, 8192)],
 }
 IN_SMOKE = {"rank": [{"map_adapter": "lora:8"}], "sequence": [{"train_seq_len": 16}]}
-NAMES = {"rank": "map_adapter", "width": "model_dim", "depth": "num_layers", "sequence": "train_seq_len"}
+NAMES = {
+    "rank": "map_adapter",
+    "width": "model_dim",
+    "depth": "num_layers",
+    "sequence": "train_seq_len",
+}
 
 
 def second_step(size: dict, world: t.World) -> float:
@@ -66,7 +77,9 @@ def compare_processes(options, size: dict, world: t.World) -> Row:
         shared.append(start_two(options.smoke))
     one, two = statistics.median(alone), statistics.median(shared)
     tokens = size["train_batch_tokens"]
-    return Row("2 processes against 1, tokens/s", f"{tokens / two:,.0f}", f"{tokens / one:,.0f}", one / two)
+    return Row(
+        "2 processes against 1, tokens/s", f"{tokens / two:,.0f}", f"{tokens / one:,.0f}", one / two
+    )
 
 
 def compare_sizes(options, size: dict, world: t.World) -> list[Row]:
@@ -88,7 +101,9 @@ def compare_sizes(options, size: dict, world: t.World) -> list[Row]:
     rows = []
     for name, seconds in times.items():
         bar = "≤ 1.25" if world.on_cuda and name.startswith("rank lora:128") else ""
-        rows.append(Row(name, common.milliseconds(seconds), common.milliseconds(base), seconds / base, bar))
+        rows.append(
+            Row(name, common.milliseconds(seconds), common.milliseconds(base), seconds / base, bar)
+        )
     return rows
 
 
@@ -110,9 +125,11 @@ def main() -> None:
             rows.append(compare_processes(options, size, world))
         rows += compare_sizes(options, size, world)
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
-    print(f"\nA step of {h.train_batch_tokens:,} tokens on {label}; the base has {h.num_layers} layers of"
-          f" width {h.model_dim}, {h.map_adapter}, sequences of {h.train_seq_len}."
-          f" {'Compiled' if world.compile else 'Eager'}.")
+    print(
+        f"\nA step of {h.train_batch_tokens:,} tokens on {label}; the base has {h.num_layers} layers of"
+        f" width {h.model_dim}, {h.map_adapter}, sequences of {h.train_seq_len}."
+        f" {'Compiled' if world.compile else 'Eager'}."
+    )
     common.print_rows(rows, options)
 
 

@@ -5,6 +5,7 @@
 
 The first step of `bash run.sh` is timed only where run.sh has set up (.venv is there) and there is no GPU.
 """
+
 from __future__ import annotations
 
 import os
@@ -14,8 +15,9 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
-import common
 import torch
+
+import common
 from common import ROOT, Row, t
 
 
@@ -40,8 +42,13 @@ def first_step() -> None:
     """`bash run.sh` until it has printed its first step, then its end."""
     folder = tempfile.mkdtemp(prefix="bench_start_")
     environment = os.environ | {"ITERATIONS": "1", "OUTPUT_DIR": folder, "RUN_ID": "start"}
-    process = subprocess.Popen(["bash", str(ROOT / "run.sh")], env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "run.sh")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     lines = []
     try:
         for line in process.stdout:
@@ -59,9 +66,12 @@ def main() -> None:
     options = common.begin(__doc__)
     h = common.settings(common.size_of(options, on_cpu=common.FULL_SIZE))
     rows = [row for row in h.maps if row.basis != "learned"]
-    sides = {"torch": lambda: import_seconds("torch"),
-             "train_gpt": lambda: import_seconds("torch, train_gpt"),
-             "threaded": lambda: draw_threaded(rows), "in turn": lambda: draw_in_turn(rows)}
+    sides = {
+        "torch": lambda: import_seconds("torch"),
+        "train_gpt": lambda: import_seconds("torch, train_gpt"),
+        "threaded": lambda: draw_threaded(rows),
+        "in turn": lambda: draw_in_turn(rows),
+    }
     set_up = (ROOT / ".venv" / ".installed").exists()
     on_cuda = torch.cuda.is_available()
     if set_up and not on_cuda and not options.smoke:
@@ -70,17 +80,37 @@ def main() -> None:
 
     more = times["train_gpt"] - times["torch"]
     threaded, in_turn = times["threaded"], times["in turn"]
-    table = [Row("import torch, train_gpt against import torch", f"{times['train_gpt']:.2f} s",
-                 f"{times['torch']:.2f} s", times["train_gpt"] / times["torch"]),
-             Row("what train_gpt adds", f"{more:.2f} s", bar="≤ 0.3 s", measured=more),
-             Row(f"drawing the {len(rows)} maps, against several at a time", f"{in_turn:.2f} s",
-                 f"{threaded:.2f} s", threaded / in_turn, "≤ 5 s", in_turn)]
+    table = [
+        Row(
+            "import torch, train_gpt against import torch",
+            f"{times['train_gpt']:.2f} s",
+            f"{times['torch']:.2f} s",
+            times["train_gpt"] / times["torch"],
+        ),
+        Row("what train_gpt adds", f"{more:.2f} s", bar="≤ 0.3 s", measured=more),
+        Row(
+            f"drawing the {len(rows)} maps, against several at a time",
+            f"{in_turn:.2f} s",
+            f"{threaded:.2f} s",
+            threaded / in_turn,
+            "≤ 5 s",
+            in_turn,
+        ),
+    ]
     if "run.sh" in times:
-        table.append(Row("bash run.sh, second time, to its first training step", f"{times['run.sh']:.1f} s",
-                         bar="≤ 30 s", measured=times["run.sh"]))
+        table.append(
+            Row(
+                "bash run.sh, second time, to its first training step",
+                f"{times['run.sh']:.1f} s",
+                bar="≤ 30 s",
+                measured=times["run.sh"],
+            )
+        )
     common.print_header(__file__, options, "maps in bfloat16")
     if "run.sh" not in times:
-        print("\nThe first step of `bash run.sh` was not timed: that takes a CPU where it has run before.")
+        print(
+            "\nThe first step of `bash run.sh` was not timed: that takes a CPU where it has run before."
+        )
     common.print_rows(table, options)
 
 

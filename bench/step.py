@@ -19,6 +19,7 @@ their losses on held-out text are compared.
 
 A ratio over 1 is in our favour, but for ranks: there it is what a higher rank costs.
 """
+
 from __future__ import annotations
 
 import functools
@@ -27,12 +28,13 @@ import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
-import common
 import torch
 import torch._dynamo  # optimisers load it: once, before this process forks
-from common import Row, t
 from roofline import model_flops, parts_of
 from textbook import Textbook, TextbookStep
+
+import common
+from common import Row, t
 
 RANKS = (128, 304)  # beside 32, on CUDA
 AS_PUBLISHED = "textbook, eager, bfloat16"
@@ -86,7 +88,9 @@ def added_memory(side: str, size: dict) -> int:
     with t.World(h) as world:
         batches = t.TrainingData(h).micro_batches(0, world)
         ids = torch.randint(0, 64, (4, common.SMOKE_SIZE["train_seq_len"]))
-        build(side, common.SMOKE_SIZE, world)([(ids, ids)])  # torch's own code and buffers do not count
+        build(side, common.SMOKE_SIZE, world)(
+            [(ids, ids)]
+        )  # torch's own code and buffers do not count
         before = status_bytes("VmRSS")
         step = build(side, size, world)
         for _ in range(2):
@@ -97,7 +101,9 @@ def added_memory(side: str, size: dict) -> int:
 def peak_memory_on_cpu(sides: list[str], size: dict) -> dict[str, int]:
     """Side -> bytes, each in a process of its own. These are forks: this one must not have computed yet."""
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        return dict(zip(sides, pool.map(functools.partial(added_memory, size=size), sides, chunksize=1)))
+        return dict(
+            zip(sides, pool.map(functools.partial(added_memory, size=size), sides, chunksize=1))
+        )
 
 
 def compare_losses(size: dict, world: t.World, steps: int) -> tuple[float, float]:
@@ -124,8 +130,16 @@ def compare_losses(size: dict, world: t.World, steps: int) -> tuple[float, float
 
 
 def main() -> None:
-    loss_steps = {"type": int, "default": 50, "help": "steps until the losses are compared; 0: leave it out"}
-    eager = {"dest": "compile", "action": "store_false", "help": "on a CPU: leave out what is compiled"}
+    loss_steps = {
+        "type": int,
+        "default": 50,
+        "help": "steps until the losses are compared; 0: leave it out",
+    }
+    eager = {
+        "dest": "compile",
+        "action": "store_false",
+        "help": "on a CPU: leave out what is compiled",
+    }
     options = common.begin(__doc__, eager=eager, loss_steps=loss_steps)
     text, label = common.text_of(options)
     size = common.size_of(options) | text | common.compile_setting(options)
@@ -135,13 +149,21 @@ def main() -> None:
     with t.World(h) as world:
         rows = measure(options, size, h, world, sides, memory)
     common.print_header(__file__, options, str(world.dtype).removeprefix("torch."))
-    print(f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
-          f" layers of width {h.model_dim}, {h.map_adapter}, on {label}. Ours is “{sides[0]}”.")
+    print(
+        f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
+        f" layers of width {h.model_dim}, {h.map_adapter}, on {label}. Ours is “{sides[0]}”."
+    )
     common.print_rows(rows, options)
 
 
-def measure(options, size: dict, h: t.Hyperparameters, world: t.World, sides: list[str],
-            memory: dict[str, int]) -> list[Row]:
+def measure(
+    options,
+    size: dict,
+    h: t.Hyperparameters,
+    world: t.World,
+    sides: list[str],
+    memory: dict[str, int],
+) -> list[Row]:
     """The table; `memory` is filled in on CUDA."""
     n, on_cuda = h.train_batch_tokens, world.on_cuda
     data = t.TrainingData(h)
@@ -173,34 +195,84 @@ def measure(options, size: dict, h: t.Hyperparameters, world: t.World, sides: li
             bar = "≥ 2.2"
         if "rank" in side:  # here the ratio is what more rank costs
             bar = "≤ 1.25" if "rank 128" in side else ""
-            rows.append(Row(f"step, {side} over rank 32", common.milliseconds(slow),
-                            common.milliseconds(fast), slow / fast, bar))
+            rows.append(
+                Row(
+                    f"step, {side} over rank 32",
+                    common.milliseconds(slow),
+                    common.milliseconds(fast),
+                    slow / fast,
+                    bar,
+                )
+            )
         else:
-            rows.append(Row(f"tokens/s against {side}", f"{n / fast:,.0f}", f"{n / slow:,.0f}", slow / fast,
-                            bar))
-        rows.append(Row(f"peak memory against {side}", common.mebibytes(memory[ours]),
-                        common.mebibytes(memory[side]), memory[side] / memory[ours]))
+            rows.append(
+                Row(
+                    f"tokens/s against {side}",
+                    f"{n / fast:,.0f}",
+                    f"{n / slow:,.0f}",
+                    slow / fast,
+                    bar,
+                )
+            )
+        rows.append(
+            Row(
+                f"peak memory against {side}",
+                common.mebibytes(memory[ours]),
+                common.mebibytes(memory[side]),
+                memory[side] / memory[ours],
+            )
+        )
     bar = "≤ 55 ms" if on_cuda else ""
-    rows.append(Row("our step", common.milliseconds(times[ours]), bar=bar, measured=1e3 * times[ours]))
+    rows.append(
+        Row("our step", common.milliseconds(times[ours]), bar=bar, measured=1e3 * times[ours])
+    )
     achieved = flops / times[ours]
     what = f"model FLOPs ({flops / n / 1e6:.0f} M a token) over the measured GEMM rate"
-    rows.append(Row(what, f"{achieved / 1e9:,.0f} GFLOP/s", f"{rate / 1e9:,.0f} GFLOP/s", achieved / rate,
-                    "" if on_cuda else "≥ 0.40"))
+    rows.append(
+        Row(
+            what,
+            f"{achieved / 1e9:,.0f} GFLOP/s",
+            f"{rate / 1e9:,.0f} GFLOP/s",
+            achieved / rate,
+            "" if on_cuda else "≥ 0.40",
+        )
+    )
     peak = common.peak_flops()
     if peak and world.dtype is torch.bfloat16:
-        rows.append(Row("model FLOPs over the vendor's peak", f"{achieved / 1e12:,.0f} TFLOP/s",
-                        f"{peak / 1e12:,.0f} TFLOP/s", achieved / peak, "≥ 0.37"))
-        again = sum(part.flops for part in parts if part.name == "attention") / 6  # one product more of six
-        rows.append(Row("the same with the product that flash attention's backward repeats",
-                        f"{(flops + again) / times[ours] / 1e12:,.0f} TFLOP/s", f"{peak / 1e12:,.0f} TFLOP/s",
-                        (flops + again) / times[ours] / peak))
+        rows.append(
+            Row(
+                "model FLOPs over the vendor's peak",
+                f"{achieved / 1e12:,.0f} TFLOP/s",
+                f"{peak / 1e12:,.0f} TFLOP/s",
+                achieved / peak,
+                "≥ 0.37",
+            )
+        )
+        again = (
+            sum(part.flops for part in parts if part.name == "attention") / 6
+        )  # one product more of six
+        rows.append(
+            Row(
+                "the same with the product that flash attention's backward repeats",
+                f"{(flops + again) / times[ours] / 1e12:,.0f} TFLOP/s",
+                f"{peak / 1e12:,.0f} TFLOP/s",
+                (flops + again) / times[ours] / peak,
+            )
+        )
     steps = min(options.loss_steps, 2) if options.smoke else options.loss_steps
     if steps:
         with common.no_tf32():
             mine, theirs = compare_losses(size, world, steps)
         apart = abs(mine - theirs) if math.isfinite(mine + theirs) else math.inf
-        rows.append(Row(f"held-out loss after {steps} steps in float32, difference {apart:.5f}",
-                        f"{mine:.4f}", f"{theirs:.4f}", bar="≤ 0.005", measured=apart))
+        rows.append(
+            Row(
+                f"held-out loss after {steps} steps in float32, difference {apart:.5f}",
+                f"{mine:.4f}",
+                f"{theirs:.4f}",
+                bar="≤ 0.005",
+                measured=apart,
+            )
+        )
     return rows
 
 

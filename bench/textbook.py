@@ -11,6 +11,7 @@ line of its computation. What differs is how it is computed:
 
 Late fake-quantisation, SWA and what other presets need are left out: the measured steps do not reach them.
 """
+
 from __future__ import annotations
 
 import math
@@ -78,8 +79,14 @@ class Attention(nn.Module):
         if layer > 0:
             self.value_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, value_embedding: Tensor | None,
-                first_values: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        value_embedding: Tensor | None,
+        first_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         batch, length, _ = x.shape
         own_values = self.v(x)
         v = own_values
@@ -93,10 +100,13 @@ class Attention(nn.Module):
         q = apply_rope(rms_norm(q), cos, sin) * self.q_gain.to(x.dtype)
         k = apply_rope(rms_norm(k), cos, sin)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True)
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+        )
         y = y.transpose(1, 2)  # (B, T, H, D)
         if self.xsa:  # without what points along the position's own value
-            direction = F.normalize(v, dim=-1).repeat_interleave(self.num_heads // self.num_kv_heads, dim=2)
+            direction = F.normalize(v, dim=-1).repeat_interleave(
+                self.num_heads // self.num_kv_heads, dim=2
+            )
             y = y - (y * direction).sum(dim=-1, keepdim=True) * direction
         return self.proj(y.reshape(batch, length, -1)), own_values
 
@@ -111,7 +121,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, h, layer: int, attention_maps: dict[str, nn.Module], mlp_maps: dict[str, nn.Module]):
+    def __init__(
+        self, h, layer: int, attention_maps: dict[str, nn.Module], mlp_maps: dict[str, nn.Module]
+    ):
         super().__init__()
         self.attention = Attention(h, layer, attention_maps)
         self.mlp = MLP(mlp_maps)
@@ -121,10 +133,19 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.zeros(h.model_dim))
         self.mlp_scale = nn.Parameter(torch.zeros(h.model_dim))
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor, value_embedding: Tensor | None,
-                first_values: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        value_embedding: Tensor | None,
+        first_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
-        y, values = self.attention(rms_norm(x) * self.norm_scale, cos, sin, value_embedding, first_values)
+        y, values = self.attention(
+            rms_norm(x) * self.norm_scale, cos, sin, value_embedding, first_values
+        )
         x = x + self.attention_scale.to(x.dtype) * y
         y = self.mlp(rms_norm(x) * self.norm_scale)
         return x + self.mlp_scale.to(x.dtype) * y, values
@@ -140,12 +161,15 @@ class Textbook(nn.Module):
         kinds = {"attention": ("q", "k", "v", "proj"), "mlp": ("fc", "proj")}
         rows = {row.name: row for row in h.maps}
         self.embedding = CastEmbedding(h.vocab_size, h.model_dim, dtype)
-        self.bigram = nn.Sequential(CastEmbedding(h.bigram_vocab_size, h.bigram_dim, dtype),
-                                    CastLinear(h.bigram_dim, h.model_dim))
+        self.bigram = nn.Sequential(
+            CastEmbedding(h.bigram_vocab_size, h.bigram_dim, dtype),
+            CastLinear(h.bigram_dim, h.model_dim),
+        )
         self.bigram_scale = nn.Parameter(torch.zeros(1))
         self.smear_gate = nn.Parameter(torch.zeros(h.model_dim))
-        self.value_embedding = nn.Sequential(CastEmbedding(h.vocab_size, h.ve_dim, dtype),
-                                             CastLinear(h.ve_dim, h.kv_dim))
+        self.value_embedding = nn.Sequential(
+            CastEmbedding(h.vocab_size, h.ve_dim, dtype), CastLinear(h.ve_dim, h.kv_dim)
+        )
         self.value_scales = nn.Parameter(torch.zeros(len(h.value_layers)))
         self.skips = h.num_layers // 2
         self.skip_weights = nn.Parameter(torch.zeros(self.skips, h.model_dim))
@@ -177,7 +201,9 @@ class Textbook(nn.Module):
         gate = torch.sigmoid(self.smear_gate).to(dtype)
         previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         x = (1 - gate) * x + gate * previous
-        frequencies = h.rope_base ** -(torch.arange(0, h.rope_dims, 2, device=ids.device) / h.rope_dims)
+        frequencies = h.rope_base ** -(
+            torch.arange(0, h.rope_dims, 2, device=ids.device) / h.rope_dims
+        )
         angles = torch.arange(ids.size(1), device=ids.device)[:, None, None] * frequencies
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         value_embedding = self.value_embedding(ids)
@@ -259,9 +285,14 @@ class TextbookStep:
                     scalars.append(p)
         self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd)
         self.adam = torch.optim.AdamW(
-            [{"params": embeddings, "lr": h.tied_embed_lr, "weight_decay": h.embed_wd},
-             {"params": scalars, "lr": h.scalar_lr, "weight_decay": h.adam_wd}],
-            betas=(h.beta1, h.beta2), eps=h.adam_eps, fused=True)
+            [
+                {"params": embeddings, "lr": h.tied_embed_lr, "weight_decay": h.embed_wd},
+                {"params": scalars, "lr": h.scalar_lr, "weight_decay": h.adam_wd},
+            ],
+            betas=(h.beta1, h.beta2),
+            eps=h.adam_eps,
+            fused=True,
+        )
         self.ema = {name: w.detach().float().clone() for name, w in model.state_dict().items()}
 
     def __call__(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor:

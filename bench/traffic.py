@@ -10,6 +10,7 @@ library calls, whose time is not in their bytes: they are left out. It needs a C
 installs it on Linux, and no GPU. All this is inside torch, so that a new version may need another program:
 no test runs it.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -17,7 +18,6 @@ import types
 from collections import defaultdict
 from unittest import mock
 
-import common
 import memory
 import torch
 import torch._inductor.scheduler
@@ -29,12 +29,26 @@ from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import common
+
 COPY_RATE = 2976e9  # bytes a second, one H100
 H100 = types.SimpleNamespace(
-    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32, gcnArchName="", uuid="",
-    regs_per_multiprocessor=65_536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
-    shared_memory_per_block=49_152, shared_memory_per_block_optin=232_448, L2_cache_size=50 * 2**20,
-    shared_memory_per_multiprocessor=233_472, total_memory=80 * 2**30)
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    gcnArchName="",
+    uuid="",
+    regs_per_multiprocessor=65_536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block=49_152,
+    shared_memory_per_block_optin=232_448,
+    L2_cache_size=50 * 2**20,
+    shared_memory_per_multiprocessor=233_472,
+    total_memory=80 * 2**30,
+)
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
 
@@ -42,19 +56,30 @@ aten = torch.ops.aten
 @contextlib.contextmanager
 def as_if_on_an_h100():
     """Within, the generator finds one; nothing could run on it."""
+
     def answer(value):
         return lambda *_, **__: value
 
-    answers = {"get_device_properties": H100, "get_device_capability": (9, 0), "is_available": True,
-               "current_device": 0, "device_count": 1, "_lazy_init": None}
+    answers = {
+        "get_device_properties": H100,
+        "get_device_capability": (9, 0),
+        "is_available": True,
+        "current_device": 0,
+        "device_count": 1,
+        "_lazy_init": None,
+    }
     with contextlib.ExitStack() as stack:
         for name, value in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer(value)))
         for interface in (CudaInterface, CudaInterface.Worker):
             stack.enter_context(mock.patch.object(interface, "get_device_properties", answer(H100)))
         stack.enter_context(mock.patch.object(CudaInterface, "get_compute_capability", answer(90)))
-        stack.enter_context(mock.patch.object(torch._inductor.scheduler, "has_triton", answer(True)))
-        stack.enter_context(mock.patch("torch.utils._triton.triton_hash_with_backend", answer("none")))
+        stack.enter_context(
+            mock.patch.object(torch._inductor.scheduler, "has_triton", answer(True))
+        )
+        stack.enter_context(
+            mock.patch("torch.utils._triton.triton_hash_with_backend", answer("none"))
+        )
         yield
 
 
@@ -68,14 +93,18 @@ class OnCuda(torch.fx.Interpreter):
             return aten._scaled_dot_product_flash_attention(*args[:3], 0.0, True)[:2]
         if target is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             dy, q, k, v, y, lse = args[:6]
-            seed, offset = (torch.empty(shape, dtype=torch.uint64, device=CUDA) for shape in ((2,), ()))
+            seed, offset = (
+                torch.empty(shape, dtype=torch.uint64, device=CUDA) for shape in ((2,), ())
+            )
             return aten._scaled_dot_product_flash_attention_backward(
-                dy, q, k, v, y, lse, None, None, q.size(2), k.size(2), 0.0, True, seed, offset)
+                dy, q, k, v, y, lse, None, None, q.size(2), k.size(2), 0.0, True, seed, offset
+            )
         return super().call_function(target, args, kwargs)
 
 
 def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[int, str]]:
     """Bytes and operations of each kernel that is generated for this graph."""
+
     def moved(value):
         if not isinstance(value, torch.Tensor):
             return value
@@ -86,7 +115,9 @@ def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[int
         inputs = [moved(node.meta["val"]) for node in graph.graph.nodes if node.op == "placeholder"]
         on_cuda = make_fx(lambda *given: OnCuda(graph).run(*given))(*inputs)
         _recursive_post_grad_passes(on_cuda, is_inference=False)
-        lowered = GraphLowering(on_cuda, example_inputs=inputs, is_inference=False, is_backward=is_backward)
+        lowered = GraphLowering(
+            on_cuda, example_inputs=inputs, is_inference=False, is_backward=is_backward
+        )
         with V.set_graph_handler(lowered), V.set_debug_handler(DebugContext()):
             lowered.run(*inputs)
             lowered.codegen()
@@ -96,7 +127,9 @@ def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[int
 
 def operations(node) -> str:
     """What a kernel computes, as aten names it."""
-    origins = {origin for part in node.get_nodes() if part.node for origin in part.node.get_origins()}
+    origins = {
+        origin for part in node.get_nodes() if part.node for origin in part.node.get_origins()
+    }
     names = {str(origin.target).removeprefix("aten.").partition(".")[0] for origin in origins}
     moves_nothing = {"view", "permute", "unsqueeze", "expand", "<built-in function getitem>"}
     return ", ".join(sorted(names - moves_nothing))
@@ -105,7 +138,9 @@ def operations(node) -> str:
 def main() -> None:
     options = common.begin(__doc__, top={"type": int, "default": 0, "help": "list so many kernels"})
     if torch.version.cuda is None:
-        raise SystemExit("error: this torch is built without CUDA; pip install torch has it on Linux")
+        raise SystemExit(
+            "error: this torch is built without CUDA; pip install torch has it on Linux"
+        )
     h = common.settings(common.SMOKE_SIZE if options.smoke else common.FULL_SIZE, compile="1")
     lines, largest = [], []
     for what, graph in zip(("forward", "backward"), memory.trace(h, memory.activation_on_cuda)):
@@ -113,16 +148,30 @@ def main() -> None:
         for size, name in kernels_of(graph, what == "backward"):
             kernels[name].append(size)
         count, total = sum(map(len, kernels.values())), sum(map(sum, kernels.values()))
-        lines.append([what, str(count), f"{total / 1e9:.1f} GB", common.milliseconds(total / COPY_RATE)])
+        lines.append(
+            [what, str(count), f"{total / 1e9:.1f} GB", common.milliseconds(total / COPY_RATE)]
+        )
         largest += [(sum(sizes), len(sizes), what, name) for name, sizes in kernels.items()]
     common.print_header(__file__, options, "bfloat16, generated, not measured", counted=True)
-    print(f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
-          f" layers of width {h.model_dim}, {h.map_adapter}. Without products and attention.")
+    print(
+        f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
+        f" layers of width {h.model_dim}, {h.map_adapter}. Without products and attention."
+    )
     common.print_table(["what", "kernels", "bytes", "at an H100's copy rate"], lines)
     if options.top:
-        common.print_table(["what", "kernels", "bytes", "at that rate", "operations"], [
-            [what, str(count), f"{size / 1e9:.2f} GB", common.milliseconds(size / COPY_RATE), name]
-            for size, count, what, name in sorted(largest, reverse=True)[: options.top]])
+        common.print_table(
+            ["what", "kernels", "bytes", "at that rate", "operations"],
+            [
+                [
+                    what,
+                    str(count),
+                    f"{size / 1e9:.2f} GB",
+                    common.milliseconds(size / COPY_RATE),
+                    name,
+                ]
+                for size, count, what, name in sorted(largest, reverse=True)[: options.top]
+            ],
+        )
 
 
 if __name__ == "__main__":

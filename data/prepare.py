@@ -67,7 +67,9 @@ def python_documents() -> dict[str, str]:
     seen: set[str] = set()
     documents = {}
     for name, text in topics.items():
-        if text not in seen:  # some topics are one text under two names, which could part over the splits
+        if (
+            text not in seen
+        ):  # some topics are one text under two names, which could part over the splits
             documents[f"topic {name}"] = text
             seen.add(text)
     numpy_root = os.path.dirname(importlib.util.find_spec("numpy").origin)
@@ -75,7 +77,9 @@ def python_documents() -> dict[str, str]:
     for label, root in roots.items():
         for path in sorted(Path(root).rglob("*.py")):
             name = path.relative_to(root).as_posix()
-            if {"site-packages", "dist-packages", "tests", "test", "idlelib"} & set(name.split("/")):
+            if {"site-packages", "dist-packages", "tests", "test", "idlelib"} & set(
+                name.split("/")
+            ):
                 continue
             try:
                 tree = ast.parse(path.read_bytes())
@@ -113,7 +117,9 @@ def file_documents(path: Path) -> Iterator[str]:
     opener = OPENERS.get(path.suffix, open)
     kind = Path(path.stem).suffix if path.suffix in OPENERS else path.suffix
     if kind not in (".txt", ".jsonl"):
-        raise PrepareError(f"{path}: only .txt and .jsonl are read, also with .gz, .bz2 or .xz behind")
+        raise PrepareError(
+            f"{path}: only .txt and .jsonl are read, also with .gz, .bz2 or .xz behind"
+        )
     try:
         with opener(path, "rt", encoding="utf-8-sig") as lines:
             yield from (json_documents(path, lines) if kind == ".jsonl" else text_documents(lines))
@@ -219,7 +225,9 @@ def load_tokenizer(model: bytes, where: str) -> sentencepiece.SentencePieceProce
     except RuntimeError as error:
         raise PrepareError(f"{where}: not a SentencePiece model ({error})") from None
     if tokenizer.is_unknown(tokenizer.piece_to_id("▁")):
-        raise PrepareError(f"{where}: ▁ is no piece of its own, so bytes per token could not be counted")
+        raise PrepareError(
+            f"{where}: ▁ is no piece of its own, so bytes per token could not be counted"
+        )
     if tokenizer.bos_id() < 0 or tokenizer.vocab_size() > 65_536:
         raise PrepareError(f"{where}: needs a BOS piece and at most 65,536 pieces")
     return tokenizer
@@ -271,7 +279,9 @@ def write_dataset(
     tokenizer_path = out / "tokenizers" / f"{name}_{vocab}_bpe.model"
     refuse_to_replace(folder)
     if tokenizer_path.exists() and tokenizer_path.read_bytes() != model:
-        raise PrepareError(f"{tokenizer_path} is another tokenizer; move it away or choose another --name")
+        raise PrepareError(
+            f"{tokenizer_path} is another tokenizer; move it away or choose another --name"
+        )
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # what an interrupted run of this program left
     part.mkdir(parents=True)
@@ -394,14 +404,16 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise PrepareError("fineweb needs the package huggingface_hub: pip install huggingface_hub") from None
+        raise PrepareError(
+            "fineweb needs the package huggingface_hub: pip install huggingface_hub"
+        ) from None
     name = f"{args.name or 'fineweb10B'}_{args.variant}"
     download = args.out / ".fineweb_download"
 
     def fetch(path: str) -> Path:
         try:
             return Path(hf_hub_download(args.repo, path, repo_type="dataset", local_dir=download))
-        except Exception as error:  # noqa: BLE001 (requests', httpx' or hf_xet's, by the version)
+        except Exception as error:
             raise PrepareError(
                 f"{args.repo}/{path} could not be fetched ({error}); run the command again to carry"
                 " on where it stopped"
@@ -430,7 +442,9 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
                 )
             path.replace(target)
         print(f"{number}/{len(shards)} {shard}", file=sys.stderr)
-    tokenizer_entry = next(t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"])
+    tokenizer_entry = next(
+        t for t in manifest["tokenizers"] if t["name"] == entry["tokenizer_name"]
+    )
     model_path = args.out / "tokenizers" / Path(tokenizer_entry["model_path"]).name
     model_path.parent.mkdir(parents=True, exist_ok=True)
     if not model_path.exists():
@@ -495,8 +509,12 @@ def main() -> None:
     text = sources.add_parser("text", help="your own .txt and .jsonl files, also .gz, .bz2, .xz")
     text.set_defaults(prepare=prepare_text)
     text.add_argument("files", type=Path, nargs="+", metavar="FILE")
-    text.add_argument("--val", type=Path, nargs="+", metavar="FILE", help="validation text; else a fraction")
-    text.add_argument("--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model")
+    text.add_argument(
+        "--val", type=Path, nargs="+", metavar="FILE", help="validation text; else a fraction"
+    )
+    text.add_argument(
+        "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model"
+    )
     for source in (docs, text):
         source.add_argument(
             "--vocab", type=vocabulary_size, default=1024, help="pieces, 256 to 65536 (%(default)s)"
@@ -506,9 +524,15 @@ def main() -> None:
         )
     fineweb = sources.add_parser("fineweb", help="the challenge's published shards")
     fineweb.set_defaults(prepare=prepare_fineweb)
-    fineweb.add_argument("--variant", default="sp1024", help="tokenizer of the export (%(default)s)")
-    fineweb.add_argument("--train-shards", type=int, default=80, help="of 100 M tokens each (%(default)s)")
-    fineweb.add_argument("--repo", default="willdepueoai/parameter-golf", help="Hugging Face dataset")
+    fineweb.add_argument(
+        "--variant", default="sp1024", help="tokenizer of the export (%(default)s)"
+    )
+    fineweb.add_argument(
+        "--train-shards", type=int, default=80, help="of 100 M tokens each (%(default)s)"
+    )
+    fineweb.add_argument(
+        "--repo", default="willdepueoai/parameter-golf", help="Hugging Face dataset"
+    )
     for source in (docs, text, fineweb):
         source.add_argument("--name", type=folder_name, help="first part of the dataset's name")
     args = parser.parse_args()

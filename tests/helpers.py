@@ -1,4 +1,5 @@
 """What the tests of runs, settings and data share: a tiny configuration, a small corpus, real processes."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,19 +26,42 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 NOT_INHERITED = {*SETTINGS, *train_gpt.NOT_HERE, *LAUNCHER}
 
 TINY = {
-    "NUM_LAYERS": 2, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ROPE_DIMS": 8, "VE_LAYERS": 1,
-    "VE_DIM": 8, "BIGRAM_VOCAB_SIZE": 64, "BIGRAM_DIM": 8, "MAP_ADAPTER": "lora:4", "TRAIN_SEQ_LEN": 32,
-    "EVAL_SEQ_LEN": 32, "EVAL_STRIDE": 8, "TRAIN_BATCH_TOKENS": 256, "ITERATIONS": 20, "WARMUP_STEPS": 1,
-    "WARMDOWN_ITERS": 10, "GPTQ_CALIB_BATCHES": 2, "MAX_WALLCLOCK_SECONDS": 0, "DTYPE": "float32",
+    "NUM_LAYERS": 2,
+    "MODEL_DIM": 32,
+    "NUM_HEADS": 2,
+    "NUM_KV_HEADS": 1,
+    "ROPE_DIMS": 8,
+    "VE_LAYERS": 1,
+    "VE_DIM": 8,
+    "BIGRAM_VOCAB_SIZE": 64,
+    "BIGRAM_DIM": 8,
+    "MAP_ADAPTER": "lora:4",
+    "TRAIN_SEQ_LEN": 32,
+    "EVAL_SEQ_LEN": 32,
+    "EVAL_STRIDE": 8,
+    "TRAIN_BATCH_TOKENS": 256,
+    "ITERATIONS": 20,
+    "WARMUP_STEPS": 1,
+    "WARMDOWN_ITERS": 10,
+    "GPTQ_CALIB_BATCHES": 2,
+    "MAX_WALLCLOCK_SECONDS": 0,
+    "DTYPE": "float32",
     "TRAIN_LOG_EVERY": 1,
 }
 
 # Text that a small vocabulary can only spell in bytes, and spaces that a tokenizer treats in its own way.
 UNUSUAL_DOCUMENTS = [
-    "Déjà vu: naïve café, Übergröße, smörgåsbord, ¿qué?", "日本語の文章と、中文句子。 한국어 문장도 있다.",
-    "🎉 party 👩‍👩‍👧 family 🇨🇭 flag", "  two spaces before,  two within, two after  ",
-    "\n\nlines\n\n\nand\ttabs\n", "é", " ", "🎉", "ends in bytes 🎉",
-    "a\u00a0b\u3000c\u2028d \u2581e", "<s> </s> <unk> <0x41>",
+    "Déjà vu: naïve café, Übergröße, smörgåsbord, ¿qué?",
+    "日本語の文章と、中文句子。 한국어 문장도 있다.",
+    "🎉 party 👩‍👩‍👧 family 🇨🇭 flag",
+    "  two spaces before,  two within, two after  ",
+    "\n\nlines\n\n\nand\ttabs\n",
+    "é",
+    " ",
+    "🎉",
+    "ends in bytes 🎉",
+    "a\u00a0b\u3000c\u2028d \u2581e",
+    "<s> </s> <unk> <0x41>",
 ]
 
 
@@ -45,7 +69,9 @@ UNUSUAL_DOCUMENTS = [
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
+    )
     return path
 
 
@@ -77,14 +103,31 @@ def make_corpus(folder: Path) -> Corpus:
 
     texts = sorted(set(topics.values()), key=lambda text: (len(text), text))
     validation = texts[:8] + UNUSUAL_DOCUMENTS
-    train, val = write_jsonl(folder / "train.jsonl", texts[8:]), write_jsonl(folder / "val.jsonl", validation)
-    command = [sys.executable, ROOT / "data" / "prepare.py", "--out", folder, "text", train, "--val", val,
-               "--vocab", 512]
+    train, val = (
+        write_jsonl(folder / "train.jsonl", texts[8:]),
+        write_jsonl(folder / "val.jsonl", validation),
+    )
+    command = [
+        sys.executable,
+        ROOT / "data" / "prepare.py",
+        "--out",
+        folder,
+        "text",
+        train,
+        "--val",
+        val,
+        "--vocab",
+        512,
+    ]
     subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=60)
     (dataset,) = (folder / "datasets").iterdir()
     manifest = json.loads((dataset / "manifest.json").read_text())
     tokenizer = (dataset / manifest["tokenizer"]).resolve()
-    settings = {"DATA_PATH": dataset, "TOKENIZER_PATH": tokenizer, "VOCAB_SIZE": manifest["vocab_size"]}
+    settings = {
+        "DATA_PATH": dataset,
+        "TOKENIZER_PATH": tokenizer,
+        "VOCAB_SIZE": manifest["vocab_size"],
+    }
     return Corpus(dataset, tokenizer, settings, validation)
 
 
@@ -94,14 +137,25 @@ def make_corpus(folder: Path) -> Corpus:
 def environment(settings: dict) -> dict[str, str]:
     """This process's environment with these settings and no others. One thread: sums always in one order."""
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-    return inherited | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in settings.items()}
+    return (
+        inherited
+        | {"OMP_NUM_THREADS": "1"}
+        | {name: str(value) for name, value in settings.items()}
+    )
 
 
 def start(settings: dict, launcher: tuple = (), script: Path = SCRIPT, cwd: Path | None = None):
     """A process of the script (not waited for), or of a launcher of it."""
     command = [sys.executable, *launcher, str(script)]
-    return subprocess.Popen(command, env=environment(settings), cwd=cwd, text=True, encoding="utf-8",
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        env=environment(settings),
+        cwd=cwd,
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -117,7 +171,9 @@ def run(settings: dict, launcher: tuple = (), script: Path = SCRIPT, cwd: Path |
     return finish(start(settings, launcher, script, cwd))
 
 
-def run_well(settings: dict, launcher: tuple = (), script: Path = SCRIPT, cwd: Path | None = None) -> str:
+def run_well(
+    settings: dict, launcher: tuple = (), script: Path = SCRIPT, cwd: Path | None = None
+) -> str:
     """The console output of a process that must succeed."""
     result = run(settings, launcher, script, cwd)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,4 +1,5 @@
 """tools/ablate.py, as a person runs it: a stand-in for the script where only budgets and order matter."""
+
 from __future__ import annotations
 
 import importlib
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from helpers import ROOT, SCRIPT, TINY, make_corpus
 
 for package in ("pandas", "matplotlib", "scipy"):
@@ -20,7 +22,7 @@ for package in ("pandas", "matplotlib", "scipy"):
 
 TOOL = ROOT / "tools" / "ablate.py"
 # Trains nothing: the size and the score follow from the settings, and every run leaves its environment.
-STAND_IN = '''
+STAND_IN = """
 import dataclasses, json, os, sys, time
 from pathlib import Path
 
@@ -79,7 +81,7 @@ if __name__ == "__main__":
         "steps": h.iterations, "train_seconds": 1.5, "tokens_per_second": 1000, "val_bpb_before": bpb,
         "val_bpb_roundtrip": bpb, "val_bpb_sliding_window": bpb, "bytes_total": size + 70_000,
         "bytes_code": 70_000, "trained_parameters": 10}))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,9 @@ class Place:
         self.data.mkdir()
         for name in ("fineweb_train_000000.bin", "fineweb_val_000000.bin"):
             (self.data / name).touch()
-        (self.data / "manifest.json").write_text(json.dumps({"tokenizer": "../tok.model", "vocab_size": 512}))
+        (self.data / "manifest.json").write_text(
+            json.dumps({"tokenizer": "../tok.model", "vocab_size": 512})
+        )
         (folder / "fake.py").write_text(STAND_IN)
         self.preset("a", "MODEL_DIM=64  # a comment", "ITERATIONS=7", "MAX_WALLCLOCK_SECONDS=100")
         patch.chdir(folder)
@@ -118,8 +122,13 @@ class Place:
         return self.capsys.readouterr().out
 
     def start(self, *words: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, *self.command(words)], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, encoding="utf-8")
+        return subprocess.Popen(
+            [sys.executable, *self.command(words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
 
     def rows(self) -> list[dict]:
         return self.ablate.read_results(self.out).to_dict("records")
@@ -139,22 +148,47 @@ def place(tmp_path, ablate, monkeypatch, capsys):
 def test_budget_of_tokens(place):
     for stray in ("STRAY", "MODEL_DIM", "ITERATIONS"):
         place.patch.setenv(stray, "8")
-    out = place.run("--presets", "a.env", "--set", "MODEL_DIM=96 WARMUP_STEPS=2", "--seeds", "1,2",
-                    "--budget", "tokens=1_050", "EVAL_SEQ_LEN=64", "WARMUP_STEPS=1")
+    out = place.run(
+        "--presets",
+        "a.env",
+        "--set",
+        "MODEL_DIM=96 WARMUP_STEPS=2",
+        "--seeds",
+        "1,2",
+        "--budget",
+        "tokens=1_050",
+        "EVAL_SEQ_LEN=64",
+        "WARMUP_STEPS=1",
+    )
     rows = place.rows()
     assert [(row["label"], row["seed"]) for row in rows] == [
-        ("a.env", 1), ("a.env MODEL_DIM=96 WARMUP_STEPS=2", 1), ("a.env", 2),
-        ("a.env MODEL_DIM=96 WARMUP_STEPS=2", 2)]
+        ("a.env", 1),
+        ("a.env MODEL_DIM=96 WARMUP_STEPS=2", 1),
+        ("a.env", 2),
+        ("a.env MODEL_DIM=96 WARMUP_STEPS=2", 2),
+    ]
     assert {row["family"] for row in rows} == {"a.env"}
     assert all((row["steps"], row["tokens"]) == (10, 1000) for row in rows)
     plain, changed = map(place.environment, rows[:2])
     assert (plain["ITERATIONS"], plain["MAX_WALLCLOCK_SECONDS"], plain["SEED"]) == ("10", "0", "1")
     assert (plain["MODEL_DIM"], changed["MODEL_DIM"]) == ("64", "96")
-    assert (plain["WARMUP_STEPS"], changed["WARMUP_STEPS"], plain["EVAL_SEQ_LEN"]) == ("1", "2", "64")
-    assert (plain["VOCAB_SIZE"], plain["TOKENIZER_PATH"]) == ("512", str(place.folder / "tok.model"))
+    assert (plain["WARMUP_STEPS"], changed["WARMUP_STEPS"], plain["EVAL_SEQ_LEN"]) == (
+        "1",
+        "2",
+        "64",
+    )
+    assert (plain["VOCAB_SIZE"], plain["TOKENIZER_PATH"]) == (
+        "512",
+        str(place.folder / "tok.model"),
+    )
     assert "STRAY" not in plain and plain["MALLOC_MMAP_MAX_"] == "0"
     assert "2 of 4  a.env MODEL_DIM=96 WARMUP_STEPS=2  seed 1  2 s" in out
-    assert sorted(path.name for path in place.folder.iterdir()) == ["a.env", "data", "fake.py", "out"]
+    assert sorted(path.name for path in place.folder.iterdir()) == [
+        "a.env",
+        "data",
+        "fake.py",
+        "out",
+    ]
 
 
 def test_budget_of_seconds_adds_what_the_export_keeps(place):
@@ -166,8 +200,20 @@ def test_budget_of_seconds_adds_what_the_export_keeps(place):
 
 @pytest.mark.parametrize("grows", (1.0, 1.1, 0.9))  # what the real run's bytes are of the pilot's
 def test_budget_of_bytes(place, grows):
-    place.run("--presets", "a.env", "--budget", "bytes=400_000", "--tokens", "1000", "--knob", "rank",
-              f"GROWS={grows}", "--seeds", "1,2", "MAP_ADAPTER=lora:300")
+    place.run(
+        "--presets",
+        "a.env",
+        "--budget",
+        "bytes=400_000",
+        "--tokens",
+        "1000",
+        "--knob",
+        "rank",
+        f"GROWS={grows}",
+        "--seeds",
+        "1,2",
+        "MAP_ADAPTER=lora:300",
+    )
     for row in place.rows():
         assert 0.97 * 400_000 <= row["model_bytes"] <= 400_000
         assert row["note"] == "rank=" + place.environment(row)["MAP_ADAPTER"].removeprefix("lora:")
@@ -177,26 +223,59 @@ def test_budget_of_bytes(place, grows):
 
 
 def test_budget_of_bytes_with_coarse_steps(place):
-    place.run("--presets", "a.env", "--budget", "bytes=110000", "--tokens", "1000", "--knob", "MODEL_DIM:100")
+    place.run(
+        "--presets",
+        "a.env",
+        "--budget",
+        "bytes=110000",
+        "--tokens",
+        "1000",
+        "--knob",
+        "MODEL_DIM:100",
+    )
     (row,) = place.rows()  # 33,000 bytes at 100, 123,000 at 200
     assert place.environment(row)["MODEL_DIM"] == "100"
     assert re.search(r"MODEL_DIM=100, \d\d\.\d% of the bytes.*steps of 100", row["note"])
 
 
-@pytest.mark.parametrize("budget, reason", (
-    (2000, "bytes with the knob at its least, over 2,000"),
-    (10**9, r"no more than 50,\d{3},\d{3} bytes can be had; with more, .*MODEL_DIM is over 4096"),
-))
+@pytest.mark.parametrize(
+    "budget, reason",
+    (
+        (2000, "bytes with the knob at its least, over 2,000"),
+        (
+            10**9,
+            r"no more than 50,\d{3},\d{3} bytes can be had; with more, .*MODEL_DIM is over 4096",
+        ),
+    ),
+)
 def test_budget_of_bytes_out_of_reach(place, budget, reason):
-    place.run("--presets", "a.env", "--budget", f"bytes={budget}", "--tokens", "1000", "--knob", "MODEL_DIM",
-              failed=1)
+    place.run(
+        "--presets",
+        "a.env",
+        "--budget",
+        f"bytes={budget}",
+        "--tokens",
+        "1000",
+        "--knob",
+        "MODEL_DIM",
+        failed=1,
+    )
     (row,) = place.rows()
     assert re.search(reason, row["error"])
 
 
 def test_knob_that_changes_nothing_is_named(place):
-    place.run("--presets", "a.env", "--budget", "bytes=50000", "--tokens", "1000", "--knob", "EVAL_STRIDE",
-              failed=1)
+    place.run(
+        "--presets",
+        "a.env",
+        "--budget",
+        "bytes=50000",
+        "--tokens",
+        "1000",
+        "--knob",
+        "EVAL_STRIDE",
+        failed=1,
+    )
     assert "hardly changes" in place.rows()[0]["error"]
 
 
@@ -228,7 +307,9 @@ def test_teacher_is_trained_once_a_seed(place):
     for row in rows:
         given = place.environment(row)
         if row["label"].startswith("student"):
-            teacher = json.loads((Path(given["DISTILL_FROM"]).parent / "environment.json").read_text())
+            teacher = json.loads(
+                (Path(given["DISTILL_FROM"]).parent / "environment.json").read_text()
+            )
             assert teacher["SEED"] == str(row["seed"])
             assert (teacher["ITERATIONS"], teacher["MODEL_DIM"]) == ("5", "64")
             assert "EVAL_STRIDE" not in teacher  # that is a change to the student alone
@@ -265,11 +346,22 @@ def test_what_is_there_is_not_repeated(place):
     assert "already there" not in place.run(*words)
     assert len(place.rows()) == 6
     table = (place.out / "table.md").read_text()
-    assert len(re.findall(r"^\| a\.env #\w+ \|", table, re.M)) == 2  # two scripts are never averaged
+    assert (
+        len(re.findall(r"^\| a\.env #\w+ \|", table, re.M)) == 2
+    )  # two scripts are never averaged
 
 
 def test_failure_is_a_row_and_the_others_go_on(place):
-    words = ("--presets", "a.env", "--set", "MODE=fail", "--set", "MODEL_DIM=32", "--budget", "tokens=500")
+    words = (
+        "--presets",
+        "a.env",
+        "--set",
+        "MODE=fail",
+        "--set",
+        "MODEL_DIM=32",
+        "--budget",
+        "tokens=500",
+    )
     place.run(*words, failed=1)
     assert [row["error"] for row in place.rows()] == ["", "exit status 1: error: it went wrong", ""]
     assert "seed 1337: exit status 1: error: it went wrong" in (place.out / "table.md").read_text()
@@ -291,8 +383,13 @@ def test_stopped_run_is_made_again(place, number):
     words = ("--presets", "a.env", "--set", "MODE=wait", "--budget", "tokens=500")
     process = place.start(*words)
     deadline = time.monotonic() + 30
-    while not (waiting := [path for path in (place.out / "runs").glob("*/environment.json")
-                           if '"MODE": "wait"' in path.read_text()]):
+    while not (
+        waiting := [
+            path
+            for path in (place.out / "runs").glob("*/environment.json")
+            if '"MODE": "wait"' in path.read_text()
+        ]
+    ):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
@@ -320,28 +417,70 @@ def is_run_of(cmdline: Path, out: Path) -> bool:
 # ---- Bad input ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, message", (
-    (["--presets", "nope", "--budget", "tokens=500"], r"no preset 'nope'; there are: .*random_adapters"),
-    (["--presets", "a.env", "--set", "dim=3", "--budget", "tokens=500"], "'dim=3' is not KEY=VALUE"),
-    (["--presets", "a.env", "--set", "MODEL_DIN=3", "--budget", "tokens=500"], "MODEL_DIN: no such setting"),
-    (["--presets", "a.env", "--set", "MODEL_DIM=5000", "--budget", "tokens=500"], "MODEL_DIM is over 4096"),
-    (["--presets", "a.env", "--budget", "tokens=50"], "tokens=50 is less than one step of 100 tokens"),
-    (["--presets", "a.env", "--budget", "hours=5"], "--budget needs"),
-    (["--presets", "a.env", "--budget", "tokens=0"], "--budget needs"),
-    (["--presets", "a.env", "--budget", "bytes=500"], "needs --tokens T and --knob"),
-    (["--presets", "a.env", "--budget", "tokens=500", "--knob", "rank"], "needs --tokens T and --knob"),
-    (["--presets", "a.env", "--budget", "bytes=500", "--tokens", "500", "--knob", "MODE"], "whole number"),
-    (["--presets", "a.env", "--budget", "bytes=500", "--tokens", "500", "--knob", "rank", "MAP_ADAPTER=gain"],
-     "MAP_ADAPTER with one lora:R"),
-    (["--presets", "a.env", "--budget", "tokens=500", "SEED=3"], "SEED is set by --seeds"),
-    (["--presets", "a.env", "--budget", "tokens=500", "--seeds", "1,x"], "whole numbers"),
-    (["--presets", "a.env", "--budget", "tokens=500", "--data", "."], r"no fineweb_train_\*.bin in"),
-    (["--presets", "a.env", "--budget", "tokens=500", "--compare", "a.env", "b"], "no label b"),
-    (["--presets", "a.env", "--plan", "plan", "--budget", "tokens=500"], "what to run"),
-    (["--plan", "plan", "--budget", "tokens=500"], "plan, line 2: needs label, family and preset"),
-    (["--plan", "missing", "--budget", "tokens=500"], "missing"),
-    (["--report-only"], "no results.csv"),
-))
+@pytest.mark.parametrize(
+    "words, message",
+    (
+        (
+            ["--presets", "nope", "--budget", "tokens=500"],
+            r"no preset 'nope'; there are: .*random_adapters",
+        ),
+        (
+            ["--presets", "a.env", "--set", "dim=3", "--budget", "tokens=500"],
+            "'dim=3' is not KEY=VALUE",
+        ),
+        (
+            ["--presets", "a.env", "--set", "MODEL_DIN=3", "--budget", "tokens=500"],
+            "MODEL_DIN: no such setting",
+        ),
+        (
+            ["--presets", "a.env", "--set", "MODEL_DIM=5000", "--budget", "tokens=500"],
+            "MODEL_DIM is over 4096",
+        ),
+        (
+            ["--presets", "a.env", "--budget", "tokens=50"],
+            "tokens=50 is less than one step of 100 tokens",
+        ),
+        (["--presets", "a.env", "--budget", "hours=5"], "--budget needs"),
+        (["--presets", "a.env", "--budget", "tokens=0"], "--budget needs"),
+        (["--presets", "a.env", "--budget", "bytes=500"], "needs --tokens T and --knob"),
+        (
+            ["--presets", "a.env", "--budget", "tokens=500", "--knob", "rank"],
+            "needs --tokens T and --knob",
+        ),
+        (
+            ["--presets", "a.env", "--budget", "bytes=500", "--tokens", "500", "--knob", "MODE"],
+            "whole number",
+        ),
+        (
+            [
+                "--presets",
+                "a.env",
+                "--budget",
+                "bytes=500",
+                "--tokens",
+                "500",
+                "--knob",
+                "rank",
+                "MAP_ADAPTER=gain",
+            ],
+            "MAP_ADAPTER with one lora:R",
+        ),
+        (["--presets", "a.env", "--budget", "tokens=500", "SEED=3"], "SEED is set by --seeds"),
+        (["--presets", "a.env", "--budget", "tokens=500", "--seeds", "1,x"], "whole numbers"),
+        (
+            ["--presets", "a.env", "--budget", "tokens=500", "--data", "."],
+            r"no fineweb_train_\*.bin in",
+        ),
+        (["--presets", "a.env", "--budget", "tokens=500", "--compare", "a.env", "b"], "no label b"),
+        (["--presets", "a.env", "--plan", "plan", "--budget", "tokens=500"], "what to run"),
+        (
+            ["--plan", "plan", "--budget", "tokens=500"],
+            "plan, line 2: needs label, family and preset",
+        ),
+        (["--plan", "missing", "--budget", "tokens=500"], "missing"),
+        (["--report-only"], "no results.csv"),
+    ),
+)
 def test_bad_input_is_refused_at_once(place, words, message):
     (place.folder / "plan").write_text("x f a.env\ny f\n")
     with pytest.raises((place.ablate.UserError, OSError), match=message):
@@ -389,9 +528,19 @@ def test_failed_runs_are_the_exit_status(place):
 def test_plan_table_picture_and_comparison(place):
     (place.folder / "plan").write_text(
         "# what is compared\n\nsmall  width a.env MODEL_DIM=32 # narrow\n"
-        "'rather large' width a.env MODEL_DIM=96\nother rank a.env MAP_ADAPTER=lora:8\n")
-    out = place.run("--plan", "plan", "--budget", "tokens=500", "--seeds", "1,2,3",
-                    "--compare", "small", "rather large")
+        "'rather large' width a.env MODEL_DIM=96\nother rank a.env MAP_ADAPTER=lora:8\n"
+    )
+    out = place.run(
+        "--plan",
+        "plan",
+        "--budget",
+        "tokens=500",
+        "--seeds",
+        "1,2,3",
+        "--compare",
+        "small",
+        "rather large",
+    )
     difference = "small − rather large: 0.0077 ± 0.0006 bpb, n = 3, paired t-test p = 0.0023"
     table = (place.out / "table.md").read_text()
     assert difference in out and difference in table
@@ -411,15 +560,30 @@ def test_plan_table_picture_and_comparison(place):
 
 
 def test_one_seed_has_no_deviation(place):
-    out = place.run("--presets", "a.env", "--set", "MODEL_DIM=96", "--budget", "tokens=500", "--compare",
-                    "a.env", "a.env MODEL_DIM=96", "--seeds", "10")
+    out = place.run(
+        "--presets",
+        "a.env",
+        "--set",
+        "MODEL_DIM=96",
+        "--budget",
+        "tokens=500",
+        "--compare",
+        "a.env",
+        "a.env MODEL_DIM=96",
+        "--seeds",
+        "10",
+    )
     assert "a.env − a.env MODEL_DIM=96: 0.0064 bpb, n = 1\n" in out
 
 
 def test_missing_package_is_named(tmp_path):
     (tmp_path / "pandas.py").write_text("raise ImportError('no pandas', name='pandas')")
-    result = subprocess.run([sys.executable, str(TOOL), "--help"], capture_output=True, text=True,
-                            env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    result = subprocess.run(
+        [sys.executable, str(TOOL), "--help"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
     assert result.returncode == 1
     assert result.stderr == "error: pandas is missing: pip install -r tools/requirements.txt\n"
 
@@ -430,9 +594,24 @@ def test_missing_package_is_named(tmp_path):
 def test_real_script(tmp_path):
     corpus = make_corpus(tmp_path)
     settings = TINY | {"NUM_LAYERS": 1, "MODEL_DIM": 16, "VE_LAYERS": 0, "EVAL_STRIDE": 32}
-    (tmp_path / "tiny.env").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
-    command = [sys.executable, TOOL, "--out", tmp_path / "out", "--presets", "tiny.env", "--data",
-               corpus.folder, "--script", SCRIPT, "--budget", "tokens=1100", "OMP_NUM_THREADS=1"]
+    (tmp_path / "tiny.env").write_text(
+        "".join(f"{key}={value}\n" for key, value in settings.items())
+    )
+    command = [
+        sys.executable,
+        TOOL,
+        "--out",
+        tmp_path / "out",
+        "--presets",
+        "tiny.env",
+        "--data",
+        corpus.folder,
+        "--script",
+        SCRIPT,
+        "--budget",
+        "tokens=1100",
+        "OMP_NUM_THREADS=1",
+    ]
     command = list(map(str, command))
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
     assert result.returncode == 0, result.stdout + result.stderr

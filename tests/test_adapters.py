@@ -1,4 +1,5 @@
 """Bases, adapters and what else a row of the map table can ask for, against plain restatements in float64."""
+
 from __future__ import annotations
 
 import copy
@@ -132,7 +133,9 @@ def test_other_hadamard_maps_are_nearly_orthogonal(shape):
     values = torch.linalg.svdvals(drawn)
     assert values.max() <= entry * math.sqrt(size) + 1e-12
     tall = drawn if shape[0] >= shape[1] else drawn.T
-    cosines = (tall.T @ tall) / (entry**2 * len(tall)) - torch.eye(tall.size(1), dtype=torch.float64)
+    cosines = (tall.T @ tall) / (entry**2 * len(tall)) - torch.eye(
+        tall.size(1), dtype=torch.float64
+    )
     assert cosines.abs().max() < 6 * math.sqrt((1 - len(tall) / size) / len(tall)) + 1e-12
     assert torch.linalg.matrix_rank(drawn) >= 0.9 * min(shape)
 
@@ -168,13 +171,26 @@ def test_what_adapters_draw_is_what_artifacts_were_made_with():
     vera, sparse = train_gpt.VeRA(row, 3), train_gpt.Sparse(row, 0.2)
     assert sha256(vera.A) == "d9de1af6d9b599cf5675cd3f79a446b7a690b7ed2f9683b02e25132f60b3ae6a"
     assert sha256(vera.B) == "8e2750bbfc40c042e92f49b925b2fca4e25efe9a3bbd8c1a9aea6e981d55ae2f"
-    assert sha256(sparse.support) == "51755b379b60a3d4a4f28f15945dd8728c24f50e279b7f3548f2bdc143dc94b4"
+    assert (
+        sha256(sparse.support) == "51755b379b60a3d4a4f28f15945dd8728c24f50e279b7f3548f2bdc143dc94b4"
+    )
 
 
 # ---- Linear layers -----------------------------------------------------------------------------------------
 
-ADAPTERS = ["none", "lora:3", "rslora:3", "vera:3", "sparse:0.3", "mask", "lora:2+sparse:0.4", "mask+lora:2",
-            "vera:2+rslora:4", "sparse:0.2+vera:2+lora:1", "mask+sparse:0.3+vera:3+rslora:2+lora:4"]
+ADAPTERS = [
+    "none",
+    "lora:3",
+    "rslora:3",
+    "vera:3",
+    "sparse:0.3",
+    "mask",
+    "lora:2+sparse:0.4",
+    "mask+lora:2",
+    "vera:2+rslora:4",
+    "sparse:0.2+vera:2+lora:1",
+    "mask+sparse:0.3+vera:3+rslora:2+lora:4",
+]
 
 
 def squared(y: torch.Tensor) -> torch.Tensor:
@@ -191,7 +207,9 @@ def made(row: train_gpt.MapRow, bias: bool = False) -> train_gpt.Linear:
     return layer
 
 
-def textbook(layer: train_gpt.Linear, row: train_gpt.MapRow, p: dict, x: torch.Tensor, activation=None):
+def textbook(
+    layer: train_gpt.Linear, row: train_gpt.MapRow, p: dict, x: torch.Tensor, activation=None
+):
     """Each adapter as its paper has it: a path of its own beside that of the map."""
     w = p.get("weight", layer.weight)
     y = torch.zeros(*x.shape[:-1], row.out_features, dtype=torch.float64)
@@ -220,7 +238,9 @@ def textbook(layer: train_gpt.Linear, row: train_gpt.MapRow, p: dict, x: torch.T
 def same_as_the_textbook(row: train_gpt.MapRow, bias: bool, activation) -> None:
     layer, x = made(row, bias), normal(2, 3, row.in_features, seed=2).requires_grad_()
     p = {name: value.detach().clone() for name, value in layer.named_parameters()}
-    if "mask.scores" in p:  # the mask is what is differentiated: scores get the gradient of their bits
+    if (
+        "mask.scores" in p
+    ):  # the mask is what is differentiated: scores get the gradient of their bits
         p["mask.scores"] = (p["mask.scores"] > 0).double()
     p = {name: value.requires_grad_() for name, value in p.items()}
     y, expected = layer(x, activation=activation), textbook(layer, row, p, x, activation)
@@ -235,8 +255,11 @@ def same_as_the_textbook(row: train_gpt.MapRow, bias: bool, activation) -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize(("basis", "shape"), [
-    ("uniform", (12, 9)), ("uniform", (6, 14)), ("learned", (12, 9))], ids=["tall", "wide", "learned"])
+@pytest.mark.parametrize(
+    ("basis", "shape"),
+    [("uniform", (12, 9)), ("uniform", (6, 14)), ("learned", (12, 9))],
+    ids=["tall", "wide", "learned"],
+)
 def test_a_linear_map_and_its_gradients_are_the_textbooks(adapter, basis, shape):
     """With every scale and gate. A learned map beside adapters takes a dense gradient through the product."""
     for scale, gate, bias in itertools.product(("none", "map", "row"), (None, 0.5), (False, True)):
@@ -245,15 +268,26 @@ def test_a_linear_map_and_its_gradients_are_the_textbooks(adapter, basis, shape)
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e9], ids=["thin", "dense"])
-@pytest.mark.parametrize(("basis", "adapters"), [
-    ("uniform", ("lora:2", "lora:1+rslora:3", "lora:4")), ("uniform", ("lora:2", "none", "vera:3")),
-    ("uniform", ("none", "none", "none")), ("learned", ("none", "none", "none"))])
-def test_maps_of_one_input_by_one_product_are_the_maps_one_by_one(basis, adapters, ridge, monkeypatch):
+@pytest.mark.parametrize(
+    ("basis", "adapters"),
+    [
+        ("uniform", ("lora:2", "lora:1+rslora:3", "lora:4")),
+        ("uniform", ("lora:2", "none", "vera:3")),
+        ("uniform", ("none", "none", "none")),
+        ("learned", ("none", "none", "none")),
+    ],
+)
+def test_maps_of_one_input_by_one_product_are_the_maps_one_by_one(
+    basis, adapters, ridge, monkeypatch
+):
     """With other ranks, scales and gates in each, whichever way the gradients of the factors are computed."""
     monkeypatch.setitem(train_gpt.RIDGE, "cpu", ridge)
-    maps = [made(train_gpt.MapRow("", rows, 8, basis, seed, 7, adapter=adapter, scale=scale, gate=gate))
-            for seed, (rows, adapter, scale, gate) in enumerate(zip(
-                (6, 4, 4), adapters, ("none", "row", "map"), (0.5, None, 2.0)))]
+    maps = [
+        made(train_gpt.MapRow("", rows, 8, basis, seed, 7, adapter=adapter, scale=scale, gate=gate))
+        for seed, (rows, adapter, scale, gate) in enumerate(
+            zip((6, 4, 4), adapters, ("none", "row", "map"), (0.5, None, 2.0))
+        )
+    ]
     x, factor = normal(2, 3, 8).requires_grad_(), normal(14, seed=1).requires_grad_()
     learned = [x, factor, *(p for each in maps for p in each.parameters())]
     apart = torch.cat([each(x) for each in maps], -1) * factor
@@ -264,9 +298,15 @@ def test_maps_of_one_input_by_one_product_are_the_maps_one_by_one(basis, adapter
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("ridge", "rows", "columns", "rank", "thin"), [
-    (264.0, 512, 512, 32, False), (264.0, 4096, 4096, 32, True),  # an H100: memory bounds thin products
-    (20.0, 256, 256, 32, True), (20.0, 256, 256, 128, False)])  # a CPU: FLOPs decide
+@pytest.mark.parametrize(
+    ("ridge", "rows", "columns", "rank", "thin"),
+    [
+        (264.0, 512, 512, 32, False),
+        (264.0, 4096, 4096, 32, True),  # an H100: memory bounds thin products
+        (20.0, 256, 256, 32, True),
+        (20.0, 256, 256, 128, False),
+    ],
+)  # a CPU: FLOPs decide
 def test_the_cheaper_gradient_is_chosen_by_count(ridge, rows, columns, rank, thin, monkeypatch):
     monkeypatch.setitem(train_gpt.RIDGE, "meta", ridge)
     shapes = (rows, columns), (rows, rank), (rank, columns)
@@ -275,7 +315,10 @@ def test_the_cheaper_gradient_is_chosen_by_count(ridge, rows, columns, rank, thi
 
 
 def test_one_vector_goes_through_a_map_and_back():
-    layer, x = made(train_gpt.MapRow("", 6, 5, "uniform", 4, adapter="lora:2")), normal(5).requires_grad_()
+    layer, x = (
+        made(train_gpt.MapRow("", 6, 5, "uniform", 4, adapter="lora:2")),
+        normal(5).requires_grad_(),
+    )
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, (layer.weight.double() + layer.lora.A @ layer.lora.B).sum(0))
 
@@ -329,11 +372,15 @@ def test_a_new_mask_keeps_half_of_its_map_and_the_length_of_the_output():
     layer = train_gpt.Linear(train_gpt.MapRow("", 200, 200, "gaussian", 4, adapter="mask"))
     assert (layer.mask.scores > 0).double().mean() == pytest.approx(0.5, abs=0.02)
     x = torch.randn(50, 200)
-    assert layer(x).detach().norm() / (x @ layer.weight.float().T).norm() == pytest.approx(1, abs=0.05)
+    assert layer(x).detach().norm() / (x @ layer.weight.float().T).norm() == pytest.approx(
+        1, abs=0.05
+    )
 
 
-@pytest.mark.parametrize(("density", "in_features", "count"), [
-    (0.1, 40, 4), (0.3, 9, 3), (1.0, 9, 9), (1 / 9, 9, 1), (0.25, 10, 2)])
+@pytest.mark.parametrize(
+    ("density", "in_features", "count"),
+    [(0.1, 40, 4), (0.3, 9, 3), (1.0, 9, 9), (1 / 9, 9, 1), (0.25, 10, 2)],
+)
 def test_places_of_a_sparse_adapter_are_a_share_of_each_row(density, in_features, count):
     row = train_gpt.MapRow("", 30, in_features, "uniform", 4)
     sparse = train_gpt.Sparse(row, density)
@@ -375,6 +422,7 @@ def test_every_adapter_reduces_an_error_by_gradients(adapter):
 @pytest.fixture(scope="session")
 def variant(settings):
     """variant(**changes): settings without the published variables, so that every column may be given."""
+
     def build(**changes) -> train_gpt.Hyperparameters:
         h = settings()
         shared = {key: value for key, value in vars(h).items() if key in h.model_settings()}
@@ -382,12 +430,16 @@ def variant(settings):
         shared |= {name: getattr(h, name) for name in names}
         for name in ("map_basis", "map_adapter"):
             shared.pop(name)
-        return train_gpt.Hyperparameters(environment={}, **(shared | {"map_adapter": "none"} | changes))
+        return train_gpt.Hyperparameters(
+            environment={}, **(shared | {"map_adapter": "none"} | changes)
+        )
+
     return build
 
 
-@pytest.mark.parametrize("adapter", ["lora:4", "rslora:4", "vera:4", "sparse:0.2",
-                                     "sparse:0.1+lora:2+vera:3"])
+@pytest.mark.parametrize(
+    "adapter", ["lora:4", "rslora:4", "vera:4", "sparse:0.2", "sparse:0.1+lora:2+vera:3"]
+)
 @pytest.mark.parametrize("scale", ["none", "map", "row"])
 def test_a_new_model_computes_as_its_bare_maps_do(variant, adapter, scale):
     """Whatever is learned, beside whichever maps, begins as no change."""
@@ -406,10 +458,15 @@ def test_a_new_model_computes_as_its_bare_maps_do(variant, adapter, scale):
 
 @pytest.mark.parametrize("adapter", [a for a in ADAPTERS if a != "none"])
 def test_nothing_random_is_saved(variant, adapter):
-    model = train_gpt.make_model(variant(map_basis="gaussian", map_adapter=adapter, map_scale="map"))
+    model = train_gpt.make_model(
+        variant(map_basis="gaussian", map_adapter=adapter, map_scale="map")
+    )
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
-    assert not any(name.endswith((".weight", ".support", "vera.A", "vera.B"))
-                   for name in model.state_dict() if name.startswith("blocks."))
+    assert not any(
+        name.endswith((".weight", ".support", "vera.A", "vera.B"))
+        for name in model.state_dict()
+        if name.startswith("blocks.")
+    )
 
 
 def test_vera_shares_its_factors_between_maps_of_one_shape(variant):
@@ -448,8 +505,23 @@ def test_the_fingerprint_is_of_all_that_seeds_drew(variant, adapter):
     assert changed.fingerprint() != model.fingerprint()
 
 
-@pytest.mark.parametrize("bad", ["lora:0", "lora:17", "lora", "lora:2.5", "vera:-1", "sparse:0", "sparse:1.1",
-                                 "sparse", "mask:3", "dora:4", "lora:4+", ""])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "lora:0",
+        "lora:17",
+        "lora",
+        "lora:2.5",
+        "vera:-1",
+        "sparse:0",
+        "sparse:1.1",
+        "sparse",
+        "mask:3",
+        "dora:4",
+        "lora:4+",
+        "",
+    ],
+)
 def test_adapters_that_fit_no_map_are_refused(variant, bad):
     """The narrowest map is 16 wide."""
     with pytest.raises(train_gpt.UserError, match="MAP_ADAPTER"):
@@ -464,21 +536,28 @@ def test_an_adapter_named_twice_is_refused_or_there_twice(variant):
 
 def test_zero_is_zero_however_it_is_written():
     """Published scripts have 0.0 as the share that freezes nothing."""
-    whole, decimal = (train_gpt.Hyperparameters(environment={"PROGRESSIVE_FREEZE_FRAC": text})
-                      for text in ("0", "0.0"))
+    whole, decimal = (
+        train_gpt.Hyperparameters(environment={"PROGRESSIVE_FREEZE_FRAC": text})
+        for text in ("0", "0.0")
+    )
     assert {row.basis for row in decimal.maps} == {row.basis for row in whole.maps}
 
 
 # ---- Artifact ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shapes", [[(1, 1)], [(1, 7)], [(1, 8)], [(1, 9)], [(3, 5), (4, 4), (1, 1), (7, 11)],
-                                    [(13, 21)] * 3])
+@pytest.mark.parametrize(
+    "shapes",
+    [[(1, 1)], [(1, 7)], [(1, 8)], [(1, 9)], [(3, 5), (4, 4), (1, 1), (7, 11)], [(13, 21)] * 3],
+)
 def test_masks_survive_the_artifact_exactly(shapes):
     """Also those whose size is no multiple of 8, among tensors of other kinds."""
     torch.manual_seed(0)
     masks = {f"blocks.{i}.mask.scores": torch.rand(shape) > 0.4 for i, shape in enumerate(shapes)}
-    others = {"gate": torch.randn(5), "a.weight": train_gpt.Quantizer(6, 10.0).gptq(torch.randn(4, 6), None)}
+    others = {
+        "gate": torch.randn(5),
+        "a.weight": train_gpt.Quantizer(6, 10.0).gptq(torch.randn(4, 6), None),
+    }
     blob, sizes = train_gpt.write_artifact({}, masks | others)
     header, tensors = train_gpt.read_artifact(blob)
     assert tensors.keys() == (masks | others).keys()
@@ -511,14 +590,23 @@ def test_a_sparse_adapter_is_rounded_without_a_hessian():
     x = torch.randn(100, 20)
     quantizers = train_gpt.quantizers_of(train_gpt.Hyperparameters())
     codes = layer.sparse.quantize(quantizers, x.T @ x)["values"]
-    assert torch.equal(codes.codes, quantizers[train_gpt.MATRIX].gptq(layer.sparse.values.data, None).codes)
+    assert torch.equal(
+        codes.codes, quantizers[train_gpt.MATRIX].gptq(layer.sparse.values.data, None).codes
+    )
     assert layer.lora.quantize(quantizers, x.T @ x).keys() == {"A", "B"}
 
 
 def test_stored_bytes_of_each_kind():
     """Literals: 10 x 6 with codes and exponents of a byte, floats of two and masks of a bit."""
-    expected = {"none": 0, "lora:3": 30 + 10 + 18 + 3, "rslora:1": 10 + 10 + 6 + 1, "vera:3": 2 * 13,
-                "sparse:0.5": 30 + 10, "mask": 8, "mask+lora:1": 8 + 27}
+    expected = {
+        "none": 0,
+        "lora:3": 30 + 10 + 18 + 3,
+        "rslora:1": 10 + 10 + 6 + 1,
+        "vera:3": 2 * 13,
+        "sparse:0.5": 30 + 10,
+        "mask": 8,
+        "mask+lora:1": 8 + 27,
+    }
     for adapter, size in expected.items():
         row = train_gpt.MapRow("", 10, 6, "uniform", 4, adapter=adapter)
         assert train_gpt.stored_bytes(train_gpt.Linear(row)) == size, adapter
@@ -531,7 +619,9 @@ def test_stored_bytes_of_each_kind():
 # ---- Freezing ----------------------------------------------------------------------------------------------
 
 
-def steps_of(model: train_gpt.LanguageModel, optimizers: train_gpt.Optimizers, count: int, first: int = 0):
+def steps_of(
+    model: train_gpt.LanguageModel, optimizers: train_gpt.Optimizers, count: int, first: int = 0
+):
     for step in range(first, first + count):
         model(tokens(4, 16, seed=step), tokens(4, 16, seed=step + 100)).backward()
         optimizers.step(step, 1.0)
@@ -549,8 +639,12 @@ def begun(h: train_gpt.Hyperparameters, processes) -> tuple:
 
 
 def test_the_state_of_frozen_maps_is_freed_and_that_of_the_others_stays(variant, processes):
-    h = variant(map_basis="learned,attention=uniform", map_adapter="attention=lora:2+sparse:0.2",
-                map_scale="attention=row", map_freeze="mlp.in=0.5,attention@1=0.5")
+    h = variant(
+        map_basis="learned,attention=uniform",
+        map_adapter="attention=lora:2+sparse:0.2",
+        map_scale="attention=row",
+        map_freeze="mlp.in=0.5,attention@1=0.5",
+    )
     model, stages, optimizers = begun(h, processes)
     stages.enter(0.5)
     names = {p: name for name, p in model.named_parameters()}
@@ -583,8 +677,16 @@ def test_those_that_go_on_move_as_if_nothing_had_been_forgotten(variant, process
                 for name, p in model.named_parameters():
                     p.grad = None if name.endswith("mlp.fc.weight") else p.grad
                 optimizers.step(step, 1.0)
-        ends.append((model.state_dict(), {name: optimizers.muon.state[p] | optimizers.adam.state[p]
-                                          for name, p in model.named_parameters() if p.requires_grad}))
+        ends.append(
+            (
+                model.state_dict(),
+                {
+                    name: optimizers.muon.state[p] | optimizers.adam.state[p]
+                    for name, p in model.named_parameters()
+                    if p.requires_grad
+                },
+            )
+        )
     (weights, states), (expected_weights, expected_states) = ends
     for name, value in weights.items():
         assert torch.equal(value, expected_weights[name]), name
@@ -613,7 +715,11 @@ def test_averages_leave_frozen_tensors_as_they_stand(variant):
     for name, (kept, mean) in found.items():
         assert torch.equal(kept, torch.full((3,), 4.0)), name
         assert kept.data_ptr() != frozen.data_ptr(), "a candidate is a copy"
-        weights = {"last": [0] * 7 + [1], "swa": [1] * 8, "ema": [0.9 ** (7 - i) for i in range(8)]}[name]
+        weights = {
+            "last": [0] * 7 + [1],
+            "swa": [1] * 8,
+            "ema": [0.9 ** (7 - i) for i in range(8)],
+        }[name]
         expected = sum(w * value for w, value in zip(weights, seen)) / sum(weights)
         torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -696,12 +802,16 @@ def test_members_of_an_ensemble_learn_each_for_itself(ensemble, teaching):
     ids, targets = tokens(2, 16), tokens(2, 16, seed=1)
     taught = normal(2, 16, 64).float() if teaching else None
     first = torch.autograd.grad(model(ids, targets, taught), list(model.members[0].parameters()))
-    alone = torch.autograd.grad(model.members[0](ids, targets, taught), list(model.members[0].parameters()))
+    alone = torch.autograd.grad(
+        model.members[0](ids, targets, taught), list(model.members[0].parameters())
+    )
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for p in changed.members[1].parameters():
             p.add_(torch.randn_like(p))
-    second = torch.autograd.grad(changed(ids, targets, taught), list(changed.members[0].parameters()))
+    second = torch.autograd.grad(
+        changed(ids, targets, taught), list(changed.members[0].parameters())
+    )
     for a, b, c in zip(first, second, alone):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c / 2)
@@ -724,8 +834,10 @@ def test_members_of_an_ensemble_have_maps_and_weights_of_their_own(variant):
 def order_of(model: train_gpt.GPT) -> list[int]:
     """The layers that really run, one after the other."""
     seen = []
-    hooks = [block.register_forward_pre_hook(lambda *_, layer=i: seen.append(layer))
-             for i, block in enumerate(model.blocks)]
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, layer=i: seen.append(layer))
+        for i, block in enumerate(model.blocks)
+    ]
     with torch.no_grad():
         model.hidden(tokens(1, 8))
     for hook in hooks:
@@ -733,13 +845,21 @@ def order_of(model: train_gpt.GPT) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize(("layers", "recurring", "times", "expected"), [
-    (11, "3-5", 3, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]),
-    (4, "0", 2, [0, 0, 1, 2, 3]), (4, "3", 4, [0, 1, 2, 3, 3, 3, 3]), (3, "0-2", 2, [0, 1, 2, 0, 1, 2]),
-    (4, "1-2", 1, [0, 1, 2, 3]), (4, "", 3, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("layers", "recurring", "times", "expected"),
+    [
+        (11, "3-5", 3, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (4, "0", 2, [0, 0, 1, 2, 3]),
+        (4, "3", 4, [0, 1, 2, 3, 3, 3, 3]),
+        (3, "0-2", 2, [0, 1, 2, 0, 1, 2]),
+        (4, "1-2", 1, [0, 1, 2, 3]),
+        (4, "", 3, [0, 1, 2, 3]),
+    ],
+)
 def test_layers_recur_in_this_order(variant, layers, recurring, times, expected):
-    model = train_gpt.make_model(variant(num_layers=layers, recur_layers=recurring, recur_times=times,
-                                         ve_layers="0"))
+    model = train_gpt.make_model(
+        variant(num_layers=layers, recur_layers=recurring, recur_times=times, ve_layers="0")
+    )
     assert order_of(model) == expected
     model.recurs = False
     assert order_of(model) == list(range(layers))
@@ -757,11 +877,21 @@ def test_recurrence_begins_at_its_share_of_training(variant):
 
 
 @pytest.mark.parametrize("gated", [0, 1])
-@pytest.mark.parametrize(("layers", "recurring"), [(6, ""), (5, ""), (6, "2-3"), (6, "1"), (6, "4")])
+@pytest.mark.parametrize(
+    ("layers", "recurring"), [(6, ""), (5, ""), (6, "2-3"), (6, "1"), (6, "4")]
+)
 def test_skips_pair_the_halves_with_recurrence_too(variant, random_model, gated, layers, recurring):
     """Layer n/2 + i adds what left layer n/2 - 1 - i last, whenever it runs. Blocks are taken as they are."""
-    h = variant(num_layers=layers, recur_layers=recurring, recur_times=3, ve_enabled=0, map_adapter="lora:4",
-                skip_gates_enabled=gated, bigram_vocab_size=0, smear_enabled=0)
+    h = variant(
+        num_layers=layers,
+        recur_layers=recurring,
+        recur_times=3,
+        ve_enabled=0,
+        map_adapter="lora:4",
+        skip_gates_enabled=gated,
+        bigram_vocab_size=0,
+        smear_enabled=0,
+    )
     model, ids, half = random_model(h).double(), tokens(2, 8), layers // 2
     model.embedding.dtype = torch.float64
     order = list(range(layers))
@@ -786,7 +916,9 @@ def test_skips_pair_the_halves_with_recurrence_too(variant, random_model, gated,
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_a_block_runs_its_parts_side_by_side_or_one_after_the_other(variant, random_model, parallel):
+def test_a_block_runs_its_parts_side_by_side_or_one_after_the_other(
+    variant, random_model, parallel
+):
     h = variant(parallel_from=1 if parallel else 4, map_adapter="lora:4")
     model = random_model(h, torch.float64)
     x, x0, first = normal(2, 5, 32), normal(2, 5, 32, seed=1), normal(2, 5, h.kv_dim, seed=2)
@@ -800,7 +932,10 @@ def test_a_block_runs_its_parts_side_by_side_or_one_after_the_other(variant, ran
             attended, values = block.attention(seen, once, rope, None, first)
             after = mixed + block.attention_scale * attended
             if not (parallel and layer >= 1):
-                seen = after / (after.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+                seen = (
+                    after
+                    / (after.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+                )
                 seen = seen / math.sqrt(layer + 1)
             expected = after + block.mlp_scale * block.mlp(seen)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
@@ -809,8 +944,13 @@ def test_a_block_runs_its_parts_side_by_side_or_one_after_the_other(variant, ran
 
 @pytest.mark.parametrize("adapter", ["none", "lora:4", "sparse:0.2+lora:4"])
 def test_the_gated_mlp_is_geglu(variant, random_model, adapter):
-    h = variant(mlp_gated=1, map_basis="mlp=gaussian", map_adapter=adapter, map_scale="row",
-                map_gate="mlp.in=0.5,mlp.proj=1")
+    h = variant(
+        mlp_gated=1,
+        map_basis="mlp=gaussian",
+        map_adapter=adapter,
+        map_scale="row",
+        map_gate="mlp.in=0.5,mlp.proj=1",
+    )
     mlp, x = random_model(h, torch.float64).blocks[1].mlp, normal(2, 5, 32)
 
     def dense(layer):

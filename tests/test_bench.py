@@ -1,4 +1,5 @@
 """The measuring programs of bench/: the textbook's model is ours, and every program runs."""
+
 from __future__ import annotations
 
 import os
@@ -52,8 +53,10 @@ def test_muon_matrix_by_matrix_is_ours():
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 4), (8, 4), (4, 12))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    muons = [train_gpt.Muon(ours, lr=0.1, momentum=0.9, backend_steps=5, weight_decay=0.1),
-             textbook.Muon(theirs, lr=0.1, momentum=0.9, steps=5, weight_decay=0.1)]
+    muons = [
+        train_gpt.Muon(ours, lr=0.1, momentum=0.9, backend_steps=5, weight_decay=0.1),
+        textbook.Muon(theirs, lr=0.1, momentum=0.9, steps=5, weight_decay=0.1),
+    ]
     for _ in range(3):
         for p, q in zip(ours, theirs):
             p.grad = torch.randn_like(p)
@@ -81,12 +84,18 @@ def test_the_textbooks_step_is_ours(settings, random_model, batches):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program_runs_and_prints_its_table(program):
-    kept = {"OMP_NUM_THREADS": "1"} | common.KEEP_FREED_MEMORY  # so that it need not start itself again
+    kept = {
+        "OMP_NUM_THREADS": "1"
+    } | common.KEEP_FREED_MEMORY  # so that it need not start itself again
     command = [sys.executable, str(ROOT / "bench" / f"{program}.py"), "--smoke"]
-    result = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(
+        command, env=os.environ | kept, capture_output=True, text=True, timeout=100
+    )
     assert result.returncode == 0, result.stderr
     assert f"# {program}.py: smoke run" in result.stdout
     assert f"torch {torch.__version__}" in result.stdout
     first = "part" if program == "roofline" else "what"
     header = result.stdout.index(f"| {first} |")
-    assert len(result.stdout[header:].split("\n\n")[0].splitlines()) >= 4  # header, rule, and some rows
+    assert (
+        len(result.stdout[header:].split("\n\n")[0].splitlines()) >= 4
+    )  # header, rule, and some rows

@@ -1,5 +1,6 @@
 """tools/check.py on an honest tiny run, which passes, and on falsified copies, each of which fails where it
 lies and nowhere else."""
+
 from __future__ import annotations
 
 import hashlib
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers import ROOT, SCRIPT, TINY, environment, make_corpus, run_well
 
 TOOL = ROOT / "tools" / "check.py"
@@ -31,7 +33,16 @@ def corpus(tmp_path_factory):
 def honest(corpus, tmp_path_factory) -> Path:
     """The folder of a run, made once."""
     runs = tmp_path_factory.mktemp("runs")
-    run_well({**TINY, **corpus.settings, "ITERATIONS": 6, "SEED": 42, "OUTPUT_DIR": runs, "RUN_ID": "honest"})
+    run_well(
+        {
+            **TINY,
+            **corpus.settings,
+            "ITERATIONS": 6,
+            "SEED": 42,
+            "OUTPUT_DIR": runs,
+            "RUN_ID": "honest",
+        }
+    )
     return runs / "honest"
 
 
@@ -42,9 +53,14 @@ def remembered(tmp_path_factory):
     run_child = check.run_child
 
     def remember(task: str, folder: Path, settings: dict, timeout: float) -> dict:
-        contents = [(str(path.relative_to(folder)), path.read_bytes())
-                    for path in sorted(folder.rglob("*")) if path.is_file()]
-        key = hashlib.sha256(repr((task, contents, sorted(settings.items()), check.namespace())).encode())
+        contents = [
+            (str(path.relative_to(folder)), path.read_bytes())
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+        key = hashlib.sha256(
+            repr((task, contents, sorted(settings.items()), check.namespace())).encode()
+        )
         kept = store / key.hexdigest()
         if kept.name not in known:
             known[kept.name] = run_child(task, folder, settings, timeout)
@@ -89,8 +105,11 @@ def rewrite(folder: Path, **changes: str) -> check.Submission:
     replace(log, SCRIPT.read_text(encoding="utf-8"), script)
     (folder / "train_gpt.py").write_text(script, encoding="utf-8")
     code, model = len(script.encode()), (folder / "model.int6.ptz").stat().st_size
-    replace(log, f"artifact code {SCRIPT.stat().st_size:,} + model {model:,}",
-            f"artifact code {code:,} + model {model:,}")
+    replace(
+        log,
+        f"artifact code {SCRIPT.stat().st_size:,} + model {model:,}",
+        f"artifact code {code:,} + model {model:,}",
+    )
     claim(folder, bytes_code=code, bytes_total=code + model)
     return check.Submission(folder, check.Options())
 
@@ -106,7 +125,9 @@ def verdicts(capsys, folder: Path, *arguments: str) -> tuple[int, dict[str, str]
 
 
 def others_pass(found: dict[str, str], *failing: str) -> bool:
-    return all(verdict == ("FAIL" if name in failing else "pass") for name, verdict in found.items())
+    return all(
+        verdict == ("FAIL" if name in failing else "pass") for name, verdict in found.items()
+    )
 
 
 # ---- The whole command -------------------------------------------------------------------------------------
@@ -131,6 +152,7 @@ def lines(old: str, new: str):
         text, count = re.subn(old, new, path.read_text(encoding="utf-8"), flags=re.M)
         assert count
         path.write_text(text, encoding="utf-8")
+
     return change
 
 
@@ -140,10 +162,17 @@ def over_the_time(folder: Path) -> None:
     milliseconds = round(1000 * seconds)
     claim(folder, train_seconds=700.0, tokens_per_second=round(steps * 256 / 700))
     log = folder / "train.log"
-    before = [line for line in log.read_text("utf-8").splitlines() if f"train_time:{milliseconds}ms " in line]
+    before = [
+        line
+        for line in log.read_text("utf-8").splitlines()
+        if f"train_time:{milliseconds}ms " in line
+    ]
     average = before[-1].rpartition("step_avg:")[2]
-    replace(log, f"train_time:{milliseconds}ms step_avg:{average}",
-            f"train_time:700000ms step_avg:{700_000 / steps:.2f}ms")
+    replace(
+        log,
+        f"train_time:{milliseconds}ms step_avg:{average}",
+        f"train_time:700000ms step_avg:{700_000 / steps:.2f}ms",
+    )
 
 
 def another_score(folder: Path) -> None:
@@ -153,29 +182,51 @@ def another_score(folder: Path) -> None:
     claim(folder, val_bpb=bpb - 0.01, val_bpb_sliding_window=bpb - 0.01)
 
 
-@pytest.mark.parametrize("falsify, failing, says", [
-    (figures(bytes_total=100_000), ["size"], "bytes_total 100,000, not"),
-    (figures(bytes_code=70_000), ["size"], "bytes_code 70,000, not"),
-    (figures(val_bpb=1.05), ["evaluation", "agreement"], "submission.json has val_bpb 1.05000000"),
-    (figures(val_bpb_roundtrip=1.05), ["agreement"], "val_bpb_roundtrip"),
-    (figures(dataset="fineweb"), ["agreement"], "dataset: fineweb and"),
-    (another_score, ["evaluation", "bytes"], "train.log has val_bpb"),
-    (over_the_time, ["seconds"], "FAIL training and export over 600 s; training 700"),
-    (figures(train_seconds=0.001), ["seconds"], "the log's clock ends at"),
-    (figures(export_seconds=601), ["seconds"], "training and export over 600 s"),
-    (figures(eval_seconds=601), ["seconds"], "FAIL evaluation over 600 s"),
-    (figures(eval_seconds=0.001), ["seconds"], "the log's evaluations took"),
-    (figures(steps=7), ["seconds"], "the log ends at step 6, submission.json at 7"),
-    (figures(tokens_per_second=10**9), ["seconds"], "1,000,000,000 a second"),
-    (figures(export_seconds=-1), ["seconds"], "a time is negative"),
-    (lines(r"^(step:3/.*step_avg:)", r"\g<1>9"), ["seconds"], "step_avg × steps is not train_time"),
-    (lines(r"^(step:3/.*train_time:)\S+ step_avg:.*", r"\g<1>0ms step_avg:0.00ms"), ["seconds"],
-     "FAIL train_time runs backwards; training"),
-    (figures(seeds=[1]), ["agreement"], "seeds: [1] and [42]"),
-    (lines(r"^artifact code 1", "artifact code 2"), ["agreement"], "bytes in the log"),
-    (figures(val_loss="unknown"), [], "agreement not checked submission.json has no figure val_loss"),
-    (figures(eval_seconds=math.nan), [], "seconds not checked submission.json has no figure eval_seconds"),
-])
+@pytest.mark.parametrize(
+    "falsify, failing, says",
+    [
+        (figures(bytes_total=100_000), ["size"], "bytes_total 100,000, not"),
+        (figures(bytes_code=70_000), ["size"], "bytes_code 70,000, not"),
+        (
+            figures(val_bpb=1.05),
+            ["evaluation", "agreement"],
+            "submission.json has val_bpb 1.05000000",
+        ),
+        (figures(val_bpb_roundtrip=1.05), ["agreement"], "val_bpb_roundtrip"),
+        (figures(dataset="fineweb"), ["agreement"], "dataset: fineweb and"),
+        (another_score, ["evaluation", "bytes"], "train.log has val_bpb"),
+        (over_the_time, ["seconds"], "FAIL training and export over 600 s; training 700"),
+        (figures(train_seconds=0.001), ["seconds"], "the log's clock ends at"),
+        (figures(export_seconds=601), ["seconds"], "training and export over 600 s"),
+        (figures(eval_seconds=601), ["seconds"], "FAIL evaluation over 600 s"),
+        (figures(eval_seconds=0.001), ["seconds"], "the log's evaluations took"),
+        (figures(steps=7), ["seconds"], "the log ends at step 6, submission.json at 7"),
+        (figures(tokens_per_second=10**9), ["seconds"], "1,000,000,000 a second"),
+        (figures(export_seconds=-1), ["seconds"], "a time is negative"),
+        (
+            lines(r"^(step:3/.*step_avg:)", r"\g<1>9"),
+            ["seconds"],
+            "step_avg × steps is not train_time",
+        ),
+        (
+            lines(r"^(step:3/.*train_time:)\S+ step_avg:.*", r"\g<1>0ms step_avg:0.00ms"),
+            ["seconds"],
+            "FAIL train_time runs backwards; training",
+        ),
+        (figures(seeds=[1]), ["agreement"], "seeds: [1] and [42]"),
+        (lines(r"^artifact code 1", "artifact code 2"), ["agreement"], "bytes in the log"),
+        (
+            figures(val_loss="unknown"),
+            [],
+            "agreement not checked submission.json has no figure val_loss",
+        ),
+        (
+            figures(eval_seconds=math.nan),
+            [],
+            "seconds not checked submission.json has no figure eval_seconds",
+        ),
+    ],
+)
 def test_falsified_claim_fails_where_it_is_checked(copied, capsys, falsify, failing, says):
     falsify(copied)
     code, found, table = verdicts(capsys, copied)
@@ -187,8 +238,9 @@ def test_falsified_claim_fails_where_it_is_checked(copied, capsys, falsify, fail
     assert code == 1 and others_pass(found, *failing), table
 
 
-@pytest.mark.parametrize("option, failing", [
-    (["--size-limit", "100000"], "size"), (["--eval-limit", "0.01"], "seconds")])
+@pytest.mark.parametrize(
+    "option, failing", [(["--size-limit", "100000"], "size"), (["--eval-limit", "0.01"], "seconds")]
+)
 def test_limits_are_the_users(honest, capsys, option, failing):
     code, found, table = verdicts(capsys, honest, *option)
     assert code == 1 and others_pass(found, failing), table
@@ -206,33 +258,47 @@ def test_damaged_artifact_fails_the_evaluation_and_passes_nothing_that_reads_it(
     blob[len(blob) // 2] ^= 1
     (copied / "model.int6.ptz").write_bytes(blob)
     code, found, table = verdicts(capsys, copied)
-    unread = {name: "not checked" for name in ("probabilities", "scoring", "agreement")}
-    assert code == 1 and found == dict.fromkeys(ALL, "pass") | {"evaluation": "FAIL"} | unread, table
+    unread = dict.fromkeys(("probabilities", "scoring", "agreement"), "not checked")
+    assert code == 1 and found == dict.fromkeys(ALL, "pass") | {"evaluation": "FAIL"} | unread, (
+        table
+    )
     assert "the artifact is damaged" in table
 
 
-@pytest.mark.parametrize("missing, still", [
-    ("submission.json", {"untouched", "probabilities", "scoring", "bytes"}),
-    ("model.int6.ptz", {"seconds", "untouched", "bytes"}),
-    ("train.log", set()),
-])
+@pytest.mark.parametrize(
+    "missing, still",
+    [
+        ("submission.json", {"untouched", "probabilities", "scoring", "bytes"}),
+        ("model.int6.ptz", {"seconds", "untouched", "bytes"}),
+        ("train.log", set()),
+    ],
+)
 def test_missing_part_is_said_and_does_not_pass(copied, capsys, missing, still):
     (copied / missing).unlink()
     code, found, table = verdicts(capsys, copied)
-    assert code == 1 and found == {name: "pass" if name in still else "not checked" for name in ALL}, table
+    assert code == 1 and found == {
+        name: "pass" if name in still else "not checked" for name in ALL
+    }, table
     assert f"copy the run's {missing} to" in table
 
 
 def test_missing_data_are_said_and_nothing_that_needs_them_passes(honest, tmp_path, capsys):
     code, found, table = verdicts(capsys, honest, "--data", str(tmp_path))
-    assert code == 1 and {name for name in ALL if found[name] == "pass"} == {"size", "seconds"}, table
+    assert code == 1 and {name for name in ALL if found[name] == "pass"} == {"size", "seconds"}, (
+        table
+    )
     assert "name their folder with --data" in table
 
 
 def test_exit_codes_of_the_command(tmp_path):
     def command(folder: Path) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, TOOL, folder], env=environment({}), capture_output=True,
-                              text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, TOOL, folder],
+            env=environment({}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     empty, absent = command(tmp_path), command(tmp_path / "absent")
     assert (empty.returncode, absent.returncode) == (1, 2), empty.stderr + absent.stderr
@@ -247,13 +313,23 @@ def test_script_that_trains_on_validation_text_is_seen_and_shown(copied, tmp_pat
     """Two proofs: who opened the shards, and what became of the weights. And it reads what nobody gave it."""
     hint = tmp_path / "hint"
     hint.write_text("what training should not know")
-    s = rewrite(copied, peek=('read_shards(h.data_path, "train"), h',
-                              'read_shards(h.data_path, "train") + read_shards(h.data_path, "val"), h'),
-                hint=("    torch.manual_seed(h.seed)\n    model =",
-                      f"    torch.manual_seed(h.seed)\n    Path({str(hint)!r}).read_bytes()\n    model ="))
+    s = rewrite(
+        copied,
+        peek=(
+            'read_shards(h.data_path, "train"), h',
+            'read_shards(h.data_path, "train") + read_shards(h.data_path, "val"), h',
+        ),
+        hint=(
+            "    torch.manual_seed(h.seed)\n    model =",
+            f"    torch.manual_seed(h.seed)\n    Path({str(hint)!r}).read_bytes()\n    model =",
+        ),
+    )
     result = check.check_untouched(s)
     assert result.verdict == "FAIL"
-    assert "validation shards opened by main > run > train_and_export > TrainingData" in result.evidence
+    assert (
+        "validation shards opened by main > run > train_and_export > TrainingData"
+        in result.evidence
+    )
     for effect in ("other weights", "another artifact", "other training losses"):
         assert f"other validation text gives {effect}" in result.evidence
     assert f"other files opened: {hint}; " in result.evidence
@@ -262,11 +338,18 @@ def test_script_that_trains_on_validation_text_is_seen_and_shown(copied, tmp_pat
 
 def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
     s = rewrite(
-        copied, ahead=("is_causal=True", "is_causal=False"), too=(".triu(place - begin + 1)", ".triu(end)"),
-        tail=("np.diff(starts + length, prepend=0)",
-              "np.where(np.arange(len(starts)), stride, np.diff(starts + length, prepend=0))"))
+        copied,
+        ahead=("is_causal=True", "is_causal=False"),
+        too=(".triu(place - begin + 1)", ".triu(end)"),
+        tail=(
+            "np.diff(starts + length, prepend=0)",
+            "np.where(np.arange(len(starts)), stride, np.diff(starts + length, prepend=0))",
+        ),
+    )
     result = check.check_probabilities(s)
-    assert result.verdict == "FAIL" and result.evidence.startswith("the future changes the past; over")
+    assert result.verdict == "FAIL" and result.evidence.startswith(
+        "the future changes the past; over"
+    )
     result = check.check_scoring(s)
     assert result.verdict == "FAIL" and "34 tokens: mean" in result.evidence
     assert "33 tokens: mean" not in result.evidence  # the first window alone has no tail
@@ -275,8 +358,11 @@ def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
 
 @pytest.mark.parametrize(("few", "verdict"), [(0, "pass"), (99, "FAIL")])
 def test_script_that_looks_ahead_where_few_positions_are_scored(copied, few, verdict):
-    s = rewrite(copied, few=("8 * last > length", "last > length"),  # 8 of 32 are not few enough
-                ahead=("place - begin + 1", f"place - begin + 1 + {few} * (q.size(2) < k.size(1))"))
+    s = rewrite(
+        copied,
+        few=("8 * last > length", "last > length"),  # 8 of 32 are not few enough
+        ahead=("place - begin + 1", f"place - begin + 1 + {few} * (q.size(2) < k.size(1))"),
+    )
     result = check.check_probabilities(s)
     assert result.verdict == verdict
     assert result.evidence.startswith("the future changes the past") == (verdict == "FAIL")
@@ -284,16 +370,23 @@ def test_script_that_looks_ahead_where_few_positions_are_scored(copied, few, ver
 
 def test_script_whose_probabilities_are_none(copied):
     """Losses a little too small, and windows that see the windows beside them."""
-    s = rewrite(copied, small=('reduction="none").view_as', 'reduction="none").sub(1e-3).view_as'),
-                beside=("        return norm(x[:, -last:])\n",
-                        "        return norm((x + 0.01 * x.mean(0, keepdim=True))[:, -last:])\n"))
+    s = rewrite(
+        copied,
+        small=('reduction="none").view_as', 'reduction="none").sub(1e-3).view_as'),
+        beside=(
+            "        return norm(x[:, -last:])\n",
+            "        return norm((x + 0.01 * x.mean(0, keepdim=True))[:, -last:])\n",
+        ),
+    )
     result = check.check_probabilities(s)
     assert result.verdict == "FAIL"
     for problem in ("do not sum to one", "predict and losses disagree", "other windows of a batch"):
         assert problem in result.evidence
 
 
-def test_script_that_uses_the_network_another_file_and_too_many_bytes(copied, tmp_path, monkeypatch):
+def test_script_that_uses_the_network_another_file_and_too_many_bytes(
+    copied, tmp_path, monkeypatch
+):
     """Its own figures agree, and its attempts go unnoticed by itself. Where there is no namespace, too."""
     monkeypatch.setattr(check, "namespace", lambda: ())
     hint = tmp_path / "hint"
@@ -304,9 +397,14 @@ def test_script_that_uses_the_network_another_file_and_too_many_bytes(copied, tm
         socket.create_connection(("192.0.2.1", 9), 1)
     Path({str(hint)!r}).read_bytes()
     length ="""
-    s = rewrite(copied, count=("self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])",
-                               "self.bytes = 2 * tokenizer.count_bytes(tokens[:-1], tokens[1:])"),
-                asks=("model.eval()\n    length =", asks))
+    s = rewrite(
+        copied,
+        count=(
+            "self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])",
+            "self.bytes = 2 * tokenizer.count_bytes(tokens[:-1], tokens[1:])",
+        ),
+        asks=("model.eval()\n    length =", asks),
+    )
     for kind in ("roundtrip", "sliding_window"):
         bpb = claims(copied)[f"val_bpb_{kind}"]
         replace(copied / "train.log", f"val_bpb:{bpb:.8f}", f"val_bpb:{bpb / 2:.8f}")
@@ -325,7 +423,9 @@ def test_each_figure_of_the_probe_counts(honest):
     """One by one, also those that a falsified script moves together; not a number is no pass."""
     s = check.Submission(honest, check.Options())
     figures = s.probing["figures"]
-    numbers = [("probabilities", name) for name in ("least", "most", "predicted", "future", "others")]
+    numbers = [
+        ("probabilities", name) for name in ("least", "most", "predicted", "future", "others")
+    ]
     numbers += [("once", "mean"), ("once", "total"), ("loop", 0), ("loop", 1)]
     falsified = [(*number, value) for number in numbers for value in (0.9, math.nan)]
     for part, name, value in [*falsified, ("once", "aligned", False)]:
@@ -345,12 +445,16 @@ def test_answers_that_prove_nothing_fail(honest, monkeypatch):
         answer = remembered(task, folder, *more)
         if task == "train":
             shutil.copytree(folder / "runs" / "val", folder / "runs" / "other", dirs_exist_ok=True)
-        return answer | {"opened": {"train": [], "val": []}, "network": {"kernel": "", "python": ""}}
+        return answer | {
+            "opened": {"train": [], "val": []},
+            "network": {"kernel": "", "python": ""},
+        }
 
     monkeypatch.setattr(check, "run_child", blind)
     s = check.Submission(honest, check.Options())
     assert check.check_untouched(s).evidence.startswith(
-        "no validation shard was seen being opened; the two texts score alike")
+        "no validation shard was seen being opened; the two texts score alike"
+    )
     assert check.check_evaluation(s).evidence.startswith("the network could be reached; val_bpb")
 
 
@@ -360,7 +464,9 @@ def test_child_has_a_clean_environment_and_an_end(tmp_path, monkeypatch):
     names = check.run_child("evaluate", tmp_path, {"SEED": "1"}, 60)["output"].split()
     assert "SEED" in names and "PATH" in names and "TOKEN_OF_THE_USER" not in names
     (tmp_path / "train_gpt.py").write_text("import time\ntime.sleep(100)\n")
-    with pytest.raises(check.CannotCheck, match="to evaluate takes over 0.5 s here; give more with --time"):
+    with pytest.raises(
+        check.CannotCheck, match="to evaluate takes over 0.5 s here; give more with --time"
+    ):
         check.run_child("evaluate", tmp_path, {}, 0.5)
 
 

@@ -1,4 +1,5 @@
 """Shards, training order, byte accounting, and the plan and arithmetic of the evaluation."""
+
 from __future__ import annotations
 
 import io
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from helpers import TINY, UNUSUAL_DOCUMENTS, make_corpus, read_shard, train_gpt, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from helpers import TINY, UNUSUAL_DOCUMENTS, make_corpus, read_shard, train_gpt, write_shard
 
 UserError = train_gpt.UserError
 BOS = 1
@@ -30,7 +32,9 @@ def tokenizer(corpus):
 
 def tiny(**given):
     """Settings of the tiny model; keywords in small letters win."""
-    return train_gpt.Hyperparameters(**{**{name.lower(): value for name, value in TINY.items()}, **given})
+    return train_gpt.Hyperparameters(
+        **{**{name.lower(): value for name, value in TINY.items()}, **given}
+    )
 
 
 def of(corpus, **given):
@@ -55,7 +59,9 @@ def test_header_is_skipped_to_the_byte(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [65_535, 3])
     read = [tokens.tolist() for tokens in train_gpt.read_shards(str(tmp_path), "train")]
     assert read == [first.tolist(), second.tolist()]
-    assert [tokens.tolist() for tokens in train_gpt.read_shards(str(tmp_path), "val")] == [[65_535, 3]]
+    assert [tokens.tolist() for tokens in train_gpt.read_shards(str(tmp_path), "val")] == [
+        [65_535, 3]
+    ]
 
 
 def test_what_prepare_wrote_is_read_back(corpus):
@@ -69,21 +75,26 @@ def truncated(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
-@pytest.mark.parametrize("spoil", [
-    pytest.param(lambda path: write_shard(path, range(50), magic=20240521), id="wrong magic"),
-    pytest.param(lambda path: write_shard(path, range(50), version=2), id="wrong version"),
-    pytest.param(lambda path: write_shard(path, range(50), count=51), id="a token short"),
-    pytest.param(lambda path: write_shard(path, range(50), count=49), id="a token too long"),
-    pytest.param(lambda path: write_shard(path, range(50), count=-1), id="negative count"),
-    pytest.param(lambda path: write_shard(path, []), id="no tokens"),
-    pytest.param(lambda path: path.write_bytes(b""), id="empty"),
-    pytest.param(lambda path: path.write_bytes(b"<html>Not Found</html>" * 100), id="an error page"),
-    pytest.param(lambda path: truncated(path, 1024 + 99), id="half a token"),
-    pytest.param(lambda path: truncated(path, 1024), id="header only"),
-    pytest.param(lambda path: truncated(path, 20), id="part of the header"),
-    pytest.param(lambda path: truncated(path, 5), id="five bytes"),
-    pytest.param(lambda path: truncated(path, 8), id="magic and version only"),
-])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda path: write_shard(path, range(50), magic=20240521), id="wrong magic"),
+        pytest.param(lambda path: write_shard(path, range(50), version=2), id="wrong version"),
+        pytest.param(lambda path: write_shard(path, range(50), count=51), id="a token short"),
+        pytest.param(lambda path: write_shard(path, range(50), count=49), id="a token too long"),
+        pytest.param(lambda path: write_shard(path, range(50), count=-1), id="negative count"),
+        pytest.param(lambda path: write_shard(path, []), id="no tokens"),
+        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
+        pytest.param(
+            lambda path: path.write_bytes(b"<html>Not Found</html>" * 100), id="an error page"
+        ),
+        pytest.param(lambda path: truncated(path, 1024 + 99), id="half a token"),
+        pytest.param(lambda path: truncated(path, 1024), id="header only"),
+        pytest.param(lambda path: truncated(path, 20), id="part of the header"),
+        pytest.param(lambda path: truncated(path, 5), id="five bytes"),
+        pytest.param(lambda path: truncated(path, 8), id="magic and version only"),
+    ],
+)
 def test_damaged_shard_is_refused_by_name(tmp_path, spoil):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(50))
     damaged = write_shard(tmp_path / "fineweb_train_000001.bin", range(50))
@@ -124,7 +135,9 @@ def training_data(numbered, **given):
 def test_every_sequence_is_seen_once_an_epoch(numbered):
     data = training_data(numbered, holdout_tokens=3 * LENGTH)
     # A sequence needs LENGTH + 1 tokens of one shard: 70, 39 and 61 of them.
-    everything = [(shard, i * LENGTH) for shard, count in enumerate((70, 39, 61)) for i in range(count)]
+    everything = [
+        (shard, i * LENGTH) for shard, count in enumerate((70, 39, 61)) for i in range(count)
+    ]
     starts = np.cumsum([0, LENGTH * 70 + 5, LENGTH * 40])
     held_out, epoch = data.read(data.held_out), len(everything) - len(data.held_out)
     assert len(held_out) == 3
@@ -159,8 +172,12 @@ def test_each_epoch_and_each_seed_has_its_own_order(numbered):
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 2 * LENGTH, 3 * LENGTH, 98_304])
 def test_a_step_is_the_same_for_any_number_of_processes(numbered, monkeypatch, micro_batch_tokens):
-    h = tiny(data_path=numbered, vocab_size=65_536, train_batch_tokens=12 * LENGTH,
-             micro_batch_tokens=micro_batch_tokens)
+    h = tiny(
+        data_path=numbered,
+        vocab_size=65_536,
+        train_batch_tokens=12 * LENGTH,
+        micro_batch_tokens=micro_batch_tokens,
+    )
     data = train_gpt.TrainingData(h)
     for step in (0, 1, 40):  # the last is in a later epoch
         expected = data.sequences(step * 12, 12)
@@ -168,7 +185,9 @@ def test_a_step_is_the_same_for_any_number_of_processes(numbered, monkeypatch, m
             together = []
             for rank in range(count):
                 batches = data.micro_batches(step, processes_of(h, monkeypatch, rank, count))
-                assert {len(inputs) for inputs, _ in batches} == {len(batches[0][0])}  # one shape: one graph
+                assert {len(inputs) for inputs, _ in batches} == {
+                    len(batches[0][0])
+                }  # one shape: one graph
                 assert len(batches[0][0]) <= max(1, micro_batch_tokens // LENGTH)
                 for inputs, targets in batches:
                     assert inputs.shape == targets.shape == (len(inputs), LENGTH)
@@ -228,7 +247,11 @@ def test_plain_text_counts_its_own_length(tokenizer):
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.text(max_size=40) | st.text("a ▁\n\té") | st.sampled_from(UNUSUAL_DOCUMENTS), max_size=4))
+@given(
+    st.lists(
+        st.text(max_size=40) | st.text("a ▁\n\té") | st.sampled_from(UNUSUAL_DOCUMENTS), max_size=4
+    )
+)
 def test_any_text_counts_its_decoded_length(tokenizer, texts):
     documents = [np.array([BOS, *tokenizer.model.encode(text)]) for text in texts]
     stream = np.concatenate([[BOS], *documents])
@@ -264,8 +287,16 @@ def forgotten_space(tokenizer):
     tokenizer.has_space = np.zeros_like(tokenizer.has_space)
 
 
-@pytest.mark.parametrize("mistake", [twice_counted_space, three_bytes_a_byte, six_characters_a_byte,
-                                     bytes_of_control_tokens, forgotten_space])
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        twice_counted_space,
+        three_bytes_a_byte,
+        six_characters_a_byte,
+        bytes_of_control_tokens,
+        forgotten_space,
+    ],
+)
 def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path, mistake):
     wrong = train_gpt.Tokenizer(str(corpus.tokenizer), 512)
     tokens = [BOS, *wrong.model.encode("plain text and 日本語 too")]
@@ -284,9 +315,14 @@ def test_stream_may_end_within_a_character(tokenizer, tmp_path):
         assert stream.bytes == len("some text 🎉".encode()) - cut
 
 
-@pytest.mark.parametrize(("tokens", "says"), [
-    ([BOS], "no text"), ([BOS, 2, BOS], "no text"), ([BOS, 300, 512], "outside VOCAB_SIZE"),
-])
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([BOS], "no text"),
+        ([BOS, 2, BOS], "no text"),
+        ([BOS, 300, 512], "outside VOCAB_SIZE"),
+    ],
+)
 def test_unusable_stream_is_refused(tokenizer, tmp_path, tokens, says):
     with pytest.raises(UserError, match=says):
         stream_of(tokens, tokenizer, tmp_path)
@@ -294,6 +330,7 @@ def test_unusable_stream_is_refused(tokenizer, tmp_path, tokens, says):
 
 def test_space_at_the_start_of_a_document_is_not_text(corpus, tokenizer, tmp_path):
     """Decoding drops it; an account that counts every ▁ is refused."""
+
     class EverySpace(train_gpt.Tokenizer):
         def count_bytes(self, before, tokens):
             return int((self.own_bytes + self.has_space)[tokens].sum())
@@ -310,15 +347,29 @@ def test_space_at_the_start_of_a_document_is_not_text(corpus, tokenizer, tmp_pat
 def trained_tokenizer(path, lines, vocab: int = 280):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab, model_type="bpe",
-        byte_fallback=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3,
-        hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=vocab,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     path.write_bytes(model.getvalue())
-    return str(path), sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    return str(path), sentencepiece.SentencePieceProcessor(
+        model_proto=model.getvalue()
+    ).vocab_size()
 
 
 def test_tokenizer_without_a_piece_for_the_space_is_refused(tmp_path):
-    path, vocab = trained_tokenizer(tmp_path / "nospace.model", ["abcdefgh", "hgfedcba", "aabbccdd"] * 20)
+    path, vocab = trained_tokenizer(
+        tmp_path / "nospace.model", ["abcdefgh", "hgfedcba", "aabbccdd"] * 20
+    )
     with pytest.raises(UserError, match="▁ is no piece of its own"):
         train_gpt.Tokenizer(path, vocab)
     lines = ["abcd efgh", "hgfe dcba", "aabb ccdd"] * 20
@@ -356,9 +407,20 @@ def test_tokenizer_that_did_not_make_the_shards_is_refused(corpus, tokenizer, tm
         assert str(told) in message
 
 
-@pytest.mark.parametrize("content", [
-    None, {}, [], "text", 3, {"tokenizer_sha256": None}, {"tokenizer": "some.model"},
-    ["tokenizer_sha256"]], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        {},
+        [],
+        "text",
+        3,
+        {"tokenizer_sha256": None},
+        {"tokenizer": "some.model"},
+        ["tokenizer_sha256"],
+    ],
+    ids=repr,
+)
 def test_manifest_of_another_form_is_ignored(tokenizer, tmp_path, content):
     """Shards from elsewhere have none, or one that says other things."""
     if content is not None:
@@ -427,12 +489,16 @@ def slow_evaluation(model, tokens, length: int, stride: int) -> float:
             return total / scored
 
 
-@pytest.mark.parametrize(("length", "stride"), [(32, 32), (32, 8), (32, 5), (17, 1), (64, 63), (1, 1)])
+@pytest.mark.parametrize(
+    ("length", "stride"), [(32, 32), (32, 8), (32, 5), (17, 1), (64, 63), (1, 1)]
+)
 def test_evaluation_equals_a_slow_loop(corpus, monkeypatch, model, stream, length, stride):
     h = of(corpus, eval_seq_len=length, eval_stride=1)
     nats, bpb = train_gpt.evaluate(model, stream, h, processes_of(h, monkeypatch), stride)
     assert nats == pytest.approx(slow_evaluation(model, stream.tokens, length, stride), abs=2e-6)
-    assert bpb == pytest.approx(nats * (len(stream.tokens) - 1) / math.log(2) / stream.bytes, rel=1e-12)
+    assert bpb == pytest.approx(
+        nats * (len(stream.tokens) - 1) / math.log(2) / stream.bytes, rel=1e-12
+    )
 
 
 def test_context_helps_or_these_tests_show_nothing(corpus, model, stream):

@@ -1,5 +1,6 @@
 """A small sample of bench/faults.py, which injects faults into real processes, and properties of what a run
 stores. `pytest -m campaign tests/test_faults.py` takes more, `python bench/faults.py` the whole."""
+
 from __future__ import annotations
 
 import math
@@ -33,7 +34,9 @@ def nothing_lost(tally: faults.Tally, injected: int) -> None:
 
 
 def test_killed_runs_end_as_if_nothing_had_been(site):
-    nothing_lost(faults.kills(site, 2, seed=7, variants=[faults.USUAL], moments=["operation", "export"]), 2)
+    nothing_lost(
+        faults.kills(site, 2, seed=7, variants=[faults.USUAL], moments=["operation", "export"]), 2
+    )
 
 
 def test_a_signal_in_training_saves_and_leaves(site):
@@ -63,7 +66,9 @@ def test_two_processes_of_one_run_do_not_meet(site):
 # ---- Files -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "count"), [("artifacts", 40), ("shards", 40), ("checkpoints", 30)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("artifacts", 40), ("shards", 40), ("checkpoints", 30)]
+)
 def test_spoilt_files_are_refused(site, kind, count):
     tally = getattr(faults, kind)(site, count, seed=1)
     nothing_lost(tally, count)
@@ -100,7 +105,9 @@ def test_campaign(site, kind):
 # ---- Properties --------------------------------------------------------------------------------------------
 
 examples = hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
-NAMES = st.lists(st.text(string.ascii_lowercase + ".", min_size=1, max_size=8), unique=True, max_size=6)
+NAMES = st.lists(
+    st.text(string.ascii_lowercase + ".", min_size=1, max_size=8), unique=True, max_size=6
+)
 SHAPES = st.lists(st.integers(0, 9), max_size=3)
 
 
@@ -139,8 +146,10 @@ def test_an_artifact_gives_back_what_was_put_in(tensors, note):
 
 
 @examples
-@hypothesis.given(values=st.lists(st.floats(-6e4, 6e4, width=16), min_size=1, max_size=30),
-                  bits=st.lists(st.booleans(), min_size=1, max_size=30))
+@hypothesis.given(
+    values=st.lists(st.floats(-6e4, 6e4, width=16), min_size=1, max_size=30),
+    bits=st.lists(st.booleans(), min_size=1, max_size=30),
+)
 def test_groups_are_byte_planes(values, bits):
     """All low bytes and then all high ones; a mask takes a bit each. By the format's description alone."""
     tensors = {"a.f": torch.tensor(values), "a.m": torch.tensor(bits)}
@@ -148,16 +157,22 @@ def test_groups_are_byte_planes(values, bits):
     names = [name for name, _ in container.header["groups"]]
     raw = dict(zip(names, map(brotli.decompress, container.packed)))
     halves = np.array(values, "<f2").view(np.uint8).reshape(-1, 2)
-    floats, = (data for name, data in raw.items() if name.endswith("float16"))
-    mask, = (data for name, data in raw.items() if name.endswith("bits"))
+    (floats,) = (data for name, data in raw.items() if name.endswith("float16"))
+    (mask,) = (data for name, data in raw.items() if name.endswith("bits"))
     assert floats == halves[:, 0].tobytes() + halves[:, 1].tobytes()
     assert mask == np.packbits(bits).tobytes()
 
 
 @examples
-@hypothesis.given(seed=st.integers(0, 10**6), rows=st.integers(1, 8), columns=st.integers(1, 40),
-                  scale=st.integers(-12, 12), bits=st.integers(2, 8), sigmas=st.floats(0.5, 30),
-                  zero=st.booleans())
+@hypothesis.given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 8),
+    columns=st.integers(1, 40),
+    scale=st.integers(-12, 12),
+    bits=st.integers(2, 8),
+    sigmas=st.floats(0.5, 30),
+    zero=st.booleans(),
+)
 def test_quantiser_errs_by_half_a_step_and_once(seed, rows, columns, scale, bits, sigmas, zero):
     quantizer, largest = train_gpt.Quantizer(bits, sigmas), 2 ** (bits - 1) - 1
     w = 2.0**scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -170,7 +185,9 @@ def test_quantiser_errs_by_half_a_step_and_once(seed, rows, columns, scale, bits
     assert (codes.codes.abs() == largest)[~inside].all(), "what is clipped takes the largest code"
     assert not zero or (codes.exponents[0] == 0 and not codes.values()[0].any())
     again = (codes.values().double() / steps.clamp(min=1e-30)).round()
-    assert torch.equal(again.to(torch.int8), codes.codes), "a quantised value is its own quantisation"
+    assert torch.equal(again.to(torch.int8), codes.codes), (
+        "a quantised value is its own quantisation"
+    )
 
 
 @examples
@@ -179,10 +196,15 @@ def test_windows_score_every_target_once_with_all_the_context_they_have(data, ta
     length = data.draw(st.integers(1, targets))
     stride = data.draw(st.integers(1, length))
     starts, counts = train_gpt.plan_windows(targets, length, stride)
-    scored = [(start + place, place) for start, count in zip(starts.tolist(), counts.tolist())
-              for place in range(length - count, length)]
+    scored = [
+        (start + place, place)
+        for start, count in zip(starts.tolist(), counts.tolist())
+        for place in range(length - count, length)
+    ]
     assert [target for target, _ in scored] == list(range(targets)), "each once, in order"
     assert starts[0] == 0
     assert starts[-1] + length == targets
     for target, before in scored:
-        assert before >= min(target, length - stride), "tokens before the one that predicts it, in its window"
+        assert before >= min(target, length - stride), (
+            "tokens before the one that predicts it, in its window"
+        )

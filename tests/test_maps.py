@@ -1,4 +1,5 @@
 """Random maps: what they are, and that every machine draws the same ones."""
+
 from __future__ import annotations
 
 import hashlib
@@ -20,7 +21,9 @@ SHAPES = [(64, 16), (16, 64), (48, 48), (512, 512), (256, 512), (1536, 512), (51
 
 
 def sha256(weight: torch.Tensor) -> str:
-    return hashlib.sha256(weight.contiguous().view(torch.int16).numpy().astype("<i2").tobytes()).hexdigest()
+    return hashlib.sha256(
+        weight.contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
+    ).hexdigest()
 
 
 def draw(out_features: int, in_features: int, seed: int) -> torch.Tensor:
@@ -39,7 +42,9 @@ def test_maps_are_orthonormal_on_their_shorter_side(out_features, in_features):
     assert torch.equal(weight, exact.to(torch.bfloat16))
     for w, tolerance in ((exact, 1e-12), (weight.double(), 2**-8)):
         gram = w.T @ w if out_features >= in_features else w @ w.T
-        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            gram, torch.eye(len(gram), dtype=torch.float64), rtol=0, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(24, 8), (8, 24), (8, 8)])
@@ -67,22 +72,34 @@ def test_maps_have_no_preferred_direction():
 def test_the_raw_stream_is_philox():
     """Literals of NumPy's Philox, whose stream NumPy promises to keep: the root of every map."""
     assert train_gpt.random_words(12345, 8).tolist() == [
-        11923609910150341984, 14282716219641783572, 14507188490975060125, 2944039161201405073,
-        2968871015012291328, 15096419966541852992, 16923256687495202939, 1160419304018695661]
+        11923609910150341984,
+        14282716219641783572,
+        14507188490975060125,
+        2944039161201405073,
+        2968871015012291328,
+        15096419966541852992,
+        16923256687495202939,
+        1160419304018695661,
+    ]
 
 
 def test_deviates_are_the_formula_of_box_and_muller():
     """Recomputed with Python's integers and math module from the literal words above."""
     words = train_gpt.random_words(12345, 8).tolist()
     uniform = [(word >> 11) / 2**53 for word in words]
-    polar = [(math.sqrt(-2 * math.log1p(-u)), 2 * math.pi * v) for u, v in zip(uniform[:4], uniform[4:])]
+    polar = [
+        (math.sqrt(-2 * math.log1p(-u)), 2 * math.pi * v) for u, v in zip(uniform[:4], uniform[4:])
+    ]
     expected = [r * math.cos(a) for r, a in polar] + [r * math.sin(a) for r, a in polar]
     np.testing.assert_allclose(train_gpt.normal_deviates(12345, 8), expected, rtol=1e-13)
 
 
 def test_a_known_map_has_its_known_bits():
     """Libraries differ in the last bits of float64; none of these is within 1e-6 of a rounding boundary."""
-    assert sha256(draw(16, 8, 12345)) == "df3e9272bc0b2d1d235b4c97d90d57450e9290be8b2945797c108206836135b9"
+    assert (
+        sha256(draw(16, 8, 12345))
+        == "df3e9272bc0b2d1d235b4c97d90d57450e9290be8b2945797c108206836135b9"
+    )
 
 
 def test_another_process_with_another_number_of_threads_draws_the_same_bits(tmp_path):
@@ -95,10 +112,21 @@ def test_another_process_with_another_number_of_threads_draws_the_same_bits(tmp_
                 bits = train_gpt.draw_map(row).view(torch.int16).numpy().astype("<i2").tobytes()
                 print(hashlib.sha256(bits).hexdigest())
     """
-    shell = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                          "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, repr(SHAPES)], cwd=tmp_path, env=shell, timeout=100,
-                          capture_output=True, text=True, check=True)
+    shell = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, repr(SHAPES)],
+        cwd=tmp_path,
+        env=shell,
+        timeout=100,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     here = [sha256(draw(*shape, 5)) for shape in SHAPES]
     assert here == [sha256(draw(*shape, 5)) for shape in SHAPES], "drawn twice in one process"
     assert done.stdout.split() == here + here
@@ -118,7 +146,10 @@ def test_drawing_leaves_the_global_generators_alone_and_ignores_them():
 
 def test_maps_are_the_same_in_every_type_of_activations(settings):
     """The bfloat16 rounding is the map: a float32 run and a bfloat16 run share one artifact."""
-    narrow, wide = train_gpt.GPT(settings(), torch.bfloat16), train_gpt.GPT(settings(), torch.float32)
+    narrow, wide = (
+        train_gpt.GPT(settings(), torch.bfloat16),
+        train_gpt.GPT(settings(), torch.float32),
+    )
     assert narrow.fingerprint() == wide.fingerprint()
     for name in narrow.table:
         assert narrow.get_submodule(name).weight.dtype is torch.bfloat16
@@ -127,8 +158,12 @@ def test_maps_are_the_same_in_every_type_of_activations(settings):
 
 def test_a_layer_of_its_own_draws_the_models_map(settings):
     row = settings().maps[9]
-    model, alone = train_gpt.GPT(settings()), train_gpt.FrozenRandomLinearWithLoRA(
-        row.in_features, row.out_features, rank=2, seed=row.seed)
+    model, alone = (
+        train_gpt.GPT(settings()),
+        train_gpt.FrozenRandomLinearWithLoRA(
+            row.in_features, row.out_features, rank=2, seed=row.seed
+        ),
+    )
     assert torch.equal(model.get_submodule(row.name).weight, alone.weight)
 
 
@@ -141,7 +176,9 @@ def test_deviates_are_standard_normal():
     assert x.dtype == np.float64
     assert np.isfinite(x).all()
     for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3)):
-        spread = math.sqrt(math.prod(range(1, 2 * power, 2)))  # √E[x^2p], which bounds the deviation of x^p
+        spread = math.sqrt(
+            math.prod(range(1, 2 * power, 2))
+        )  # √E[x^2p], which bounds the deviation of x^p
         assert abs((x**power).mean() - moment) < 4 * spread / math.sqrt(n), power
     # Kolmogorov and Smirnov's distance; 1.95 / √n is exceeded once in a thousand
     normal = 0.5 * (1 + torch.erf(torch.from_numpy(np.sort(x)) / math.sqrt(2))).numpy()
@@ -170,11 +207,20 @@ def test_odd_numbers_of_deviates(n):
 
 
 def test_seeds_are_those_of_the_published_system():
-    offsets = {"attention.q": 0, "attention.k": 1, "attention.v": 2, "attention.proj": 3,
-               "mlp.fc": 10, "mlp.proj": 11}
+    offsets = {
+        "attention.q": 0,
+        "attention.k": 1,
+        "attention.v": 2,
+        "attention.proj": 3,
+        "mlp.fc": 10,
+        "mlp.proj": 11,
+    }
     rows = train_gpt.Hyperparameters().maps
-    expected = {f"blocks.{layer}.{kind}": 12345 + 100 * layer + offset
-                for layer in range(11) for kind, offset in offsets.items()}
+    expected = {
+        f"blocks.{layer}.{kind}": 12345 + 100 * layer + offset
+        for layer in range(11)
+        for kind, offset in offsets.items()
+    }
     assert {row.name: row.seed for row in rows} == expected
     assert len(set(expected.values())) == len(rows) == 66
 
@@ -182,11 +228,20 @@ def test_seeds_are_those_of_the_published_system():
 def test_every_map_of_a_model_differs(settings):
     """Layers whose maps repeat would be a smaller random network than the one that is reported."""
     model = train_gpt.GPT(settings())
-    assert len({sha256(model.get_submodule(name).weight) for name in model.table}) == len(model.table) == 24
+    assert (
+        len({sha256(model.get_submodule(name).weight) for name in model.table})
+        == len(model.table)
+        == 24
+    )
 
 
-@pytest.mark.parametrize("wrong", [lambda rows, columns, seed: torch.ones(columns, rows, dtype=torch.float64),
-                                   lambda rows, columns, seed: torch.full((rows, columns), math.inf)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda rows, columns, seed: torch.ones(columns, rows, dtype=torch.float64),
+        lambda rows, columns, seed: torch.full((rows, columns), math.inf),
+    ],
+)
 def test_a_basis_that_draws_no_map_is_named(monkeypatch, wrong):
     monkeypatch.setitem(train_gpt.BASES, "mine", wrong)
     with pytest.raises(train_gpt.UserError, match="MAP_BASIS=mine of blocks.0.mlp.fc"):
@@ -214,9 +269,14 @@ def test_the_fingerprint_is_of_the_maps_alone(settings, random_model):
     model = train_gpt.GPT(settings())
     digest = hashlib.sha256()
     for name in model.table:
-        digest.update(model.get_submodule(name).weight.view(torch.int16).numpy().astype("<i2").tobytes())
+        digest.update(
+            model.get_submodule(name).weight.view(torch.int16).numpy().astype("<i2").tobytes()
+        )
     assert model.fingerprint() == digest.hexdigest()
-    assert random_model(settings(bigram_vocab_size=0, smear_enabled=0)).fingerprint() == model.fingerprint()
+    assert (
+        random_model(settings(bigram_vocab_size=0, smear_enabled=0)).fingerprint()
+        == model.fingerprint()
+    )
 
 
 def test_the_gain_of_a_learned_map_is_that_of_its_first_weights():
@@ -224,11 +284,18 @@ def test_the_gain_of_a_learned_map_is_that_of_its_first_weights():
     torch.testing.assert_close(torch.linalg.svdvals(layer.weight), torch.full((8,), 2.0))
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora:16", "rslora:8+vera:16", "sparse:0.5", "sparse:1", "mask"])
+@pytest.mark.parametrize(
+    "adapter", ["none", "lora:16", "rslora:8+vera:16", "sparse:0.5", "sparse:1", "mask"]
+)
 def test_a_model_asks_for_no_less_memory_than_it_takes(settings, adapter):
     with pytest.raises(train_gpt.UserError, match="MODEL_LIMIT_BYTES=1, but") as refused:
         settings(map_adapter=adapter, model_limit_bytes=1)
     need = int(re.search(r"needs ([\d,]+) bytes", str(refused.value))[1].replace(",", ""))
     model = train_gpt.GPT(settings(map_adapter=adapter, model_limit_bytes=need))
-    tensors = [*model.parameters(), *(each for name, each in model.named_buffers() if name != "rope")]
-    assert sum(each.numel() * each.element_size() for each in tensors) < 1.1 * need  # but for small gates
+    tensors = [
+        *model.parameters(),
+        *(each for name, each in model.named_buffers() if name != "rope"),
+    ]
+    assert (
+        sum(each.numel() * each.element_size() for each in tensors) < 1.1 * need
+    )  # but for small gates

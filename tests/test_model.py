@@ -1,4 +1,5 @@
 """The model against a plain restatement of its definition, its switches, and what the script promises."""
+
 from __future__ import annotations
 
 import inspect
@@ -61,7 +62,9 @@ def restated_logits(h, model, row):
     x = p["embedding.weight"][row]
     if h.bigram_vocab_size:
         last = h.bigram_vocab_size - 1
-        hashed = [last] + [((36313 * row[t]) ^ (27191 * row[t - 1])) % last for t in range(1, length)]
+        hashed = [last] + [
+            ((36313 * row[t]) ^ (27191 * row[t - 1])) % last for t in range(1, length)
+        ]
         x = x + p["bigram_scale"] * (p["bigram.0.weight"][hashed] @ p["bigram.1.weight"].T)
     x = rms_normalised(x)
     if h.smear_enabled:
@@ -97,7 +100,9 @@ def restated_logits(h, model, row):
                     own = v[t, theirs]
                     y = y - (y @ own) / (own @ own) * own
                 heads[t, head] = y
-        x = x + p[f"{at}.attention_scale"] * linear(f"{at}.attention.proj", heads.reshape(length, -1))
+        x = x + p[f"{at}.attention_scale"] * linear(
+            f"{at}.attention.proj", heads.reshape(length, -1)
+        )
         inner = linear(f"{at}.mlp.fc", rms_normalised(x) * scale)
         inner = np.where(inner > 0, inner, 0.5 * inner) ** 2
         x = x + p[f"{at}.mlp_scale"] * linear(f"{at}.mlp.proj", inner)
@@ -107,22 +112,42 @@ def restated_logits(h, model, row):
     return h.logit_softcap * np.tanh(z / h.logit_softcap)
 
 
-@pytest.mark.parametrize("changes", [
-    {},
-    {"xsa_last_n": 0}, {"xsa_last_n": 1},
-    {"rope_dims": 0}, {"rope_dims": 8}, {"rope_base": 50.0},
-    {"vrl_enabled": 0},
-    {"bigram_vocab_size": 0}, {"bigram_vocab_size": 2}, {"bigram_vocab_size": 31},
-    {"smear_enabled": 0},
-    {"skips_enabled": 0},
-    {"ve_enabled": 0}, {"ve_layers": "0"}, {"ve_layers": "3,1"},
-    {"ln_scale": 0},
-    {"logit_softcap": 2.0}, {"logit_softcap": 1e3},
-    {"num_layers": 5}, {"num_layers": 1, "ve_layers": "0"},
-    {"num_kv_heads": 4}, {"num_kv_heads": 1}, {"num_heads": 8, "num_kv_heads": 8},
-    {"mlp_mult": 1.5}, {"map_adapter": "lora:1"}, {"map_seed": 7}, {"map_seed_stride": 99},
-    {"map_basis": "learned"}, {"map_basis": "mlp=orthogonal"}, {"map_basis": "attention.v@1-2=orthogonal"},
-], ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "all-on")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"xsa_last_n": 0},
+        {"xsa_last_n": 1},
+        {"rope_dims": 0},
+        {"rope_dims": 8},
+        {"rope_base": 50.0},
+        {"vrl_enabled": 0},
+        {"bigram_vocab_size": 0},
+        {"bigram_vocab_size": 2},
+        {"bigram_vocab_size": 31},
+        {"smear_enabled": 0},
+        {"skips_enabled": 0},
+        {"ve_enabled": 0},
+        {"ve_layers": "0"},
+        {"ve_layers": "3,1"},
+        {"ln_scale": 0},
+        {"logit_softcap": 2.0},
+        {"logit_softcap": 1e3},
+        {"num_layers": 5},
+        {"num_layers": 1, "ve_layers": "0"},
+        {"num_kv_heads": 4},
+        {"num_kv_heads": 1},
+        {"num_heads": 8, "num_kv_heads": 8},
+        {"mlp_mult": 1.5},
+        {"map_adapter": "lora:1"},
+        {"map_seed": 7},
+        {"map_seed_stride": 99},
+        {"map_basis": "learned"},
+        {"map_basis": "mlp=orthogonal"},
+        {"map_basis": "attention.v@1-2=orthogonal"},
+    ],
+    ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "all-on",
+)
 def test_logits_are_those_of_the_restated_model(settings, random_model, changes):
     """And the switch is no dummy: its logits are not those of the model that has everything on."""
     h, ids = settings(**changes), tokens(2, 9)
@@ -150,7 +175,9 @@ def test_the_types_that_train_agree_with_float64(settings, random_model, dtype, 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("shape", [(2, 3, 8), (4, 1), (2, 3, 5, 16)])
 def test_the_norm_is_torchs_with_its_gradient(shape, scale):
-    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     y, expected = train_gpt.norm(x, scale), scale * F.rms_norm(x, shape[-1:])
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -162,10 +189,18 @@ def test_the_norm_of_turned_vectors_with_a_scale_for_each_head():
     torch.manual_seed(0)
     x, weights = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64).unbind()
     scale = torch.tensor([[0.2], [-1.5], [1.0]], dtype=torch.float64)
-    given, rope = (x.requires_grad_(), scale.requires_grad_()), train_gpt.rotary_table(100.0, 4, x.dtype, 5)
-    y, expected = train_gpt.norm(*given, *rope), scale * F.rms_norm(train_gpt.rotate(x, *rope), (8,))
+    given, rope = (
+        (x.requires_grad_(), scale.requires_grad_()),
+        train_gpt.rotary_table(100.0, 4, x.dtype, 5),
+    )
+    y, expected = (
+        train_gpt.norm(*given, *rope),
+        scale * F.rms_norm(train_gpt.rotate(x, *rope), (8,)),
+    )
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(*(torch.autograd.grad((each * weights).sum(), given) for each in (y, expected))):
+    for mine, theirs in zip(
+        *(torch.autograd.grad((each * weights).sum(), given) for each in (y, expected))
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
 
 
@@ -176,9 +211,11 @@ def test_on_cuda_the_mlp_keeps_its_input_alone(monkeypatch):
     for on_cuda in (False, True):
         monkeypatch.setattr(torch.Tensor, "is_cuda", on_cuda, raising=False)
         seen.append([])
+
         def keep(kept):
             seen[-1].append(kept.data_ptr())
             return kept
+
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
             y = train_gpt.squared_leaky_relu(x)
         gradients.append(torch.autograd.grad(y.sum(), x)[0])
@@ -190,7 +227,9 @@ def test_on_cuda_the_mlp_keeps_its_input_alone(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_a_row_of_zeros_and_of_huge_values_is_finite(dtype):
-    x = torch.cat([torch.zeros(1, 64), 1e15 * torch.ones(1, 64), 1e-3 * torch.ones(1, 64)]).to(dtype)
+    x = torch.cat([torch.zeros(1, 64), 1e15 * torch.ones(1, 64), 1e-3 * torch.ones(1, 64)]).to(
+        dtype
+    )
     y = train_gpt.norm(x.requires_grad_())
     y.sum().backward()
     assert y[0].abs().max() == 0
@@ -203,7 +242,12 @@ def test_the_norm_of_a_row_of_zeros_and_of_huge_values_is_finite(dtype):
 
 def factors(*batch: int, in_features: int = 7, out_features: int = 5, rank: int = 3):
     torch.manual_seed(0)
-    shapes = (*batch, in_features), (out_features, in_features), (out_features, rank), (rank, in_features)
+    shapes = (
+        (*batch, in_features),
+        (out_features, in_features),
+        (out_features, rank),
+        (rank, in_features),
+    )
     x, w, a, b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     return x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_()
 
@@ -211,7 +255,10 @@ def factors(*batch: int, in_features: int = 7, out_features: int = 5, rank: int 
 @pytest.mark.parametrize("batch", [(4,), (2, 3), (2, 1, 3), (0, 3)])
 def test_one_merged_product_equals_the_two_paths_of_the_textbook(batch):
     x, w, a, b = factors(*batch)
-    merged, textbook = train_gpt.ThinLinear.apply(x, (w + a @ b).detach(), a, b), x @ w.T + (x @ b.T) @ a.T
+    merged, textbook = (
+        train_gpt.ThinLinear.apply(x, (w + a @ b).detach(), a, b),
+        x @ w.T + (x @ b.T) @ a.T,
+    )
     torch.testing.assert_close(merged, textbook, rtol=0, atol=1e-10)
     dy = torch.randn_like(textbook)
     gradients = [torch.autograd.grad(y, (x, a, b), dy) for y in (merged, textbook)]
@@ -221,7 +268,8 @@ def test_one_merged_product_equals_the_two_paths_of_the_textbook(batch):
 def test_merged_gradients_are_numerically_right():
     x, w, a, b = factors(2, 3)
     assert torch.autograd.gradcheck(
-        lambda x, a, b: train_gpt.ThinLinear.apply(x, (w + a @ b).detach(), a, b), (x, a, b))
+        lambda x, a, b: train_gpt.ThinLinear.apply(x, (w + a @ b).detach(), a, b), (x, a, b)
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -233,7 +281,9 @@ def test_lora_layer_is_its_formula(bias):
             p.normal_()
     x = torch.randn(2, 4, 12)
     expected = x @ layer.weight.float().T + (x @ layer.lora_B.T) @ layer.lora_A.T
-    torch.testing.assert_close(layer(x), expected + layer.bias if bias else expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        layer(x), expected + layer.bias if bias else expected, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_new_lora_layer_is_its_frozen_map_and_learns():
@@ -262,14 +312,18 @@ def test_a_rank_that_fits_no_map_is_refused(rank):
 def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads, either_cpu):
     """On a CPU with AMX 512 tokens and fewer take plain products, for gradients, and more PyTorch's kernel."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1 if length > 100 else 3, length, n, 8, dtype=torch.float64)
-               for n in (4, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(1 if length > 100 else 3, length, n, 8, dtype=torch.float64)
+        for n in (4, kv_heads, kv_heads)
+    )
     out = train_gpt.causal_attention(q, k, v)
     wide_k, wide_v = (t.repeat_interleave(4 // kv_heads, 2) for t in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, wide_k) / math.sqrt(8)
     scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
     torch.testing.assert_close(out, torch.einsum("bhts,bshd->bthd", scores.softmax(-1), wide_v))
-    fused = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, wide_k, wide_v)), is_causal=True)
+    fused = F.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, wide_k, wide_v)), is_causal=True
+    )
     torch.testing.assert_close(out, fused.transpose(1, 2))
     with torch.no_grad():
         ungraded = train_gpt.causal_attention(q, k, v)
@@ -278,18 +332,26 @@ def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads, either
     torch.testing.assert_close(out[:, -2:], last, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("queries", "keys", "span"), [
-    (300, 300, 300), (300, 300, 1), (300, 300, 70), (300, 600, 300), (260, 1300, 129), (1, 40, 7)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "span"),
+    [(300, 300, 300), (300, 300, 1), (300, 300, 70), (300, 600, 300), (260, 1300, 129), (1, 40, 7)],
+)
 def test_plain_products_see_the_span_before_each_query(queries, keys, span):
     """Against a mask over all keys; blocks have 128 queries, 256 from 1,025 keys on."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, n, heads, 8, dtype=torch.float64, requires_grad=True)
-               for n, heads in ((queries, 4), (keys, 2), (keys, 2)))
+    q, k, v = (
+        torch.randn(2, n, heads, 8, dtype=torch.float64, requires_grad=True)
+        for n, heads in ((queries, 4), (keys, 2), (keys, 2))
+    )
     past = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     seen = (past >= 0) & (past < span)
     expected = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, enable_gqa=True).transpose(1, 2)
-    out, dy = train_gpt.block_attention(q, k, v, span), torch.randn(2, queries, 4, 8, dtype=torch.float64)
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, enable_gqa=True
+    ).transpose(1, 2)
+    out, dy = (
+        train_gpt.block_attention(q, k, v, span),
+        torch.randn(2, queries, 4, 8, dtype=torch.float64),
+    )
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), dy) for y in (out, expected))):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
@@ -299,7 +361,9 @@ def test_rotary_scores_depend_on_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 8, dtype=torch.float64)
     angles = torch.arange(20, dtype=torch.float64)[:, None, None] * torch.tensor([1.0, 0.3, 0.01])
-    q, k = (train_gpt.rotate(x.expand(1, 20, 1, 8), angles.cos(), angles.sin())[0, :, 0] for x in (q, k))
+    q, k = (
+        train_gpt.rotate(x.expand(1, 20, 1, 8), angles.cos(), angles.sin())[0, :, 0] for x in (q, k)
+    )
     scores = q @ k.T
     for distance in range(-19, 20):
         assert scores.diagonal(distance).std(correction=0) < 1e-12
@@ -344,11 +408,19 @@ def test_losses_of_the_last_targets_and_their_mean(settings, random_model):
     torch.testing.assert_close(model(ids, targets), expected.mean())
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"recur_layers": "2-3", "recur_times": 2}, {"parallel_from": 2, "mlp_gated": 1},
-    {"num_layers": 1, "ve_enabled": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recur_layers": "2-3", "recur_times": 2},
+        {"parallel_from": 2, "mlp_gated": 1},
+        {"num_layers": 1, "ve_enabled": 0},
+    ],
+)
 @pytest.mark.parametrize(("last", "computed"), [(1, 1), (2, 2), (3, 16), (16, 16)])
-def test_the_last_block_computes_few_positions_alone(settings, random_model, changes, last, computed):
+def test_the_last_block_computes_few_positions_alone(
+    settings, random_model, changes, last, computed
+):
     """And they are what they are among all, in training as in evaluation."""
     model, ids = random_model(settings(**changes), torch.float64), tokens(2, 16)
     everything, widths = model.hidden(ids), []
@@ -356,7 +428,9 @@ def test_the_last_block_computes_few_positions_alone(settings, random_model, cha
         block.mlp.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
-            torch.testing.assert_close(model.hidden(ids, last), everything[:, -last:], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                model.hidden(ids, last), everything[:, -last:], rtol=0, atol=1e-12
+            )
         blocks = len(widths) - 1
         assert widths == [16] * blocks + [computed]
         widths.clear()
@@ -365,7 +439,9 @@ def test_the_last_block_computes_few_positions_alone(settings, random_model, cha
 def test_every_learned_parameter_gets_a_gradient(settings, random_model):
     model = random_model(settings())
     model(tokens(4, 16), tokens(4, 16, seed=1)).backward()
-    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    idle = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ]
     assert idle == []
 
 
@@ -392,7 +468,9 @@ def test_initial_values_are_the_references(settings):
     for layer in range(5):
         share = 1 / (1 + math.exp(-3 * (layer / 4 - 0.5)))
         torch.testing.assert_close(values[f"blocks.{layer}.stream_mix"], torch.full((64,), share))
-        torch.testing.assert_close(values[f"blocks.{layer}.embedding_mix"], torch.full((64,), 1 - share))
+        torch.testing.assert_close(
+            values[f"blocks.{layer}.embedding_mix"], torch.full((64,), 1 - share)
+        )
     assert values["embedding.weight"].std() == pytest.approx(0.005, rel=0.03)
     assert values["bigram.0.weight"].abs().max() == 0
     assert values["bigram_scale"].item() == pytest.approx(0.05)
@@ -410,7 +488,9 @@ def test_a_new_model_knows_nothing(settings):
 
 
 def test_initial_weights_follow_the_seed_and_maps_do_not(settings):
-    first, again, other = (torch.manual_seed(seed) and train_gpt.GPT(settings()) for seed in (1, 1, 2))
+    first, again, other = (
+        torch.manual_seed(seed) and train_gpt.GPT(settings()) for seed in (1, 1, 2)
+    )
     assert torch.equal(first.embedding.weight, again.embedding.weight)
     assert not torch.equal(first.embedding.weight, other.embedding.weight)
     assert first.fingerprint() == again.fingerprint() == other.fingerprint()
@@ -438,7 +518,9 @@ def test_loading_restores_the_logits_exactly_and_keeps_the_buffers(settings, ran
     places = {name: t.data_ptr() for name, t in [*model.named_buffers(), *model.named_parameters()]}
     assert len(places) > 24
     model.load_state_dict(torch.load(file, weights_only=True))
-    assert {name: t.data_ptr() for name, t in [*model.named_buffers(), *model.named_parameters()]} == places
+    assert {
+        name: t.data_ptr() for name, t in [*model.named_buffers(), *model.named_parameters()]
+    } == places
     with torch.no_grad():
         difference = model.logits(model.hidden(ids)) - saved.logits(saved.hidden(ids))
     assert difference.abs().max() == 0.0
@@ -458,10 +540,25 @@ def test_importing_the_script_has_no_side_effects(tmp_path):
         assert not torch.cuda.is_initialized()
         assert threading.active_count() == 1
     """
-    shell = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "NUM_LAYERS": "banana", "RANK": "1",
-             "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "LOCAL_RANK": "7"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | shell, timeout=100,
-                          capture_output=True, text=True, check=False)
+    shell = {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "NUM_LAYERS": "banana",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+        "LOCAL_RANK": "7",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | shell,
+        timeout=100,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -479,20 +576,59 @@ def test_the_names_that_other_peoples_code_imports():
 
 def test_defaults_are_system_a():
     expected = {
-        "num_layers": 11, "model_dim": 512, "num_heads": 8, "num_kv_heads": 4, "mlp_mult": 3.0,
-        "rope_dims": 16, "rope_base": 10_000, "xsa_last_n": 11, "ln_scale": 1,
-        "bigram_vocab_size": 2048, "bigram_dim": 128, "ve_enabled": 1, "ve_dim": 128,
-        "ve_layers": "9,10", "vrl_enabled": 1, "smear_enabled": 1, "skips_enabled": 1, "qk_gain_init": 1.5,
-        "logit_softcap": 30, "tied_embed_init_std": 0.005, "vocab_size": 1024, "map_basis": "orthogonal",
-        "map_adapter": "lora:32", "map_seed": 12345, "map_seed_stride": 100, "map_gain": "1",
-        "map_scale": "none", "map_gate": "none", "map_freeze": "0",
-        "train_batch_tokens": 786_432, "train_seq_len": 2048, "matrix_lr": 0.025, "scalar_lr": 0.025,
-        "tied_embed_lr": 0.035, "muon_momentum": 0.99, "muon_momentum_warmup_start": 0.92,
-        "muon_momentum_warmup_steps": 1500, "muon_backend_steps": 5, "muon_wd": 0.04, "adam_wd": 0.04,
-        "beta1": 0.9, "beta2": 0.95, "grad_clip_norm": 0.3, "warmdown_iters": 3500, "warmup_steps": 20,
-        "ema_decay": 0.997, "swa_interval": 50, "swa_threshold": 0.2, "late_qat_threshold": 0.15,
-        "gptq_reserve_seconds": 45, "max_wallclock_seconds": 600,
-        "eval_stride": 64, "artifact_limit_bytes": 16_000_000,
+        "num_layers": 11,
+        "model_dim": 512,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "mlp_mult": 3.0,
+        "rope_dims": 16,
+        "rope_base": 10_000,
+        "xsa_last_n": 11,
+        "ln_scale": 1,
+        "bigram_vocab_size": 2048,
+        "bigram_dim": 128,
+        "ve_enabled": 1,
+        "ve_dim": 128,
+        "ve_layers": "9,10",
+        "vrl_enabled": 1,
+        "smear_enabled": 1,
+        "skips_enabled": 1,
+        "qk_gain_init": 1.5,
+        "logit_softcap": 30,
+        "tied_embed_init_std": 0.005,
+        "vocab_size": 1024,
+        "map_basis": "orthogonal",
+        "map_adapter": "lora:32",
+        "map_seed": 12345,
+        "map_seed_stride": 100,
+        "map_gain": "1",
+        "map_scale": "none",
+        "map_gate": "none",
+        "map_freeze": "0",
+        "train_batch_tokens": 786_432,
+        "train_seq_len": 2048,
+        "matrix_lr": 0.025,
+        "scalar_lr": 0.025,
+        "tied_embed_lr": 0.035,
+        "muon_momentum": 0.99,
+        "muon_momentum_warmup_start": 0.92,
+        "muon_momentum_warmup_steps": 1500,
+        "muon_backend_steps": 5,
+        "muon_wd": 0.04,
+        "adam_wd": 0.04,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "grad_clip_norm": 0.3,
+        "warmdown_iters": 3500,
+        "warmup_steps": 20,
+        "ema_decay": 0.997,
+        "swa_interval": 50,
+        "swa_threshold": 0.2,
+        "late_qat_threshold": 0.15,
+        "gptq_reserve_seconds": 45,
+        "max_wallclock_seconds": 600,
+        "eval_stride": 64,
+        "artifact_limit_bytes": 16_000_000,
     }
     h = train_gpt.Hyperparameters()
     assert {name: getattr(h, name) for name in expected} == expected
@@ -507,22 +643,35 @@ def test_sizes_of_the_full_configuration():
     assert sum(row.out_features * row.in_features for row in rows) == 25_952_256
     with torch.device("meta"):
         model = train_gpt.GPT(train_gpt.Hyperparameters(map_basis="learned"))
-    around = sum(p.numel() for name, p in model.named_parameters()
-                 if name.removesuffix(".weight") not in model.table)
-    trained = around + sum(row.adapters()["lora"] * (row.in_features + row.out_features) for row in rows)
-    assert trained == pytest.approx(3_744_892, abs=30)  # PR #1113 has 23 more scalars among its gates
+    around = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.removesuffix(".weight") not in model.table
+    )
+    trained = around + sum(
+        row.adapters()["lora"] * (row.in_features + row.out_features) for row in rows
+    )
+    assert trained == pytest.approx(
+        3_744_892, abs=30
+    )  # PR #1113 has 23 more scalars among its gates
 
 
 # ---- The type of activations -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("amx", "avx512", "maker", "expected"), [
-    (True, True, "GenuineIntel", torch.bfloat16), (False, True, "AuthenticAMD", torch.bfloat16),
-    (False, True, None, torch.bfloat16), (False, True, "GenuineIntel", torch.float32),
-    (False, False, "AuthenticAMD", torch.float32),
-])
-def test_the_type_is_the_one_that_this_cpu_multiplies_faster(amx, avx512, maker, expected, monkeypatch,
-                                                             tmp_path):
+@pytest.mark.parametrize(
+    ("amx", "avx512", "maker", "expected"),
+    [
+        (True, True, "GenuineIntel", torch.bfloat16),
+        (False, True, "AuthenticAMD", torch.bfloat16),
+        (False, True, None, torch.bfloat16),
+        (False, True, "GenuineIntel", torch.float32),
+        (False, False, "AuthenticAMD", torch.float32),
+    ],
+)
+def test_the_type_is_the_one_that_this_cpu_multiplies_faster(
+    amx, avx512, maker, expected, monkeypatch, tmp_path
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train_gpt, "AMX", amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
@@ -531,4 +680,6 @@ def test_the_type_is_the_one_that_this_cpu_multiplies_faster(amx, avx512, maker,
     monkeypatch.setattr(train_gpt, "Path", lambda path: tmp_path)  # for /proc
     assert train_gpt.World(train_gpt.Hyperparameters({})).dtype is expected
     for name in ("float32", "bfloat16"):
-        assert train_gpt.World(train_gpt.Hyperparameters({}, dtype=name)).dtype is getattr(torch, name)
+        assert train_gpt.World(train_gpt.Hyperparameters({}, dtype=name)).dtype is getattr(
+            torch, name
+        )

@@ -1,4 +1,5 @@
 """data/prepare.py as a person runs it: a real process, real files, a stand-in for the hub on 127.0.0.1."""
+
 from __future__ import annotations
 
 import bz2
@@ -43,8 +44,14 @@ COMMAND = [sys.executable, str(PREPARE), "--out"]
 
 
 def run(out: Path, *args, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, str(out), *map(str, args)], capture_output=True, timeout=60,
-                          encoding="utf-8", check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        [*COMMAND, str(out), *map(str, args)],
+        capture_output=True,
+        timeout=60,
+        encoding="utf-8",
+        check=False,
+        env={**os.environ, **environment},
+    )
 
 
 def run_well(out: Path, *args, **environment) -> subprocess.CompletedProcess:
@@ -54,7 +61,11 @@ def run_well(out: Path, *args, **environment) -> subprocess.CompletedProcess:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file()
+    }
 
 
 def shard_tokens(path: Path) -> np.ndarray:
@@ -68,7 +79,9 @@ def shard_tokens(path: Path) -> np.ndarray:
 
 def stream(folder: Path, split: str) -> list[int]:
     paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
-    assert [path.name for path in paths] == [f"fineweb_{split}_{i:06d}.bin" for i in range(len(paths))]
+    assert [path.name for path in paths] == [
+        f"fineweb_{split}_{i:06d}.bin" for i in range(len(paths))
+    ]
     return [token for path in paths for token in shard_tokens(path).tolist()]
 
 
@@ -94,8 +107,10 @@ def written(out: Path) -> tuple[Path, sentencepiece.SentencePieceProcessor, dict
 
 def decoded(out: Path) -> dict[str, list[str]]:
     folder, tokenizer, _ = written(out)
-    return {split: [tokenizer.decode(ids) for ids in split_at_bos(stream(folder, split))]
-            for split in ("train", "val")}
+    return {
+        split: [tokenizer.decode(ids) for ids in split_at_bos(stream(folder, split))]
+        for split in ("train", "val")
+    }
 
 
 def assert_refused(result: subprocess.CompletedProcess, *said: str) -> None:
@@ -116,7 +131,9 @@ OTHERS = made_up(20, 2)
 
 
 def jsonl(documents: list[str]) -> bytes:
-    return "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents)).encode()
+    return "".join(
+        json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents)
+    ).encode()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +142,12 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("with a space") / "my texts"
     folder.mkdir()
     raw = jsonl(DOCUMENTS)
-    forms = {"": raw, ".gz": gzip.compress(raw), ".bz2": bz2.compress(raw), ".xz": lzma.compress(raw)}
+    forms = {
+        "": raw,
+        ".gz": gzip.compress(raw),
+        ".bz2": bz2.compress(raw),
+        ".xz": lzma.compress(raw),
+    }
     for suffix, data in forms.items():
         (folder / f"book.jsonl{suffix}").write_bytes(data)
     (folder / "plain.txt").write_text("\n".join(DOCUMENTS))
@@ -148,8 +170,12 @@ def model(corpus: Path) -> Path:
 def two_docs(tmp_path_factory) -> tuple[Path, Path]:
     """`docs` run into two folders, side by side because each takes seconds."""
     outs = tmp_path_factory.mktemp("docs") / "a", tmp_path_factory.mktemp("docs") / "b"
-    running = [subprocess.Popen([*COMMAND, str(out), "docs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for out in outs]
+    running = [
+        subprocess.Popen(
+            [*COMMAND, str(out), "docs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for out in outs
+    ]
     for process in running:
         said, complaint = process.communicate(timeout=120)
         assert process.returncode == 0, complaint.decode()
@@ -161,8 +187,12 @@ def test_docs_gives_the_same_bytes_each_time(two_docs):
     first, second = map(contents, two_docs)
     assert first == second
     folder = "datasets/docs_sp1024"
-    assert sorted(first) == [f"{folder}/fineweb_train_000000.bin", f"{folder}/fineweb_val_000000.bin",
-                             f"{folder}/manifest.json", "tokenizers/docs_1024_bpe.model"]
+    assert sorted(first) == [
+        f"{folder}/fineweb_train_000000.bin",
+        f"{folder}/fineweb_val_000000.bin",
+        f"{folder}/manifest.json",
+        "tokenizers/docs_1024_bpe.model",
+    ]
 
 
 def test_docs_manifest_agrees_with_the_shards(two_docs):
@@ -189,7 +219,12 @@ def test_docs_has_no_document_twice(two_docs):
 
 def test_docs_tokenizer_has_the_settings_of_the_challenge(two_docs):
     _, tokenizer, _ = written(two_docs[0])
-    assert [tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()] == [0, 1, 2, 3]
+    assert [tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert [i for i in range(1024) if tokenizer.is_byte(i)] == list(range(4, 260))
     unseen = tokenizer.encode("\U0001f9ff", out_type=int)
     assert [tokenizer.id_to_piece(i) for i in unseen] == ["<0xF0>", "<0x9F>", "<0xA7>", "<0xBF>"]
@@ -219,7 +254,9 @@ def plain_run(corpus, model, tmp_path_factory) -> Path:
 def test_text_compressed_gives_the_same_shards(corpus, model, plain_run, tmp_path, suffix):
     run_well(tmp_path, "text", corpus / f"book.jsonl{suffix}", "--tokenizer", model)
     first, second = contents(plain_run), contents(tmp_path)
-    manifests = [json.loads(each.pop(f"datasets/book_sp{VOCAB}/manifest.json")) for each in (first, second)]
+    manifests = [
+        json.loads(each.pop(f"datasets/book_sp{VOCAB}/manifest.json")) for each in (first, second)
+    ]
     assert first == second and len(first) == 3
     assert manifests[1].pop("source")["files"] == [f"book.jsonl{suffix}"]
     assert manifests[0].pop("source")["files"] == ["book.jsonl"]
@@ -232,22 +269,39 @@ def test_text_can_be_read_back_from_the_shards(model, plain_run):
     assert sorted(texts["train"] + texts["val"]) == sorted(DOCUMENTS)
     for split, documents in texts.items():
         kept = set(documents)
-        assert documents == [text for text in DOCUMENTS if text in kept], "the order of the file is kept"
+        assert documents == [text for text in DOCUMENTS if text in kept], (
+            "the order of the file is kept"
+        )
         assert manifest[split]["bytes"] == sum(map(len, documents))
         assert manifest[split]["documents"] == len(documents)
         assert manifest[split]["tokens"] == len(stream(folder, split))
-        assert stream(folder, split) == [i for text in documents for i in [1, *tokenizer.encode(text)]]
+        assert stream(folder, split) == [
+            i for text in documents for i in [1, *tokenizer.encode(text)]
+        ]
     assert 3 <= len(texts["val"]) <= 30  # 4 % of 300, by hash
     assert (plain_run / "tokenizers" / f"book_{VOCAB}_bpe.model").read_bytes() == model.read_bytes()
 
 
 def test_text_with_its_own_validation_files(corpus, model, tmp_path):
-    run_well(tmp_path, "text", corpus / "book.jsonl", "--val", corpus / "others.jsonl", "--tokenizer", model,
-             "--name", "mine")
+    run_well(
+        tmp_path,
+        "text",
+        corpus / "book.jsonl",
+        "--val",
+        corpus / "others.jsonl",
+        "--tokenizer",
+        model,
+        "--name",
+        "mine",
+    )
     assert decoded(tmp_path) == {"train": DOCUMENTS, "val": OTHERS}
     folder, _, manifest = written(tmp_path)
     assert folder.name == f"mine_sp{VOCAB}"
-    assert manifest["source"] == {"kind": "text", "files": ["book.jsonl"], "val_files": ["others.jsonl"]}
+    assert manifest["source"] == {
+        "kind": "text",
+        "files": ["book.jsonl"],
+        "val_files": ["others.jsonl"],
+    }
 
 
 def test_text_validation_fraction(corpus, model, plain_run, tmp_path):
@@ -260,9 +314,14 @@ def test_text_validation_fraction(corpus, model, plain_run, tmp_path):
 
 def test_text_makes_a_tokenizer_from_plain_text(corpus, tmp_path):
     """Without --tokenizer; a .txt is one document, whose line ends the normalisation makes spaces."""
-    run_well(tmp_path, "text", corpus / "plain.txt", "--val", corpus / "other.txt", "--vocab", VOCAB)
+    run_well(
+        tmp_path, "text", corpus / "plain.txt", "--val", corpus / "other.txt", "--vocab", VOCAB
+    )
     folder, tokenizer, manifest = written(tmp_path)
-    assert folder.name == f"plain_sp{VOCAB}" and tokenizer.vocab_size() == manifest["vocab_size"] == VOCAB
+    assert (
+        folder.name == f"plain_sp{VOCAB}"
+        and tokenizer.vocab_size() == manifest["vocab_size"] == VOCAB
+    )
     assert decoded(tmp_path) == {"train": [" ".join(DOCUMENTS)], "val": OTHERS[:1]}
     assert (tmp_path / "tokenizers" / f"plain_{VOCAB}_bpe.model").exists()
 
@@ -279,7 +338,9 @@ def test_text_with_a_byte_order_mark(corpus, model, tmp_path):
     """As some editors write it, before the first line of JSON."""
     marked = tmp_path / "book.jsonl"
     marked.write_bytes(b"\xef\xbb\xbf" + jsonl(DOCUMENTS))
-    run_well(tmp_path / "out", "text", marked, "--val", corpus / "others.jsonl", "--tokenizer", model)
+    run_well(
+        tmp_path / "out", "text", marked, "--val", corpus / "others.jsonl", "--tokenizer", model
+    )
     assert decoded(tmp_path / "out")["train"] == DOCUMENTS
 
 
@@ -294,14 +355,26 @@ BAD_FILES = {
     "missing file": ("nowhere.jsonl", None, ["nowhere.jsonl", "no such file"]),
     "wrong suffix": ("book.csv", GOOD, ["book.csv", ".txt and .jsonl"]),
     "not JSON": ("bad.jsonl", GOOD + b'{"text": "half\n', ["bad.jsonl, line 301"]),
-    "no text": ("bad.jsonl", jsonl(OTHERS) + b'{"body": "x"}\n' + GOOD, ["bad.jsonl, line 21", '"text"']),
+    "no text": (
+        "bad.jsonl",
+        jsonl(OTHERS) + b'{"body": "x"}\n' + GOOD,
+        ["bad.jsonl, line 21", '"text"'],
+    ),
     "text is a number": ("bad.jsonl", b'{"text": 7}\n' + GOOD, ["bad.jsonl, line 1"]),
-    "half a character in JSON": ("bad.jsonl", GOOD + b'{"text": "\\ud800"}\n', ["bad.jsonl, line 301"]),
+    "half a character in JSON": (
+        "bad.jsonl",
+        GOOD + b'{"text": "\\ud800"}\n',
+        ["bad.jsonl, line 301"],
+    ),
     "deep JSON": ("bad.jsonl", GOOD + b"[" * 200_000 + b"\n", ["bad.jsonl, line 301"]),
     "not UTF-8 in JSON": ("bad.jsonl", GOOD + b'{"text": "\xff"}\n', ["bad.jsonl", "UTF-8"]),
     "not UTF-8": ("bad.txt", b"good " * 9000 + b"\xff\n", ["bad.txt", "UTF-8", r"b'\xff'"]),
     "truncated gzip": ("bad.jsonl.gz", gzip.compress(GOOD)[:-2000], ["bad.jsonl.gz", "to its end"]),
-    "truncated bzip2": ("bad.jsonl.bz2", bz2.compress(GOOD)[:-2000], ["bad.jsonl.bz2", "to its end"]),
+    "truncated bzip2": (
+        "bad.jsonl.bz2",
+        bz2.compress(GOOD)[:-2000],
+        ["bad.jsonl.bz2", "to its end"],
+    ),
     "truncated xz": ("bad.jsonl.xz", lzma.compress(GOOD)[:-2000], ["bad.jsonl.xz", "to its end"]),
     "damaged gzip": ("bad.jsonl.gz", damaged(gzip.compress(GOOD)), ["bad.jsonl.gz", "to its end"]),
     "not gzip": ("bad.jsonl.gz", GOOD, ["bad.jsonl.gz", "to its end"]),
@@ -323,7 +396,9 @@ def test_text_leaves_nothing_when_the_tokenizer_cannot_be_trained(tmp_path, corp
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(GOOD + b"{\n")
     assert_refused(run(tmp_path / "out", "text", corpus / "book.jsonl", bad), "bad.jsonl, line 301")
-    assert_refused(run(tmp_path / "out", "text", corpus / "book.jsonl", "--vocab", 256), "--vocab 256")
+    assert_refused(
+        run(tmp_path / "out", "text", corpus / "book.jsonl", "--vocab", 256), "--vocab 256"
+    )
     (tmp_path / "empty.txt").touch()
     assert_refused(run(tmp_path / "out", "text", tmp_path / "empty.txt"), "no training text")
     assert not (tmp_path / "out").exists()
@@ -331,7 +406,9 @@ def test_text_leaves_nothing_when_the_tokenizer_cannot_be_trained(tmp_path, corp
 
 def test_text_refuses_what_is_no_tokenizer(corpus, tmp_path):
     for wrong in (corpus / "book.jsonl", corpus / "nowhere.model", corpus):
-        assert_refused(run(tmp_path / "out", "text", corpus / "book.jsonl", "--tokenizer", wrong), str(wrong))
+        assert_refused(
+            run(tmp_path / "out", "text", corpus / "book.jsonl", "--tokenizer", wrong), str(wrong)
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -343,8 +420,17 @@ def test_text_without_validation_text(corpus, model, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("option", [["--vocab", "100"], ["--vocab", "70000"], ["--vocab", "many"],
-                                    ["--val-fraction", "0"], ["--val-fraction", "4"], ["--name", "a/b"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--vocab", "100"],
+        ["--vocab", "70000"],
+        ["--vocab", "many"],
+        ["--val-fraction", "0"],
+        ["--val-fraction", "4"],
+        ["--name", "a/b"],
+    ],
+)
 def test_text_refuses_options_out_of_range(corpus, tmp_path, option):
     result = run(tmp_path / "out", "text", corpus / "book.jsonl", *option)
     assert result.returncode == 2 and "Traceback" not in result.stderr
@@ -355,12 +441,16 @@ def test_text_refuses_options_out_of_range(corpus, tmp_path, option):
 def test_text_keeps_what_is_there(corpus, model, plain_run, tmp_path):
     """Neither a dataset nor a tokenizer that other shards may need is replaced."""
     before = contents(plain_run)
-    assert_refused(run(plain_run, "text", corpus / "book.jsonl", "--tokenizer", model), "is there already")
+    assert_refused(
+        run(plain_run, "text", corpus / "book.jsonl", "--tokenizer", model), "is there already"
+    )
     assert contents(plain_run) == before
     tokenizer = tmp_path / "tokenizers" / f"book_{VOCAB}_bpe.model"
     tokenizer.parent.mkdir()
     tokenizer.write_bytes(b"another")
-    assert_refused(run(tmp_path, "text", corpus / "book.jsonl", "--tokenizer", model), "another tokenizer")
+    assert_refused(
+        run(tmp_path, "text", corpus / "book.jsonl", "--tokenizer", model), "another tokenizer"
+    )
     assert contents(tmp_path) == {f"tokenizers/{tokenizer.name}": b"another"}
 
 
@@ -375,7 +465,9 @@ def test_text_after_a_run_that_was_killed(corpus, model, plain_run, tmp_path):
 
 def test_out_that_is_a_file(corpus, model, tmp_path):
     (tmp_path / "out").write_text("mine")
-    assert_refused(run(tmp_path / "out", "text", corpus / "book.jsonl", "--tokenizer", model), "out")
+    assert_refused(
+        run(tmp_path / "out", "text", corpus / "book.jsonl", "--tokenizer", model), "out"
+    )
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -404,10 +496,18 @@ def test_sample_keeps_all_of_a_small_corpus_and_something_of_a_long_document():
 
 def test_long_text_is_cut_at_line_ends_without_loss(monkeypatch, tmp_path):
     monkeypatch.setattr(prepare, "TXT_DOCUMENT", 500)
-    text = "\n\n  " + "\n".join(DOCUMENTS[:100]) + "\n" + "a long line " * 200 + "\n\nno line end here: ÿ"
+    text = (
+        "\n\n  "
+        + "\n".join(DOCUMENTS[:100])
+        + "\n"
+        + "a long line " * 200
+        + "\n\nno line end here: ÿ"
+    )
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    for parts in (list(prepare.text_documents(io.StringIO(text))),
-                  list(prepare.file_documents(tmp_path / "long.txt"))):
+    for parts in (
+        list(prepare.text_documents(io.StringIO(text))),
+        list(prepare.file_documents(tmp_path / "long.txt")),
+    ):
         assert "".join(parts) == text
         assert len(parts) > 20 and all(part.endswith("\n") for part in parts[:-1])
         assert all(len(part) >= 500 for part in parts[:-1])
@@ -434,7 +534,9 @@ def test_tokens_roll_over_into_further_shards(monkeypatch, model, tmp_path):
     prepare.write_dataset(tmp_path, "rolled", model.read_bytes(), {"kind": "test"}, iter(pairs))
     folder, tokenizer, manifest = written(tmp_path)
     for split, documents in (("train", DOCUMENTS), ("val", OTHERS)):
-        assert stream(folder, split) == [i for text in documents for i in [1, *tokenizer.encode(text)]]
+        assert stream(folder, split) == [
+            i for text in documents for i in [1, *tokenizer.encode(text)]
+        ]
         sizes = [len(shard_tokens(path)) for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
         assert set(sizes[:-1]) == {1000} and 0 < sizes[-1] <= 1000
         assert manifest[split]["shards"] == len(sizes) and manifest[split]["tokens"] == sum(sizes)
@@ -448,8 +550,9 @@ def test_no_empty_shard_follows_a_full_one(monkeypatch, model, tmp_path):
     prepare.write_dataset(tmp_path, "full", model.read_bytes(), {"kind": "test"}, pairs)
     folder, _, _ = written(tmp_path)
     sizes = {path.name: len(shard_tokens(path)) for path in folder.glob("*.bin")}
-    assert sizes == dict.fromkeys(("fineweb_train_000000.bin", "fineweb_train_000001.bin",
-                                   "fineweb_val_000000.bin"), count)
+    assert sizes == dict.fromkeys(
+        ("fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"), count
+    )
 
 
 # ---- fineweb -----------------------------------------------------------------------------------------------
@@ -516,27 +619,44 @@ class HubHandler(BaseHTTPRequestHandler):
         if with_body and fault is None:
             self.wfile.write(data[start:])
         elif with_body:
-            self.wfile.write(data[start : len(data) // 2])  # nothing more when asked to carry on from there
+            self.wfile.write(
+                data[start : len(data) // 2]
+            )  # nothing more when asked to carry on from there
             self.close_connection = True
             if fault == "reset":
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                )
                 self.connection.close()
 
 
 @pytest.fixture
 def hub(model):
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub, which fetches shards, is not installed")
+    pytest.importorskip(
+        "huggingface_hub", reason="huggingface_hub, which fetches shards, is not installed"
+    )
     draw = random.Random(3)
-    manifest = {"datasets": [{"name": NAME, "tokenizer_name": "sp_bpe_1024",
-                              "stats": {"files_train": 3, "files_val": 1}}],
-                "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}]}
-    files = {"datasets/manifest.json": json.dumps(manifest).encode(),
-             "datasets/tokenizers/fineweb_1024_bpe.model": model.read_bytes()}
+    manifest = {
+        "datasets": [
+            {
+                "name": NAME,
+                "tokenizer_name": "sp_bpe_1024",
+                "stats": {"files_train": 3, "files_val": 1},
+            }
+        ],
+        "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/fineweb_1024_bpe.model"}],
+    }
+    files = {
+        "datasets/manifest.json": json.dumps(manifest).encode(),
+        "datasets/tokenizers/fineweb_1024_bpe.model": model.read_bytes(),
+    }
     for number, name in enumerate(SHARDS):
         tokens = [draw.randrange(VOCAB) for _ in range(40_000 + number)]
         files[f"datasets/datasets/{NAME}/{name}"] = shard(tokens)
     server = Hub(files)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -544,10 +664,21 @@ def hub(model):
 
 def fetch(hub: Hub, out: Path, *args) -> subprocess.CompletedProcess:
     """`fineweb` against the stand-in, with a cache of its own, no proxy and nobody's token."""
-    return run(out, "fineweb", "--repo", REPOSITORY, *args, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
-               HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
-               HF_HUB_DISABLE_TELEMETRY="1", HF_HOME=str(out.with_name("hf home")), NO_PROXY="127.0.0.1",
-               no_proxy="127.0.0.1")
+    return run(
+        out,
+        "fineweb",
+        "--repo",
+        REPOSITORY,
+        *args,
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+        HF_HUB_DISABLE_XET="1",
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        HF_HOME=str(out.with_name("hf home")),
+        NO_PROXY="127.0.0.1",
+        no_proxy="127.0.0.1",
+    )
 
 
 def assert_fetch_fails(result: subprocess.CompletedProcess, *said: str) -> None:
@@ -594,7 +725,9 @@ def test_fineweb_again_fetches_only_what_is_wanting(hub, tmp_path):
     assert [hub.fetched(name) for name in SHARDS] == [2, 1, 1, 1]
     assert hub.fetched("fineweb_1024_bpe.model") == 1
     folder, _, manifest = written(out)
-    assert manifest["train"]["tokens"] == len(stream(folder, "train")), "a trainer takes all that lie there"
+    assert manifest["train"]["tokens"] == len(stream(folder, "train")), (
+        "a trainer takes all that lie there"
+    )
 
 
 def test_fineweb_refuses_what_the_export_has_not(hub, tmp_path):
@@ -636,9 +769,16 @@ def test_fineweb_refuses_a_shard_whose_header_and_size_disagree(hub, tmp_path):
 
 
 def test_fineweb_without_huggingface_hub_says_how_to_get_it(tmp_path):
-    program = ("import runpy, sys; sys.modules['huggingface_hub'] = None;"
-               f" runpy.run_path({str(PREPARE)!r}, run_name='__main__')")
-    result = subprocess.run([sys.executable, "-c", program, "--out", str(tmp_path / "out"), "fineweb"],
-                            capture_output=True, text=True, timeout=60, check=False)
+    program = (
+        "import runpy, sys; sys.modules['huggingface_hub'] = None;"
+        f" runpy.run_path({str(PREPARE)!r}, run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "--out", str(tmp_path / "out"), "fineweb"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert_refused(result, "huggingface_hub", "pip install huggingface_hub")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
 """From trained weights to the artifact and back; the optimiser, averages and schedule that lead there."""
+
 from __future__ import annotations
 
 import copy
@@ -19,8 +20,14 @@ from hypothesis import strategies as st
 import train_gpt
 
 MATRIX, EMBEDDING, SCALAR = train_gpt.MATRIX, train_gpt.EMBEDDING, train_gpt.SCALAR
-QUANTIZERS = [train_gpt.Quantizer(6, 12.85), train_gpt.Quantizer(8, 20.0), train_gpt.Quantizer(2, 2.0)]
-each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=["matrix", "embedding", "2-bit"])
+QUANTIZERS = [
+    train_gpt.Quantizer(6, 12.85),
+    train_gpt.Quantizer(8, 20.0),
+    train_gpt.Quantizer(2, 2.0),
+]
+each_quantizer = pytest.mark.parametrize(
+    "quantizer", QUANTIZERS, ids=["matrix", "embedding", "2-bit"]
+)
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,7 +37,11 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 def correlated_inputs(n: int, dim: int, seed: int = 0) -> torch.Tensor:
     """(n, dim) float64 inputs as layers see them: few strong directions, a mean, channels of unlike size."""
     torch.manual_seed(seed)
-    x = torch.randn(n, dim // 4) @ torch.randn(dim // 4, dim) + 0.3 * torch.randn(n, dim) + torch.randn(dim)
+    x = (
+        torch.randn(n, dim // 4) @ torch.randn(dim // 4, dim)
+        + 0.3 * torch.randn(n, dim)
+        + torch.randn(dim)
+    )
     return (x * torch.rand(dim).exp()).double()
 
 
@@ -40,14 +51,20 @@ def correlated_inputs(n: int, dim: int, seed: int = 0) -> torch.Tensor:
 def awkward_rows() -> torch.Tensor:
     """Rows from far too small for the smallest step to far too large for the largest, an outlier, zeros."""
     torch.manual_seed(0)
-    w = torch.randn(9, 40) * torch.tensor([1e-12, 1e-7, 1e-3, 1.0, 1e3, 1e8, 1.0, 1.0, 1.0])[:, None]
+    w = (
+        torch.randn(9, 40)
+        * torch.tensor([1e-12, 1e-7, 1e-3, 1.0, 1e3, 1e8, 1.0, 1.0, 1.0])[:, None]
+    )
     w[6], w[7, 1:], w[8, 5] = 0.0, 0.0, 1e4
     return w
 
 
 def restated_nearest(quantizer: train_gpt.Quantizer, w: torch.Tensor) -> torch.Tensor:
     """Each value rounded to its row's steps, within the codes there are; what is pruned is zero."""
-    steps, largest = train_gpt.row_steps(quantizer.exponents(w)).numpy(), 2 ** (quantizer.bits - 1) - 1
+    steps, largest = (
+        train_gpt.row_steps(quantizer.exponents(w)).numpy(),
+        2 ** (quantizer.bits - 1) - 1,
+    )
     codes = np.clip(np.rint(w.double().numpy() / np.maximum(steps, 1e-30)), -largest, largest)
     return torch.from_numpy(codes * steps * (quantizer.prune(w) != 0).numpy()).float()
 
@@ -77,9 +94,17 @@ def test_ties_go_to_even_codes():
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
-@hypothesis.given(seed=st.integers(0, 10**6), rows=st.integers(1, 6), columns=st.integers(1, 50),
-                  scale=st.integers(-17, 30), tail=st.integers(1, 5), which=st.sampled_from(range(3)))
-def test_rounding_errs_by_half_a_step_where_nothing_is_clipped(seed, rows, columns, scale, tail, which):
+@hypothesis.given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 50),
+    scale=st.integers(-17, 30),
+    tail=st.integers(1, 5),
+    which=st.sampled_from(range(3)),
+)
+def test_rounding_errs_by_half_a_step_where_nothing_is_clipped(
+    seed, rows, columns, scale, tail, which
+):
     quantizer, generator = QUANTIZERS[which], torch.Generator().manual_seed(seed)
     w = 2.0**scale * torch.randn(rows, columns, generator=generator) ** tail
     codes = quantizer.gptq(w, None)
@@ -106,7 +131,9 @@ def test_the_largest_code_stands_for_so_many_root_mean_squares(quantizer):
 
 def test_an_exponent_is_an_eighth_of_an_octave_and_zero_is_a_zero_row():
     steps = train_gpt.row_steps(torch.tensor([0, 1, 152, 160, 168, 255], dtype=torch.uint8))[:, 0]
-    assert steps.tolist() == pytest.approx([0, 2 ** (-159 / 8), 0.5, 1, 2, 2 ** (95 / 8)], rel=1e-15)
+    assert steps.tolist() == pytest.approx(
+        [0, 2 ** (-159 / 8), 0.5, 1, 2, 2 ** (95 / 8)], rel=1e-15
+    )
 
 
 @each_quantizer
@@ -138,7 +165,9 @@ def test_a_matrix_of_one_row_or_column_is_quantised_like_any_other():
 # ---- GPTQ --------------------------------------------------------------------------------------------------
 
 
-def plain_gptq(w: np.ndarray, hessian: np.ndarray, quantizer: train_gpt.Quantizer, steps: np.ndarray):
+def plain_gptq(
+    w: np.ndarray, hessian: np.ndarray, quantizer: train_gpt.Quantizer, steps: np.ndarray
+):
     """Codes by the definition: after each column, the best change of the free columns; every inverse anew."""
     w, columns, largest = w.astype(np.float64).copy(), w.shape[1], 2 ** (quantizer.bits - 1) - 1
     order = sorted(range(columns), key=lambda j: -hessian[j, j])
@@ -162,7 +191,9 @@ def test_gptq_is_the_definition_computed_plainly(quantizer, columns):
     w, hessian = torch.randn(20, columns), x.T @ x
     got = quantizer.gptq(w, hessian)
     steps = train_gpt.row_steps(got.exponents)[:, 0].numpy()
-    assert np.array_equal(got.codes.numpy(), plain_gptq(w.numpy(), hessian.numpy(), quantizer, steps))
+    assert np.array_equal(
+        got.codes.numpy(), plain_gptq(w.numpy(), hessian.numpy(), quantizer, steps)
+    )
     assert torch.equal(got.exponents, quantizer.gptq(w, None).exponents)
 
 
@@ -172,7 +203,10 @@ def test_gptq_halves_the_output_error_of_rounding(quantizer):
     x = correlated_inputs(6000, 64)
     seen, unseen = x[:4000], x[4000:]
     w = torch.randn(96, 64)
-    rounded, fed = quantizer.gptq(w).values().double(), quantizer.gptq(w, seen.T @ seen).values().double()
+    rounded, fed = (
+        quantizer.gptq(w).values().double(),
+        quantizer.gptq(w, seen.T @ seen).values().double(),
+    )
     for inputs in (seen, unseen):
         error, before = ((inputs @ (w.double() - other).T).norm() for other in (fed, rounded))
         assert error < 0.5 * before
@@ -253,14 +287,22 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
         return normalised(block.stream_mix * x + block.embedding_mix * x)
 
     by_hand = {
-        model.bigram[1]: bigrams, model.value_embedding[1]: lambda ids: model.value_embedding[0].weight[ids],
-        model.blocks[0].attention.q: attention_input, model.blocks[0].attention.v: attention_input,
+        model.bigram[1]: bigrams,
+        model.value_embedding[1]: lambda ids: model.value_embedding[0].weight[ids],
+        model.blocks[0].attention.q: attention_input,
+        model.blocks[0].attention.v: attention_input,
         model.embedding: model.hidden,
     }
     for module, inputs in by_hand.items():
         assert hessians[module].dtype is torch.float32
-        torch.testing.assert_close(hessians[module].double(), expected(inputs), rtol=1e-4, atol=1e-3)
-    assert {type(module) for module in hessians} == {train_gpt.Linear, train_gpt.Embedding, train_gpt.LoRA}
+        torch.testing.assert_close(
+            hessians[module].double(), expected(inputs), rtol=1e-4, atol=1e-3
+        )
+    assert {type(module) for module in hessians} == {
+        train_gpt.Linear,
+        train_gpt.Embedding,
+        train_gpt.LoRA,
+    }
     for row in model.table.values():  # an adapter sees what its map does
         module = model.get_submodule(row.name)
         assert hessians[module.lora] is hessians[module]
@@ -271,11 +313,15 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
 
 def test_products_of_bfloat16_inputs_are_exact(settings, processes):
     """They may be multiplied as bfloat16, but not rounded to it; and nothing else may be from then on."""
-    h = settings(num_layers=1, model_dim=256, num_heads=8, bigram_vocab_size=0, ve_enabled=0, smear_enabled=0)
+    h = settings(
+        num_layers=1, model_dim=256, num_heads=8, bigram_vocab_size=0, ve_enabled=0, smear_enabled=0
+    )
     torch.manual_seed(0)
     model, seen = train_gpt.GPT(h, torch.bfloat16), []
     module = model.blocks[0].mlp.proj
-    module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2).double()))
+    module.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].flatten(0, -2).double())
+    )
     hessian = train_gpt.collect_hessians(model, [tokens(256, 16)], processes)[module].double()
     expected = seen[0].T @ seen[0]
     assert (hessian - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -326,9 +372,13 @@ def test_a_factor_pair_is_quantised_each_against_its_own_inputs():
     seen = x @ layer.lora_B.detach().double().T
     assert not torch.equal(a.codes, quantizers[MATRIX].gptq(layer.lora_A.data, seen.T @ seen).codes)
     exact = x @ (layer.lora_A @ layer.lora_B).detach().double().T
-    nearest = [quantizers[MATRIX].gptq(factor.data).values() for factor in (layer.lora_A, layer.lora_B)]
-    error, before = ((exact - x @ (a @ b).double().T).norm()
-                     for a, b in ((codes["A"].values(), codes["B"].values()), nearest))
+    nearest = [
+        quantizers[MATRIX].gptq(factor.data).values() for factor in (layer.lora_A, layer.lora_B)
+    ]
+    error, before = (
+        (exact - x @ (a @ b).double().T).norm()
+        for a, b in ((codes["A"].values(), codes["B"].values()), nearest)
+    )
     assert error < 0.7 * before
     plain = layer.lora.quantize(quantizers, None)
     assert torch.equal(plain["A"].values(), nearest[0])
@@ -405,7 +455,9 @@ class Snapshots:
     def __call__(self, text: str, *args, **kwargs) -> None:
         self.lines.append(text)
         if "train_loss" in text:
-            self.taken.append({name: p.detach().clone() for name, p in self.model.named_parameters()})
+            self.taken.append(
+                {name: p.detach().clone() for name, p in self.model.named_parameters()}
+            )
 
 
 def test_weights_go_on_learning_during_late_qat(data_settings, processes, tmp_path):
@@ -469,7 +521,11 @@ def test_each_parameter_has_one_role(settings, basis):
     roles = train_gpt.tensors_by_role(model)
     named = [name for group in roles.values() for name in group]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
-    assert set(roles[EMBEDDING]) == {"embedding.weight", "bigram.0.weight", "value_embedding.0.weight"}
+    assert set(roles[EMBEDDING]) == {
+        "embedding.weight",
+        "bigram.0.weight",
+        "value_embedding.0.weight",
+    }
     kinds = (".weight",) if basis == "learned" else (".lora.A", ".lora.B")
     maps = {name + kind for name in model.table for kind in kinds}
     assert set(roles[MATRIX]) == maps | {"bigram.1.weight", "value_embedding.1.weight"}
@@ -481,7 +537,9 @@ def test_hardly_any_learned_value_of_the_full_configuration_stays_float16():
     with torch.device("meta"):
         model = train_gpt.GPT(train_gpt.Hyperparameters(map_basis="learned"))
     roles = train_gpt.tensors_by_role(model)
-    scalars, embeddings = (sum(p.numel() for p in roles[role].values()) for role in (SCALAR, EMBEDDING))
+    scalars, embeddings = (
+        sum(p.numel() for p in roles[role].values()) for role in (SCALAR, EMBEDDING)
+    )
     adapters = sum(row.adapters()["lora"] * (row.in_features + row.out_features) for row in rows)
     assert scalars < 0.01 * (adapters + embeddings)
     assert all(name.endswith(PER_CHANNEL) for name, p in roles[SCALAR].items() if p.ndim > 1)
@@ -502,7 +560,10 @@ def test_a_rebuilt_model_has_a_table_of_angles_as_long_as_this_runs_windows(expo
     """A longer window would compute it anew in every forward pass."""
     for length in (16, 4096):
         world = train_gpt.World(settings(eval_seq_len=length))
-        assert train_gpt.build_model(*train_gpt.read_artifact(exported[0]), world).rope.size(1) == length + 1
+        assert (
+            train_gpt.build_model(*train_gpt.read_artifact(exported[0]), world).rope.size(1)
+            == length + 1
+        )
 
 
 def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported, processes):
@@ -519,7 +580,9 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported,
         for part, codes in stored.items():
             assert torch.equal(tensors[f"{name}.{part}"], codes.values()), name
     fed = tensors["blocks.3.mlp.proj.lora.B"]
-    assert not torch.equal(fed, quantizers[MATRIX].gptq(model.blocks[3].mlp.proj.lora.B.data).values())
+    assert not torch.equal(
+        fed, quantizers[MATRIX].gptq(model.blocks[3].mlp.proj.lora.B.data).values()
+    )
     assert torch.equal(tensors["skip_weights"], model.skip_weights.half().float())
 
 
@@ -531,12 +594,17 @@ def sample_tensors() -> dict:
     quantizer = train_gpt.Quantizer(6, 12.85)
     rows = torch.cat([torch.randn(5, 17), torch.zeros(1, 17), 1e-4 * torch.randn(2, 17)])
     return {
-        "z.lora.A": quantizer.gptq(rows, None), "a.lora.A": quantizer.gptq(torch.randn(40, 3), None),
-        "a.lora.B": quantizer.gptq(torch.randn(3, 90), None), "gain": torch.randn(4, 1),
-        "table.weight": quantizer.gptq(torch.randn(60, 8), None), "one": torch.tensor([0.05]).half(),
-        "point": torch.tensor(-2.5), "blocks.0.mix": torch.randn(33),
+        "z.lora.A": quantizer.gptq(rows, None),
+        "a.lora.A": quantizer.gptq(torch.randn(40, 3), None),
+        "a.lora.B": quantizer.gptq(torch.randn(3, 90), None),
+        "gain": torch.randn(4, 1),
+        "table.weight": quantizer.gptq(torch.randn(60, 8), None),
+        "one": torch.tensor([0.05]).half(),
+        "point": torch.tensor(-2.5),
+        "blocks.0.mix": torch.randn(33),
         "extreme": torch.tensor([6e-8, -65504.0, 0.0, -0.0]),
-        "a.mask.scores": torch.randn(5, 7) > 0, "b.mask.scores": torch.randn(3, 8) > 0,
+        "a.mask.scores": torch.randn(5, 7) > 0,
+        "b.mask.scores": torch.randn(3, 8) > 0,
         "c.mask.scores": torch.randn(1, 3) > 0,  # one bit each, and no whole bytes of them
     }
 
@@ -564,16 +632,29 @@ def test_the_bytes_are_accounted_for_and_the_same_each_time(sample):
     assert blob == sample
     assert sum(sizes.values()) == len(blob)
     groups = {name for name in sizes if name != "header"}
-    assert groups == {"A codes", "A exponents", "B codes", "B exponents", "weight codes", "weight exponents",
-                      "scores bits", "float16"}
+    assert groups == {
+        "A codes",
+        "A exponents",
+        "B codes",
+        "B exponents",
+        "weight codes",
+        "weight exponents",
+        "scores bits",
+        "float16",
+    }
 
 
 def test_groups_are_byte_planes_packed_by_brotli():
     """Read by the documented layout."""
     torch.manual_seed(0)
-    codes, exponents = torch.randn(30, 20).round().to(torch.int8), torch.full((30,), 99, dtype=torch.uint8)
+    codes, exponents = (
+        torch.randn(30, 20).round().to(torch.int8),
+        torch.full((30,), 99, dtype=torch.uint8),
+    )
     halves = torch.randn(200)
-    blob, _ = train_gpt.write_artifact({}, {"x.walk": train_gpt.Codes(codes, exponents), "x": halves})
+    blob, _ = train_gpt.write_artifact(
+        {}, {"x.walk": train_gpt.Codes(codes, exponents), "x": halves}
+    )
     assert blob[:8] == b"RANDMAPS"
     version, size = np.frombuffer(blob[8:16], "<u4").tolist()
     assert version == 2
@@ -583,8 +664,11 @@ def test_groups_are_byte_planes_packed_by_brotli():
         place += packed
     assert place == len(blob) - 32
     pairs = np.frombuffer(halves.half().numpy().tobytes(), np.uint8).reshape(-1, 2)
-    assert raw == {"float16": pairs.T.tobytes(), "walk codes": codes.numpy().tobytes(),
-                   "walk exponents": exponents.numpy().tobytes()}
+    assert raw == {
+        "float16": pairs.T.tobytes(),
+        "walk codes": codes.numpy().tobytes(),
+        "walk exponents": exponents.numpy().tobytes(),
+    }
 
 
 def test_any_flipped_bit_is_noticed(sample):
@@ -628,7 +712,11 @@ def test_what_is_no_artifact_is_refused():
 def stored_model(h: train_gpt.Hyperparameters, **header) -> tuple[bytes, train_gpt.GPT]:
     torch.manual_seed(0)
     model = train_gpt.GPT(h)
-    header = {"model": h.model_settings(), "fingerprint": model.fingerprint(), "tokenizer": ""} | header
+    header = {
+        "model": h.model_settings(),
+        "fingerprint": model.fingerprint(),
+        "tokenizer": "",
+    } | header
     return train_gpt.write_artifact(header, dict(model.state_dict()))[0], model
 
 
@@ -642,12 +730,20 @@ def test_maps_that_come_out_different_are_refused_with_the_versions(settings, pr
         assert told in str(error.value)
 
 
-def test_an_artifact_is_rebuilt_from_itself_whatever_the_environment_says(settings, monkeypatch, processes):
+def test_an_artifact_is_rebuilt_from_itself_whatever_the_environment_says(
+    settings, monkeypatch, processes
+):
     h = settings(num_layers=3, ve_layers="1", bigram_vocab_size=0)
     blob, model = stored_model(h)
-    for name, value in {"NUM_LAYERS": "2", "MODEL_DIM": "64", "RANDOM_ADAPTER_SEED": "1",
-                        "MAP_BASIS": "gaussian", "SKIPS_ENABLED": "0", "LOGIT_SOFTCAP": "1",
-                        "QK_GAIN_INIT": "9"}.items():
+    for name, value in {
+        "NUM_LAYERS": "2",
+        "MODEL_DIM": "64",
+        "RANDOM_ADAPTER_SEED": "1",
+        "MAP_BASIS": "gaussian",
+        "SKIPS_ENABLED": "0",
+        "LOGIT_SOFTCAP": "1",
+        "QK_GAIN_INIT": "9",
+    }.items():
         monkeypatch.setenv(name, value)
     again = train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
     assert again.fingerprint() == model.fingerprint()
@@ -677,7 +773,10 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shap
     result = train_gpt.orthogonalize(g, 5)
     for x, given in zip(result, g):
         np.testing.assert_allclose(x.numpy(), newton_schulz(given.numpy()), rtol=0, atol=1e-4)
-        if shape != (24, 24):  # a square matrix has singular values near zero, which 5 steps leave small
+        if shape != (
+            24,
+            24,
+        ):  # a square matrix has singular values near zero, which 5 steps leave small
             singular = torch.linalg.svdvals(x)
             assert singular.min() > 0.65
             assert singular.max() < 1.25
@@ -881,8 +980,12 @@ def test_no_wall_clock_is_no_limit(seconds):
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(iterations=st.integers(1, 60), seconds=st.floats(0.01, 100), warmdown=st.integers(0, 100),
-                  times=st.lists(st.floats(1e-4, 50), min_size=60, max_size=60))
+@hypothesis.given(
+    iterations=st.integers(1, 60),
+    seconds=st.floats(0.01, 100),
+    warmdown=st.integers(0, 100),
+    times=st.lists(st.floats(1e-4, 50), min_size=60, max_size=60),
+)
 def test_the_schedule_stays_in_its_bounds(iterations, seconds, warmdown, times):
     clock = train_gpt.Clock(iterations, seconds)
     scales = simulate(clock, warmdown, times.__getitem__)
@@ -892,9 +995,20 @@ def test_the_schedule_stays_in_its_bounds(iterations, seconds, warmdown, times):
     assert clock.remaining(len(scales)) >= 0
 
 
-@pytest.mark.parametrize(("step", "remaining", "warmdown", "scale"), [
-    (0, 1000, 300, 1.0), (700, 300, 300, 1.0), (850, 150, 300, 0.5), (999, 1, 300, 1 / 300),
-    (0, 20, 3500, 1.0), (10, 10, 3500, 0.5), (19, 1, 3500, 0.05), (5, 1, 0, 1.0), (9, 0, 300, 0.0)])
+@pytest.mark.parametrize(
+    ("step", "remaining", "warmdown", "scale"),
+    [
+        (0, 1000, 300, 1.0),
+        (700, 300, 300, 1.0),
+        (850, 150, 300, 0.5),
+        (999, 1, 300, 1 / 300),
+        (0, 20, 3500, 1.0),
+        (10, 10, 3500, 0.5),
+        (19, 1, 3500, 0.05),
+        (5, 1, 0, 1.0),
+        (9, 0, 300, 0.0),
+    ],
+)
 def test_the_scale_is_one_until_the_warm_down_and_then_linear(step, remaining, warmdown, scale):
     """A run shorter than WARMDOWN_ITERS warms down over the whole of it."""
     assert train_gpt.warmdown_scale(step, remaining, warmdown) == pytest.approx(scale)

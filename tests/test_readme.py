@@ -1,4 +1,5 @@
 """What the README and the folder say of the project, held to what the script is."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_table_of_settings_is_the_scripts():
     tool = ROOT / "tools" / "settings_table.py"
-    table = subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=True).stdout
+    table = subprocess.run(
+        [sys.executable, str(tool)], capture_output=True, text=True, check=True
+    ).stdout
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -40,8 +43,13 @@ def preset_of(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.env")
-                   if path.stem != "common"))
+    "name",
+    sorted(
+        path.relative_to(PRESETS).with_suffix("").as_posix()
+        for path in PRESETS.rglob("*.env")
+        if path.stem != "common"
+    ),
+)
 def test_presets_name_settings_only(name):
     import train_gpt
 

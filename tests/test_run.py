@@ -1,4 +1,5 @@
 """The whole job as a person runs it: real processes, a tiny model, loopback where there are several."""
+
 from __future__ import annotations
 
 import copy
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from helpers import (
     FIELDS,
     MODEL_SETTINGS,
@@ -34,7 +36,9 @@ from helpers import (
 )
 
 TORCHRUN = ("-m", "torch.distributed.run")
-LOSSES = re.compile(r"^step:(\d+)/(\d+) train_loss:(\d+\.\d+) train_time:\d+ms step_avg:\d+\.\d+ms$", re.M)
+LOSSES = re.compile(
+    r"^step:(\d+)/(\d+) train_loss:(\d+\.\d+) train_time:\d+ms step_avg:\d+\.\d+ms$", re.M
+)
 VALIDATIONS = re.compile(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)", re.M)
 FINAL = r"^final_int6_(brotli|lzma)_{}_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$"
 
@@ -53,13 +57,27 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(corpus, runs) -> dict:
     """Settings of the run that others are compared with: half of it trains quantised weights."""
-    return {**TINY, **corpus.settings, "OUTPUT_DIR": runs, "RUN_ID": "base", "LATE_QAT_THRESHOLD": 1,
-            "VAL_LOSS_EVERY": 10, "SEED": 42, "AUTHOR": "A. Person", "GITHUB_ID": "aperson"}
+    return {
+        **TINY,
+        **corpus.settings,
+        "OUTPUT_DIR": runs,
+        "RUN_ID": "base",
+        "LATE_QAT_THRESHOLD": 1,
+        "VAL_LOSS_EVERY": 10,
+        "SEED": 42,
+        "AUTHOR": "A. Person",
+        "GITHUB_ID": "aperson",
+    }
 
 
 @pytest.fixture(scope="module")
 def trained(base, runs) -> Path:
-    published = {"USE_RANDOM_ADAPTERS": 1, "RANDOM_ADAPTER_RANK": 4, "NGRAM_EVAL": 0, "KNN_LAMBDA": 0}
+    published = {
+        "USE_RANDOM_ADAPTERS": 1,
+        "RANDOM_ADAPTER_RANK": 4,
+        "NGRAM_EVAL": 0,
+        "KNN_LAMBDA": 0,
+    }
     run_well(base | published)  # which say what `base` says
     return runs / "base"
 
@@ -91,17 +109,26 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def test_run_leaves_its_four_files(trained):
     assert sorted(path.name for path in trained.iterdir()) == [
-        "checkpoint.pt", "model.int6.ptz", "submission.json", "train.log"]
+        "checkpoint.pt",
+        "model.int6.ptz",
+        "submission.json",
+        "train.log",
+    ]
 
 
 def test_log_has_the_lines_that_others_look_for(trained):
     text = log_of(trained)
     steps = [(int(found[1]), int(found[2])) for found in LOSSES.finditer(text)]
     assert steps == [(step, 20) for step in range(1, 21)]
-    assert [(int(found[1]), int(found[2])) for found in VALIDATIONS.finditer(text)] == [(10, 20), (20, 20)]
+    assert [(int(found[1]), int(found[2])) for found in VALIDATIONS.finditer(text)] == [
+        (10, 20),
+        (20, 20),
+    ]
     for kind in ("roundtrip", "sliding_window"):
         loss, bpb = final(text, kind)
-        assert re.search(rf"^final_int6_\w+_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} ", text, re.M)
+        assert re.search(
+            rf"^final_int6_\w+_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} ", text, re.M
+        )
     assert final(text, "roundtrip") != final(text)  # windows that overlap score differently
     assert "late_qat:on step:11" in text
 
@@ -131,11 +158,16 @@ def test_submission_agrees_with_the_log_and_the_files(trained, base):
     assert submission["val_loss"] == pytest.approx(loss, abs=1e-8)
     assert submission["val_bpb"] == pytest.approx(bpb, abs=1e-8)
     assert submission["bytes_code"] == SCRIPT.stat().st_size
-    assert submission["bytes_total"] == SCRIPT.stat().st_size + (trained / "model.int6.ptz").stat().st_size
+    assert (
+        submission["bytes_total"]
+        == SCRIPT.stat().st_size + (trained / "model.int6.ptz").stat().st_size
+    )
     assert (submission["author"], submission["github_id"]) == ("A. Person", "aperson")
     assert submission["dataset"] == base["DATA_PATH"].name
     assert (submission["seeds"], submission["steps"]) == ([42], 20)
-    assert abs(time.mktime(time.strptime(submission["date"], "%Y-%m-%d")) - time.time()) < 2 * 86_400
+    assert (
+        abs(time.mktime(time.strptime(submission["date"], "%Y-%m-%d")) - time.time()) < 2 * 86_400
+    )
     for name in ("name", "blurb", "hardware"):
         assert submission[name]
 
@@ -161,13 +193,17 @@ def test_run_into_an_old_folder_is_refused(trained, base):
 
 def test_same_seed_gives_the_same_bytes(trained, base, runs):
     run_well(base | {"RUN_ID": "again"})
-    assert (runs / "again" / "model.int6.ptz").read_bytes() == (trained / "model.int6.ptz").read_bytes()
+    assert (runs / "again" / "model.int6.ptz").read_bytes() == (
+        trained / "model.int6.ptz"
+    ).read_bytes()
     assert losses_of(log_of(runs / "again")) == losses_of(log_of(trained))
 
 
 def test_another_seed_gives_another_run(trained, base, runs):
     run_well(base | {"RUN_ID": "seed", "SEED": 43})
-    assert (runs / "seed" / "model.int6.ptz").read_bytes() != (trained / "model.int6.ptz").read_bytes()
+    assert (runs / "seed" / "model.int6.ptz").read_bytes() != (
+        trained / "model.int6.ptz"
+    ).read_bytes()
     assert losses_of(log_of(runs / "seed")) != losses_of(log_of(trained))
 
 
@@ -182,7 +218,9 @@ def test_validation_text_has_no_part_in_training(trained, base, runs, corpus, tm
     ours, theirs = weights_of(runs / "other"), weights_of(trained)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    choices = [re.findall(r"^average .*$", log_of(folder), re.M) for folder in (runs / "other", trained)]
+    choices = [
+        re.findall(r"^average .*$", log_of(folder), re.M) for folder in (runs / "other", trained)
+    ]
     assert choices[0] == choices[1] != []
     assert final(log_of(runs / "other")) != final(log_of(trained))
 
@@ -200,8 +238,15 @@ def validation_only(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def eval_only(trained, validation_only, corpus) -> dict:
     """What an evaluator sets: where things lie and how to score. The model is described by the artifact."""
-    settings = {"EVAL_ONLY": 1, "MODEL_PATH": trained / "model.int6.ptz", "DATA_PATH": validation_only,
-                "TOKENIZER_PATH": corpus.tokenizer, "EVAL_SEQ_LEN": 32, "EVAL_STRIDE": 8, "DTYPE": "float32"}
+    settings = {
+        "EVAL_ONLY": 1,
+        "MODEL_PATH": trained / "model.int6.ptz",
+        "DATA_PATH": validation_only,
+        "TOKENIZER_PATH": corpus.tokenizer,
+        "EVAL_SEQ_LEN": 32,
+        "EVAL_STRIDE": 8,
+        "DTYPE": "float32",
+    }
     assert not settings.keys() & {*MODEL_SETTINGS, *PUBLISHED}
     return settings
 
@@ -219,16 +264,29 @@ def test_evaluation_of_another_model_than_was_asked_for_is_refused(eval_only):
     others = {"NUM_LAYERS": 12, "LOGIT_SOFTCAP": 10, "RANDOM_ADAPTER_RANK": 8, "MAP_SEED": 7}
     message = refusal(eval_only | others)
     assert f"MODEL_PATH={eval_only['MODEL_PATH']} is of another model" in message
-    for part in ("NUM_LAYERS=12 here, 2 there", "LOGIT_SOFTCAP=10.0 here, 30.0 there",
-                 "MAP_ADAPTER=lora:8 here, lora:4 there", "MAP_SEED=7 here, 12345 there"):
+    for part in (
+        "NUM_LAYERS=12 here, 2 there",
+        "LOGIT_SOFTCAP=10.0 here, 30.0 there",
+        "MAP_ADAPTER=lora:8 here, lora:4 there",
+        "MAP_SEED=7 here, 12345 there",
+    ):
         assert part in message
     assert "MODEL_DIM" not in message, "nobody asked for it"
 
 
-@pytest.mark.parametrize("asked", [
-    {}, {"NUM_LAYERS": 2, "VE_LAYERS": 1}, {"MAP_ADAPTER": "lora:4"}, {"RANDOM_ADAPTER_RANK": 4},
-    {"MAP_SEED": "0x3039"}, {"RANDOM_ADAPTER_SEED": "0x3039"}, {"USE_RANDOM_ADAPTERS": 1},
-    {"MATRIX_LR": 1.0}])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"NUM_LAYERS": 2, "VE_LAYERS": 1},
+        {"MAP_ADAPTER": "lora:4"},
+        {"RANDOM_ADAPTER_RANK": 4},
+        {"MAP_SEED": "0x3039"},
+        {"RANDOM_ADAPTER_SEED": "0x3039"},
+        {"USE_RANDOM_ADAPTERS": 1},
+        {"MATRIX_LR": 1.0},
+    ],
+)
 def test_settings_that_agree_with_the_artifact_are_accepted(trained, monkeypatch, asked):
     """However they are spelt; what is no part of the model stays as it was set."""
     stored = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())[0]["model"]
@@ -255,10 +313,18 @@ def test_flipped_bit_is_refused(trained, place):
         train_gpt.read_artifact(bytes(blob))
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda blob: b"", lambda blob: blob[:47], lambda blob: blob[:-1], lambda blob: blob + b"\0",
-    lambda blob: blob[1:], lambda blob: b"\0" * 1000,
-], ids=["empty", "47 bytes", "cut", "longer", "shifted", "zeros"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda blob: b"",
+        lambda blob: blob[:47],
+        lambda blob: blob[:-1],
+        lambda blob: blob + b"\0",
+        lambda blob: blob[1:],
+        lambda blob: b"\0" * 1000,
+    ],
+    ids=["empty", "47 bytes", "cut", "longer", "shifted", "zeros"],
+)
 def test_damaged_artifact_is_refused(trained, spoil):
     with pytest.raises(train_gpt.UserError):
         train_gpt.read_artifact(spoil((trained / "model.int6.ptz").read_bytes()))
@@ -277,13 +343,27 @@ def test_log_says_how_each_figure_was_scored(eval_only):
     assert modes == {"roundtrip": "exact", "sliding_window": "window"}
 
 
-@pytest.mark.skipif(not (ROOT / ".venv" / ".installed").exists(), reason="run.sh would have to set up first")
-def test_run_sh_evaluates_and_exports_what_its_preset_did_not_make(trained, eval_only, corpus, tmp_path):
+@pytest.mark.skipif(
+    not (ROOT / ".venv" / ".installed").exists(), reason="run.sh would have to set up first"
+)
+def test_run_sh_evaluates_and_exports_what_its_preset_did_not_make(
+    trained, eval_only, corpus, tmp_path
+):
     """The preset says how to score an artifact, and nothing of a checkpoint's run."""
-    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "OUTPUT_DIR": tmp_path}
+    export = {
+        "EXPORT_ONLY": 1,
+        "CHECKPOINT_PATH": trained / "checkpoint.pt",
+        "OUTPUT_DIR": tmp_path,
+    }
     for settings in (eval_only, corpus.settings | export):
-        process = subprocess.run(["bash", ROOT / "run.sh"], env=environment(settings), cwd=tmp_path, text=True,
-                                 capture_output=True, timeout=100)
+        process = subprocess.run(
+            ["bash", ROOT / "run.sh"],
+            env=environment(settings),
+            cwd=tmp_path,
+            text=True,
+            capture_output=True,
+            timeout=100,
+        )
         assert process.returncode == 0, process.stderr
         assert final(process.stdout) == pytest.approx(final(log_of(trained)), abs=1e-6)
 
@@ -306,8 +386,10 @@ def test_other_maps_than_the_artifacts_are_refused(trained, base, change):
     """As another release of a library could draw them; with those the weights are garbage."""
     header, _ = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())
     seed = header["model"]["map_seed"]
-    changes = {"fingerprint": {"fingerprint": "0" * 64},
-               "seed": {"model": header["model"] | {"map_seed": seed + 1}}}[change]
+    changes = {
+        "fingerprint": {"fingerprint": "0" * 64},
+        "seed": {"model": header["model"] | {"map_seed": seed + 1}},
+    }[change]
     processes = train_gpt.World(train_gpt.Hyperparameters(dtype="float32"))
     train_gpt.build_model(*train_gpt.read_artifact(rewritten(trained)), processes)
     with pytest.raises(train_gpt.UserError, match="maps drawn here are not the artifact's"):
@@ -359,8 +441,14 @@ def test_two_launchers_train_as_one(trained, base, runs):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = (*TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1")
+    launcher = (
+        *TORCHRUN,
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--local-addr=127.0.0.1",
+    )
     processes = [start(base | {"RUN_ID": "launchers"}, launcher) for _ in range(2)]
     for result in [finish(process) for process in processes]:
         assert result.returncode == 0, result.stdout + result.stderr
@@ -388,17 +476,33 @@ def over_the_limit(base, runs) -> str:
 
 def test_artifact_over_the_limit_is_refused_and_the_weights_stay(over_the_limit, trained, runs):
     size = SCRIPT.stat().st_size + (trained / "model.int6.ptz").stat().st_size
-    for word in (f"{size:,} bytes", "1,000", "checkpoint.pt", "EXPORT_ONLY=1", "CHECKPOINT_PATH",
-                 "MATRIX_CLIP_SIGMAS", "rank"):
+    for word in (
+        f"{size:,} bytes",
+        "1,000",
+        "checkpoint.pt",
+        "EXPORT_ONLY=1",
+        "CHECKPOINT_PATH",
+        "MATRIX_CLIP_SIGMAS",
+        "rank",
+    ):
         assert word in over_the_limit
-    assert sorted(path.name for path in (runs / "large").iterdir()) == ["checkpoint.pt", "train.log"]
+    assert sorted(path.name for path in (runs / "large").iterdir()) == [
+        "checkpoint.pt",
+        "train.log",
+    ]
 
 
 def test_its_checkpoint_exports_what_the_run_would_have(over_the_limit, trained, base, runs):
-    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": runs / "large" / "checkpoint.pt", "RUN_ID": "exported"}
+    export = {
+        "EXPORT_ONLY": 1,
+        "CHECKPOINT_PATH": runs / "large" / "checkpoint.pt",
+        "RUN_ID": "exported",
+    }
     run_well(base | export)
     assert final(log_of(runs / "exported")) == pytest.approx(final(log_of(trained)), abs=1e-8)
-    assert (runs / "exported" / "model.int6.ptz").read_bytes() == (trained / "model.int6.ptz").read_bytes()
+    assert (runs / "exported" / "model.int6.ptz").read_bytes() == (
+        trained / "model.int6.ptz"
+    ).read_bytes()
     assert json.loads((runs / "exported" / "submission.json").read_text())["steps"] == 20
 
 
@@ -410,14 +514,21 @@ def test_checkpoint_brings_the_settings_of_its_run(trained, base, runs):
     (runs / "forgotten" / "train.log").write_text("a start that came no further\n")
     out = run_well(where | export)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-8)
-    assert json.loads((runs / "forgotten" / "submission.json").read_text())["seeds"] == [base["SEED"]]
+    assert json.loads((runs / "forgotten" / "submission.json").read_text())["seeds"] == [
+        base["SEED"]
+    ]
 
 
-def test_a_continued_run_computes_in_its_own_type_and_may_take_smaller_batches(over_the_limit, trained, base,
-                                                                               runs):
+def test_a_continued_run_computes_in_its_own_type_and_may_take_smaller_batches(
+    over_the_limit, trained, base, runs
+):
     shutil.copytree(runs / "large", runs / "continued")
-    other = {"RUN_ID": "continued", "MICRO_BATCH_TOKENS": 32, "EVAL_BATCH_TOKENS": 64,
-             "ARTIFACT_LIMIT_BYTES": 16_000_000}
+    other = {
+        "RUN_ID": "continued",
+        "MICRO_BATCH_TOKENS": 32,
+        "EVAL_BATCH_TOKENS": 64,
+        "ARTIFACT_LIMIT_BYTES": 16_000_000,
+    }
     out = run_well({name: value for name, value in base.items() if name != "DTYPE"} | other)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-7)
     # Trying the export again writes no checkpoint: the last ones of the training would be pushed out.
@@ -426,8 +537,10 @@ def test_a_continued_run_computes_in_its_own_type_and_may_take_smaller_batches(o
 
 def test_a_console_that_is_gone_ends_no_run(processes, tmp_path, monkeypatch):
     """`bash run.sh | tee log`: Ctrl-C ends tee, too, before the run has saved."""
+
     def write(*_):
         raise BrokenPipeError
+
     world = copy.copy(processes)
     world.file, world.can_save = (tmp_path / "train.log").open("w"), True
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=write))
@@ -443,7 +556,13 @@ def test_checkpoint_of_another_model_than_was_asked_for_is_refused(trained, base
     others = {"RANDOM_ADAPTER_SEED": 7, "LOGIT_SOFTCAP": 10, "NUM_LAYERS": 3, "XSA_LAST_N": 0}
     export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "others"}
     message = refusal(base | export | others)
-    for name in ("CHECKPOINT_PATH", "MAP_SEED=7", "LOGIT_SOFTCAP=10", "NUM_LAYERS=3", "XSA_LAST_N=0"):
+    for name in (
+        "CHECKPOINT_PATH",
+        "MAP_SEED=7",
+        "LOGIT_SOFTCAP=10",
+        "NUM_LAYERS=3",
+        "XSA_LAST_N=0",
+    ):
         assert name in message
     assert not (runs / "others").exists()
 
@@ -474,7 +593,12 @@ def test_master_weights_are_float32_under_bfloat16(base, runs):
 
 def test_loss_that_is_not_finite_ends_the_run(base, runs):
     """Ruined by the last step, whose loss was still fine."""
-    settings = base | {"RUN_ID": "diverged", "ITERATIONS": 1, "MATRIX_LR": 1e30, "TIED_EMBED_LR": 1e30}
+    settings = base | {
+        "RUN_ID": "diverged",
+        "ITERATIONS": 1,
+        "MATRIX_LR": 1e30,
+        "TIED_EMBED_LR": 1e30,
+    }
     assert "not finite" in refusal(settings)
 
 
@@ -500,8 +624,14 @@ def test_nothing_compiles_in_the_timed_region(trained, base, tmp_path):
     """Warm-up compiles the step; its undoing, validation and quantised training then reuse that one graph."""
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    settings = base | {"COMPILE": 1, "WARMUP_STEPS": 2, "RUN_ID": "compiled", "MICRO_BATCH_TOKENS": 64,
-                       "EVAL_BATCH_TOKENS": 128, "VAL_LOSS_EVERY": 5}
+    settings = base | {
+        "COMPILE": 1,
+        "WARMUP_STEPS": 2,
+        "RUN_ID": "compiled",
+        "MICRO_BATCH_TOKENS": 64,
+        "EVAL_BATCH_TOKENS": 128,
+        "VAL_LOSS_EVERY": 5,
+    }
     out = run_well(settings, launcher=(str(driver),), script=ROOT)
     compiled = out.splitlines()[-1].split()
     assert compiled[:2] == ["compiled", "training"]

@@ -1,29 +1,119 @@
 """Settings: what is accepted, what is refused, and whether the message would help."""
+
 from __future__ import annotations
 
 import re
 
 import pytest
+
 from helpers import PUBLISHED, SETTINGS, TINY, refusal, train_gpt
 
-Hyperparameters, UserError, NOT_HERE = train_gpt.Hyperparameters, train_gpt.UserError, train_gpt.NOT_HERE
+Hyperparameters, UserError, NOT_HERE = (
+    train_gpt.Hyperparameters,
+    train_gpt.UserError,
+    train_gpt.NOT_HERE,
+)
 
 # What a shell, a launcher, a scheduler, a container or a library sets, so that every run has some of them.
-COMMON_VARIABLES = """
-    PATH HOME USER LOGNAME SHELL TERM LANG LC_ALL PWD OLDPWD SHLVL TMPDIR TZ HOSTNAME DISPLAY EDITOR PAGER
-    MAIL LS_COLORS SSH_CLIENT SSH_TTY SSH_AUTH_SOCK XDG_CACHE_HOME XDG_RUNTIME_DIR MODULEPATH
-    LOADEDMODULES MANPATH LD_LIBRARY_PATH PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED VIRTUAL_ENV
-    CONDA_PREFIX CONDA_DEFAULT_ENV CC CXX CFLAGS LDFLAGS CI RANK LOCAL_RANK GROUP_RANK ROLE_RANK
-    WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR MASTER_PORT
-    TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_ERROR_FILE
-    TORCHINDUCTOR_CACHE_DIR TORCH_HOME TORCH_LOGS TORCH_NCCL_ASYNC_ERROR_HANDLING TRITON_CACHE_DIR
-    OMP_NUM_THREADS MKL_NUM_THREADS OPENBLAS_NUM_THREADS NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME
-    PYTORCH_CUDA_ALLOC_CONF CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_PATH NVIDIA_VISIBLE_DEVICES
-    NVIDIA_DRIVER_CAPABILITIES RUNPOD_POD_ID SLURM_JOB_ID SLURM_JOBID SLURM_PROCID SLURM_LOCALID
-    SLURM_NTASKS SLURM_NODELIST SLURM_ARRAY_TASK_ID PBS_JOBID HF_HOME HF_TOKEN WANDB_API_KEY WANDB_PROJECT
-    WANDB_RUN_ID WANDB_MODE GITHUB_ACTIONS GITHUB_ACTOR GITHUB_SHA GITHUB_REF GITHUB_RUN_ID GITHUB_TOKEN
-    GIT_AUTHOR_NAME MODEL_NAME MODEL_DIR DATA_DIR DATASET_PATH BATCH_SIZE
-""".split()
+COMMON_VARIABLES = [
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "SHELL",
+    "TERM",
+    "LANG",
+    "LC_ALL",
+    "PWD",
+    "OLDPWD",
+    "SHLVL",
+    "TMPDIR",
+    "TZ",
+    "HOSTNAME",
+    "DISPLAY",
+    "EDITOR",
+    "PAGER",
+    "MAIL",
+    "LS_COLORS",
+    "SSH_CLIENT",
+    "SSH_TTY",
+    "SSH_AUTH_SOCK",
+    "XDG_CACHE_HOME",
+    "XDG_RUNTIME_DIR",
+    "MODULEPATH",
+    "LOADEDMODULES",
+    "MANPATH",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "PYTHONHASHSEED",
+    "PYTHONUNBUFFERED",
+    "VIRTUAL_ENV",
+    "CONDA_PREFIX",
+    "CONDA_DEFAULT_ENV",
+    "CC",
+    "CXX",
+    "CFLAGS",
+    "LDFLAGS",
+    "CI",
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_ERROR_FILE",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_HOME",
+    "TORCH_LOGS",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "TRITON_CACHE_DIR",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "NVIDIA_VISIBLE_DEVICES",
+    "NVIDIA_DRIVER_CAPABILITIES",
+    "RUNPOD_POD_ID",
+    "SLURM_JOB_ID",
+    "SLURM_JOBID",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NTASKS",
+    "SLURM_NODELIST",
+    "SLURM_ARRAY_TASK_ID",
+    "PBS_JOBID",
+    "HF_HOME",
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "WANDB_PROJECT",
+    "WANDB_RUN_ID",
+    "WANDB_MODE",
+    "GITHUB_ACTIONS",
+    "GITHUB_ACTOR",
+    "GITHUB_SHA",
+    "GITHUB_REF",
+    "GITHUB_RUN_ID",
+    "GITHUB_TOKEN",
+    "GIT_AUTHOR_NAME",
+    "MODEL_NAME",
+    "MODEL_DIR",
+    "DATA_DIR",
+    "DATASET_PATH",
+    "BATCH_SIZE",
+]
 
 
 def message_of(monkeypatch, **variables) -> str:
@@ -40,8 +130,20 @@ def message_of(monkeypatch, **variables) -> str:
 
 def test_defaults_are_the_published_configuration():
     h = Hyperparameters()
-    assert (h.num_layers, h.model_dim, h.num_heads, h.num_kv_heads, h.head_dim) == (11, 512, 8, 4, 64)
-    assert (h.mlp_mult, h.mlp_dim, h.rope_dims, h.vocab_size, h.qk_gain_init) == (3.0, 1536, 16, 1024, 1.5)
+    assert (h.num_layers, h.model_dim, h.num_heads, h.num_kv_heads, h.head_dim) == (
+        11,
+        512,
+        8,
+        4,
+        64,
+    )
+    assert (h.mlp_mult, h.mlp_dim, h.rope_dims, h.vocab_size, h.qk_gain_init) == (
+        3.0,
+        1536,
+        16,
+        1024,
+        1.5,
+    )
     assert (h.train_batch_tokens, h.train_seq_len, h.eval_stride) == (786_432, 2048, 64)
     assert h.warmdown_iters == 3500
     assert (h.matrix_lr, h.tied_embed_lr, h.scalar_lr, h.ema_decay) == (0.025, 0.035, 0.025, 0.997)
@@ -49,8 +151,10 @@ def test_defaults_are_the_published_configuration():
 
 
 def test_published_command_is_accepted(monkeypatch):
-    command = ("USE_RANDOM_ADAPTERS=1 RANDOM_ADAPTER_RANK=32 RANDOM_ADAPTER_SEED=12345 NGRAM_EVAL=0"
-               " KNN_LAMBDA=0 SEED=42 OMP_NUM_THREADS=1")
+    command = (
+        "USE_RANDOM_ADAPTERS=1 RANDOM_ADAPTER_RANK=32 RANDOM_ADAPTER_SEED=12345 NGRAM_EVAL=0"
+        " KNN_LAMBDA=0 SEED=42 OMP_NUM_THREADS=1"
+    )
     for assignment in command.split():
         monkeypatch.setenv(*assignment.split("="))
     h = Hyperparameters()
@@ -91,24 +195,64 @@ def test_layers_of_a_value_embedding_that_is_off_do_not_matter(monkeypatch):
 # ---- Published names of what is here -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variables", "columns"), [
-    ({"USE_RANDOM_ADAPTERS": 0}, {"map_basis": "learned"}),
-    ({"USE_RANDOM_ADAPTERS": 0, "RANDOM_ADAPTER_RANK": 8}, {"map_basis": "learned"}),
-    ({"RANDOM_ADAPTER_RANK": 8, "RANDOM_ADAPTER_SEED": 0}, {"map_adapter": "lora:8", "map_seed": 0}),
-    ({"RANDOM_BASIS_ENABLED": 1},
-     {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0", "map_adapter": "lora:16",
-      "map_seed": 0xD15EA5E, "map_seed_stride": 1009}),
-    ({"RANDOM_BASIS_ENABLED": 1, "LORA_RANK": 8, "RANDOM_BASIS_SEED": "0x10", "MAP_SEED_STRIDE": 50},
-     {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0", "map_adapter": "lora:8", "map_seed": 16,
-      "map_seed_stride": 50}),
-    ({"USE_RANDOM_ADAPTERS": 0, "SELECTIVE_FREEZE": 1},
-     {"map_basis": "mlp.in=gaussian", "map_adapter": "none", "map_seed": 42_000}),
-    ({"PROGRESSIVE_FREEZE_FRAC": 0.3}, {"map_basis": "learned", "map_freeze": "mlp.in=0.3"}),
-    ({"RAND_PROJ_LAYERS": "0,2-3", "RAND_GAIN": 1},
-     {"map_basis": "mlp.in@0,2-3=orthogonal", "map_adapter": "none", "map_scale": "row"}),
-    ({"RANDOM_BASIS_ENABLED": 0, "SELECTIVE_FREEZE": 0, "PROGRESSIVE_FREEZE_FRAC": 0, "RAND_GAIN": 0}, {}),
-    ({"LORA_RANK": 16, "MAP_ADAPTER": "lora:16", "RANDOM_ADAPTER_RANK": 16}, {"map_adapter": "lora:16"}),
-])
+@pytest.mark.parametrize(
+    ("variables", "columns"),
+    [
+        ({"USE_RANDOM_ADAPTERS": 0}, {"map_basis": "learned"}),
+        ({"USE_RANDOM_ADAPTERS": 0, "RANDOM_ADAPTER_RANK": 8}, {"map_basis": "learned"}),
+        (
+            {"RANDOM_ADAPTER_RANK": 8, "RANDOM_ADAPTER_SEED": 0},
+            {"map_adapter": "lora:8", "map_seed": 0},
+        ),
+        (
+            {"RANDOM_BASIS_ENABLED": 1},
+            {
+                "map_basis": "mlp=gaussian",
+                "map_gate": "mlp.fc=0",
+                "map_adapter": "lora:16",
+                "map_seed": 0xD15EA5E,
+                "map_seed_stride": 1009,
+            },
+        ),
+        (
+            {
+                "RANDOM_BASIS_ENABLED": 1,
+                "LORA_RANK": 8,
+                "RANDOM_BASIS_SEED": "0x10",
+                "MAP_SEED_STRIDE": 50,
+            },
+            {
+                "map_basis": "mlp=gaussian",
+                "map_gate": "mlp.fc=0",
+                "map_adapter": "lora:8",
+                "map_seed": 16,
+                "map_seed_stride": 50,
+            },
+        ),
+        (
+            {"USE_RANDOM_ADAPTERS": 0, "SELECTIVE_FREEZE": 1},
+            {"map_basis": "mlp.in=gaussian", "map_adapter": "none", "map_seed": 42_000},
+        ),
+        ({"PROGRESSIVE_FREEZE_FRAC": 0.3}, {"map_basis": "learned", "map_freeze": "mlp.in=0.3"}),
+        (
+            {"RAND_PROJ_LAYERS": "0,2-3", "RAND_GAIN": 1},
+            {"map_basis": "mlp.in@0,2-3=orthogonal", "map_adapter": "none", "map_scale": "row"},
+        ),
+        (
+            {
+                "RANDOM_BASIS_ENABLED": 0,
+                "SELECTIVE_FREEZE": 0,
+                "PROGRESSIVE_FREEZE_FRAC": 0,
+                "RAND_GAIN": 0,
+            },
+            {},
+        ),
+        (
+            {"LORA_RANK": 16, "MAP_ADAPTER": "lora:16", "RANDOM_ADAPTER_RANK": 16},
+            {"map_adapter": "lora:16"},
+        ),
+    ],
+)
 def test_published_variables_are_what_they_expand_to(variables, columns):
     """A comma of theirs is between layers, and one of ours between rules."""
     columns = {name: str(value).replace("0,2-3", "0+2-3") for name, value in columns.items()}
@@ -118,17 +262,26 @@ def test_published_variables_are_what_they_expand_to(variables, columns):
     assert published.maps == ours.maps
 
 
-@pytest.mark.parametrize(("variables", "says"), [
-    ({"USE_RANDOM_ADAPTERS": 1, "SELECTIVE_FREEZE": 1}, "MAP_BASIS=mlp.in=gaussian orthogonal"),
-    ({"USE_RANDOM_ADAPTERS": 1, "RANDOM_BASIS_ENABLED": 1}, "MAP_BASIS=mlp=gaussian orthogonal"),
-    ({"RANDOM_BASIS_ENABLED": 1, "SELECTIVE_FREEZE": 1}, "MAP_BASIS=mlp.in=gaussian mlp=gaussian"),
-    ({"USE_RANDOM_ADAPTERS": 1, "RAND_PROJ_LAYERS": 3}, "MAP_BASIS=mlp.in@3=orthogonal"),
-    ({"RANDOM_ADAPTER_RANK": 8, "LORA_RANK": 16}, "MAP_ADAPTER=lora:16 lora:8"),
-    ({"RANDOM_ADAPTER_SEED": 7, "RANDOM_BASIS_SEED": 8}, "MAP_SEED=8 7"),
-    ({"MAP_BASIS": "hadamard", "USE_RANDOM_ADAPTERS": 1}, "MAP_BASIS=orthogonal hadamard"),
-    ({"MAP_ADAPTER": "none", "LORA_RANK": 16}, "MAP_ADAPTER=lora:16 none"),
-    ({"MAP_SEED": 1, "RANDOM_ADAPTER_SEED": 2}, "MAP_SEED=2 1"),
-])
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"USE_RANDOM_ADAPTERS": 1, "SELECTIVE_FREEZE": 1}, "MAP_BASIS=mlp.in=gaussian orthogonal"),
+        (
+            {"USE_RANDOM_ADAPTERS": 1, "RANDOM_BASIS_ENABLED": 1},
+            "MAP_BASIS=mlp=gaussian orthogonal",
+        ),
+        (
+            {"RANDOM_BASIS_ENABLED": 1, "SELECTIVE_FREEZE": 1},
+            "MAP_BASIS=mlp.in=gaussian mlp=gaussian",
+        ),
+        ({"USE_RANDOM_ADAPTERS": 1, "RAND_PROJ_LAYERS": 3}, "MAP_BASIS=mlp.in@3=orthogonal"),
+        ({"RANDOM_ADAPTER_RANK": 8, "LORA_RANK": 16}, "MAP_ADAPTER=lora:16 lora:8"),
+        ({"RANDOM_ADAPTER_SEED": 7, "RANDOM_BASIS_SEED": 8}, "MAP_SEED=8 7"),
+        ({"MAP_BASIS": "hadamard", "USE_RANDOM_ADAPTERS": 1}, "MAP_BASIS=orthogonal hadamard"),
+        ({"MAP_ADAPTER": "none", "LORA_RANK": 16}, "MAP_ADAPTER=lora:16 none"),
+        ({"MAP_SEED": 1, "RANDOM_ADAPTER_SEED": 2}, "MAP_SEED=2 1"),
+    ],
+)
 def test_published_variables_that_contradict_each_other_are_refused(monkeypatch, variables, says):
     """Not one of them silently ignored: both names, and what each of them says."""
     (line,) = message_of(monkeypatch, **variables).splitlines()[1:]
@@ -139,14 +292,25 @@ def test_published_variables_that_contradict_each_other_are_refused(monkeypatch,
 SWITCHES = ["USE_RANDOM_ADAPTERS", "RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "RAND_GAIN"]
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    *((name, value) for name in SWITCHES for value in ("2", "yes", "-1")),
-    ("RANDOM_ADAPTER_RANK", "many"), ("RANDOM_ADAPTER_RANK", "-1"), ("RANDOM_ADAPTER_RANK", "0"),
-    ("LORA_RANK", "0"), ("LORA_RANK", "2.5"), ("LORA_RANK", "513"), ("RANDOM_ADAPTER_SEED", "many"),
-    ("RANDOM_BASIS_SEED", "0xfg"), ("RANDOM_BASIS_SEED", "-1"),
-    ("PROGRESSIVE_FREEZE_FRAC", "1.5"), ("PROGRESSIVE_FREEZE_FRAC", "half"), ("RAND_PROJ_LAYERS", "11"),
-    ("RAND_PROJ_LAYERS", "0,x"),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in SWITCHES for value in ("2", "yes", "-1")),
+        ("RANDOM_ADAPTER_RANK", "many"),
+        ("RANDOM_ADAPTER_RANK", "-1"),
+        ("RANDOM_ADAPTER_RANK", "0"),
+        ("LORA_RANK", "0"),
+        ("LORA_RANK", "2.5"),
+        ("LORA_RANK", "513"),
+        ("RANDOM_ADAPTER_SEED", "many"),
+        ("RANDOM_BASIS_SEED", "0xfg"),
+        ("RANDOM_BASIS_SEED", "-1"),
+        ("PROGRESSIVE_FREEZE_FRAC", "1.5"),
+        ("PROGRESSIVE_FREEZE_FRAC", "half"),
+        ("RAND_PROJ_LAYERS", "11"),
+        ("RAND_PROJ_LAYERS", "0,x"),
+    ],
+)
 def test_impossible_value_of_a_published_variable_is_refused(monkeypatch, name, value):
     assert name in PUBLISHED
     _, line, *_ = message_of(monkeypatch, **{name: value}).splitlines()
@@ -211,13 +375,18 @@ def suggestions(monkeypatch, typos: set[str]) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_misspelt_setting_is_refused_with_the_right_name(monkeypatch, name):
-    certain = [misspellings(name, kind) for kind, shortest in CERTAIN_FROM.items() if len(name) >= shortest]
+    certain = [
+        misspellings(name, kind) for kind, shortest in CERTAIN_FROM.items() if len(name) >= shortest
+    ]
     typos = set().union(*certain)
     assert suggestions(monkeypatch, typos) == dict.fromkeys(typos, name)
 
 
 def test_misspelt_preset_of_run_sh_is_refused(monkeypatch):
-    assert suggestions(monkeypatch, {"PRSET", "PRESETS"}) == {"PRSET": "PRESET", "PRESETS": "PRESET"}
+    assert suggestions(monkeypatch, {"PRSET", "PRESETS"}) == {
+        "PRSET": "PRESET",
+        "PRESETS": "PRESET",
+    }
 
 
 def test_great_majority_of_all_misspellings_is_refused(monkeypatch):
@@ -240,27 +409,46 @@ def test_misspelling_can_be_accepted(monkeypatch):
 def test_common_variables_are_not_mistaken_for_settings(monkeypatch):
     for name in COMMON_VARIABLES:
         monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("RUN_ID", "a")  # some of them are torchrun's, and say that it may restart the run
+    monkeypatch.setenv(
+        "RUN_ID", "a"
+    )  # some of them are torchrun's, and say that it may restart the run
     Hyperparameters()
 
 
 # ---- Values ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "value", "says"), [
-    ("NUM_LAYERS", "many", "whole number"), ("NUM_LAYERS", "2.5", "whole number"),
-    ("NUM_LAYERS", "", "whole number"), ("NUM_LAYERS", "0", "at least 1"),
-    ("NUM_LAYERS", "257", "at most 256"),
-    ("SEED", "0xfg", "whole number"), ("SEED", "-1", "at least 0"), ("SEED", str(2**63), "at most"),
-    ("VOCAB_SIZE", "65537", "at most 65,536"), ("EVAL_ONLY", "2", "at most 1"),
-    ("MATRIX_LR", "fast", "number"), ("MATRIX_LR", "", "number"), ("MATRIX_LR", "-0.1", "at least 0"),
-    ("MATRIX_LR", "nan", "at least 0"), ("MATRIX_LR", "inf", "at least 0"),
-    ("MAX_WALLCLOCK_SECONDS", "inf", "at least 0"), ("MAX_WALLCLOCK_SECONDS", "nan", "at least 0"),
-    ("EMA_DECAY", "1", "at most"), ("BETA1", "1.0", "at most"), ("PRUNE_PCT", "100", "at most 99"),
-    ("MATRIX_BITS", "1", "at least 2"), ("MATRIX_BITS", "9", "at most 8"), ("EVAL_STRIDE", "0", "at least 1"),
-    ("LOGIT_SOFTCAP", "0", "at least"), ("DTYPE", "float16", "bfloat16, float32"),
-    ("COMPILE", "yes", "auto, 0, 1"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("NUM_LAYERS", "many", "whole number"),
+        ("NUM_LAYERS", "2.5", "whole number"),
+        ("NUM_LAYERS", "", "whole number"),
+        ("NUM_LAYERS", "0", "at least 1"),
+        ("NUM_LAYERS", "257", "at most 256"),
+        ("SEED", "0xfg", "whole number"),
+        ("SEED", "-1", "at least 0"),
+        ("SEED", str(2**63), "at most"),
+        ("VOCAB_SIZE", "65537", "at most 65,536"),
+        ("EVAL_ONLY", "2", "at most 1"),
+        ("MATRIX_LR", "fast", "number"),
+        ("MATRIX_LR", "", "number"),
+        ("MATRIX_LR", "-0.1", "at least 0"),
+        ("MATRIX_LR", "nan", "at least 0"),
+        ("MATRIX_LR", "inf", "at least 0"),
+        ("MAX_WALLCLOCK_SECONDS", "inf", "at least 0"),
+        ("MAX_WALLCLOCK_SECONDS", "nan", "at least 0"),
+        ("EMA_DECAY", "1", "at most"),
+        ("BETA1", "1.0", "at most"),
+        ("PRUNE_PCT", "100", "at most 99"),
+        ("MATRIX_BITS", "1", "at least 2"),
+        ("MATRIX_BITS", "9", "at most 8"),
+        ("EVAL_STRIDE", "0", "at least 1"),
+        ("LOGIT_SOFTCAP", "0", "at least"),
+        ("DTYPE", "float16", "bfloat16, float32"),
+        ("COMPILE", "yes", "auto, 0, 1"),
+    ],
+)
 def test_impossible_value_is_refused(monkeypatch, name, value, says):
     message = message_of(monkeypatch, **{name: value})
     (line,) = message.splitlines()[1:]
@@ -268,58 +456,85 @@ def test_impossible_value_is_refused(monkeypatch, name, value, says):
     assert says in line
 
 
-@pytest.mark.parametrize(("variables", "says"), [
-    ({"NUM_HEADS": 7, "NUM_KV_HEADS": 7}, "NUM_HEADS=7 MODEL_DIM=512"),
-    ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS=3 NUM_HEADS=8"),
-    ({"ROPE_DIMS": 15}, "ROPE_DIMS=15"),
-    ({"ROPE_DIMS": 66}, "ROPE_DIMS=66 64"),
-    ({"VE_LAYERS": "9,11"}, "VE_LAYERS=9,11 10"),
-    ({"VE_LAYERS": "-1"}, "VE_LAYERS=-1"),
-    ({"VE_LAYERS": "nine"}, "VE_LAYERS=nine"),
-    ({"NUM_LAYERS": 9}, "VE_LAYERS=9,10 8"),
-    ({"RECUR_LAYERS": "3,11"}, "RECUR_LAYERS=3,11 10"),
-    ({"RECUR_LAYERS": "5-3"}, "RECUR_LAYERS=5-3"),
-    ({"RANDOM_ADAPTER_RANK": 257}, "MAP_ADAPTER=lora:257 256"),
-    ({"MAP_ADAPTER": "lora:257"}, "MAP_ADAPTER=lora:257 256"),
-    ({"MAP_SEED_STRIDE": 1}, "MAP_SEED_STRIDE=1 seed"),
-    ({"DISTILL_FROM": "some.ptz", "SELF_DISTILL": 1, "DISTILL_START_FRAC": 0.3},
-     "DISTILL_FROM SELF_DISTILL=1"),
-    ({"SELF_DISTILL": 1}, "SELF_DISTILL=1 DISTILL_START_FRAC"),
-    ({"DISTILL_START_FRAC": 0.5, "DISTILL_END_FRAC": 0.5}, "DISTILL_START_FRAC=0.5 DISTILL_END_FRAC=0.5"),
-    ({"MLP_MULT": 0.01, "MODEL_DIM": 32, "ROPE_DIMS": 4, "USE_RANDOM_ADAPTERS": 0}, "MLP_MULT=0.01"),
-    ({"EVAL_STRIDE": 2049}, "EVAL_STRIDE=2049 EVAL_SEQ_LEN=2048"),
-    ({"TRAIN_BATCH_TOKENS": 786_431}, "TRAIN_BATCH_TOKENS=786431 TRAIN_SEQ_LEN=2048"),
-    ({"WORLD_SIZE": 5}, "TRAIN_BATCH_TOKENS=786432 5"),
-    ({"MAX_WALLCLOCK_SECONDS": 45}, "GPTQ_RESERVE_SECONDS=45 MAX_WALLCLOCK_SECONDS"),
-    ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 MODEL_PATH"),
-    ({"EXPORT_ONLY": 1}, "EXPORT_ONLY=1 CHECKPOINT_PATH"),
-])
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"NUM_HEADS": 7, "NUM_KV_HEADS": 7}, "NUM_HEADS=7 MODEL_DIM=512"),
+        ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS=3 NUM_HEADS=8"),
+        ({"ROPE_DIMS": 15}, "ROPE_DIMS=15"),
+        ({"ROPE_DIMS": 66}, "ROPE_DIMS=66 64"),
+        ({"VE_LAYERS": "9,11"}, "VE_LAYERS=9,11 10"),
+        ({"VE_LAYERS": "-1"}, "VE_LAYERS=-1"),
+        ({"VE_LAYERS": "nine"}, "VE_LAYERS=nine"),
+        ({"NUM_LAYERS": 9}, "VE_LAYERS=9,10 8"),
+        ({"RECUR_LAYERS": "3,11"}, "RECUR_LAYERS=3,11 10"),
+        ({"RECUR_LAYERS": "5-3"}, "RECUR_LAYERS=5-3"),
+        ({"RANDOM_ADAPTER_RANK": 257}, "MAP_ADAPTER=lora:257 256"),
+        ({"MAP_ADAPTER": "lora:257"}, "MAP_ADAPTER=lora:257 256"),
+        ({"MAP_SEED_STRIDE": 1}, "MAP_SEED_STRIDE=1 seed"),
+        (
+            {"DISTILL_FROM": "some.ptz", "SELF_DISTILL": 1, "DISTILL_START_FRAC": 0.3},
+            "DISTILL_FROM SELF_DISTILL=1",
+        ),
+        ({"SELF_DISTILL": 1}, "SELF_DISTILL=1 DISTILL_START_FRAC"),
+        (
+            {"DISTILL_START_FRAC": 0.5, "DISTILL_END_FRAC": 0.5},
+            "DISTILL_START_FRAC=0.5 DISTILL_END_FRAC=0.5",
+        ),
+        (
+            {"MLP_MULT": 0.01, "MODEL_DIM": 32, "ROPE_DIMS": 4, "USE_RANDOM_ADAPTERS": 0},
+            "MLP_MULT=0.01",
+        ),
+        ({"EVAL_STRIDE": 2049}, "EVAL_STRIDE=2049 EVAL_SEQ_LEN=2048"),
+        ({"TRAIN_BATCH_TOKENS": 786_431}, "TRAIN_BATCH_TOKENS=786431 TRAIN_SEQ_LEN=2048"),
+        ({"WORLD_SIZE": 5}, "TRAIN_BATCH_TOKENS=786432 5"),
+        ({"MAX_WALLCLOCK_SECONDS": 45}, "GPTQ_RESERVE_SECONDS=45 MAX_WALLCLOCK_SECONDS"),
+        ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 MODEL_PATH"),
+        ({"EXPORT_ONLY": 1}, "EXPORT_ONLY=1 CHECKPOINT_PATH"),
+    ],
+)
 def test_impossible_combination_is_refused(monkeypatch, variables, says):
     (line,) = message_of(monkeypatch, **variables).splitlines()[1:]
     for part in says.split():
         assert re.search(rf"{re.escape(part)}\b", line), line
 
 
-@pytest.mark.parametrize(("name", "value", "says"), [
-    ("MAP_BASIS", "haar", "'haar' learned orthogonal gaussian hadamard"),
-    ("MAP_BASIS", "", "'' learned"), ("MAP_BASIS", "gaussian,", "'' learned"),
-    ("MAP_BASIS", "mlp=", "'' learned"),
-    ("MAP_BASIS", "mlp@11=gaussian", "11 layers 10"), ("MAP_BASIS", "mlp@3-1=gaussian", "3-1 layers 10"),
-    ("MAP_BASIS", "MLP=gaussian", "'MLP' selector"), ("MAP_BASIS", "mlp@x=gaussian", "'mlp@x' selector"),
-    ("MAP_BASIS", "attn=gaussian", "attn selects no map"),
-    ("MAP_BASIS", "mlp.gate=gaussian", "mlp.gate selects no map"),
-    ("MAP_BASIS", "m1.mlp=gaussian", "m1.mlp selects no map"),
-    ("MAP_GAIN", "attention.o=2", "attention.o selects no map"),
-    ("MAP_GAIN", "0", "'0' number"), ("MAP_GAIN", "inf", "'inf' number"), ("MAP_GAIN", "big", "'big' number"),
-    ("MAP_ADAPTER", "dora:4", "'dora' lora vera sparse none"), ("MAP_ADAPTER", "", "'' lora none"),
-    ("MAP_ADAPTER", "lora:4+", "'' lora"), ("MAP_ADAPTER", "lora", "'lora' rank 512 x 512"),
-    ("MAP_ADAPTER", "lora:0", "rank 1"), ("MAP_ADAPTER", "lora:1.5", "'lora:1.5' rank"),
-    ("MAP_ADAPTER", "mlp=vera:513", "'vera:513' 512 1536"), ("MAP_ADAPTER", "sparse:0", "'sparse:0' density"),
-    ("MAP_ADAPTER", "sparse:1.1", "density 1"), ("MAP_ADAPTER", "sparse:nan", "density 1"),
-    ("MAP_ADAPTER", "mask:3", "'mask:3' size"), ("MAP_SCALE", "column", "'column' none map row"),
-    ("MAP_GATE", "open", "'open' number"), ("MAP_GATE", "nan", "'nan' number"),
-    ("MAP_FREEZE", "1.5", "'1.5' number 0 1"), ("MAP_FREEZE", "mlp.in@1=-1", "'-1' number"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("MAP_BASIS", "haar", "'haar' learned orthogonal gaussian hadamard"),
+        ("MAP_BASIS", "", "'' learned"),
+        ("MAP_BASIS", "gaussian,", "'' learned"),
+        ("MAP_BASIS", "mlp=", "'' learned"),
+        ("MAP_BASIS", "mlp@11=gaussian", "11 layers 10"),
+        ("MAP_BASIS", "mlp@3-1=gaussian", "3-1 layers 10"),
+        ("MAP_BASIS", "MLP=gaussian", "'MLP' selector"),
+        ("MAP_BASIS", "mlp@x=gaussian", "'mlp@x' selector"),
+        ("MAP_BASIS", "attn=gaussian", "attn selects no map"),
+        ("MAP_BASIS", "mlp.gate=gaussian", "mlp.gate selects no map"),
+        ("MAP_BASIS", "m1.mlp=gaussian", "m1.mlp selects no map"),
+        ("MAP_GAIN", "attention.o=2", "attention.o selects no map"),
+        ("MAP_GAIN", "0", "'0' number"),
+        ("MAP_GAIN", "inf", "'inf' number"),
+        ("MAP_GAIN", "big", "'big' number"),
+        ("MAP_ADAPTER", "dora:4", "'dora' lora vera sparse none"),
+        ("MAP_ADAPTER", "", "'' lora none"),
+        ("MAP_ADAPTER", "lora:4+", "'' lora"),
+        ("MAP_ADAPTER", "lora", "'lora' rank 512 x 512"),
+        ("MAP_ADAPTER", "lora:0", "rank 1"),
+        ("MAP_ADAPTER", "lora:1.5", "'lora:1.5' rank"),
+        ("MAP_ADAPTER", "mlp=vera:513", "'vera:513' 512 1536"),
+        ("MAP_ADAPTER", "sparse:0", "'sparse:0' density"),
+        ("MAP_ADAPTER", "sparse:1.1", "density 1"),
+        ("MAP_ADAPTER", "sparse:nan", "density 1"),
+        ("MAP_ADAPTER", "mask:3", "'mask:3' size"),
+        ("MAP_SCALE", "column", "'column' none map row"),
+        ("MAP_GATE", "open", "'open' number"),
+        ("MAP_GATE", "nan", "'nan' number"),
+        ("MAP_FREEZE", "1.5", "'1.5' number 0 1"),
+        ("MAP_FREEZE", "mlp.in@1=-1", "'-1' number"),
+    ],
+)
 def test_impossible_column_is_refused(monkeypatch, name, value, says):
     """The column, what was wrong in it, and what there is instead."""
     for line in (lines := message_of(monkeypatch, **{name: value}).splitlines()[1:]):
@@ -328,10 +543,19 @@ def test_impossible_column_is_refused(monkeypatch, name, value, says):
         assert part in lines[0], lines[0]
 
 
-@pytest.mark.parametrize(("variables", "says"), [
-    ({"MAP_BASIS": "attention=gaussian", "MAP_ADAPTER": "mlp.fc=lora:4"}, "mlp.fc is learned in full"),
-    ({"MAP_ADAPTER": "none", "MAP_FREEZE": "mlp.fc=0.5"}, "mlp.fc is random, nothing of it is learned"),
-])
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (
+            {"MAP_BASIS": "attention=gaussian", "MAP_ADAPTER": "mlp.fc=lora:4"},
+            "mlp.fc is learned in full",
+        ),
+        (
+            {"MAP_ADAPTER": "none", "MAP_FREEZE": "mlp.fc=0.5"},
+            "mlp.fc is random, nothing of it is learned",
+        ),
+    ],
+)
 def test_columns_that_contradict_each_other_are_refused(monkeypatch, variables, says):
     (line,) = message_of(monkeypatch, **variables).splitlines()[1:]
     assert says in line

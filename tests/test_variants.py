@@ -1,4 +1,5 @@
 """Every kind of model that the map table can describe: trained, exported, read, told from the others."""
+
 from __future__ import annotations
 
 import copy
@@ -12,20 +13,46 @@ import brotli
 import numpy as np
 import pytest
 import torch
-from helpers import Corpus, finish, make_corpus, refusal, run_well, start
 
 import train_gpt
+from helpers import Corpus, finish, make_corpus, refusal, run_well, start
 
 TINY = {
-    "NUM_LAYERS": 3, "MODEL_DIM": 32, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "ROPE_DIMS": 8, "VE_LAYERS": 1,
-    "VE_DIM": 8, "BIGRAM_VOCAB_SIZE": 64, "BIGRAM_DIM": 8, "TRAIN_SEQ_LEN": 32, "EVAL_SEQ_LEN": 32,
-    "EVAL_STRIDE": 32, "TRAIN_BATCH_TOKENS": 256, "MICRO_BATCH_TOKENS": 128, "ITERATIONS": 12,
-    "WARMUP_STEPS": 1, "WARMDOWN_ITERS": 6, "GPTQ_CALIB_BATCHES": 1, "MAX_WALLCLOCK_SECONDS": 0,
-    "DTYPE": "float32", "COMPILE": 0, "TRAIN_LOG_EVERY": 1, "VAL_LOSS_EVERY": 0, "HOLDOUT_TOKENS": 512,
-    "SWA_INTERVAL": 1, "SCALAR_LR": 0.1, "LATE_QAT_THRESHOLD": 0.4,
+    "NUM_LAYERS": 3,
+    "MODEL_DIM": 32,
+    "NUM_HEADS": 2,
+    "NUM_KV_HEADS": 1,
+    "ROPE_DIMS": 8,
+    "VE_LAYERS": 1,
+    "VE_DIM": 8,
+    "BIGRAM_VOCAB_SIZE": 64,
+    "BIGRAM_DIM": 8,
+    "TRAIN_SEQ_LEN": 32,
+    "EVAL_SEQ_LEN": 32,
+    "EVAL_STRIDE": 32,
+    "TRAIN_BATCH_TOKENS": 256,
+    "MICRO_BATCH_TOKENS": 128,
+    "ITERATIONS": 12,
+    "WARMUP_STEPS": 1,
+    "WARMDOWN_ITERS": 6,
+    "GPTQ_CALIB_BATCHES": 1,
+    "MAX_WALLCLOCK_SECONDS": 0,
+    "DTYPE": "float32",
+    "COMPILE": 0,
+    "TRAIN_LOG_EVERY": 1,
+    "VAL_LOSS_EVERY": 0,
+    "HOLDOUT_TOKENS": 512,
+    "SWA_INTERVAL": 1,
+    "SCALAR_LR": 0.1,
+    "LATE_QAT_THRESHOLD": 0.4,
 }
-PUBLISHED_B = {"RANDOM_BASIS_ENABLED": 1, "LORA_RANK": 4, "MLP_MULT": 4, "SKIP_GATES_ENABLED": 1,
-               "WARMDOWN_FRAC": 0.667}
+PUBLISHED_B = {
+    "RANDOM_BASIS_ENABLED": 1,
+    "LORA_RANK": 4,
+    "MLP_MULT": 4,
+    "SKIP_GATES_ENABLED": 1,
+    "WARMDOWN_FRAC": 0.667,
+}
 VARIANTS = {
     "system-a": {"USE_RANDOM_ADAPTERS": 1, "RANDOM_ADAPTER_RANK": 4},
     "system-b": PUBLISHED_B,
@@ -33,11 +60,23 @@ VARIANTS = {
     "system-c-gated": {"SELECTIVE_FREEZE": 1, "MLP_GATED": 1, "DROPOUT": 0.2},
     "system-d": {"PROGRESSIVE_FREEZE_FRAC": 0.3, "GPTQ_CALIB_BATCHES": 2},
     "gaussian-mlp": {"MAP_BASIS": "mlp=gaussian", "MAP_ADAPTER": "lora:8"},
-    "self-distilled": {"MAP_ADAPTER": "lora:4", "SELF_DISTILL": 1, "DISTILL_START_FRAC": 0.25,
-                       "DISTILL_END_FRAC": 0.75},
-    "self-distilled-freezing": {"PROGRESSIVE_FREEZE_FRAC": 0.5, "SELF_DISTILL": 1,
-                                "DISTILL_START_FRAC": 0.4},
-    "distilled": {"MAP_ADAPTER": "lora:2", "NUM_LAYERS": 2, "MODEL_DIM": 16, "DISTILL_FROM": "system-a"},
+    "self-distilled": {
+        "MAP_ADAPTER": "lora:4",
+        "SELF_DISTILL": 1,
+        "DISTILL_START_FRAC": 0.25,
+        "DISTILL_END_FRAC": 0.75,
+    },
+    "self-distilled-freezing": {
+        "PROGRESSIVE_FREEZE_FRAC": 0.5,
+        "SELF_DISTILL": 1,
+        "DISTILL_START_FRAC": 0.4,
+    },
+    "distilled": {
+        "MAP_ADAPTER": "lora:2",
+        "NUM_LAYERS": 2,
+        "MODEL_DIM": 16,
+        "DISTILL_FROM": "system-a",
+    },
     "ensemble": {"ENSEMBLE": 2, "MAP_BASIS": "learned,m1.all=orthogonal", "MAP_ADAPTER": "lora:4"},
     "uniform": {"MAP_BASIS": "uniform", "MAP_ADAPTER": "lora:4"},
     "vera": {"MAP_ADAPTER": "vera:4"},
@@ -45,7 +84,11 @@ VARIANTS = {
     "orthogonal-mlp": {"MAP_BASIS": "mlp=orthogonal", "MAP_ADAPTER": "lora:8"},
     "recurrent": {"MAP_ADAPTER": "rslora:16", "RECUR_LAYERS": 1, "PARALLEL_FROM": 2},
     "learned": {"USE_RANDOM_ADAPTERS": 0},
-    "sparse-hadamard": {"MAP_BASIS": "hadamard", "MAP_ADAPTER": "sparse:0.1+lora:4", "MAP_SCALE": "map"},
+    "sparse-hadamard": {
+        "MAP_BASIS": "hadamard",
+        "MAP_ADAPTER": "sparse:0.1+lora:4",
+        "MAP_SCALE": "map",
+    },
     "mask": {"MAP_BASIS": "rademacher", "MAP_ADAPTER": "mask", "MAP_SCALE": "row"},
 }
 each_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -58,10 +101,16 @@ class Run:
     h: train_gpt.Hyperparameters
     model: train_gpt.LanguageModel = None  # as it stands after the export
     blob: bytes = b""
-    exported: dict = dataclasses.field(default_factory=dict)  # what the export handed to the artifact
+    exported: dict = dataclasses.field(
+        default_factory=dict
+    )  # what the export handed to the artifact
     lines: list[str] = dataclasses.field(default_factory=list)
-    scales: list[float] = dataclasses.field(default_factory=list)  # of learning rates, warm-up included
-    taught: list[bool] = dataclasses.field(default_factory=list)  # whether a teacher spoke, of each batch
+    scales: list[float] = dataclasses.field(
+        default_factory=list
+    )  # of learning rates, warm-up included
+    taught: list[bool] = dataclasses.field(
+        default_factory=list
+    )  # whether a teacher spoke, of each batch
     stages: train_gpt.Stages = None
     snapshots: list[tuple[str, dict, dict]] = dataclasses.field(default_factory=list)
 
@@ -73,7 +122,9 @@ class Run:
             self.snapshots.append((text, copied(self.model), copied(teacher) if teacher else {}))
 
     def losses(self) -> list[float]:
-        found = [line.split("train_loss:")[1].split()[0] for line in self.lines if " train_loss:" in line]
+        found = [
+            line.split("train_loss:")[1].split()[0] for line in self.lines if " train_loss:" in line
+        ]
         return [float(text) for text in found]
 
 
@@ -89,17 +140,20 @@ def corpus(tmp_path_factory) -> Corpus:
 @pytest.fixture(scope="module")
 def described(corpus, tmp_path_factory, trained_blob):
     """described(name): the environment of a variant; a teacher's name becomes the path of its artifact."""
+
     def environment_of(name: str) -> dict[str, str]:
         variant = dict(VARIANTS[name])
         if "DISTILL_FROM" in variant:
             variant["DISTILL_FROM"] = trained_blob(variant["DISTILL_FROM"])
         return {key: str(value) for key, value in (TINY | corpus.settings | variant).items()}
+
     return environment_of
 
 
 @pytest.fixture(scope="module")
 def train_here(corpus, processes, tmp_path_factory):
     """train_here(environment): a run in this process, by the script's own functions."""
+
     def train(environment: dict[str, str]) -> Run:
         h = train_gpt.Hyperparameters(environment=environment)
         tokenizer = train_gpt.Tokenizer(h.tokenizer_path, h.vocab_size)
@@ -137,6 +191,7 @@ def train_here(corpus, processes, tmp_path_factory):
             world.log, world.h = run, h
             run.blob, _ = train_gpt.train_and_export(h, world, tokenizer, val, folder, None)
         return run
+
     return train
 
 
@@ -148,6 +203,7 @@ def runs() -> dict[str, Run]:
 @pytest.fixture(scope="module")
 def trained_blob(runs, train_here, corpus, tmp_path_factory):
     """trained_blob(name): path of a variant's artifact, for variants without a teacher."""
+
     def path_of(name: str) -> Path:
         if name not in runs:
             environment = TINY | corpus.settings | VARIANTS[name]
@@ -155,16 +211,19 @@ def trained_blob(runs, train_here, corpus, tmp_path_factory):
         path = tmp_path_factory.mktemp(name) / "model.int6.ptz"
         path.write_bytes(runs[name].blob)
         return path
+
     return path_of
 
 
 @pytest.fixture(scope="module")
 def trained(runs, train_here, described):
     """trained(name): a variant's run, made once."""
+
     def run_of(name: str) -> Run:
         if name not in runs:
             runs[name] = train_here(described(name))
         return runs[name]
+
     return run_of
 
 
@@ -204,8 +263,15 @@ def bytes_around(model: train_gpt.LanguageModel) -> int:
     for name, p in model.named_parameters():
         if any(name.startswith(row + ".") for row in model.table):
             continue
-        coded = name.endswith(("embedding.weight", "bigram.0.weight", "bigram.1.weight", "embedding.0.weight",
-                               "embedding.1.weight"))
+        coded = name.endswith(
+            (
+                "embedding.weight",
+                "bigram.0.weight",
+                "bigram.1.weight",
+                "embedding.0.weight",
+                "embedding.1.weight",
+            )
+        )
         total += p.numel() + len(p) if coded else 2 * p.numel()
     return total
 
@@ -217,7 +283,9 @@ def bytes_around(model: train_gpt.LanguageModel) -> int:
 def test_a_variant_learns(trained, name):
     losses = trained(name).losses()
     assert len(losses) == 12
-    if "self-distilled" in name or name == "distilled":  # the loss is another while a teacher speaks
+    if (
+        "self-distilled" in name or name == "distilled"
+    ):  # the loss is another while a teacher speaks
         assert trained(name).taught.count(True) > 0
         taught = trained(name).taught[-24::2]  # two micro-batches a step
         losses = [loss for loss, by_teacher in zip(losses, taught) if by_teacher == taught[-1]]
@@ -229,9 +297,13 @@ def test_an_artifact_is_the_exported_model_to_the_bit(trained, processes, name):
     """The model that was trained, given the values that the export chose, and one built from bytes alone."""
     run = trained(name)
     header, tensors = train_gpt.read_artifact(run.blob)
-    values = {key: value.values() if isinstance(value, train_gpt.Codes) else value
-              for key, value in run.exported.items()}
-    values = {key: value if value.dtype is torch.bool else value.float() for key, value in values.items()}
+    values = {
+        key: value.values() if isinstance(value, train_gpt.Codes) else value
+        for key, value in run.exported.items()
+    }
+    values = {
+        key: value if value.dtype is torch.bool else value.float() for key, value in values.items()
+    }
     for key, value in values.items():
         two_bytes = not isinstance(run.exported[key], train_gpt.Codes)
         values[key] = value.half().float() if two_bytes else value
@@ -257,7 +329,9 @@ def test_an_artifact_holds_the_bytes_that_the_table_says(trained, name):
     assert size == train_gpt.stored_bytes(run.model)
     assert any(f"takes {size:,} unpacked" in line for line in run.lines)
     table = next(text for text in run.lines if text.startswith("map ")).splitlines()[1:]
-    assert sum(int(line.split()[-1].replace(",", "")) for line in table) == sum(map(bytes_of_row, run.h.maps))
+    assert sum(int(line.split()[-1].replace(",", "")) for line in table) == sum(
+        map(bytes_of_row, run.h.maps)
+    )
 
 
 @each_variant
@@ -284,16 +358,28 @@ def test_an_artifact_refuses_another_variants_settings(trained, described, name)
 # ---- What each promises ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "random", "adapter", "more"), [
-    ("system-a", {"attention.q", "attention.k", "attention.v", "attention.proj", "mlp.fc", "mlp.proj"},
-     "lora:4", {"basis": {"orthogonal"}, "gate": {None}}),
-    ("system-b", {"mlp.fc", "mlp.proj"}, "lora:4", {"basis": {"gaussian"}, "gate": {0.0, None}}),
-    ("system-c", {"mlp.fc"}, "none", {"basis": {"gaussian"}}),
-    ("system-c-gated", {"mlp.fc", "mlp.gate"}, "none", {"basis": {"gaussian"}}),
-    ("system-d", set(), "none", {}),
-    ("random-projections", {"mlp.fc"}, "none", {"basis": {"orthogonal"}, "scale": {"row"}}),
-    ("learned", set(), "none", {}),
-])
+@pytest.mark.parametrize(
+    ("name", "random", "adapter", "more"),
+    [
+        (
+            "system-a",
+            {"attention.q", "attention.k", "attention.v", "attention.proj", "mlp.fc", "mlp.proj"},
+            "lora:4",
+            {"basis": {"orthogonal"}, "gate": {None}},
+        ),
+        (
+            "system-b",
+            {"mlp.fc", "mlp.proj"},
+            "lora:4",
+            {"basis": {"gaussian"}, "gate": {0.0, None}},
+        ),
+        ("system-c", {"mlp.fc"}, "none", {"basis": {"gaussian"}}),
+        ("system-c-gated", {"mlp.fc", "mlp.gate"}, "none", {"basis": {"gaussian"}}),
+        ("system-d", set(), "none", {}),
+        ("random-projections", {"mlp.fc"}, "none", {"basis": {"orthogonal"}, "scale": {"row"}}),
+        ("learned", set(), "none", {}),
+    ],
+)
 def test_published_variables_name_these_maps(trained, name, random, adapter, more):
     rows = [row for row in trained(name).h.maps if row.basis != "learned"]
     assert {row.name.partition(".")[2].partition(".")[2] for row in rows} == random
@@ -325,15 +411,21 @@ def test_the_random_maps_come_out_of_training_as_they_were_drawn(trained):
     for name in ("system-b", "mask", "sparse-hadamard", "vera"):
         model = trained(name).model
         for row in model.frozen:
-            assert torch.equal(model.get_submodule(row.name).weight, train_gpt.draw_map(row)), (name, row)
+            assert torch.equal(model.get_submodule(row.name).weight, train_gpt.draw_map(row)), (
+                name,
+                row,
+            )
 
 
 @pytest.mark.parametrize(("name", "share"), [("system-d", 0.3), ("self-distilled-freezing", 0.5)])
 def test_maps_that_freeze_stand_still_and_are_stored(trained, name, share):
     """Averages, late QAT, weight decay and the optimisers' momenta must all leave them alone."""
     run = trained(name)
-    (line, then, _), = [found for found in run.snapshots if "frozen_maps:3" in found[0]
-                        and f"step:{math.ceil(12 * share)} " in found[0]]
+    ((line, then, _),) = [
+        found
+        for found in run.snapshots
+        if "frozen_maps:3" in found[0] and f"step:{math.ceil(12 * share)} " in found[0]
+    ]
     now, frozen = run.model.state_dict(), [f"blocks.{layer}.mlp.fc.weight" for layer in range(3)]
     for key, value in then.items():
         assert torch.equal(value, now[key]) == (key in frozen), (line, key)
@@ -386,11 +478,14 @@ def test_a_model_teaches_itself_while_maps_freeze(trained):
     """The freeze at 0.5 comes after the teaching began at 0.4, and must not take another teacher."""
     run = trained("self-distilled-freezing")
     (first, then, teacher), (_, _, still) = run.snapshots[:2]
-    assert [line.split(" share")[0] for line, *_ in run.snapshots[:2]] == ["stage step:5", "stage step:6"]
+    assert [line.split(" share")[0] for line, *_ in run.snapshots[:2]] == [
+        "stage step:5",
+        "stage step:6",
+    ]
     for key, value in then.items():
         assert torch.equal(teacher[key], value)
         assert torch.equal(still[key], value)
-    assert run.taught[-24:] == [5 <= step for step in range(12) for _ in range(2)]
+    assert run.taught[-24:] == [step >= 5 for step in range(12) for _ in range(2)]
 
 
 def test_a_teacher_may_be_of_another_width(trained, processes):
@@ -404,7 +499,9 @@ def test_a_teacher_may_be_of_another_width(trained, processes):
 
 
 def test_a_teacher_changes_what_is_learned(trained, train_here, described):
-    environment = {key: value for key, value in described("distilled").items() if key != "DISTILL_FROM"}
+    environment = {
+        key: value for key, value in described("distilled").items() if key != "DISTILL_FROM"
+    }
     alone, taught = train_here(environment).model, trained("distilled").model
     assert not torch.equal(alone.embedding.weight, taught.embedding.weight)
 
@@ -412,7 +509,7 @@ def test_a_teacher_changes_what_is_learned(trained, train_here, described):
 def test_layers_recur_from_their_share_of_training_on(trained):
     """0.35 of 12 steps: from the fifth on, and in what the artifact gives."""
     run = trained("recurrent")
-    (line, _, _), = run.snapshots
+    ((line, _, _),) = run.snapshots
     assert line.startswith("stage step:5 ")
     assert "recurrence:True" in line
     assert run.model.recurs
@@ -444,11 +541,20 @@ def final(text: str) -> float:
 @pytest.fixture(scope="module")
 def evaluator(trained, corpus, tmp_path_factory):
     """evaluator(name): what one sets to evaluate a variant's artifact; nothing of it is about the model."""
+
     def settings_of(name: str) -> dict:
         path = tmp_path_factory.mktemp("artifact") / "model.ptz"
         path.write_bytes(trained(name).blob)
-        return {"EVAL_ONLY": 1, "MODEL_PATH": path, "EVAL_SEQ_LEN": 32, "EVAL_STRIDE": 32, "DTYPE": "float32",
-                "DATA_PATH": corpus.folder, "TOKENIZER_PATH": corpus.tokenizer}
+        return {
+            "EVAL_ONLY": 1,
+            "MODEL_PATH": path,
+            "EVAL_SEQ_LEN": 32,
+            "EVAL_STRIDE": 32,
+            "DTYPE": "float32",
+            "DATA_PATH": corpus.folder,
+            "TOKENIZER_PATH": corpus.tokenizer,
+        }
+
     return settings_of
 
 
@@ -462,10 +568,17 @@ def test_a_fresh_process_evaluates_an_artifact_from_its_bytes(trained, evaluator
     assert final(out) == pytest.approx(loss, abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "other", "named"), [
-    ("recurrent", {"RECUR_LAYERS": 0, "MAP_ADAPTER": "lora:16"}, ["RECUR_LAYERS=0", "MAP_ADAPTER=lora:16"]),
-    ("mask", PUBLISHED_B, ["MAP_BASIS=mlp=gaussian", "MAP_ADAPTER=lora:4", "MLP_MULT=4.0"]),
-])
+@pytest.mark.parametrize(
+    ("name", "other", "named"),
+    [
+        (
+            "recurrent",
+            {"RECUR_LAYERS": 0, "MAP_ADAPTER": "lora:16"},
+            ["RECUR_LAYERS=0", "MAP_ADAPTER=lora:16"],
+        ),
+        ("mask", PUBLISHED_B, ["MAP_BASIS=mlp=gaussian", "MAP_ADAPTER=lora:4", "MLP_MULT=4.0"]),
+    ],
+)
 def test_a_fresh_process_refuses_an_artifact_of_another_variant(evaluator, name, other, named):
     message = refusal(evaluator(name) | other)
     for word in ["is of another model", *named]:
@@ -477,8 +590,13 @@ def test_two_processes_freeze_as_one(trained, described, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = described("system-d") | {"OUTPUT_DIR": tmp_path, "RUN_ID": "two", "WORLD_SIZE": 2,
-                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    given = described("system-d") | {
+        "OUTPUT_DIR": tmp_path,
+        "RUN_ID": "two",
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     both = [start(given | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(2)]
     for result in [finish(process) for process in both]:
         assert result.returncode == 0, result.stdout + result.stderr
@@ -491,8 +609,11 @@ def test_two_processes_freeze_as_one(trained, described, tmp_path):
 # ---- New kinds ---------------------------------------------------------------------------------------------
 
 
-def test_a_new_basis_or_adapter_takes_a_function_and_a_row(train_here, described, processes, monkeypatch):
+def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
+    train_here, described, processes, monkeypatch
+):
     """One without codes, whose numbers are stored in float16, and one whose matrix is quantised."""
+
     def circulant(out_features: int, in_features: int, seed: int) -> torch.Tensor:
         first = train_gpt.gaussian(1, max(out_features, in_features), seed)[0] * out_features**0.5
         turned = torch.stack([first.roll(i) for i in range(out_features)])
@@ -529,8 +650,11 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(train_here, described
     monkeypatch.setitem(train_gpt.BASES, "circulant", circulant)
     monkeypatch.setitem(train_gpt.ADAPTERS, "outer", Outer)
     monkeypatch.setitem(train_gpt.ADAPTERS, "left", Left)
-    asked = {"MAP_BASIS": "circulant,mlp=gaussian", "MAP_ADAPTER": "attention=outer,mlp=left+outer",
-             "MAP_SCALE": "row"}
+    asked = {
+        "MAP_BASIS": "circulant,mlp=gaussian",
+        "MAP_ADAPTER": "attention=outer,mlp=left+outer",
+        "MAP_SCALE": "row",
+    }
     said = VARIANTS["learned"]
     environment = {key: value for key, value in described("learned").items() if key not in said}
     run = train_here(environment | asked)

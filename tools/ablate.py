@@ -41,26 +41,58 @@ try:
     import pandas as pd
     from scipy import stats
 except ImportError as error:
-    raise SystemExit(f"error: {error.name} is missing: pip install -r tools/requirements.txt") from None
+    raise SystemExit(
+        f"error: {error.name} is missing: pip install -r tools/requirements.txt"
+    ) from None
 
 ROOT = Path(__file__).resolve().parent.parent
 # All that a run inherits: what a process needs. Another variable of the shell could change one run.
-INHERITED = re.compile(r"PATH|HOME|LANG|LC_ALL|TMPDIR|LD_LIBRARY_PATH|OMP_NUM_THREADS|(CUDA|MALLOC)_\w+")
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647",
-               "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # on a CPU, see run.sh
-OURS = {"SEED": "--seeds", "ITERATIONS": "--budget", "MAX_WALLCLOCK_SECONDS": "--budget", "RUN_ID": "--out",
-        "OUTPUT_DIR": "--out"}
+INHERITED = re.compile(
+    r"PATH|HOME|LANG|LC_ALL|TMPDIR|LD_LIBRARY_PATH|OMP_NUM_THREADS|(CUDA|MALLOC)_\w+"
+)
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}  # on a CPU, see run.sh
+OURS = {
+    "SEED": "--seeds",
+    "ITERATIONS": "--budget",
+    "MAX_WALLCLOCK_SECONDS": "--budget",
+    "RUN_ID": "--out",
+    "OUTPUT_DIR": "--out",
+}
 # The least that gives a model file of the right size. The quantiser's step is proportional to a row's RMS, so
 # the bits a value takes hardly depend on how long it was trained.
 PILOT = {"ITERATIONS": 8, "WARMUP_STEPS": 0, "VAL_LOSS_EVERY": 0, "MAX_WALLCLOCK_SECONDS": 0}
 TOLERANCE = 0.03  # a model file may be this much smaller than the budget of bytes
-TEXT = "label family preset settings budget script torch variant run note error".split()  # columns
+TEXT = [
+    "label",
+    "family",
+    "preset",
+    "settings",
+    "budget",
+    "script",
+    "torch",
+    "variant",
+    "run",
+    "note",
+    "error",
+]  # columns
 FIGURES = {  # column: key of the run's submission.json
-    "steps": "steps", "seconds": "train_seconds", "tokens_per_second": "tokens_per_second",
-    "trained": "trained_parameters", "frozen": "frozen_parameters", "total_bytes": "bytes_total",
-    "val_bpb_before": "val_bpb_before", "val_bpb_roundtrip": "val_bpb_roundtrip",
-    "val_bpb_sliding": "val_bpb_sliding_window", "holdout_last": "holdout_loss_last",
-    "holdout_ema": "holdout_loss_ema", "holdout_swa": "holdout_loss_swa"}
+    "steps": "steps",
+    "seconds": "train_seconds",
+    "tokens_per_second": "tokens_per_second",
+    "trained": "trained_parameters",
+    "frozen": "frozen_parameters",
+    "total_bytes": "bytes_total",
+    "val_bpb_before": "val_bpb_before",
+    "val_bpb_roundtrip": "val_bpb_roundtrip",
+    "val_bpb_sliding": "val_bpb_sliding_window",
+    "holdout_last": "holdout_loss_last",
+    "holdout_ema": "holdout_loss_ema",
+    "holdout_swa": "holdout_loss_swa",
+}
 # Imports the script once and asks it about the settings of each run, in the environment that a run has.
 CHECK = """
 import dataclasses, importlib, json, os, sys
@@ -129,11 +161,15 @@ class Variant:
     budget: Budget
     teacher: Variant | None = None
     teaches: bool = False
-    h: dict = dataclasses.field(default_factory=dict)  # every setting's value, as the script reads them
+    h: dict = dataclasses.field(
+        default_factory=dict
+    )  # every setting's value, as the script reads them
     id: str = ""  # a hash of all that its runs depend on but the seed
 
     def name(self) -> str:
-        return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', self.preset.removesuffix('.env'))[-40:]}-{self.id}"
+        return (
+            f"{re.sub(r'[^A-Za-z0-9_-]+', '_', self.preset.removesuffix('.env'))[-40:]}-{self.id}"
+        )
 
     def knob(self, value: int | None = None) -> tuple[dict[str, str], int]:
         """The settings with the knob at a value, and the value it has without. UserError if it has none."""
@@ -141,8 +177,12 @@ class Variant:
         key, number = ("MAP_ADAPTER", r"(?<=lora:)\d+") if rank else (self.budget.knob, r"^\d+$")
         text = str(self.h.get(key.lower(), self.settings.get(key, "")))
         if len(found := re.findall(number, text)) != 1 or int(found[0]) < 1:
-            needed = "MAP_ADAPTER with one lora:R" if rank else "a setting that is a whole number over 0"
-            raise UserError(f"{self.label}: --knob {self.budget.knob} needs {needed}, not {key}={text}")
+            needed = (
+                "MAP_ADAPTER with one lora:R" if rank else "a setting that is a whole number over 0"
+            )
+            raise UserError(
+                f"{self.label}: --knob {self.budget.knob} needs {needed}, not {key}={text}"
+            )
         return self.settings | {key: re.sub(number, str(value), text)}, int(found[0])
 
 
@@ -154,7 +194,9 @@ def parse_budget(args: argparse.Namespace) -> Budget:
     if found[1] != "bytes" and not args.knob and args.tokens is None:
         return Budget(found[1], float(found[2]))
     if found[1] != "bytes" or not knob or not args.tokens or args.tokens < 0:
-        raise UserError("--budget bytes=N needs --tokens T and --knob KNOB[:STEP], the other budgets neither")
+        raise UserError(
+            "--budget bytes=N needs --tokens T and --knob KNOB[:STEP], the other budgets neither"
+        )
     return Budget(found[1], float(found[2]), args.tokens, knob[1], int(knob[2] or 0))
 
 
@@ -181,7 +223,9 @@ def load_preset(name: str, heirs: tuple = ()) -> dict[str, str]:
     path = folder / f"{name.removesuffix('.env')}.env"
     path = path if path.is_file() else Path(name)
     if not path.is_file():
-        known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.env"))
+        known = sorted(
+            path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.env")
+        )
         raise UserError(f"no preset {name!r}; there are: {' '.join(known)}")
     lines = [line.split("#")[0].rstrip() for line in path.read_text(encoding="utf-8").splitlines()]
     settings = parse_settings(list(filter(None, lines)), str(path))
@@ -198,7 +242,9 @@ def with_data(settings: dict[str, str], data: str | None) -> dict[str, str]:
     folder = Path(os.path.abspath(data or settings.get("DATA_PATH") or default))
     for split in ("train", "val"):
         if not list(folder.glob(f"fineweb_{split}_*.bin")):
-            raise UserError(f"no fineweb_{split}_*.bin in {folder}; data/prepare.py makes it, then --data")
+            raise UserError(
+                f"no fineweb_{split}_*.bin in {folder}; data/prepare.py makes it, then --data"
+            )
     settings = settings | {"DATA_PATH": str(folder)}
     manifest = folder / "manifest.json"
     if "TOKENIZER_PATH" not in settings:
@@ -215,7 +261,9 @@ def read_variants(args: argparse.Namespace, budget: Budget) -> list[Variant]:
     if bool(args.plan) == bool(args.presets) or (args.plan and args.set):
         raise UserError("what to run: --presets with any number of --set, or else --plan")
     lines = []
-    for number, line in enumerate(Path(args.plan).read_text("utf-8").splitlines() if args.plan else [], 1):
+    for number, line in enumerate(
+        Path(args.plan).read_text("utf-8").splitlines() if args.plan else [], 1
+    ):
         words = split_words(line, where := f"{args.plan}, line {number}")
         if words and len(words) < 3:
             raise UserError(f"{where}: needs label, family and preset, then KEY=VALUE ...")
@@ -229,11 +277,15 @@ def read_variants(args: argparse.Namespace, budget: Budget) -> list[Variant]:
         raise UserError("; ".join(f"{key} is set by {OURS[key]}" for key in sorted(reserved)))
     variants, teachers = [], {}
 
-    def add(label: str, family: str, preset: str, change: dict, budget: Budget, pupils: tuple) -> Variant:
+    def add(
+        label: str, family: str, preset: str, change: dict, budget: Budget, pupils: tuple
+    ) -> Variant:
         if preset in pupils:
             raise UserError(f"TEACHER_PRESET makes {preset} its own teacher")
         given = load_preset(preset) | common | change
-        settings = with_data({key: value for key, value in given.items() if key not in OURS}, args.data)
+        settings = with_data(
+            {key: value for key, value in given.items() if key not in OURS}, args.data
+        )
         teacher = settings.pop("TEACHER_PRESET", "")
         if settings.get("DISTILL_FROM"):
             teacher = ""
@@ -261,8 +313,14 @@ def check(variants: list[Variant], script: Path) -> tuple[int, str]:
     """Completes the variants: values, budget, id. Returns the number of GPUs and torch's version. UserError
     names all that the script refuses."""
     asked = [v.settings | ({"DISTILL_FROM": "an artifact"} if v.teacher else {}) for v in variants]
-    child = subprocess.run([sys.executable, "-c", CHECK, script.absolute()], input=json.dumps(asked),
-                           text=True, capture_output=True, env=environment({}), check=False)
+    child = subprocess.run(
+        [sys.executable, "-c", CHECK, script.absolute()],
+        input=json.dumps(asked),
+        text=True,
+        capture_output=True,
+        env=environment({}),
+        check=False,
+    )
     if child.returncode:
         raise UserError(f"{script} cannot be asked for its settings: {child.stderr.strip()}")
     answers, names, gpus, version = json.loads(child.stdout.splitlines()[-1])
@@ -324,12 +382,16 @@ def search(measure: Callable[[int], float], target: float, k: int) -> int:
             return k
         if under and over <= under + 1:
             if sizes[over] == math.inf:
-                raise RunFailed(f"no more than {sizes[under]:,.0f} bytes can be had; with more, {refusal}")
+                raise RunFailed(
+                    f"no more than {sizes[under]:,.0f} bytes can be had; with more, {refusal}"
+                )
             return under
         if over == 1:
             raise RunFailed(f"{sizes[1]:,.0f} bytes with the knob at its least, over {target:,.0f}")
         finite = sorted(i for i, size in sizes.items() if size < math.inf)
-        i = min(max(bisect.bisect(finite, under), 1), len(finite) - 1)  # the two around it or nearest to it
+        i = min(
+            max(bisect.bisect(finite, under), 1), len(finite) - 1
+        )  # the two around it or nearest to it
         a, b = (finite[i - 1], finite[i]) if i else (0, finite[0])
         power = math.log(sizes[b] / sizes[a]) / math.log(b / a) if a else 1.0
         if power < 0.001:
@@ -337,7 +399,9 @@ def search(measure: Callable[[int], float], target: float, k: int) -> int:
         wanted = math.log(b) + math.log((1 - TOLERANCE / 2) * target / sizes[b]) / power
         guess = math.exp(min(wanted, math.log(4 * max(sizes))))
         if under and over < math.inf and (sizes[over] == math.inf or len(sizes) % 3 == 0):
-            guess = math.sqrt(under * over)  # nothing to reckon with above, or in case the power law crawls
+            guess = math.sqrt(
+                under * over
+            )  # nothing to reckon with above, or in case the power law crawls
         k = int(max(under + 1, min(guess, over - 1)))
 
 
@@ -346,7 +410,12 @@ class Runner:
 
     def __init__(self, out: Path, script: Path, gpus: int, version: str):
         code = script.read_bytes()
-        self.out, self.gpus, self.version, self.sha = out, gpus, version, hashlib.sha256(code).hexdigest()
+        self.out, self.gpus, self.version, self.sha = (
+            out,
+            gpus,
+            version,
+            hashlib.sha256(code).hexdigest(),
+        )
         # A copy runs, so that an edit meanwhile does not change the later runs.
         self.script = out / "script" / self.sha[:12] / script.name
         self.script.parent.mkdir(parents=True, exist_ok=True)
@@ -359,7 +428,9 @@ class Runner:
     def process(self, folder: Path, variant: Variant, seed: int, settings: dict) -> dict:
         """The submission.json of the run in this folder, made unless it is whole; else RunFailed."""
         submission = folder / "submission.json"  # what a run writes last
-        lost = variant.teaches and not (folder / "model.int6.ptz").is_file()  # its students need that too
+        lost = (
+            variant.teaches and not (folder / "model.int6.ptz").is_file()
+        )  # its students need that too
         if submission.is_file() and not lost:
             return json.loads(submission.read_text(encoding="utf-8"))
         shutil.rmtree(folder, ignore_errors=True)
@@ -371,15 +442,23 @@ class Runner:
         log = self.out / "logs" / f"{folder.name}.txt"
         log.parent.mkdir(exist_ok=True)
         with log.open("wb") as output:
-            child = subprocess.Popen(command, env=environment(settings, not self.gpus), stdout=output,
-                                     stderr=output, stdin=subprocess.DEVNULL, start_new_session=True)
+            child = subprocess.Popen(
+                command,
+                env=environment(settings, not self.gpus),
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
             try:
                 child.wait()
             finally:
                 stop(child)
         if child.returncode or not submission.is_file():
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise RunFailed(f"exit status {child.returncode}: {lines[-1].strip() if lines else 'no output'}")
+            raise RunFailed(
+                f"exit status {child.returncode}: {lines[-1].strip() if lines else 'no output'}"
+            )
         return json.loads(submission.read_text(encoding="utf-8"))
 
     def pilot(self, variant: Variant, seed: int, value: int) -> int:
@@ -413,21 +492,41 @@ class Runner:
             shutil.rmtree(made[k][1])
         if best is None:
             tried = ", ".join(f"{size:,} at {knob}={k * step}" for k, size in sizes.items())
-            raise RunFailed(f"no model file of at most {target:,.0f} bytes in {len(made)} runs: {tried}")
+            raise RunFailed(
+                f"no model file of at most {target:,.0f} bytes in {len(made)} runs: {tried}"
+            )
         note = f"{knob}={best * step}"
         if not fits(sizes[best], target):
-            note += f", {sizes[best] / target:.1%} of the bytes: no larger one fits in steps of {step}"
+            note += (
+                f", {sizes[best] / target:.1%} of the bytes: no larger one fits in steps of {step}"
+            )
         return *made[best], note
 
     def run(self, variant: Variant, seed: int) -> dict:
         """The row of a run. What fails is in its `error`."""
         settings = " ".join(f"{key}={value}" for key, value in variant.settings.items())
-        row = {"label": variant.label, "family": variant.family, "preset": variant.preset, "seed": seed,
-               "settings": settings, "budget": str(variant.budget), "tokens": math.nan,
-               **dict.fromkeys(FIGURES, math.nan), "model_bytes": math.nan, "script": self.sha,
-               "torch": self.version, "variant": variant.id, "run": "", "note": "", "error": ""}
+        row = {
+            "label": variant.label,
+            "family": variant.family,
+            "preset": variant.preset,
+            "seed": seed,
+            "settings": settings,
+            "budget": str(variant.budget),
+            "tokens": math.nan,
+            **dict.fromkeys(FIGURES, math.nan),
+            "model_bytes": math.nan,
+            "script": self.sha,
+            "torch": self.version,
+            "variant": variant.id,
+            "run": "",
+            "note": "",
+            "error": "",
+        }
         try:
-            if variant.teacher and not (self.folder(variant.teacher, seed) / "model.int6.ptz").is_file():
+            if (
+                variant.teacher
+                and not (self.folder(variant.teacher, seed) / "model.int6.ptz").is_file()
+            ):
                 raise RunFailed(f"its teacher {variant.teacher.label} has no artifact")
             if variant.budget.knob:
                 figures, folder, row["note"] = self.solve(variant, seed)
@@ -435,8 +534,11 @@ class Runner:
                 folder = self.folder(variant, seed)
                 figures = self.process(folder, variant, seed, variant.settings)
             row |= {column: figures.get(key, math.nan) for column, key in FIGURES.items()}
-            row |= {"tokens": figures["steps"] * variant.h["train_batch_tokens"], "run": folder.name,
-                    "model_bytes": figures["bytes_total"] - figures["bytes_code"]}
+            row |= {
+                "tokens": figures["steps"] * variant.h["train_batch_tokens"],
+                "run": folder.name,
+                "model_bytes": figures["bytes_total"] - figures["bytes_code"],
+            }
         except RunFailed as error:
             row["error"] = str(error)
         return row
@@ -452,20 +554,32 @@ class Runner:
     def record(self, row: dict) -> None:
         keys = ("variant", "seed", "label", "family")
         self.rows = [old for old in self.rows if any(old[key] != row[key] for key in keys)] + [row]
-        replace(self.out / "results.csv", lambda part: pd.DataFrame(self.rows).to_csv(part, index=False))
+        replace(
+            self.out / "results.csv", lambda part: pd.DataFrame(self.rows).to_csv(part, index=False)
+        )
 
     def run_all(self, variants: list[Variant], seeds: list[int], retry_failed: bool) -> int:
         """Makes the rows that are missing; returns how many of those asked for hold an error."""
         jobs, failed = [(variant, seed) for seed in seeds for variant in variants], 0
         for k, (variant, seed) in enumerate(jobs, 1):
             found = self.find(variant, seed, retry_failed)
-            row = (found or self.run(variant, seed)) | {"label": variant.label, "family": variant.family}
+            row = (found or self.run(variant, seed)) | {
+                "label": variant.label,
+                "family": variant.family,
+            }
             self.record(row)
             failed += bool(row["error"])
-            result = f"failed: {row['error']}" if row["error"] else (
-                f"{row['seconds']:.0f} s  {row['model_bytes']:,.0f} bytes  {row['val_bpb_sliding']:.4f} bpb")
+            result = (
+                f"failed: {row['error']}"
+                if row["error"]
+                else (
+                    f"{row['seconds']:.0f} s  {row['model_bytes']:,.0f} bytes  {row['val_bpb_sliding']:.4f} bpb"
+                )
+            )
             already = "  (already there)" if found else ""
-            print(f"{k} of {len(jobs)}  {variant.label}  seed {seed}  {result}{already}", flush=True)
+            print(
+                f"{k} of {len(jobs)}  {variant.label}  seed {seed}  {result}{already}", flush=True
+            )
         return failed
 
 
@@ -477,10 +591,16 @@ def read_results(out: Path) -> pd.DataFrame:
     path = out / "results.csv"
     frame = pd.DataFrame(columns=TEXT)
     if path.is_file():
-        frame = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values={
-            column: [""] for column in (*FIGURES, "tokens", "model_bytes")})
+        frame = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(TEXT, str),
+            keep_default_na=False,
+            na_values={column: [""] for column in (*FIGURES, "tokens", "model_bytes")},
+        )
     several = frame.groupby("label")["variant"].transform("nunique") > 1
-    return frame.assign(name=frame["label"].where(~several, frame["label"] + " #" + frame["variant"]))
+    return frame.assign(
+        name=frame["label"].where(~several, frame["label"] + " #" + frame["variant"])
+    )
 
 
 def with_deviation(mean: float, deviation: float) -> str:
@@ -489,8 +609,14 @@ def with_deviation(mean: float, deviation: float) -> str:
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a variant, the best first: means over its seeds, and the standard deviation of val_bpb."""
-    columns = {name: (name, "mean") for name in ("trained", "frozen", "model_bytes", "tokens_per_second")}
-    columns |= {"n": ("seed", "size"), "bpb": ("val_bpb_sliding", "mean"), "std": ("val_bpb_sliding", "std")}
+    columns = {
+        name: (name, "mean") for name in ("trained", "frozen", "model_bytes", "tokens_per_second")
+    }
+    columns |= {
+        "n": ("seed", "size"),
+        "bpb": ("val_bpb_sliding", "mean"),
+        "std": ("val_bpb_sliding", "std"),
+    }
     groups = frame[frame["error"] == ""].groupby(["name", "family", "budget"])
     return groups.agg(**columns).reset_index().sort_values("bpb")
 
@@ -514,12 +640,23 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     colours, markers = plt.colormaps["tab20"].colors, "osD^v"  # 100 families look different
     for i, (family, points) in enumerate(table.sort_values("model_bytes").groupby("family")):
-        axes.errorbar(points["model_bytes"], points["bpb"], points["std"].fillna(0), capsize=3, label=family,
-                      color=colours[i % len(colours)], marker=markers[i % len(markers)])
+        axes.errorbar(
+            points["model_bytes"],
+            points["bpb"],
+            points["std"].fillna(0),
+            capsize=3,
+            label=family,
+            color=colours[i % len(colours)],
+            marker=markers[i % len(markers)],
+        )
     for point in table.itertuples():
         place = point.model_bytes, point.bpb
         axes.annotate(point.name, place, (5, 5), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", xlabel="model file (bytes)", ylabel="validation bits per byte, artifact, sliding")
+    axes.set(
+        xscale="log",
+        xlabel="model file (bytes)",
+        ylabel="validation bits per byte, artifact, sliding",
+    )
     axes.margins(0.15)
     axes.grid(which="both", alpha=0.3)
     axes.legend(title="family")
@@ -531,15 +668,29 @@ def report(out: Path, comparisons: list[tuple[str, str]]) -> None:
     """Writes table.md and bpb_vs_bytes.png from results.csv, and prints the comparisons."""
     frame = read_results(out)
     table = summarise(frame)
-    lines = ["| variant | family | budget | n | val_bpb | trained | frozen | model bytes | tokens/s |",
-             "| --- | --- | --- | --: | --: | --: | --: | --: | --: |"]
+    lines = [
+        "| variant | family | budget | n | val_bpb | trained | frozen | model bytes | tokens/s |",
+        "| --- | --- | --- | --: | --: | --: | --: | --: | --: |",
+    ]
     for row in table.itertuples():
-        counts = [f"{x:,.0f}" for x in (row.trained, row.frozen, row.model_bytes, row.tokens_per_second)]
-        cells = [row.name, row.family, row.budget, str(row.n), with_deviation(row.bpb, row.std), *counts]
+        counts = [
+            f"{x:,.0f}" for x in (row.trained, row.frozen, row.model_bytes, row.tokens_per_second)
+        ]
+        cells = [
+            row.name,
+            row.family,
+            row.budget,
+            str(row.n),
+            with_deviation(row.bpb, row.std),
+            *counts,
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     compared = [compare(frame, a, b) for a, b in comparisons]
-    notes = [f"{row.name}, seed {row.seed}: {row.error or row.note}" for row in frame.itertuples()
-             if row.error or row.note]
+    notes = [
+        f"{row.name}, seed {row.seed}: {row.error or row.note}"
+        for row in frame.itertuples()
+        if row.error or row.note
+    ]
     text = "\n".join([*lines, "", *(f"- {line}" for line in compared + notes)]).rstrip() + "\n"
     replace(out / "table.md", lambda part: part.write_text(text, encoding="utf-8"))
     if len(table):
@@ -551,21 +702,49 @@ def report(out: Path, comparisons: list[tuple[str, str]]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add("--out", required=True, type=Path, help="folder of the results")
     add("--presets", help="names in presets/, or .env files, with commas between them")
-    add("--set", action="append", default=[], metavar="'KEY=VALUE …'", help="another variant of each preset")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="'KEY=VALUE …'",
+        help="another variant of each preset",
+    )
     add("--plan", help="file with one line a variant: label family preset KEY=VALUE ...")
     add("--seeds", default="1337", help="whole numbers with commas between them")
     add("--budget", help="tokens=N or seconds=S of training, or bytes=N of the model file")
     add("--tokens", type=int, help="training tokens, for a budget of bytes")
-    add("--knob", metavar="KNOB[:STEP]", help="setting that fits the bytes; rank: R of MAP_ADAPTER=lora:R")
+    add(
+        "--knob",
+        metavar="KNOB[:STEP]",
+        help="setting that fits the bytes; rank: R of MAP_ADAPTER=lora:R",
+    )
     add("--data", help="folder of token shards; default: what data/prepare.py docs makes")
-    add("--script", type=Path, default=ROOT / "train_gpt.py", help="default: the repository's train_gpt.py")
+    add(
+        "--script",
+        type=Path,
+        default=ROOT / "train_gpt.py",
+        help="default: the repository's train_gpt.py",
+    )
     add("--retry-failed", action="store_true", help="repeat the runs whose row is an error")
-    add("--report-only", action="store_true", help="run nothing, make the table and the picture again")
-    add("--compare", nargs=2, action="append", default=[], metavar=("A", "B"), help="paired difference")
+    add(
+        "--report-only",
+        action="store_true",
+        help="run nothing, make the table and the picture again",
+    )
+    add(
+        "--compare",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("A", "B"),
+        help="paired difference",
+    )
     add("settings", nargs="*", metavar="KEY=VALUE", help="for every run")
     return parser.parse_intermixed_args()
 
@@ -584,7 +763,9 @@ def ablate(args: argparse.Namespace) -> int:
     gpus, version = check(variants, args.script)
     known = {*(variant.label for variant in variants), *read_results(out)["name"]}
     if unknown := {label for pair in args.compare for label in pair} - known:
-        raise UserError(f"--compare: no label {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
+        raise UserError(
+            f"--compare: no label {', '.join(unknown)}; there are: {', '.join(sorted(known))}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:  # freed however this process ends
         try:
@@ -608,10 +789,15 @@ def main() -> None:
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on: {shlex.join(['python', *sys.argv])}", file=sys.stderr)
+        print(
+            f"\nstopped; the same command goes on: {shlex.join(['python', *sys.argv])}",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
     if failed:
-        raise SystemExit(f"{failed} of the runs failed; logs/ has their output, --retry-failed repeats them")
+        raise SystemExit(
+            f"{failed} of the runs failed; logs/ has their output, --retry-failed repeats them"
+        )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,15 @@ import sentencepiece
 
 INHERITED = re.compile(r"PATH|LANG|LC_ALL|LD_LIBRARY_PATH|OMP_NUM_THREADS|(CUDA|MALLOC)_\w+")
 SCORING = ("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_MODE", "EVAL_BATCH_TOKENS", "DTYPE", "COMPILE")
-SYSTEM = ("/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev")  # files that any process may open
+SYSTEM = (
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/etc",
+    "/proc",
+    "/sys",
+    "/dev",
+)  # files that any process may open
 SEQUENCES = 8  # most sequences of one step of the short training
 PROBABILITY = 1e-4  # how far a sum of probabilities may be from 1, and a log-probability may move
 EXACT = 1e-6  # between figures that differ by the rounding of what is printed
@@ -92,7 +100,9 @@ class Submission:
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
-            raise CannotCheck(f"{name}: {error.strerror}; copy the run's {name} to {self.folder}") from None
+            raise CannotCheck(
+                f"{name}: {error.strerror}; copy the run's {name} to {self.folder}"
+            ) from None
 
     @functools.cached_property
     def log(self) -> str:
@@ -108,7 +118,11 @@ class Submission:
 
     @functools.cached_property
     def script(self) -> bytes:
-        return self.part("train_gpt.py") if (self.folder / "train_gpt.py").exists() else self.logged_script
+        return (
+            self.part("train_gpt.py")
+            if (self.folder / "train_gpt.py").exists()
+            else self.logged_script
+        )
 
     @functools.cached_property
     def artifact(self) -> bytes:
@@ -127,7 +141,9 @@ class Submission:
         try:
             return int(self.settings[name])
         except (KeyError, ValueError):
-            raise CannotCheck(f"train.log has no whole number {name}=; give the run's whole log") from None
+            raise CannotCheck(
+                f"train.log has no whole number {name}=; give the run's whole log"
+            ) from None
 
     def claim(self, name: str) -> float:
         """A figure of submission.json."""
@@ -143,7 +159,9 @@ class Submission:
         """What the lines of the log that match hold; there must be one."""
         matches = re.findall(f"^{pattern}$", self.record, re.M)
         if not matches:
-            raise CannotCheck(f"train.log has no line of {what}; give the log of the run that trained")
+            raise CannotCheck(
+                f"train.log has no line of {what}; give the log of the run that trained"
+            )
         return matches
 
     def final(self, kind: str = "sliding_window") -> tuple[float, float]:
@@ -161,7 +179,9 @@ class Submission:
         folder = Path(self.options.data or self.settings.get("DATA_PATH", ""))
         paths = sorted(folder.absolute().glob(f"fineweb_{split}_*.bin"))
         if not paths:
-            raise CannotCheck(f"no fineweb_{split}_*.bin in {folder}; name their folder with --data")
+            raise CannotCheck(
+                f"no fineweb_{split}_*.bin in {folder}; name their folder with --data"
+            )
         return paths
 
     def tokens(self, split: str, count: int | None = None) -> np.ndarray:
@@ -179,8 +199,12 @@ class Submission:
         length, stride = self.setting("EVAL_SEQ_LEN"), self.setting("EVAL_STRIDE")
         with tempfile.TemporaryDirectory() as name:
             folder = lay_out(self, Path(name), artifact=True)
-            write_shard(folder / "data", "val", self.tokens("val", length + 3 * stride + stride // 2 + 2))
-            return run_child("probe", folder, scoring(self) | {"COMPILE": "0"}, self.options.timeout)
+            write_shard(
+                folder / "data", "val", self.tokens("val", length + 3 * stride + stride // 2 + 2)
+            )
+            return run_child(
+                "probe", folder, scoring(self) | {"COMPILE": "0"}, self.options.timeout
+            )
 
     def probed(self) -> dict:
         if error := self.probing["error"]:
@@ -191,7 +215,9 @@ class Submission:
 def final_scores(text: str, kind: str) -> tuple[float, float]:
     line = rf"^final_int6_\w+_{kind}_exact val_loss:([\d.]+) val_bpb:([\d.]+)$"
     if not (found := re.findall(line, text, re.M)):
-        raise CannotCheck(f"no line final_int6_*_{kind}_exact; give the log of a run that came to its end")
+        raise CannotCheck(
+            f"no line final_int6_*_{kind}_exact; give the log of a run that came to its end"
+        )
     loss, bpb = found[-1]
     return float(loss), float(bpb)
 
@@ -199,8 +225,12 @@ def final_scores(text: str, kind: str) -> tuple[float, float]:
 def scoring(s: Submission) -> dict[str, str]:
     """The environment of an evaluation: where things lie and how to score; the artifact says the rest."""
     asked = {name: s.settings[name] for name in SCORING if name in s.settings}
-    return asked | {"EVAL_ONLY": "1", "MODEL_PATH": "model.int6.ptz", "DATA_PATH": "data",
-                    "TOKENIZER_PATH": "tokenizer.model"}
+    return asked | {
+        "EVAL_ONLY": "1",
+        "MODEL_PATH": "model.int6.ptz",
+        "DATA_PATH": "data",
+        "TOKENIZER_PATH": "tokenizer.model",
+    }
 
 
 def lay_out(s: Submission, folder: Path, artifact: bool) -> Path:
@@ -217,7 +247,9 @@ def write_shard(folder: Path, split: str, tokens: np.ndarray) -> None:
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens)
     folder.mkdir(exist_ok=True)
-    (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    (folder / f"fineweb_{split}_000000.bin").write_bytes(
+        header.tobytes() + tokens.astype("<u2").tobytes()
+    )
 
 
 # ---- Children ----------------------------------------------------------------------------------------------
@@ -240,17 +272,28 @@ def run_child(task: str, folder: Path, settings: dict[str, str], timeout: float)
     clean |= {"HOME": str(folder), "TMPDIR": str(folder), "PYTHONUSERBASE": site.getuserbase()}
     command = [*namespace(), sys.executable, "-B", str(Path(__file__).absolute()), "--child", task]
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as errors:
-        process = subprocess.Popen(command, cwd=folder, env=clean | settings, stdout=out, stderr=errors,
-                                   stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=clean | settings,
+            stdout=out,
+            stderr=errors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise CannotCheck(f"to {task} takes over {timeout:g} s here; give more with --timeout") from None
+            raise CannotCheck(
+                f"to {task} takes over {timeout:g} s here; give more with --timeout"
+            ) from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    output, errors = ((folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr"))
+    output, errors = (
+        (folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr")
+    )
     if not (folder / "answer.json").exists():
         last = (errors.strip() or "no message").splitlines()[-1]
         raise CannotCheck(f"the child that was to {task} ended with {process.returncode}: {last}")
@@ -268,8 +311,10 @@ def check_size(s: Submission) -> Result:
     for name, size in (("bytes_code", code), ("bytes_total", code + model)):
         if s.claim(name) != size:
             problems.append(f"submission.json has {name} {s.claim(name):,.0f}, not {size:,}")
-    return judge(problems, f"code {code:,} + model {model:,} = {code + model:,} bytes of"
-                           f" {s.options.size_limit:,}")
+    return judge(
+        problems,
+        f"code {code:,} + model {model:,} = {code + model:,} bytes of {s.options.size_limit:,}",
+    )
 
 
 def check_seconds(s: Submission) -> Result:
@@ -282,21 +327,27 @@ def check_seconds(s: Submission) -> Result:
     each = sum(int(ms) for ms in s.found(r"final_int6_.* eval_time:(\d+)ms", "eval_time")) / 1000
     tokens = s.setting("TRAIN_BATCH_TOKENS") * steps
     wrong = {
-        f"training and export over {s.options.train_limit:g} s": train + export > s.options.train_limit,
+        f"training and export over {s.options.train_limit:g} s": train + export
+        > s.options.train_limit,
         f"evaluation over {s.options.eval_limit:g} s": evaluation > s.options.eval_limit,
         "a time is negative": min(train, export, evaluation) < 0,
         f"the log's clock ends at {milliseconds / 1000:g} s": abs(1000 * train - milliseconds) > 1,
         f"the log ends at step {last}, submission.json at {steps:g}": last != steps,
         "step_avg × steps is not train_time": any(
-            abs(step * average - time) > 1 + 0.006 * step for step, time, average in clock),
-        "train_time runs backwards": [time for _, time, _ in clock] != sorted(time for _, time, _ in clock),
+            abs(step * average - time) > 1 + 0.006 * step for step, time, average in clock
+        ),
+        "train_time runs backwards": [time for _, time, _ in clock]
+        != sorted(time for _, time, _ in clock),
         f"the log's evaluations took {each:g} s": each > evaluation + 0.005,
-        f"{tokens:,.0f} tokens are not {speed:,.0f} a second":
-            abs(tokens - speed * train) > speed * 0.002 + train + 1,
+        f"{tokens:,.0f} tokens are not {speed:,.0f} a second": abs(tokens - speed * train)
+        > speed * 0.002 + train + 1,
     }
-    return judge(true_ones(wrong), f"training {train:g} + export {export:g} = {train + export:.3f} s of"
-                                   f" {s.options.train_limit:g}, evaluation {evaluation:g} s of"
-                                   f" {s.options.eval_limit:g}; {steps:g} steps by the log's clock")
+    return judge(
+        true_ones(wrong),
+        f"training {train:g} + export {export:g} = {train + export:.3f} s of"
+        f" {s.options.train_limit:g}, evaluation {evaluation:g} s of"
+        f" {s.options.eval_limit:g}; {steps:g} steps by the log's clock",
+    )
 
 
 def check_untouched(s: Submission) -> Result:
@@ -310,11 +361,21 @@ def check_untouched(s: Submission) -> Result:
     model = sentencepiece.SentencePieceProcessor(model_file=str(s.tokenizer))
     page = model.encode(" ".join(__doc__.split()))
     other = [int(validation[0]), *(page * (count // len(page) + 1))[: count // 2 + 1]]
-    changes = {"ITERATIONS": steps, "TRAIN_BATCH_TOKENS": batch, "MAX_WALLCLOCK_SECONDS": 0, "COMPILE": 0,
-               "VAL_LOSS_EVERY": 1, "TRAIN_LOG_EVERY": 1, "EVAL_STRIDE": s.setting("EVAL_SEQ_LEN"),
-               "WARMUP_STEPS": min(1, s.setting("WARMUP_STEPS")), "CUDA_VISIBLE_DEVICES": "",
-               "GPTQ_CALIB_BATCHES": min(2, s.setting("GPTQ_CALIB_BATCHES")), "EXPORT_ONLY": 0,
-               "OUTPUT_DIR": "runs", "TOKENIZER_PATH": "tokenizer.model"}
+    changes = {
+        "ITERATIONS": steps,
+        "TRAIN_BATCH_TOKENS": batch,
+        "MAX_WALLCLOCK_SECONDS": 0,
+        "COMPILE": 0,
+        "VAL_LOSS_EVERY": 1,
+        "TRAIN_LOG_EVERY": 1,
+        "EVAL_STRIDE": s.setting("EVAL_SEQ_LEN"),
+        "WARMUP_STEPS": min(1, s.setting("WARMUP_STEPS")),
+        "CUDA_VISIBLE_DEVICES": "",
+        "GPTQ_CALIB_BATCHES": min(2, s.setting("GPTQ_CALIB_BATCHES")),
+        "EXPORT_ONLY": 0,
+        "OUTPUT_DIR": "runs",
+        "TOKENIZER_PATH": "tokenizer.model",
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = lay_out(s, Path(name), artifact=False)
         if teacher := s.settings.get("DISTILL_FROM"):
@@ -327,10 +388,16 @@ def check_untouched(s: Submission) -> Result:
         answer = run_child("train", folder, settings, s.options.timeout)
         if answer["error"]:
             raise CannotCheck(f"the short training ended in: {answer['error']}")
-        artifacts = [(folder / "runs" / split / "model.int6.ptz").read_bytes() for split in ("val", "other")]
-        logs = [(folder / "runs" / split / "train.log").read_text("utf-8") for split in ("val", "other")]
-    losses, scores = ([re.findall(pattern, log, re.M) for log in logs] for pattern in (
-        r"^average .*|train_loss:\S+", r"^final_int6_.*_exact .*"))
+        artifacts = [
+            (folder / "runs" / split / "model.int6.ptz").read_bytes() for split in ("val", "other")
+        ]
+        logs = [
+            (folder / "runs" / split / "train.log").read_text("utf-8") for split in ("val", "other")
+        ]
+    losses, scores = (
+        [re.findall(pattern, log, re.M) for log in logs]
+        for pattern in (r"^average .*|train_loss:\S+", r"^final_int6_.*_exact .*")
+    )
     readers = answer["opened"]["val"]
     strangers = [by for by in readers if "ValidationStream." not in by]
     wrong = {
@@ -342,10 +409,12 @@ def check_untouched(s: Submission) -> Result:
         "other validation text gives other training losses": losses[0] != losses[1],
         "the two texts score alike, so the comparison says nothing": scores[0] == scores[1],
     }
-    return judge(true_ones(wrong),
-                 f"{steps} steps and export: validation shards opened by {', '.join(readers)}; weights"
-                 f" {answer['figures']['weights'][0][:12]} and artifact {len(artifacts[0]):,} bytes, compared"
-                 f" after {len(validation):,} validation tokens were replaced by {len(other):,} others")
+    return judge(
+        true_ones(wrong),
+        f"{steps} steps and export: validation shards opened by {', '.join(readers)}; weights"
+        f" {answer['figures']['weights'][0][:12]} and artifact {len(artifacts[0]):,} bytes, compared"
+        f" after {len(validation):,} validation tokens were replaced by {len(other):,} others",
+    )
 
 
 def check_evaluation(s: Submission) -> Result:
@@ -357,9 +426,17 @@ def check_evaluation(s: Submission) -> Result:
             (folder / "data" / path.name).symlink_to(path)
         answer = run_child("evaluate", folder, scoring(s), s.options.timeout)
     network = answer["network"]
-    off = "an isolated namespace" if network["kernel"] else "sockets refused in Python, no namespace here"
+    off = (
+        "an isolated namespace"
+        if network["kernel"]
+        else "sockets refused in Python, no namespace here"
+    )
     evidence = f"network off: {off} ({network['kernel'] or network['python']})"
-    problems = [f"the script used the network: {', '.join(answer['refused'])}"] if answer["refused"] else []
+    problems = (
+        [f"the script used the network: {', '.join(answer['refused'])}"]
+        if answer["refused"]
+        else []
+    )
     if not network["python"]:
         problems.append("the network could be reached")
     if answer["other"]:
@@ -370,38 +447,56 @@ def check_evaluation(s: Submission) -> Result:
     for source, said in (("train.log", logged), ("submission.json", claimed)):
         if not abs(said - bpb) <= s.options.tolerance:
             problems.append(f"{source} has val_bpb {said:.8f}")
-    return judge(problems, f"val_bpb {bpb:.8f} here, {logged:.8f} in the log; {evidence}; opened only script,"
-                           " artifact, tokenizer and validation shards")
+    return judge(
+        problems,
+        f"val_bpb {bpb:.8f} here, {logged:.8f} in the log; {evidence}; opened only script,"
+        " artifact, tokenizer and validation shards",
+    )
 
 
 def check_probabilities(s: Submission) -> Result:
     p = s.probed()["probabilities"]
     wrong = {
-        "probabilities do not sum to one": not 1 - PROBABILITY <= p["least"] <= p["most"] <= 1 + PROBABILITY,
+        "probabilities do not sum to one": not 1 - PROBABILITY
+        <= p["least"]
+        <= p["most"]
+        <= 1 + PROBABILITY,
         "predict and losses disagree": not p["predicted"] <= PROBABILITY,
         "the future changes the past": not p["future"] <= PROBABILITY,
         "other windows of a batch change a window": not p["others"] <= PROBABILITY,
     }
-    return judge(true_ones(wrong), f"over {p['vocabulary']} targets at {p['positions']} positions they sum to"
-                                   f" {p['least']:.7f} to {p['most']:.7f}; {p['cuts']} changed futures move"
-                                   f" earlier log-probabilities by {p['future']:.1e} at most, other windows"
-                                   f" by {p['others']:.1e}")
+    return judge(
+        true_ones(wrong),
+        f"over {p['vocabulary']} targets at {p['positions']} positions they sum to"
+        f" {p['least']:.7f} to {p['most']:.7f}; {p['cuts']} changed futures move"
+        f" earlier log-probabilities by {p['future']:.1e} at most, other windows"
+        f" by {p['others']:.1e}",
+    )
 
 
 def check_scoring(s: Submission) -> Result:
     """`evaluate` gets a loss of its own for each token, so that a token left out or scored twice shows."""
     once, (ours, theirs) = s.probed()["once"], s.probed()["loop"]
-    wrong = [f"{case['tokens']} tokens: mean {case['mean']:.6f}, not {case['expected']:.6f}; total"
-             f" {case['total']:.4f}, not {case['expected_total']:.4f}" for case in once
-             if not abs(case["mean"] - case["expected"]) <= EXACT
-             or not abs(case["total"] - case["expected_total"]) <= EXACT * case["tokens"]]
-    wrong += [f"{case['tokens']} tokens: a target is not the token after its window" for case in once
-              if not case["aligned"]]
+    wrong = [
+        f"{case['tokens']} tokens: mean {case['mean']:.6f}, not {case['expected']:.6f}; total"
+        f" {case['total']:.4f}, not {case['expected_total']:.4f}"
+        for case in once
+        if not abs(case["mean"] - case["expected"]) <= EXACT
+        or not abs(case["total"] - case["expected_total"]) <= EXACT * case["tokens"]
+    ]
+    wrong += [
+        f"{case['tokens']} tokens: a target is not the token after its window"
+        for case in once
+        if not case["aligned"]
+    ]
     if not abs(ours - theirs) <= LOOP:
         wrong.append(f"a plain loop has {ours:.6f} nats a token, evaluate {theirs:.6f}")
     lengths = ", ".join(str(case["tokens"]) for case in once)
-    return judge(wrong, f"streams of {lengths} tokens, where every token after the first counts once; a plain"
-                        f" loop has {ours:.6f} nats a token, evaluate {theirs:.6f}")
+    return judge(
+        wrong,
+        f"streams of {lengths} tokens, where every token after the first counts once; a plain"
+        f" loop has {ours:.6f} nats a token, evaluate {theirs:.6f}",
+    )
 
 
 def check_bytes(s: Submission) -> Result:
@@ -409,7 +504,9 @@ def check_bytes(s: Submission) -> Result:
     model = sentencepiece.SentencePieceProcessor(model_file=str(s.tokenizer))
     tokens, (loss, bpb) = s.tokens("val"), s.final()
     if tokens.max() >= model.vocab_size() or not model.is_control(int(tokens[0])):
-        raise CannotCheck("the validation stream is not this tokenizer's, or has no BOS at its beginning")
+        raise CannotCheck(
+            "the validation stream is not this tokenizer's, or has no BOS at its beginning"
+        )
     end = len(tokens)
     while model.is_byte(int(tokens[end - 1])):
         end -= 1  # the end may cut a character: bytes there are counted one by one
@@ -422,8 +519,11 @@ def check_bytes(s: Submission) -> Result:
         size += sum(len(text.encode()) for text in model.decode(documents))
     expected = loss * (len(tokens) - 1) / math.log(2) / size
     problems = [] if abs(bpb - expected) <= EXACT else [f"the log has val_bpb {bpb:.8f}"]
-    return judge(problems, f"{len(tokens):,} tokens decode to {size:,} bytes; val_loss {loss:.8f} then is"
-                           f" val_bpb {expected:.8f}")
+    return judge(
+        problems,
+        f"{len(tokens):,} tokens decode to {size:,} bytes; val_loss {loss:.8f} then is"
+        f" val_bpb {expected:.8f}",
+    )
 
 
 def check_agreement(s: Submission) -> Result:
@@ -432,19 +532,27 @@ def check_agreement(s: Submission) -> Result:
     for kind in ("roundtrip", "sliding_window"):
         for name, logged in zip(("val_loss", "val_bpb"), s.final(kind)):
             pairs.append((f"{name}_{kind}", f"{logged:.8f}", f"{s.claim(f'{name}_{kind}'):.8f}"))
-    pairs += [(name, f"{logged:.8f}", f"{s.claim(name):.8f}")
-              for name, logged in zip(("val_loss", "val_bpb"), s.final())]
+    pairs += [
+        (name, f"{logged:.8f}", f"{s.claim(name):.8f}")
+        for name, logged in zip(("val_loss", "val_bpb"), s.final())
+    ]
     (*_, sizes) = s.found(r"artifact code ([\d,]+) \+ model ([\d,]+) = .*", "the artifact's bytes")
     pairs += [("bytes in the log", sizes, (f"{len(s.script):,}", f"{len(s.artifact):,}"))]
     claims = json.loads(s.part("submission.json"))
-    pairs += [("seeds", claims.get("seeds"), [s.setting("SEED")]),
-              ("dataset", claims.get("dataset"), Path(s.settings.get("DATA_PATH", "")).name),
-              ("SHA-256 of the code and the log's", *(hashlib.sha256(source).hexdigest()[:12]
-                                                     for source in (s.script, s.logged_script)))]
+    pairs += [
+        ("seeds", claims.get("seeds"), [s.setting("SEED")]),
+        ("dataset", claims.get("dataset"), Path(s.settings.get("DATA_PATH", "")).name),
+        (
+            "SHA-256 of the code and the log's",
+            *(hashlib.sha256(source).hexdigest()[:12] for source in (s.script, s.logged_script)),
+        ),
+    ]
     try:
         header = s.probed()["header"]
-        pairs += [(name.upper(), str(value), s.settings.get(name.upper()))
-                  for name, value in header["model"].items()]
+        pairs += [
+            (name.upper(), str(value), s.settings.get(name.upper()))
+            for name, value in header["model"].items()
+        ]
         digest = hashlib.sha256(s.tokenizer.read_bytes()).hexdigest()
         pairs.append(("the artifact's tokenizer", header["tokenizer"], digest))
         unread = None
@@ -457,9 +565,15 @@ def check_agreement(s: Submission) -> Result:
 
 
 CHECKS: dict[str, Callable[[Submission], Result]] = {
-    "size": check_size, "seconds": check_seconds, "untouched": check_untouched,
-    "evaluation": check_evaluation, "probabilities": check_probabilities, "scoring": check_scoring,
-    "bytes": check_bytes, "agreement": check_agreement}
+    "size": check_size,
+    "seconds": check_seconds,
+    "untouched": check_untouched,
+    "evaluation": check_evaluation,
+    "probabilities": check_probabilities,
+    "scoring": check_scoring,
+    "bytes": check_bytes,
+    "agreement": check_agreement,
+}
 
 
 def perform(check: Callable[[Submission], Result], s: Submission) -> Result:
@@ -481,7 +595,10 @@ class Watch:
 
     def __init__(self, script: Path):
         self.script, self.folder, self.refusing = str(script), str(script.parent), True
-        self.opened: dict[str, set[str]] = {"train": set(), "val": set()}  # split: the functions on the stack
+        self.opened: dict[str, set[str]] = {
+            "train": set(),
+            "val": set(),
+        }  # split: the functions on the stack
         self.files, self.refused = set(), []
 
     def __call__(self, event: str, arguments: tuple) -> None:
@@ -497,7 +614,12 @@ class Watch:
     def is_network(self, event: str, arguments: tuple) -> bool:
         if event == "socket.__new__":
             return arguments[1] in (socket.AF_INET, socket.AF_INET6)
-        return event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto")
+        return event in (
+            "socket.getaddrinfo",
+            "socket.gethostbyname",
+            "socket.connect",
+            "socket.sendto",
+        )
 
     def callers(self, frame) -> list[str]:
         """The script's functions on the stack, with their classes, outermost first."""
@@ -511,10 +633,22 @@ class Watch:
 
     def others(self) -> list[str]:
         """Files that are neither in the child's folder nor Python's or the system's."""
-        roots = {self.folder, sys.prefix, sys.base_prefix, site.getuserbase(), *sys.path, *SYSTEM} - {""}
-        inside = tuple(os.path.join(path, "") for root in roots for path in (root, os.path.realpath(root)))
-        return sorted(path for path in self.files - {os.path.abspath(__file__)}
-                      if not path.startswith(inside) and os.path.isfile(path))
+        roots = {
+            self.folder,
+            sys.prefix,
+            sys.base_prefix,
+            site.getuserbase(),
+            *sys.path,
+            *SYSTEM,
+        } - {""}
+        inside = tuple(
+            os.path.join(path, "") for root in roots for path in (root, os.path.realpath(root))
+        )
+        return sorted(
+            path
+            for path in self.files - {os.path.abspath(__file__)}
+            if not path.startswith(inside) and os.path.isfile(path)
+        )
 
 
 def reach_network() -> str:
@@ -556,8 +690,14 @@ def child(task: str) -> None:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    answer = {"error": problem, "figures": figures, "network": network, "refused": watch.refused,
-              "opened": {split: sorted(by) for split, by in watch.opened.items()}, "other": watch.others()}
+    answer = {
+        "error": problem,
+        "figures": figures,
+        "network": network,
+        "refused": watch.refused,
+        "opened": {split: sorted(by) for split, by in watch.opened.items()},
+        "other": watch.others(),
+    }
     Path(script.parent, "answer.json").write_text(json.dumps(answer))
 
 
@@ -570,7 +710,9 @@ def train(script: Path, data: str) -> str:
     saved = torch.load(Path("runs", data, "checkpoint.pt"), map_location="cpu", weights_only=True)
     digest = hashlib.sha256()
     for name, weight in sorted(saved["weights"].items()):
-        digest.update(name.encode() + weight.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + weight.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -583,10 +725,12 @@ def probe(module) -> dict:
     with torch.no_grad(), module.World(h) as world:
         model = module.build_model(header, tensors, world)
         val = module.ValidationStream(h, module.Tokenizer(h.tokenizer_path, h.vocab_size))
-        return {"header": {"model": header["model"], "tokenizer": header["tokenizer"]},
-                "probabilities": probe_probabilities(model, val, h, world),
-                "once": probe_scoring(module.evaluate, val, h, world),
-                "loop": probe_loop(module.evaluate, model, val, h, world)}
+        return {
+            "header": {"model": header["model"], "tokenizer": header["tokenizer"]},
+            "probabilities": probe_probabilities(model, val, h, world),
+            "once": probe_scoring(module.evaluate, val, h, world),
+            "loop": probe_loop(module.evaluate, model, val, h, world),
+        }
 
 
 def probe_probabilities(model, val, h, world) -> dict:
@@ -598,13 +742,19 @@ def probe_probabilities(model, val, h, world) -> dict:
     short = min(length, 24)
     ids = val.tokens[None, :short].to(world.device)
     targets = (torch.arange(vocabulary)[:, None] + 7 * torch.arange(short)) % vocabulary
-    losses = torch.cat([model.losses(ids.expand(len(part), -1), part.to(world.device)).double()
-                        for part in targets.split(64)])
+    losses = torch.cat(
+        [
+            model.losses(ids.expand(len(part), -1), part.to(world.device)).double()
+            for part in targets.split(64)
+        ]
+    )
     sums = (-losses).exp().sum(0)
     predicted = -model.predict(ids, short)[0].double().log_softmax(-1)  # (short, vocabulary)
     gap = (losses - predicted.gather(1, targets.t().to(world.device)).t()).abs().max()
     window = val.tokens[: length + 1]
-    strange = (window + torch.randint(1, vocabulary, (5, length + 1), generator=generator)) % vocabulary
+    strange = (
+        window + torch.randint(1, vocabulary, (5, length + 1), generator=generator)
+    ) % vocabulary
 
     def losses_of(rows, wanted):
         return model.losses(rows[:, :-1].to(world.device), wanted.to(world.device)).double()
@@ -615,20 +765,33 @@ def probe_probabilities(model, val, h, world) -> dict:
         wanted = rows[:, 1:].clone()
         for row, cut in enumerate(cuts, 1):
             rows[row, cut + 1 :] = strange[row, cut + 1 :]
-            wanted[row, cut + 1 :] = rows[row, cut + 2 :]  # at the cut it stays: that loss is of the past
+            wanted[row, cut + 1 :] = rows[
+                row, cut + 2 :
+            ]  # at the cut it stays: that loss is of the past
         found, skipped = losses_of(rows, wanted[:, -last:]), length - last
-        return max((found[row, : cut + 1 - skipped] - found[0, : cut + 1 - skipped]).abs().max().item()
-                   for row, cut in enumerate(cuts, 1))
+        return max(
+            (found[row, : cut + 1 - skipped] - found[0, : cut + 1 - skipped]).abs().max().item()
+            for row, cut in enumerate(cuts, 1)
+        )
 
     cuts = torch.linspace(0, length - 1, 6)[1:-1].long().tolist()
     # A model may compute a window's few last positions in another way than all of them.
     few = max(2, min(h.eval_stride, length))
     future = max(moved(cuts, length), moved([length - 1 - few // 2], few)) if length > 1 else 0.0
-    before, after = (losses_of(rows, rows[:, 1:]) for rows in (
-        window.repeat(5, 1), torch.cat([window[None], strange[1:]])))
-    return {"vocabulary": vocabulary, "positions": short, "least": sums.min().item(),
-            "most": sums.max().item(), "predicted": gap.item(), "cuts": len(cuts) + 1,
-            "future": future, "others": (before[0] - after[0]).abs().max().item()}
+    before, after = (
+        losses_of(rows, rows[:, 1:])
+        for rows in (window.repeat(5, 1), torch.cat([window[None], strange[1:]]))
+    )
+    return {
+        "vocabulary": vocabulary,
+        "positions": short,
+        "least": sums.min().item(),
+        "most": sums.max().item(),
+        "predicted": gap.item(),
+        "cuts": len(cuts) + 1,
+        "future": future,
+        "others": (before[0] - after[0]).abs().max().item(),
+    }
 
 
 class Ledger:
@@ -651,7 +814,13 @@ def probe_scoring(evaluate: Callable, val, h, world) -> list[dict]:
 
     generator, cases = torch.Generator().manual_seed(0), []
     length, stride = h.eval_seq_len, h.eval_stride
-    beyond = 1 - length // 2, 0, 1, stride, 3 * stride // 2  # the last three: windows after the first
+    beyond = (
+        1 - length // 2,
+        0,
+        1,
+        stride,
+        3 * stride // 2,
+    )  # the last three: windows after the first
     for targets in sorted({1, *(length + more for more in beyond)}):
         table = torch.rand(targets + 1, generator=generator)
         stream = copy.copy(val)
@@ -659,9 +828,16 @@ def probe_scoring(evaluate: Callable, val, h, world) -> list[dict]:
         ledger = Ledger(table, world.device)
         mean, bpb = evaluate(ledger, stream, h, world, h.eval_stride)
         expected = table[1:].double().sum().item()
-        cases.append({"tokens": targets + 1, "mean": mean, "expected": expected / targets,
-                      "total": bpb * math.log(2) * stream.bytes, "expected_total": expected,
-                      "aligned": ledger.aligned})
+        cases.append(
+            {
+                "tokens": targets + 1,
+                "mean": mean,
+                "expected": expected / targets,
+                "total": bpb * math.log(2) * stream.bytes,
+                "expected_total": expected,
+                "aligned": ledger.aligned,
+            }
+        )
     return cases
 
 
@@ -688,24 +864,40 @@ def table(results: dict[str, Result]) -> str:
     lines = []
     for name, (verdict, evidence) in results.items():
         head = f"{name:<15}{verdict:<13}"
-        lines += textwrap.wrap(evidence, 110, initial_indent=head, subsequent_indent=" " * len(head),
-                               break_long_words=False, break_on_hyphens=False) or [head]
+        lines += textwrap.wrap(
+            evidence,
+            110,
+            initial_indent=head,
+            subsequent_indent=" " * len(head),
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [head]
     return "\n".join(lines)
 
 
 def parse(arguments: list[str]) -> tuple[Path, Options]:
-    parser = argparse.ArgumentParser(prog="check.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, metavar="RUN_OR_FOLDER")
     meanings = {
-        "data": "folder of fineweb_{train,val}_*.bin", "tokenizer": "SentencePiece model",
-        "train_limit": "seconds of training and export", "eval_limit": "seconds of evaluation",
-        "size_limit": "bytes of code and model", "tolerance": "bits per byte between two evaluations",
-        "steps": "steps of the short training", "timeout": "seconds that one child may take"}
+        "data": "folder of fineweb_{train,val}_*.bin",
+        "tokenizer": "SentencePiece model",
+        "train_limit": "seconds of training and export",
+        "eval_limit": "seconds of evaluation",
+        "size_limit": "bytes of code and model",
+        "tolerance": "bits per byte between two evaluations",
+        "steps": "steps of the short training",
+        "timeout": "seconds that one child may take",
+    }
     for name, meaning in meanings.items():
         default = getattr(Options, name)
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default,
-                            help=meaning + (f" (default {default})" if default else " (default: the log's)"))
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=type(default),
+            default=default,
+            help=meaning + (f" (default {default})" if default else " (default: the log's)"),
+        )
     given = vars(parser.parse_args(arguments))
     folder, options = given.pop("folder"), Options(**given)
     if not folder.is_dir():
@@ -723,8 +915,10 @@ def main(arguments: list[str]) -> int:
         results[name] = perform(check, submission)
     bad = [name for name, result in results.items() if result.verdict != "pass"]
     print(table(results))
-    print(f"{len(results) - len(bad)} of {len(results)} checks pass"
-          + (f"; not: {', '.join(bad)}" if bad else ""))
+    print(
+        f"{len(results) - len(bad)} of {len(results)} checks pass"
+        + (f"; not: {', '.join(bad)}" if bad else "")
+    )
     return 1 if bad else 0
 
 

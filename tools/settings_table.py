@@ -36,7 +36,12 @@ def settings_table() -> list[str]:
         if headings[f.name] != last:
             last = headings[f.name]
             title, _, note = last.partition(": ")  # a comment may go on and explain the group
-            lines += ["", f"**{title}**{note and ': '}{note}", "", row("variable", "default", "meaning")]
+            lines += [
+                "",
+                f"**{title}**{note and ': '}{note}",
+                "",
+                row("variable", "default", "meaning"),
+            ]
             lines.append(row("---", "---", "---"))
         default = f"`{f.default}`" if f.default != "" else ""
         lines.append(row(f"`{f.name.upper()}`", default, f.metadata["meaning"]))
@@ -48,10 +53,16 @@ def published_table() -> list[str]:
     from train_gpt import PUBLISHED, expand_published
 
     def columns(of: dict[str, str], value: str = "{}") -> str:
-        return ", ".join(f"`{column.upper()}={text.replace('{}', value)}`" for column, text in of.items())
+        return ", ".join(
+            f"`{column.upper()}={text.replace('{}', value)}`" for column, text in of.items()
+        )
 
-    lines = ["**Published variables** stand for columns of the map table; their name stands for their value.",
-             "", row("variable", "meaning", "stands for"), row("---", "---", "---")]
+    lines = [
+        "**Published variables** stand for columns of the map table; their name stands for their value.",
+        "",
+        row("variable", "meaning", "stands for"),
+        row("---", "---", "---"),
+    ]
     for name, (meaning, says, otherwise) in PUBLISHED.items():
         stands_for = columns(says, name.upper())
         if otherwise:
