@@ -1,7 +1,8 @@
-"""data/prepare.py as a person runs it: a real process, real files, a stand-in for the hub on 127.0.0.1."""
+"""data/prepare.py as a person runs it: real processes, files, and a hub on 127.0.0.1."""
 
 from __future__ import annotations
 
+import argparse
 import bz2
 import gzip
 import hashlib
@@ -19,8 +20,10 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,16 +34,17 @@ SPEC = importlib.util.spec_from_file_location("prepare", PREPARE)
 prepare = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(prepare)
 
-LIST = """the of and to in is you that it he was for on are as with his they at be this have from or one had
-    by word but not what all were we when your can said there use an each which she do how their if will
-    up other about out many then them these so some her would make like him into time has look two more 17
-    99 write go, see. number no way could people my than first water been call who oil its now find"""
+LIST = """the of and to in is you that it he was for on are as with his they at be this have
+    from or one had by word but not what all were we when your can said there use an each
+    which she do how their if will up other about out many then them these so some her
+    would make like him into time has look two more 17 99 write go, see. number no way
+    could people my than first water been call who oil its now find"""
 WORDS = LIST.split()
 VOCAB = 400
 COMMAND = [sys.executable, str(PREPARE), "--out"]
 
 
-# ---- Helpers -----------------------------------------------------------------------------------------------
+# ---- Helpers -------------------------------------------------------------------------------------
 
 
 def run(out: Path, *args, **environment) -> subprocess.CompletedProcess:
@@ -97,7 +101,7 @@ def only(paths) -> Path:
 
 
 def written(out: Path) -> tuple[Path, sentencepiece.SentencePieceProcessor, dict]:
-    """The one dataset folder below `out`, its tokenizer found as a reader finds it, and its manifest."""
+    """Return the one dataset folder below `out`, its tokenizer as readers find it, its manifest."""
     folder = only((out / "datasets").iterdir())
     manifest = json.loads((folder / "manifest.json").read_text())
     model = (folder / manifest["tokenizer"]).resolve(strict=True).read_bytes()
@@ -121,7 +125,7 @@ def assert_refused(result: subprocess.CompletedProcess, *said: str) -> None:
 
 
 def made_up(count: int, seed: int) -> list[str]:
-    """Documents of plain ASCII with single spaces, which the tokenizer's normalisation leaves as they are."""
+    """Return documents of ASCII with single spaces, which a tokenizer's normalization keeps."""
     draw = random.Random(seed)
     return [" ".join(draw.choices(WORDS, k=draw.randint(20, 60))) for _ in range(count)]
 
@@ -163,7 +167,7 @@ def model(corpus: Path) -> Path:
     return path
 
 
-# ---- docs --------------------------------------------------------------------------------------------------
+# ---- docs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +215,7 @@ def test_docs_manifest_agrees_with_the_shards(two_docs):
 
 
 def test_docs_has_no_document_twice(two_docs):
-    """What is trained on may not be in the validation text; Python has help topics of the same text."""
+    """Python has help topics of the same text, which may not part over the splits."""
     folder, _, _ = written(two_docs[0])
     both = [tuple(ids) for split in ("train", "val") for ids in split_at_bos(stream(folder, split))]
     assert len(both) > 500 and len(set(both)) == len(both)
@@ -240,7 +244,7 @@ def test_docs_into_the_same_folder_is_refused(two_docs):
     assert contents(two_docs[0]) == before
 
 
-# ---- text --------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +262,8 @@ def test_text_compressed_gives_the_same_shards(corpus, model, plain_run, tmp_pat
         json.loads(each.pop(f"datasets/book_sp{VOCAB}/manifest.json")) for each in (first, second)
     ]
     assert first == second and len(first) == 3
-    assert manifests[1].pop("source")["files"] == [f"book.jsonl{suffix}"]
-    assert manifests[0].pop("source")["files"] == ["book.jsonl"]
+    sources = [manifest.pop("source") for manifest in manifests]
+    assert [source["files"] for source in sources] == [["book.jsonl"], [f"book.jsonl{suffix}"]]
     assert manifests[0] == manifests[1]
 
 
@@ -297,11 +301,9 @@ def test_text_with_its_own_validation_files(corpus, model, tmp_path):
     assert decoded(tmp_path) == {"train": DOCUMENTS, "val": OTHERS}
     folder, _, manifest = written(tmp_path)
     assert folder.name == f"mine_sp{VOCAB}"
-    assert manifest["source"] == {
-        "kind": "text",
-        "files": ["book.jsonl"],
-        "val_files": ["others.jsonl"],
-    }
+    source = manifest["source"]
+    assert (source["kind"], source["files"]) == ("text", ["book.jsonl"])
+    assert source["val_files"] == ["others.jsonl"] and source["val_fraction"] is None
 
 
 def test_text_validation_fraction(corpus, model, plain_run, tmp_path):
@@ -313,7 +315,7 @@ def test_text_validation_fraction(corpus, model, plain_run, tmp_path):
 
 
 def test_text_makes_a_tokenizer_from_plain_text(corpus, tmp_path):
-    """Without --tokenizer; a .txt is one document, whose line ends the normalisation makes spaces."""
+    """A short .txt is one document beside --val; the normalization makes its line ends spaces."""
     run_well(
         tmp_path, "text", corpus / "plain.txt", "--val", corpus / "other.txt", "--vocab", VOCAB
     )
@@ -353,7 +355,7 @@ def damaged(data: bytes) -> bytes:
 GOOD = jsonl(DOCUMENTS)
 BAD_FILES = {
     "missing file": ("nowhere.jsonl", None, ["nowhere.jsonl", "no such file"]),
-    "wrong suffix": ("book.csv", GOOD, ["book.csv", ".txt and .jsonl"]),
+    "wrong suffix": ("book.csv", GOOD, ["book.csv", ".txt .md", "--suffix .csv"]),
     "not JSON": ("bad.jsonl", GOOD + b'{"text": "half\n', ["bad.jsonl, line 301"]),
     "no text": (
         "bad.jsonl",
@@ -368,7 +370,18 @@ BAD_FILES = {
     ),
     "deep JSON": ("bad.jsonl", GOOD + b"[" * 200_000 + b"\n", ["bad.jsonl, line 301"]),
     "not UTF-8 in JSON": ("bad.jsonl", GOOD + b'{"text": "\xff"}\n', ["bad.jsonl", "UTF-8"]),
-    "not UTF-8": ("bad.txt", b"good " * 9000 + b"\xff\n", ["bad.txt", "UTF-8", r"b'\xff'"]),
+    "not UTF-8": (
+        "bad.txt",
+        b"good " * 9000 + b"\xff\n",
+        ["bad.txt", "UTF-8", r"b'\xff' at byte 45,000", "--errors replace"],
+    ),
+    "not UTF-8 in gzip": (
+        "bad.md.gz",
+        gzip.compress(b"good " * 9000 + b"\xe2\x82"),
+        ["bad.md.gz", "UTF-8", r"b'\xe2\x82' at byte 45,000, unpacked"],
+    ),
+    "an image": ("bad.txt", b"\x89PNG\r\n\x1a\n\0\0", ["bad.txt", "UTF-8", "at byte 0)"]),
+    "null characters": ("bad.txt", b"abc\0\0", ["bad.txt", "a null character at byte 3"]),
     "truncated gzip": ("bad.jsonl.gz", gzip.compress(GOOD)[:-2000], ["bad.jsonl.gz", "to its end"]),
     "truncated bzip2": (
         "bad.jsonl.bz2",
@@ -383,13 +396,13 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_text_says_what_is_wrong_with_a_file(corpus, model, tmp_path, case):
-    """With --tokenizer, so that the fault comes while shards are being written."""
     name, data, said = BAD_FILES[case]
     bad, out = tmp_path / name, tmp_path / "out"
     if data is not None:
         bad.write_bytes(data)
-    assert_refused(run(out, "text", corpus / "book.jsonl", bad, "--tokenizer", model), *said)
-    assert not out.exists() or not list(out.iterdir())
+    result = run(out, "text", corpus / "book.jsonl", bad, "--tokenizer", model)
+    assert_refused(result, *said)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and not out.exists()
 
 
 def test_text_leaves_nothing_when_the_tokenizer_cannot_be_trained(tmp_path, corpus):
@@ -413,11 +426,12 @@ def test_text_refuses_what_is_no_tokenizer(corpus, tmp_path):
 
 
 def test_text_without_validation_text(corpus, model, tmp_path):
-    """One short .txt is one document, and one document cannot be on both sides."""
-    result = run(tmp_path / "out", "text", corpus / "plain.txt", "--tokenizer", model)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "error: there is no val text" in result.stderr and "--val" in result.stderr
-    assert not list((tmp_path / "out").iterdir())
+    """One document of .jsonl is not cut, and cannot be on both sides."""
+    one = tmp_path / "one.jsonl"
+    one.write_bytes(jsonl(OTHERS[:1] * 3))
+    result = run(tmp_path / "out", "text", one, "--tokenizer", model)
+    assert_refused(result, "there is no val text", "--val")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -429,6 +443,8 @@ def test_text_without_validation_text(corpus, model, tmp_path):
         ["--val-fraction", "0"],
         ["--val-fraction", "4"],
         ["--name", "a/b"],
+        ["--suffix", "folder"],
+        ["--suffix", ".md", ".gz"],
     ],
 )
 def test_text_refuses_options_out_of_range(corpus, tmp_path, option):
@@ -441,9 +457,11 @@ def test_text_refuses_options_out_of_range(corpus, tmp_path, option):
 def test_text_keeps_what_is_there(corpus, model, plain_run, tmp_path):
     """Neither a dataset nor a tokenizer that other shards may need is replaced."""
     before = contents(plain_run)
-    assert_refused(
-        run(plain_run, "text", corpus / "book.jsonl", "--tokenizer", model), "is there already"
-    )
+    other = tmp_path / "book.jsonl"
+    other.write_bytes(jsonl(OTHERS))
+    for args in ([other], [corpus / "book.jsonl", "--val-fraction", "0.5"]):
+        result = run(plain_run, "text", *args, "--tokenizer", model)
+        assert_refused(result, "is there already", "--name")
     assert contents(plain_run) == before
     tokenizer = tmp_path / "tokenizers" / f"book_{VOCAB}_bpe.model"
     tokenizer.parent.mkdir()
@@ -451,7 +469,24 @@ def test_text_keeps_what_is_there(corpus, model, plain_run, tmp_path):
     assert_refused(
         run(tmp_path, "text", corpus / "book.jsonl", "--tokenizer", model), "another tokenizer"
     )
-    assert contents(tmp_path) == {f"tokenizers/{tokenizer.name}": b"another"}
+    assert contents(tmp_path / "tokenizers") == {tokenizer.name: b"another"}
+
+
+def test_text_again_says_where_the_dataset_lies(corpus, model, tmp_path):
+    """The same text under another path is the same text; a dataset that is damaged is refused."""
+    copy = tmp_path / "elsewhere" / "book.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(jsonl(DOCUMENTS))
+    out = tmp_path / "out"
+    first = run_well(out, "text", corpus / "book.jsonl", "--tokenizer", model)
+    before = contents(out)
+    again = run_well(out, "text", copy, "--tokenizer", model)
+    folder, _, _ = written(out)
+    for result in (first, again):
+        assert result.stdout.splitlines()[-1].startswith(f"{folder}: ")
+    assert "before" in again.stdout and contents(out) == before
+    (folder / "fineweb_train_000000.bin").unlink()
+    assert_refused(run(out, "text", copy, "--tokenizer", model), str(folder), "damaged")
 
 
 def test_text_after_a_run_that_was_killed(corpus, model, plain_run, tmp_path):
@@ -471,7 +506,266 @@ def test_out_that_is_a_file(corpus, model, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-# ---- Streaming ---------------------------------------------------------------------------------------------
+# ---- One text file -------------------------------------------------------------------------------
+
+
+def arguments(*args) -> argparse.Namespace:
+    return prepare.build_parser().parse_args(["text", *map(str, args)])
+
+
+def splits(*args) -> dict[str, list[str]]:
+    """Return the documents of both splits that the arguments lead to, without a tokenizer."""
+    parsed = arguments(*args)
+    corpus = prepare.survey(prepare.find_inputs(parsed), parsed.val_fraction, parsed.errors)
+    found: dict[str, list[str]] = {"train": [], "val": []}
+    for split, text in corpus.pairs():
+        found[split].append(text)
+    return found
+
+
+BOOK = "\n\n".join(made_up(2000, 5))
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.md", "BOOK.TXT", "book.txt.xz", "book"])
+@pytest.mark.parametrize("text", [BOOK, BOOK.replace("\n\n", "\n"), BOOK.replace("\n\n", " ")])
+def test_the_last_part_of_one_text_file_becomes_validation(tmp_path, name, text):
+    """Whether it has blank lines, lines, or one line only."""
+    path = tmp_path / name
+    with prepare.OPENERS.get(path.suffix, open)(path, "wt") as file:
+        file.write(text)
+    for fraction in (0.04, 0.5, 0.9):
+        found = splits(path, "--val-fraction", fraction)
+        assert "".join(found["train"] + found["val"]) == text
+        assert 0.5 * fraction < len("".join(found["val"])) / len(text) <= fraction
+        if "\n\n" in text:
+            assert all(each.endswith("\n\n") for each in found["train"])
+
+
+def test_one_text_file_is_enough(tmp_path):
+    """The tokenizer knows nothing of the validation text, which alone has a word."""
+    (tmp_path / "my book.txt").write_text(BOOK + "\n\n" + "ÿþ ÿþ ÿþ " * 300)
+    result = run_well(tmp_path / "out", "text", tmp_path / "my book.txt", "--vocab", VOCAB)
+    folder, tokenizer, manifest = written(tmp_path / "out")
+    assert result.stdout.splitlines()[-1].startswith(f"{folder}: ") and result.stderr == ""
+    assert folder.name == f"my book_sp{VOCAB}"
+    assert min(manifest[split]["tokens"] for split in ("train", "val")) > 500
+    assert all(tokenizer.is_byte(i) for i in tokenizer.encode("ÿþ"))
+    texts = decoded(tmp_path / "out")
+    assert " ".join(texts["train"]) in BOOK.replace("\n\n", " ")
+    assert texts["val"][-1].endswith("ÿþ ÿþ ÿþ")
+
+
+def test_text_that_is_too_short(tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(prepare.PrepareError, match=r"short\.txt: 9 characters are too few"):
+        splits(tmp_path / "short.txt")
+    (tmp_path / "blank.txt").write_text(" \n" * 1000)
+    with pytest.raises(prepare.PrepareError, match="no training text"):
+        splits(tmp_path / "blank.txt")
+    with pytest.raises(prepare.PrepareError, match=r"no val text in .*blank\.txt"):
+        splits(tmp_path / "short.txt", "--val", tmp_path / "blank.txt")
+
+
+def test_errors_replace(tmp_path):
+    data = BOOK.encode().replace(b" ", b" \xff\0 ", 7)
+    (tmp_path / "bad.txt").write_bytes(data)
+    found = splits(tmp_path / "bad.txt", "--errors", "replace")
+    replaced = data.decode("utf-8", "replace").replace("\0", "\ufffd")
+    assert "".join(found["train"] + found["val"]) == replaced
+    assert replaced.count("\ufffd") == 14
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 100])
+def test_first_bad_byte(monkeypatch, block):
+    """However the file falls into blocks, the offset is that of the whole."""
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", block)
+    good = "aé€😀".encode()
+    for bad in (b"\xff", b"\xe2\x82", b"\xc3(", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xc0\x80"):
+        for data in (good + bad, good + bad + good, good + bad + b"\0", bad):
+            with pytest.raises(UnicodeDecodeError) as caught:
+                data.decode()
+            assert prepare.first_bad_byte(io.BytesIO(data))[0] == caught.value.start
+    for data in (good + b"\0", good + b"\0" + b"\xff"):
+        assert prepare.first_bad_byte(io.BytesIO(data)) == (len(good), "a null character")
+
+
+# ---- Folders, patterns and tables ----------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """A folder with text of many kinds, what is hidden, and what is no text."""
+    folder = tmp_path / "my notes"
+    for number, name in enumerate(
+        [
+            "a.md",
+            "b/c.txt",
+            "b/d.RST",
+            "b/e.py",
+            "f.html",
+            ".git/g.txt",
+            "__pycache__/h.txt",
+            ".i.md",
+        ]
+    ):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(DOCUMENTS[number])
+    (folder / "j.png").write_bytes(b"\x89PNG")
+    (folder / "k.jsonl.gz").write_bytes(gzip.compress(jsonl(OTHERS)))
+    return folder
+
+
+def names(folder: Path, *args) -> list[str]:
+    train = prepare.find_inputs(arguments(*args)).train
+    return [path.relative_to(folder).as_posix() for path in train]
+
+
+def test_folders_and_patterns(tree, monkeypatch):
+    known = ["a.md", "b/c.txt", "b/d.RST", "b/e.py", "k.jsonl.gz"]
+    assert names(tree, tree) == known
+    assert names(tree, tree, tree / "a.md", tree / "b") == known, "each file once"
+    assert names(tree, tree, "--suffix", ".md", ".html") == ["a.md", "f.html"]
+    assert names(tree, tree, "--suffix", ".rst") == ["b/d.RST"]
+    assert names(tree, tree / "*.md") == ["a.md"]
+    assert names(tree, tree / "**" / "[ac].*") == ["a.md", "b/c.txt"]
+    assert names(tree, tree / "f.html", "--suffix", ".html") == ["f.html"]
+    monkeypatch.chdir(tree)
+    for argument in (".", "*.md", str(tree), "b/..", str(tree / "**" / "*.md")):
+        assert prepare.name_of(argument) == "my notes"
+
+
+def test_what_lies_nowhere_is_refused(tree, tmp_path):
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    for argument, said in {
+        tmp_path / "empty": r"empty: no file with \.txt \.md .*--suffix",
+        tmp_path / "*.md": r"\*\.md: no file matches",
+        tmp_path / "none": "none: no such file or folder",
+        tmp_path / "pipe.txt": r"pipe\.txt: not a regular file",
+        tree / "j.png": r"j\.png: only .* --suffix \.png",
+        tree / "*": "are read",
+    }.items():
+        for args in ([argument], [tree, "--val", argument]):
+            with pytest.raises(prepare.PrepareError, match=said):
+                prepare.find_inputs(arguments(*args))
+    with pytest.raises(prepare.PrepareError, match="--val names every file"):
+        prepare.find_inputs(arguments(tree / "a.md", "--val", tree / "*.md"))
+
+
+def test_validation_files_in_a_folder_are_not_trained_on(tree):
+    found = splits(tree, "--val", tree / "b" / "c.txt")
+    assert found["val"] == DOCUMENTS[1:2]
+    assert sorted(found["train"]) == sorted([DOCUMENTS[0], *DOCUMENTS[2:4], *OTHERS])
+
+
+def test_documents_of_many_files_part_by_what_they_say(tmp_path):
+    """A text that occurs twice stays on one side, and even two files give validation text."""
+    for number in range(200):
+        (tmp_path / f"{number}.txt").write_text(DOCUMENTS[number % 100])
+    found = splits(tmp_path, "--val-fraction", 0.3)
+    assert sorted(found["train"] + found["val"]) == sorted(2 * DOCUMENTS[:100])
+    assert not set(found["train"]) & set(found["val"]) and 20 < len(found["val"]) < 100
+    two = splits(tmp_path / "1.txt", tmp_path / "2.txt", "--val-fraction", 0.001)
+    assert len(two["train"]) == len(two["val"]) == 1
+
+
+def test_parquet_and_arrow(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, which reads .parquet, is missing")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [*DOCUMENTS, None, ""]
+    for kind in (pyarrow.string(), pyarrow.large_string()):
+        table = pyarrow.table({"id": list(range(302)), "text": pyarrow.array(texts, kind)})
+        parquet.write_table(table, tmp_path / "t.parquet", row_group_size=70)
+        with pyarrow.ipc.new_stream(tmp_path / "t.arrow", table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+        for name in ("t.parquet", "t.arrow"):
+            assert list(prepare.file_documents(tmp_path / name)) == DOCUMENTS
+    found = splits(tmp_path / "t.parquet")
+    assert sorted(found["train"] + found["val"]) == sorted(DOCUMENTS) and found["val"]
+    for columns, said in (
+        ({"body": ["a"]}, r"x\.parquet: no column text; its columns are body"),
+        ({"text": [1]}, r"x\.parquet: the column text holds int64"),
+    ):
+        parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+        with pytest.raises(prepare.PrepareError, match=said):
+            splits(tmp_path / "x.parquet")
+    for name in ("x.parquet", "x.arrow"):
+        (tmp_path / name).write_bytes((tmp_path / "t.parquet").read_bytes()[:999])
+        with pytest.raises(prepare.PrepareError, match=f"{name}: cannot be read as"):
+            splits(tmp_path / name)
+
+
+class Split(NamedTuple):
+    """What of a split of `datasets` counts here."""
+
+    cache_files: list[dict[str, str]]
+
+
+def test_a_dataset_of_hugging_face(tmp_path, monkeypatch):
+    """With a stand-in for `datasets` whose cache is of a form that needs no pyarrow."""
+    there = {}
+    for split, documents in (("train", DOCUMENTS), ("validation", OTHERS), ("test", ["never"])):
+        (tmp_path / f"{split}.jsonl").write_bytes(jsonl(documents))
+        there[split] = Split([{"filename": str(tmp_path / f"{split}.jsonl")}])
+    asked = []
+
+    def load_dataset(*args) -> dict[str, Split]:
+        asked.append(args)
+        if args[0] != "owner/data":
+            raise ValueError("not found,\nreally")
+        return there
+
+    stand_in = types.SimpleNamespace(load_dataset=load_dataset, __file__="datasets.py")
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    assert splits("hf:owner/data") == {"train": DOCUMENTS, "val": OTHERS}
+    assert splits("hf:owner/data:plain", "--val", tmp_path / "test.jsonl")["val"] == ["never"]
+    assert asked == [("owner/data", None), ("owner/data", "plain")]
+    with pytest.raises(prepare.PrepareError, match=r"hf:other: could not .*\(not found, really\)"):
+        splits("hf:other")
+    assert prepare.name_of("hf:owner/data:plain") == "data"
+    del there["validation"]
+    found = splits("hf:owner/data")
+    assert sorted(found["train"] + found["val"]) == sorted(DOCUMENTS) and found["val"]
+    del there["train"]
+    with pytest.raises(prepare.PrepareError, match="has no split train; it has test"):
+        splits("hf:owner/data")
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "datasets", "huggingface_hub", "tqdm"])
+def test_a_missing_extra(tmp_path, corpus, model, package):
+    """It ends what needs it with how to get it; without tqdm there is no bar, nothing else."""
+    needed = {
+        "pyarrow": ["text", corpus / "book.jsonl", tmp_path / "x.parquet"],
+        "datasets": ["text", "hf:owner/data"],
+        "huggingface_hub": ["fineweb"],
+        "tqdm": ["text", corpus / "book.jsonl", "--tokenizer", model],
+    }
+    (tmp_path / "x.parquet").touch()
+    program = (
+        f"import runpy, sys; sys.modules[{package!r}] = None;"
+        f" runpy.run_path({str(PREPARE)!r}, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, "--out", tmp_path / "out", *needed[package]]
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=60, check=False
+    )
+    if package == "tqdm":
+        assert result.returncode == 0 and written(tmp_path / "out")
+    else:
+        assert_refused(result, f"pip install {package}")
+        assert result.returncode == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_not_taken_for_a_package(tmp_path, monkeypatch):
+    """As data/datasets would be, where the package `datasets` is not installed."""
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(prepare.PrepareError, match="x needs the package only_a_folder: pip"):
+        prepare.require("only_a_folder", "x")
+
+
+# ---- Streaming -----------------------------------------------------------------------------------
 
 
 def test_sample_respects_its_limit_and_spans_the_corpus():
@@ -494,25 +788,25 @@ def test_sample_keeps_all_of_a_small_corpus_and_something_of_a_long_document():
     assert len(prepare.sample(["x" * 100, "y" * 100, "z" * 100], 10)) == 1
 
 
-def test_long_text_is_cut_at_line_ends_without_loss(monkeypatch, tmp_path):
-    monkeypatch.setattr(prepare, "TXT_DOCUMENT", 500)
-    text = (
-        "\n\n  "
-        + "\n".join(DOCUMENTS[:100])
-        + "\n"
-        + "a long line " * 200
-        + "\n\nno line end here: ÿ"
-    )
+def test_long_text_is_cut_without_loss(tmp_path):
+    """At a blank line if there is one, else at a line's end, else anywhere."""
+    paragraphs = "".join(f"{text}\n{text}\n\n" for text in DOCUMENTS[:50])
+    lines = "".join(f"{text}\n" for text in DOCUMENTS[50:100])
+    line = "a long line " * 200
+    text = f"\n\n  {paragraphs}{lines}{line}\n\nno line end here: ÿ"
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
-    for parts in (
-        list(prepare.text_documents(io.StringIO(text))),
-        list(prepare.file_documents(tmp_path / "long.txt")),
-    ):
-        assert "".join(parts) == text
-        assert len(parts) > 20 and all(part.endswith("\n") for part in parts[:-1])
-        assert all(len(part) >= 500 for part in parts[:-1])
-        assert all(len(part) - len(part.splitlines()[-1]) <= 500 for part in parts)
-    assert list(prepare.text_documents([])) == []
+    parts = list(prepare.file_documents(tmp_path / "long.txt", cut=500))
+    assert parts == list(prepare.text_documents(io.StringIO(text), cut=500))
+    assert "".join(parts) == text
+    assert all(500 <= len(part) < 1500 for part in parts[:-1])
+    places = list(itertools.accumulate(map(len, parts)))
+    for part, place in zip(parts, places, strict=True):
+        if place < len(paragraphs):
+            assert part.endswith("\n\n")
+        elif place < len(paragraphs + lines):
+            assert part.endswith("\n")
+    assert len(paragraphs + lines) + 1000 < places[-2], "the long line is cut"
+    assert list(prepare.text_documents(io.StringIO(" \n\n"))) == []
 
 
 def test_files_are_read_as_they_are_asked_for(tmp_path):
@@ -524,7 +818,28 @@ def test_files_are_read_as_they_are_asked_for(tmp_path):
         list(documents)
 
 
-# ---- Shards ------------------------------------------------------------------------------------------------
+# ---- Shards --------------------------------------------------------------------------------------
+
+
+def test_write_shard(tmp_path):
+    path = prepare.write_shard(tmp_path / "fineweb_train_000000.bin", [1, 5, 65_535])
+    assert shard_tokens(path).tolist() == [1, 5, 65_535] and prepare.shard_tokens(path) == 3
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(path.read_bytes()[:-1])
+    assert prepare.shard_tokens(path) is None
+    path.write_bytes(prepare.shard_header(0, version=2))
+    assert prepare.shard_tokens(path) is None
+
+
+def test_an_interrupted_run_leaves_nothing(model, tmp_path):
+    def documents():
+        yield "train", DOCUMENTS[0]
+        assert list((tmp_path / "out" / "datasets").iterdir())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare.write_dataset(tmp_path / "out", "x", model.read_bytes(), {}, documents())
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_tokens_roll_over_into_further_shards(monkeypatch, model, tmp_path):
@@ -555,7 +870,7 @@ def test_no_empty_shard_follows_a_full_one(monkeypatch, model, tmp_path):
     )
 
 
-# ---- fineweb -----------------------------------------------------------------------------------------------
+# ---- fineweb -------------------------------------------------------------------------------------
 
 REPOSITORY = "someone/export"
 NAME = "fineweb10B_sp1024"
@@ -691,7 +1006,7 @@ def assert_fetch_fails(result: subprocess.CompletedProcess, *said: str) -> None:
 
 
 def assert_shards(hub: Hub, out: Path, names: list[str]) -> None:
-    """These shards are there as the hub has them, and no other file that a trainer would take for one."""
+    """Check that these shards are there as the hub has them, and no other."""
     there = {path.name: path.read_bytes() for path in (out / "datasets" / NAME).glob("*.bin")}
     assert there == {name: hub.files[f"datasets/datasets/{NAME}/{name}"] for name in names}
 
@@ -712,7 +1027,7 @@ def test_fineweb_fetches_what_is_asked_for(hub, model, tmp_path):
 
 
 def test_fineweb_again_fetches_only_what_is_wanting(hub, tmp_path):
-    """More shards later; a shard cut short by a full disk or a copy; then fewer, with none thrown away."""
+    """More shards later; one cut short by a full disk; then fewer, with none thrown away."""
     out = tmp_path / "out"
     assert fetch(hub, out, "--train-shards", 1).returncode == 0
     with (out / "datasets" / NAME / SHARDS[0]).open("r+b") as file:
@@ -766,19 +1081,3 @@ def test_fineweb_refuses_a_shard_whose_header_and_size_disagree(hub, tmp_path):
     hub.files[path] = good
     assert fetch(hub, out, "--train-shards", 1).returncode == 0
     assert_shards(hub, out, SHARDS[:2])
-
-
-def test_fineweb_without_huggingface_hub_says_how_to_get_it(tmp_path):
-    program = (
-        "import runpy, sys; sys.modules['huggingface_hub'] = None;"
-        f" runpy.run_path({str(PREPARE)!r}, run_name='__main__')"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program, "--out", str(tmp_path / "out"), "fineweb"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert_refused(result, "huggingface_hub", "pip install huggingface_hub")
-    assert not (tmp_path / "out").exists()
