@@ -1,55 +1,77 @@
-"""What the tests of runs, settings and data share: a tiny configuration, a small corpus, real processes."""
+"""What all tests share: tiny settings, small corpora, real processes of the script."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-import train_gpt
-
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-FIELDS = dataclasses.fields(train_gpt.Hyperparameters)
-PUBLISHED = [name.upper() for name in train_gpt.PUBLISHED]
-SETTINGS = [f.name.upper() for f in FIELDS] + PUBLISHED  # every name that a variable may have
-MODEL_SETTINGS = [f.name.upper() for f in FIELDS if f.metadata["model"]]
-# What a launcher sets, or a shell may have set for other scripts, and would decide a test's outcome.
+import prepare
+
+import train_gpt
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+ALIASES = [name.upper() for name in train_gpt.ALIASES]
+SETTINGS = [name.upper() for name in train_gpt.SETTINGS] + ALIASES  # every variable that is read
+MODEL_SETTINGS = [
+    name.upper() for name, field in train_gpt.SETTINGS.items() if field.metadata["stored"]
+]
+# What a launcher sets, or a shell may have set for other scripts, would decide a test's outcome.
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-NOT_INHERITED = {*SETTINGS, *train_gpt.NOT_HERE, *LAUNCHER}
+NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER}
 
+# The settings of all tests: a model that is built in milliseconds and trained in a second, on the
+# CPU also where there is a GPU. A corpus has a vocabulary of its own.
 TINY = {
-    "NUM_LAYERS": 2,
+    "DEVICE": "cpu",
+    "COMPILE": "0",
+    "DTYPE": "float32",
+    "VOCAB_SIZE": 64,
+    "NUM_LAYERS": 4,
     "MODEL_DIM": 32,
-    "NUM_HEADS": 2,
-    "NUM_KV_HEADS": 1,
-    "ROPE_DIMS": 8,
-    "VE_LAYERS": 1,
+    "NUM_HEADS": 4,
+    "NUM_KV_HEADS": 2,
+    "ROPE_DIMS": 4,
     "VE_DIM": 8,
-    "BIGRAM_VOCAB_SIZE": 64,
+    "BIGRAM_VOCAB_SIZE": 32,
     "BIGRAM_DIM": 8,
     "MAP_ADAPTER": "lora:4",
     "TRAIN_SEQ_LEN": 32,
     "EVAL_SEQ_LEN": 32,
     "EVAL_STRIDE": 8,
     "TRAIN_BATCH_TOKENS": 256,
+    "HOLDOUT_TOKENS": 512,
     "ITERATIONS": 20,
     "WARMUP_STEPS": 1,
     "WARMDOWN_ITERS": 10,
+    "LATE_QAT_THRESHOLD": 0.15,
     "GPTQ_CALIB_BATCHES": 2,
     "MAX_WALLCLOCK_SECONDS": 0,
-    "DTYPE": "float32",
     "TRAIN_LOG_EVERY": 1,
 }
 
-# Text that a small vocabulary can only spell in bytes, and spaces that a tokenizer treats in its own way.
+
+def tiny_settings(**changes: Any) -> train_gpt.Hyperparameters:
+    """Return the tiny settings with changes by lower-case name; the environment is not read."""
+    tiny = {name.lower(): value for name, value in TINY.items()}
+    return train_gpt.load_settings({}, **(tiny | changes))
+
+
+# ---- Corpus --------------------------------------------------------------------------------------
+
+# Text that a small vocabulary can only spell in bytes, and spaces that a tokenizer treats in its
+# own way.
 UNUSUAL_DOCUMENTS = [
     "Déjà vu: naïve café, Übergröße, smörgåsbord, ¿qué?",
     "日本語の文章と、中文句子。 한국어 문장도 있다.",
@@ -65,26 +87,28 @@ UNUSUAL_DOCUMENTS = [
 ]
 
 
-# ---- Corpus ------------------------------------------------------------------------------------------------
-
-
 def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
-    )
+    """Write documents as JSON lines, as data/prepare.py reads them."""
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
-def write_shard(path: Path, tokens, magic=20240520, version=1, count: int | None = None) -> Path:
-    """A shard as the challenge defines it, or one that is wrong in what is given."""
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
-    return path
+def write_shard(
+    path: Path,
+    tokens: Sequence[int],
+    magic: int = prepare.SHARD_MAGIC,
+    version: int = prepare.SHARD_VERSION,
+    count: int | None = None,
+) -> Path:
+    """Write a shard as data/prepare.py does, or one whose header is wrong in what is given."""
+    body = np.asarray(tokens, "<u2")
+    header = prepare.shard_header(len(body) if count is None else count, magic, version)
+    return prepare.write_whole(path, header + body.tobytes())
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """The tokens, by this file's own reading of the format."""
+    """Return the tokens, by this file's own reading of the format."""
     return np.frombuffer(path.read_bytes()[1024:], "<u2")
 
 
@@ -98,27 +122,15 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(folder: Path) -> Corpus:
-    """English and some harder text; the validation part takes a tiny model a tenth of a second."""
+    """Make English and some harder text; a tiny model validates on it in a tenth of a second."""
     from pydoc_data.topics import topics
 
     texts = sorted(set(topics.values()), key=lambda text: (len(text), text))
     validation = texts[:8] + UNUSUAL_DOCUMENTS
-    train, val = (
-        write_jsonl(folder / "train.jsonl", texts[8:]),
-        write_jsonl(folder / "val.jsonl", validation),
-    )
-    command = [
-        sys.executable,
-        ROOT / "data" / "prepare.py",
-        "--out",
-        folder,
-        "text",
-        train,
-        "--val",
-        val,
-        "--vocab",
-        512,
-    ]
+    train = write_jsonl(folder / "train.jsonl", texts[8:])
+    val = write_jsonl(folder / "val.jsonl", validation)
+    script = ROOT / "data" / "prepare.py"
+    command = [sys.executable, script, "--out", folder, "text", train, "--val", val, "--vocab", 512]
     subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=60)
     (dataset,) = (folder / "datasets").iterdir()
     manifest = json.loads((dataset / "manifest.json").read_text())
@@ -131,24 +143,30 @@ def make_corpus(folder: Path) -> Corpus:
     return Corpus(dataset, tokenizer, settings, validation)
 
 
-# ---- Processes ---------------------------------------------------------------------------------------------
+# ---- Processes -----------------------------------------------------------------------------------
 
 
 def environment(settings: dict) -> dict[str, str]:
-    """This process's environment with these settings and no others. One thread: sums always in one order."""
+    """Return this process's environment with these settings and no others.
+
+    The script runs on the CPU unless they say otherwise, with one thread: sums always have one
+    order.
+    """
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-    return (
-        inherited
-        | {"OMP_NUM_THREADS": "1"}
-        | {name: str(value) for name, value in settings.items()}
-    )
+    given = {name: str(value) for name, value in settings.items()}
+    return inherited | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"} | given
 
 
-def start(settings: dict, launcher: tuple = (), script: Path = SCRIPT, cwd: Path | None = None):
-    """A process of the script (not waited for), or of a launcher of it."""
-    command = [sys.executable, *launcher, str(script)]
+def start(
+    settings: dict,
+    launcher: Sequence = (),
+    script: Path = SCRIPT,
+    cwd: Path | None = None,
+    arguments: Sequence[str] = (),
+) -> subprocess.Popen:
+    """Start a process of the script, or of a launcher of it, and do not wait for it."""
     return subprocess.Popen(
-        command,
+        [sys.executable, *launcher, str(script), *arguments],
         env=environment(settings),
         cwd=cwd,
         text=True,
@@ -159,7 +177,7 @@ def start(settings: dict, launcher: tuple = (), script: Path = SCRIPT, cwd: Path
 
 
 def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    """What the process gave; one that hangs is ended, since a hang is a failure too."""
+    """Return what the process gave; one that hangs is ended, since a hang is a failure too."""
     try:
         out, err = process.communicate(timeout=100)
     finally:
@@ -167,22 +185,21 @@ def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run(settings: dict, launcher: tuple = (), script: Path = SCRIPT, cwd: Path | None = None):
-    return finish(start(settings, launcher, script, cwd))
+def run(settings: dict, **options: Any) -> subprocess.CompletedProcess:
+    """Run the script and wait for it; the options are those of `start`."""
+    return finish(start(settings, **options))
 
 
-def run_well(
-    settings: dict, launcher: tuple = (), script: Path = SCRIPT, cwd: Path | None = None
-) -> str:
-    """The console output of a process that must succeed."""
-    result = run(settings, launcher, script, cwd)
+def run_well(settings: dict, **options: Any) -> str:
+    """Return the console output of a process that must succeed."""
+    result = run(settings, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-def refusal(settings: dict, **more) -> str:
-    """The message of a process that must end with one clear message and no traceback."""
-    result = run(settings, **more)
+def refusal(settings: dict, **options: Any) -> str:
+    """Return the message of a process that must end with one clear message and no traceback."""
+    result = run(settings, **options)
     assert result.returncode != 0, result.stdout
     assert result.stderr.startswith("error: "), result.stderr
     assert "Traceback" not in result.stderr
