@@ -1,4 +1,8 @@
-"""From trained weights to the artifact and back; the optimiser, averages and schedule that lead there."""
+"""Tests of quantization, the artifact, the optimizers, the averages and the schedule.
+
+They follow the weights from the gradients of a step to the bytes of an artifact, and back from the
+bytes to a model.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import io
 import itertools
 import json
 import random
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -18,8 +23,9 @@ import torch
 from hypothesis import strategies as st
 
 import train_gpt
+from helpers import write_shard
 
-MATRIX, EMBEDDING, SCALAR = train_gpt.MATRIX, train_gpt.EMBEDDING, train_gpt.SCALAR
+MATRIX, EMBEDDING, SCALAR = train_gpt.Role.MATRIX, train_gpt.Role.EMBEDDING, train_gpt.Role.SCALAR
 QUANTIZERS = [
     train_gpt.Quantizer(6, 12.85),
     train_gpt.Quantizer(8, 20.0),
@@ -30,67 +36,72 @@ each_quantizer = pytest.mark.parametrize(
 )
 
 
+def pruning(bits: int, clip_sigmas: float, percent: float) -> train_gpt.Quantizer:
+    """Return a quantizer that sets this percentage of each matrix to zero."""
+    return train_gpt.Quantizer(bits, clip_sigmas, percent)
+
+
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return random tokens of a vocabulary of 64."""
     return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def correlated_inputs(n: int, dim: int, seed: int = 0) -> torch.Tensor:
-    """(n, dim) float64 inputs as layers see them: few strong directions, a mean, channels of unlike size."""
+    """Return (n, dim) float64 inputs as layers see them.
+
+    They have few strong directions, a mean, and channels of unlike size.
+    """
     torch.manual_seed(seed)
-    x = (
-        torch.randn(n, dim // 4) @ torch.randn(dim // 4, dim)
-        + 0.3 * torch.randn(n, dim)
-        + torch.randn(dim)
-    )
+    directions = torch.randn(n, dim // 4) @ torch.randn(dim // 4, dim)
+    x = directions + 0.3 * torch.randn(n, dim) + torch.randn(dim)
     return (x * torch.rand(dim).exp()).double()
 
 
-# ---- Rounding ----------------------------------------------------------------------------------------------
+# ---- Rounding ------------------------------------------------------------------------------------
 
 
 def awkward_rows() -> torch.Tensor:
-    """Rows from far too small for the smallest step to far too large for the largest, an outlier, zeros."""
+    """Return rows too small for the smallest scale, too large for the largest, and zeros."""
     torch.manual_seed(0)
-    w = (
-        torch.randn(9, 40)
-        * torch.tensor([1e-12, 1e-7, 1e-3, 1.0, 1e3, 1e8, 1.0, 1.0, 1.0])[:, None]
-    )
+    sizes = torch.tensor([1e-12, 1e-7, 1e-3, 1.0, 1e3, 1e8, 1.0, 1.0, 1.0])
+    w = torch.randn(9, 40) * sizes[:, None]
     w[6], w[7, 1:], w[8, 5] = 0.0, 0.0, 1e4
     return w
 
 
 def restated_nearest(quantizer: train_gpt.Quantizer, w: torch.Tensor) -> torch.Tensor:
-    """Each value rounded to its row's steps, within the codes there are; what is pruned is zero."""
-    steps, largest = (
-        train_gpt.row_steps(quantizer.exponents(w)).numpy(),
-        2 ** (quantizer.bits - 1) - 1,
-    )
-    codes = np.clip(np.rint(w.double().numpy() / np.maximum(steps, 1e-30)), -largest, largest)
-    return torch.from_numpy(codes * steps * (quantizer.prune(w) != 0).numpy()).float()
+    """Round each value to a multiple of its row's scale, within the codes that there are.
+
+    What is pruned is zero.
+    """
+    scales = train_gpt.row_scales(quantizer.exponents(w)).numpy()
+    largest = 2 ** (quantizer.bits - 1) - 1
+    codes = np.clip(np.rint(w.double().numpy() / np.maximum(scales, 1e-30)), -largest, largest)
+    return torch.from_numpy(codes * scales * (quantizer.prune(w) != 0).numpy()).float()
 
 
 @each_quantizer
 def test_codes_without_a_hessian_are_the_nearest(quantizer):
     torch.manual_seed(0)
     for w in (torch.randn(64, 48), torch.randn(5, 1), 1e-3 * torch.randn(1, 300), awkward_rows()):
-        assert torch.equal(quantizer.gptq(w).values(), restated_nearest(quantizer, w))
+        assert torch.equal(quantizer.quantize(w).dequantize(), restated_nearest(quantizer, w))
 
 
 def test_pruned_codes_without_a_hessian_are_the_nearest():
     """A row's exponent is that of the whole row, of which the smallest values are dropped after."""
     torch.manual_seed(0)
-    quantizer, w = train_gpt.Quantizer(6, 10.0, 60.0), torch.randn(64, 48)
-    assert torch.equal(quantizer.gptq(w).values(), restated_nearest(quantizer, w))
+    quantizer, w = pruning(6, 10.0, percent=60), torch.randn(64, 48)
+    assert torch.equal(quantizer.quantize(w).dequantize(), restated_nearest(quantizer, w))
 
 
 def test_ties_go_to_even_codes():
     """They are rare, about one in 4 million values."""
     torch.manual_seed(0)
     quantizer, w = QUANTIZERS[0], torch.randn(64, 512)
-    steps = train_gpt.row_steps(quantizer.exponents(w))
-    tied = (((w / steps).floor() + 0.5) * steps).float()
+    scales = train_gpt.row_scales(quantizer.exponents(w))
+    tied = (((w / scales).floor() + 0.5) * scales).float()
     tied = torch.where(torch.arange(512) % 8 == 0, tied, w)
-    assert torch.equal(quantizer.gptq(tied).values(), restated_nearest(quantizer, tied))
+    assert torch.equal(quantizer.quantize(tied).dequantize(), restated_nearest(quantizer, tied))
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
@@ -102,73 +113,75 @@ def test_ties_go_to_even_codes():
     tail=st.integers(1, 5),
     which=st.sampled_from(range(3)),
 )
-def test_rounding_errs_by_half_a_step_where_nothing_is_clipped(
+def test_rounding_errs_by_half_a_scale_where_nothing_is_clipped(
     seed, rows, columns, scale, tail, which
 ):
     quantizer, generator = QUANTIZERS[which], torch.Generator().manual_seed(seed)
     w = 2.0**scale * torch.randn(rows, columns, generator=generator) ** tail
-    codes = quantizer.gptq(w, None)
-    steps, largest = train_gpt.row_steps(codes.exponents), 2 ** (quantizer.bits - 1) - 1
+    codes = quantizer.quantize(w)
+    scales, largest = train_gpt.row_scales(codes.exponents), 2 ** (quantizer.bits - 1) - 1
     assert codes.codes.dtype is torch.int8
     assert codes.exponents.dtype is torch.uint8
     assert codes.codes.abs().max() <= largest
-    clipped = w.double().abs() > (largest + 0.5) * steps
-    error = (codes.values().double() - w.double()).abs()
-    assert (error <= steps * 0.500001).logical_or(clipped).all()
+    clipped = w.double().abs() > (largest + 0.5) * scales
+    error = (codes.dequantize().double() - w.double()).abs()
+    assert (error <= scales * 0.500001).logical_or(clipped).all()
     assert (codes.codes[clipped].abs() == largest).all()
     assert (codes.codes[clipped].sign() == w[clipped].sign()).all()
 
 
 @each_quantizer
 def test_the_largest_code_stands_for_so_many_root_mean_squares(quantizer):
-    """Steps are powers of 2^(1/8), so the span is right to 2^(1/16)."""
+    """Scales are powers of 2^(1/8), so the span is right to 2^(1/16)."""
     torch.manual_seed(0)
     w = torch.randn(50, 60) * torch.logspace(-3, 3, 50)[:, None]
-    span = train_gpt.row_steps(quantizer.exponents(w))[:, 0] * (2 ** (quantizer.bits - 1) - 1)
-    wanted = quantizer.sigmas * w.double().square().mean(1).sqrt()
+    span = train_gpt.row_scales(quantizer.exponents(w))[:, 0] * (2 ** (quantizer.bits - 1) - 1)
+    wanted = quantizer.clip_sigmas * w.double().square().mean(1).sqrt()
     assert (span / wanted).log2().abs().max() <= 1 / 16 + 1e-9
 
 
 def test_an_exponent_is_an_eighth_of_an_octave_and_zero_is_a_zero_row():
-    steps = train_gpt.row_steps(torch.tensor([0, 1, 152, 160, 168, 255], dtype=torch.uint8))[:, 0]
-    assert steps.tolist() == pytest.approx(
-        [0, 2 ** (-159 / 8), 0.5, 1, 2, 2 ** (95 / 8)], rel=1e-15
-    )
+    exponents = torch.tensor([0, 1, 152, 160, 168, 255], dtype=torch.uint8)
+    expected = [0, 2 ** (-159 / 8), 0.5, 1, 2, 2 ** (95 / 8)]
+    assert train_gpt.row_scales(exponents)[:, 0].tolist() == pytest.approx(expected, rel=1e-15)
 
 
 @each_quantizer
 def test_zero_rows_and_rows_of_unlike_scale_do_not_touch_each_other(quantizer):
     w = awkward_rows()
-    together = quantizer.gptq(w, None)
-    alone = [quantizer.gptq(row[None], None) for row in w]
+    together = quantizer.quantize(w)
+    alone = [quantizer.quantize(row[None]) for row in w]
     assert torch.equal(together.codes, torch.cat([c.codes for c in alone]))
     assert torch.equal(together.exponents, torch.cat([c.exponents for c in alone]))
     assert together.exponents[6] == 0
-    assert together.values()[6].abs().max() == 0
+    assert together.dequantize()[6].abs().max() == 0
     assert (together.exponents[[0, 1, 2, 3, 4, 5, 7, 8]] > 0).all()
-    assert together.values().isfinite().all()
+    assert together.dequantize().isfinite().all()
     hessian = torch.from_numpy(np.cov(correlated_inputs(200, 40).T.numpy()))
-    fed = quantizer.gptq(w, hessian)
-    assert fed.codes[6].abs().max() == 0
-    assert fed.values().isfinite().all()
+    by_gptq = quantizer.quantize(w, hessian)
+    assert by_gptq.codes[6].abs().max() == 0
+    assert by_gptq.dequantize().isfinite().all()
 
 
-def test_a_matrix_of_one_row_or_column_is_quantised_like_any_other():
-    """Adapters of rank 1 are such; a step is 0.4 root mean squares, so errors are about 12%."""
+def test_a_matrix_of_one_row_or_column_is_quantized_like_any_other():
+    """Adapters of rank 1 are such; a scale is 0.4 root mean squares, so errors are about 12%."""
     for shape in ((1, 64), (64, 1)):
         torch.manual_seed(0)
         w = torch.randn(shape)
-        values = QUANTIZERS[0].gptq(w, torch.eye(shape[1])).values()
+        values = QUANTIZERS[0].quantize(w, torch.eye(shape[1])).dequantize()
         assert (values - w).norm() / w.norm() < 0.2
 
 
-# ---- GPTQ --------------------------------------------------------------------------------------------------
+# ---- GPTQ ----------------------------------------------------------------------------------------
 
 
 def plain_gptq(
-    w: np.ndarray, hessian: np.ndarray, quantizer: train_gpt.Quantizer, steps: np.ndarray
-):
-    """Codes by the definition: after each column, the best change of the free columns; every inverse anew."""
+    w: np.ndarray, hessian: np.ndarray, quantizer: train_gpt.Quantizer, scales: np.ndarray
+) -> np.ndarray:
+    """Return the codes by GPTQ's definition: after each column, the best change of the free ones.
+
+    Every inverse is computed anew.
+    """
     w, columns, largest = w.astype(np.float64).copy(), w.shape[1], 2 ** (quantizer.bits - 1) - 1
     order = sorted(range(columns), key=lambda j: -hessian[j, j])
     damped = hessian.astype(np.float64)
@@ -177,24 +190,23 @@ def plain_gptq(
     for place, j in enumerate(order):
         free = order[place:]
         inverse = np.linalg.inv(damped[np.ix_(free, free)])
-        for i in range(len(w)):
-            codes[i, j] = np.clip(np.round(w[i, j] / steps[i]), -largest, largest)
-            error = w[i, j] - codes[i, j] * steps[i]
-            w[i, free] -= error / inverse[0, 0] * inverse[0]
+        codes[:, j] = np.clip(np.round(w[:, j] / scales), -largest, largest)
+        error = w[:, j] - codes[:, j] * scales
+        w[:, free] -= error[:, None] / inverse[0, 0] * inverse[0]
     return codes
 
 
 @each_quantizer
-@pytest.mark.parametrize("columns", [3, 33])
+@pytest.mark.parametrize("columns", [3, 33, 270])
 def test_gptq_is_the_definition_computed_plainly(quantizer, columns):
-    x = correlated_inputs(300, max(columns, 4))[:, :columns]
+    """270 columns are more than two of the blocks in which errors are carried on."""
+    x = correlated_inputs(600, max(columns, 4))[:, :columns]
     w, hessian = torch.randn(20, columns), x.T @ x
-    got = quantizer.gptq(w, hessian)
-    steps = train_gpt.row_steps(got.exponents)[:, 0].numpy()
-    assert np.array_equal(
-        got.codes.numpy(), plain_gptq(w.numpy(), hessian.numpy(), quantizer, steps)
-    )
-    assert torch.equal(got.exponents, quantizer.gptq(w, None).exponents)
+    found = quantizer.quantize(w, hessian)
+    scales = train_gpt.row_scales(found.exponents)[:, 0].numpy()
+    expected = plain_gptq(w.numpy(), hessian.numpy(), quantizer, scales)
+    assert np.array_equal(found.codes.numpy(), expected)
+    assert torch.equal(found.exponents, quantizer.quantize(w).exponents)
 
 
 @each_quantizer
@@ -203,12 +215,10 @@ def test_gptq_halves_the_output_error_of_rounding(quantizer):
     x = correlated_inputs(6000, 64)
     seen, unseen = x[:4000], x[4000:]
     w = torch.randn(96, 64)
-    rounded, fed = (
-        quantizer.gptq(w).values().double(),
-        quantizer.gptq(w, seen.T @ seen).values().double(),
-    )
+    rounded = quantizer.quantize(w).dequantize().double()
+    by_gptq = quantizer.quantize(w, seen.T @ seen).dequantize().double()
     for inputs in (seen, unseen):
-        error, before = ((inputs @ (w.double() - other).T).norm() for other in (fed, rounded))
+        error, before = ((inputs @ (w - values).T).norm() for values in (by_gptq, rounded))
         assert error < 0.5 * before
 
 
@@ -217,7 +227,7 @@ def test_gptq_leaves_weights_and_hessian_as_they_were():
     hessian = x.T @ x
     for given in (hessian, hessian.float()):
         before = w.clone(), given.clone()
-        QUANTIZERS[0].gptq(w, given)
+        QUANTIZERS[0].quantize(w, given)
         assert torch.equal(w, before[0])
         assert torch.equal(given, before[1])
 
@@ -227,14 +237,7 @@ def test_uncorrelated_inputs_leave_nothing_to_make_good(quantizer):
     torch.manual_seed(0)
     w = torch.randn(10, 30)
     for hessian in (torch.eye(30), torch.diag(torch.rand(30)), torch.zeros(30, 30)):
-        assert torch.equal(quantizer.gptq(w, hessian).codes, quantizer.gptq(w, None).codes)
-
-
-def test_the_block_size_does_not_change_the_codes():
-    x = correlated_inputs(400, 50)
-    w, hessian = torch.randn(12, 50), x.T @ x
-    codes = [QUANTIZERS[0].gptq(w, hessian, block).codes for block in (1, 7, 50, 128)]
-    assert all(torch.equal(codes[0], other) for other in codes[1:])
+        assert torch.equal(quantizer.quantize(w, hessian).codes, quantizer.quantize(w).codes)
 
 
 @pytest.mark.parametrize("with_hessian", [False, True])
@@ -243,12 +246,12 @@ def test_pruning_zeroes_that_share_of_the_smallest(percent, with_hessian):
     x = correlated_inputs(400, 50)
     w = torch.randn(40, 50)
     hessian = x.T @ x if with_hessian else None
-    quantizer = train_gpt.Quantizer(8, 4.0, prune_pct=percent)
-    codes = quantizer.gptq(w, hessian).codes
-    smallest = w.abs().flatten().argsort()[: int(w.numel() * percent / 100)]
+    quantizer = pruning(8, 4.0, percent)
+    codes = quantizer.quantize(w, hessian).codes
+    smallest = w.abs().flatten().argsort()[: round(w.numel() * percent / 100)]
     assert codes.flatten()[smallest].abs().sum() == 0
     if not with_hessian:  # with one, what is kept moves, and some of it to zero
-        rounds_to_zero = (quantizer.gptq(w).values() == 0).flatten()
+        rounds_to_zero = (pruning(8, 4.0, 0).quantize(w).codes == 0).flatten()
         rounds_to_zero[smallest] = True
         assert torch.equal(codes.flatten() == 0, rounds_to_zero)
 
@@ -256,16 +259,17 @@ def test_pruning_zeroes_that_share_of_the_smallest(percent, with_hessian):
 def test_pruned_values_are_made_good_like_rounding_errors():
     x = correlated_inputs(2000, 48)
     w, hessian = torch.randn(32, 48), x.T @ x
-    quantizer = train_gpt.Quantizer(8, 4.0, prune_pct=30.0)
-    fed, plain = (quantizer.gptq(w, given).values().double() for given in (hessian, None))
-    assert (x @ (w - fed).T).norm() < 0.5 * (x @ (w - plain).T).norm()
+    quantizer = pruning(8, 4.0, percent=30)
+    by_gptq = quantizer.quantize(w, hessian).dequantize().double()
+    plain = quantizer.quantize(w).dequantize().double()
+    assert (x @ (w - by_gptq).T).norm() < 0.5 * (x @ (w - plain).T).norm()
 
 
-# ---- Calibration -------------------------------------------------------------------------------------------
+# ---- Calibration ---------------------------------------------------------------------------------
 
 
 def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model, processes):
-    """By hand: what the maps of a first layer see, the learned maps, and the tied embedding's second use."""
+    """By hand: a first layer's input, the learned maps, and the second use of the embedding."""
     h = settings(num_layers=1, smear_enabled=0, ve_layers="0")
     model, batches = random_model(h), [tokens(3, 16), tokens(2, 16, seed=1)]
     hessians = train_gpt.collect_hessians(model, iter(batches), processes)
@@ -278,33 +282,35 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
         hashed = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % 31
         return model.bigram[0].weight[torch.cat([torch.full((len(ids), 1), 31), hashed], 1)]
 
-    def normalised(x):
+    def normalized(x):
         return x / x.square().mean(-1, keepdim=True).sqrt()
 
     def attention_input(ids):
         block, added = model.blocks[0], bigrams(ids) @ model.bigram[1].weight.T
-        x = normalised(model.embedding.weight[ids] + model.bigram_scale * added)
-        return normalised(block.stream_mix * x + block.embedding_mix * x)
+        x = normalized(model.embedding.weight[ids] + model.bigram_scale * added)
+        return normalized(block.stream_mix * x + block.embedding_mix * x)
+
+    def head_input(ids):
+        x0 = model.embed_tokens(ids, streaming=False)
+        context = model.attention_context(x0, streaming=False)
+        return normalized(model.run_blocks(x0, ids, context, queries=None))
 
     by_hand = {
         model.bigram[1]: bigrams,
         model.value_embedding[1]: lambda ids: model.value_embedding[0].weight[ids],
         model.blocks[0].attention.q: attention_input,
         model.blocks[0].attention.v: attention_input,
-        model.embedding: model.hidden,
+        model.embedding: head_input,
     }
     for module, inputs in by_hand.items():
         assert hessians[module].dtype is torch.float32
         torch.testing.assert_close(
             hessians[module].double(), expected(inputs), rtol=1e-4, atol=1e-3
         )
-    assert {type(module) for module in hessians} == {
-        train_gpt.Linear,
-        train_gpt.Embedding,
-        train_gpt.LoRA,
-    }
-    for row in model.table.values():  # an adapter sees what its map does
-        module = model.get_submodule(row.name)
+    kinds = {type(module) for module in hessians}
+    assert kinds == {train_gpt.Linear, train_gpt.Embedding, train_gpt.LoRA}
+    for name in model.table:  # an adapter sees what its map does
+        module = model.get_submodule(name)
         assert hessians[module.lora] is hessians[module]
     looked_up_only = model.bigram[0], model.value_embedding[0]
     assert all(module not in hessians for module in looked_up_only)
@@ -312,10 +318,12 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
 
 
 def test_products_of_bfloat16_inputs_are_exact(settings, processes):
-    """They may be multiplied as bfloat16, but not rounded to it; and nothing else may be from then on."""
-    h = settings(
-        num_layers=1, model_dim=256, num_heads=8, bigram_vocab_size=0, ve_enabled=0, smear_enabled=0
-    )
+    """They may be multiplied as bfloat16, but not rounded to it.
+
+    Nothing else may be multiplied so from then on.
+    """
+    sizes = {"num_layers": 1, "model_dim": 256, "num_heads": 8}
+    h = settings(**sizes, bigram_vocab_size=0, ve_enabled=0, smear_enabled=0)
     torch.manual_seed(0)
     model, seen = train_gpt.GPT(h, torch.bfloat16), []
     module = model.blocks[0].mlp.proj
@@ -331,16 +339,17 @@ def test_products_of_bfloat16_inputs_are_exact(settings, processes):
 def test_collecting_leaves_no_trace_in_the_model(settings, random_model, processes):
     model, ids = random_model(settings()), tokens(2, 16)
     before = copy.deepcopy(model.state_dict())
-    hooks = train_gpt.collect_hessians(model, [ids], processes)
-    assert hooks
+    assert train_gpt.collect_hessians(model, [ids], processes)
     assert all(not module._forward_pre_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_hessians_of_bfloat16_activations_can_be_used(settings, processes):
-    """Inputs with a strong mean: a product rounded to bfloat16 would have negative eigenvalues, and the
-    export would crash after all of the training."""
+    """Inputs with a strong mean: a product rounded to bfloat16 would have negative eigenvalues.
+
+    The export would then crash after all of the training.
+    """
     h = settings(num_layers=1, model_dim=128, bigram_vocab_size=0, ve_enabled=0)
     torch.manual_seed(0)
     model = train_gpt.GPT(h, torch.bfloat16)
@@ -350,53 +359,57 @@ def test_hessians_of_bfloat16_activations_can_be_used(settings, processes):
     for hessian in hessians.values():
         assert torch.linalg.eigvalsh(hessian.double())[0] > -1e-3 * hessian.diagonal().mean()
     for module, hessian in hessians.items():
-        module.quantize(train_gpt.quantizers_of(h), hessian)
+        module.quantize(train_gpt.make_quantizers(h), hessian)
 
 
-def test_a_factor_pair_is_quantised_each_against_its_own_inputs():
+def test_a_factor_pair_is_quantized_each_against_its_own_inputs():
     """Trap 3: B sees x; A sees x B̂ᵀ, with the B̂ that the artifact holds."""
     torch.manual_seed(0)
     layer = train_gpt.FrozenRandomLinearWithLoRA(40, 300, rank=8)
     with torch.no_grad():
         layer.lora_A.normal_()
-    quantizers = {MATRIX: train_gpt.Quantizer(4, 3.0), EMBEDDING: None}
+    quantizer = train_gpt.Quantizer(4, 3.0)
+    quantizers = {MATRIX: quantizer, EMBEDDING: None}
+    a, b = layer.lora_A.detach(), layer.lora_B.detach()
     x = correlated_inputs(4000, 40)
-    codes = layer.lora.quantize(quantizers, (x.T @ x).float())
+    hessian = (x.T @ x).float()
+    codes = layer.lora.quantize(quantizers, hessian)
     assert list(codes) == ["B", "A"]
-    assert layer.quantize(quantizers, (x.T @ x).float()) == {}, "the map itself is not stored"
-    b = quantizers[MATRIX].gptq(layer.lora_B.data, (x.T @ x).float())
-    seen = x @ b.values().double().T
-    a = quantizers[MATRIX].gptq(layer.lora_A.data, seen.T @ seen)
-    assert torch.equal(codes["B"].codes, b.codes)
-    assert torch.equal(codes["A"].codes, a.codes)
-    seen = x @ layer.lora_B.detach().double().T
-    assert not torch.equal(a.codes, quantizers[MATRIX].gptq(layer.lora_A.data, seen.T @ seen).codes)
-    exact = x @ (layer.lora_A @ layer.lora_B).detach().double().T
-    nearest = [
-        quantizers[MATRIX].gptq(factor.data).values() for factor in (layer.lora_A, layer.lora_B)
-    ]
-    error, before = (
-        (exact - x @ (a @ b).double().T).norm()
-        for a, b in ((codes["A"].values(), codes["B"].values()), nearest)
-    )
-    assert error < 0.7 * before
+    assert layer.quantize(quantizers, hessian) == {}, "the map itself is not stored"
+
+    b_codes = quantizer.quantize(b, hessian)
+    seen = x @ b_codes.dequantize().double().T
+    a_codes = quantizer.quantize(a, seen.T @ seen)
+    assert torch.equal(codes["B"].codes, b_codes.codes)
+    assert torch.equal(codes["A"].codes, a_codes.codes)
+    seen_by_exact_b = x @ b.double().T
+    other = quantizer.quantize(a, seen_by_exact_b.T @ seen_by_exact_b)
+    assert not torch.equal(a_codes.codes, other.codes)
+
+    def output_error(a_values, b_values):
+        return (x @ (a @ b - a_values @ b_values).double().T).norm()
+
+    nearest_a, nearest_b = (quantizer.quantize(factor).dequantize() for factor in (a, b))
+    error = output_error(codes["A"].dequantize(), codes["B"].dequantize())
+    assert error < 0.7 * output_error(nearest_a, nearest_b)
     plain = layer.lora.quantize(quantizers, None)
-    assert torch.equal(plain["A"].values(), nearest[0])
+    assert torch.equal(plain["A"].dequantize(), nearest_a)
 
 
-# ---- Late quantisation-aware training ----------------------------------------------------------------------
+# ---- Late quantization-aware training ------------------------------------------------------------
 
 
 def test_weights_are_as_stored_within_and_their_own_after(settings, random_model):
     h = settings()
     model = random_model(h)
-    groups, quantizers = train_gpt.tensors_by_role(model), train_gpt.quantizers_of(h)
+    groups, quantizers = train_gpt.tensors_by_role(model), train_gpt.make_quantizers(h)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     places = {name: p.data_ptr() for name, p in model.named_parameters()}
     with train_gpt.weights_as_stored(groups, quantizers):
         for role in (MATRIX, EMBEDDING):
             for name, p in groups[role].items():
-                assert torch.equal(p, quantizers[role].gptq(before[name], None).values()), name
+                stored = quantizers[role].quantize(before[name]).dequantize()
+                assert torch.equal(p, stored), name
                 assert not torch.equal(p, before[name]), name
         for name, p in groups[SCALAR].items():
             assert torch.equal(p, before[name]), name
@@ -406,21 +419,21 @@ def test_weights_are_as_stored_within_and_their_own_after(settings, random_model
 
 
 def test_gradients_of_late_qat_are_straight_through(settings, random_model):
-    """A gradient taken within is that of the quantised model, given to the masters as it is."""
+    """A gradient taken within is that of the quantized model, given to the masters as it is."""
     h = settings()
     model, stored = random_model(h), random_model(h)
-    quantizers = train_gpt.quantizers_of(h)
+    quantizers = train_gpt.make_quantizers(h)
     with torch.no_grad():
         for role, params in train_gpt.tensors_by_role(stored).items():
             for p in params.values() if role in quantizers else ():
-                p.copy_(quantizers[role].gptq(p).values())
+                p.copy_(quantizers[role].quantize(p).dequantize())
     with train_gpt.weights_as_stored(train_gpt.tensors_by_role(model), quantizers):
         loss = model(tokens(2, 16), tokens(2, 16, seed=1))
         loss.backward()
     expected = stored(tokens(2, 16), tokens(2, 16, seed=1))
     expected.backward()
     assert loss.item() == expected.item()
-    for (name, p), other in zip(model.named_parameters(), stored.parameters()):
+    for (name, p), other in zip(model.named_parameters(), stored.parameters(), strict=True):
         assert torch.equal(p.grad, other.grad), name
 
 
@@ -428,56 +441,175 @@ def test_masters_come_back_when_a_step_fails(settings, random_model):
     h = settings()
     model = random_model(h)
     before = copy.deepcopy(model.state_dict())
-    groups, quantizers = train_gpt.tensors_by_role(model), train_gpt.quantizers_of(h)
+    groups, quantizers = train_gpt.tensors_by_role(model), train_gpt.make_quantizers(h)
     with pytest.raises(KeyboardInterrupt), train_gpt.weights_as_stored(groups, quantizers):
         raise KeyboardInterrupt
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+# ---- The trainer, in this process ----------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def data_settings(settings, tmp_path_factory):
-    """settings of a run on two shards of random tokens, the first 16 of which are the most frequent."""
+    """data_settings(**changes): settings of a run on two shards of random tokens.
+
+    Small numbers are the most frequent tokens.
+    """
     folder = tmp_path_factory.mktemp("data")
     for number in range(2):
-        ids = (64 * np.random.default_rng(number).random(3000) ** 2).astype("<u2")
-        header = np.zeros(256, "<i4")
-        header[:3] = 20240520, 1, len(ids)
-        (folder / f"fineweb_train_{number:06}.bin").write_bytes(header.tobytes() + ids.tobytes())
+        ids = 64 * np.random.default_rng(number).random(3000) ** 2
+        write_shard(folder / f"fineweb_train_{number:06}.bin", ids.astype(int))
     return lambda **changes: settings(data_path=str(folder), **changes)
 
 
-class Snapshots:
-    """A log that writes nothing; at each line about a training step it keeps a copy of the weights."""
+class KeptLog(train_gpt.RunLog):
+    """A log that writes nothing; at each line about a training step it copies the weights."""
 
-    def __init__(self, model: train_gpt.GPT):
-        self.model, self.taken, self.lines = model, [], []
+    def __init__(self, model: train_gpt.LanguageModel | None = None) -> None:
+        super().__init__(rank=0)
+        self.model, self.lines, self.snapshots = model, [], []
 
-    def __call__(self, text: str, *args, **kwargs) -> None:
+    def __call__(self, text: str, console: bool = True) -> None:
         self.lines.append(text)
-        if "train_loss" in text:
-            self.taken.append(
-                {name: p.detach().clone() for name, p in self.model.named_parameters()}
-            )
+        if self.model and "train_loss" in text:
+            self.snapshots.append(copied(self.model))
 
 
-def test_weights_go_on_learning_during_late_qat(data_settings, processes, tmp_path):
+def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def run_of(processes, tmp_path):
+    """run_of(h, model): a run in this process, with a tokenizer and a validation text of no use."""
+
+    def make(h, model=None):
+        val = SimpleNamespace(tokens=tokens(50), bytes=50, bits_per_byte=lambda loss: loss)
+        return train_gpt.Run(
+            h,
+            processes,
+            KeptLog(model),
+            train_gpt.StopSignal(),
+            SimpleNamespace(sha256="0" * 64),
+            val,
+            tmp_path,
+        )
+
+    return make
+
+
+@pytest.fixture
+def trainer_of(run_of):
+    """trainer_of(h): a trainer of a new model."""
+
+    def make(h):
+        torch.manual_seed(0)
+        model = train_gpt.make_model(h)
+        return train_gpt.Trainer(run_of(h, model), model, train_gpt.TrainingData(h), None)
+
+    return make
+
+
+def test_weights_go_on_learning_during_late_qat(data_settings, trainer_of):
     h = data_settings(iterations=5, warmdown_iters=5, late_qat_threshold=1.0, train_log_every=1)
-    torch.manual_seed(0)
-    model, val = train_gpt.GPT(h), SimpleNamespace(tokens=tokens(50), bytes=50)
-    world = copy.copy(processes)
-    world.log = log = Snapshots(model)
-    trainer = train_gpt.Trainer(h, world, model, None, train_gpt.TrainingData(h), tmp_path)
+    trainer = trainer_of(h)
     trainer.warm_up()
-    trainer.run(val)
+    trainer.train()
+    log = trainer.run.log
     began = next(i for i, line in enumerate(log.lines) if line.startswith("late_qat:on"))
     assert "train_loss" in log.lines[began - 1], "it begins after the first step"
-    assert len(log.taken) == 5
-    before, *_, after = log.taken
+    assert len(log.snapshots) == 5
+    before, *_, after = log.snapshots
     idle = [name for name, value in after.items() if torch.equal(value, before[name])]
     assert idle == []
 
 
-# ---- What is quantised -------------------------------------------------------------------------------------
+def spoiled(weights: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Return weights that predict worse: noise is added."""
+    generator = torch.Generator().manual_seed(seed)
+    return [w + torch.randn(w.shape, generator=generator) for w in weights]
+
+
+@pytest.mark.parametrize("best", ["last", "ema", "swa"])
+def test_the_best_candidate_is_what_the_model_holds_after_the_choice(
+    data_settings, trainer_of, monkeypatch, best
+):
+    """Best on held-out training text, by an evaluation of its own here."""
+    trainer = trainer_of(data_settings())
+    own = [p.detach().clone() for p in trainer.optimizers.params]
+    candidates = {"last": spoiled(own, 1), "ema": spoiled(own, 2), "swa": spoiled(own, 3)}
+    candidates[best] = [w + 1e-3 for w in own]
+    monkeypatch.setattr(trainer.averages, "candidates", lambda: candidates)
+    losses = trainer.choose_candidate()
+    for p, expected in zip(trainer.optimizers.params, candidates[best], strict=True):
+        assert torch.equal(p, expected)
+    assert min(losses, key=losses.get) == best
+    held_out = trainer.data.held_out_stream()
+    for name, weights in candidates.items():
+        with torch.no_grad():
+            for p, w in zip(trainer.optimizers.params, weights, strict=True):
+                p.copy_(w)
+        h = trainer.h
+        loss = train_gpt.evaluate(trainer.model, held_out, h, trainer.dist, h.eval_seq_len)
+        assert losses[name] == pytest.approx(loss, abs=1e-9)
+    (line,) = [line for line in trainer.run.log.lines if line.startswith("average ")]
+    assert f"exported:{best}" in line
+
+
+def test_a_candidate_that_is_not_finite_is_not_chosen(data_settings, trainer_of, monkeypatch):
+    trainer = trainer_of(data_settings())
+    own = [p.detach().clone() for p in trainer.optimizers.params]
+    broken = [torch.full_like(w, torch.nan) for w in own]
+    candidates = {"last": broken, "ema": spoiled(own, 1), "swa": broken}
+    monkeypatch.setattr(trainer.averages, "candidates", lambda: candidates)
+    trainer.choose_candidate()
+    for p, expected in zip(trainer.optimizers.params, candidates["ema"], strict=True):
+        assert torch.equal(p, expected)
+    candidates["ema"] = broken
+    with pytest.raises(train_gpt.UserError, match="not finite"):
+        trainer.choose_candidate()
+
+
+def test_a_preflight_leaves_the_training_as_it_was(data_settings, run_of):
+    """Weights, what is trained of them, and the order of the data."""
+    h = data_settings(map_freeze="mlp.fc=0.5", map_basis="orthogonal,mlp.fc=learned")
+    torch.manual_seed(0)
+    model, data = train_gpt.make_model(h).train(), train_gpt.TrainingData(h)
+    run = run_of(h, model)
+
+    def state():
+        return {
+            "trained": torch.tensor([p.requires_grad for p in model.parameters()]),
+            "training": torch.tensor([module.training for module in model.modules()]),
+            "gradients": torch.tensor([p.grad is not None for p in model.parameters()]),
+            "places": torch.tensor([p.data_ptr() for p in model.parameters()]),
+            "data": data.sequences(0, len(data.positions)),
+            **{name: value.clone() for name, value in model.state_dict().items()},
+            **{f"{name} as a buffer": value.clone() for name, value in model.named_buffers()},
+        }
+
+    before = state()
+    train_gpt.preflight(run, model, data)
+    changed = [name for name, value in state().items() if not torch.equal(value, before[name])]
+    assert changed == []
+
+
+def test_training_after_a_preflight_is_training_without(data_settings, run_of, monkeypatch):
+    """The same random numbers (of the dropout), batches and weights."""
+    h = data_settings(iterations=3, dropout=0.2)
+    found = []
+    for preflight in (train_gpt.preflight, lambda *_: None):
+        monkeypatch.setattr(train_gpt, "preflight", preflight)
+        torch.manual_seed(0)
+        model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
+        train_gpt.train(run_of(h, model), model, data, None)
+        found.append(copied(model))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+# ---- What is quantized ---------------------------------------------------------------------------
 
 PER_CHANNEL = ("skip_weights", "q_gain")
 
@@ -494,12 +626,17 @@ def exported(data_settings, processes):
                 p.normal_(std=0.05)
         model.embedding.weight.normal_(std=0.3)
         model.bigram[0].weight.normal_(std=0.3)
+    return export(h, model, processes), model, h
+
+
+def export(h: train_gpt.Hyperparameters, model: train_gpt.LanguageModel, processes) -> bytes:
+    """Return the artifact of a model after 3 steps."""
     tokenizer = SimpleNamespace(sha256="0" * 64)
-    blob = train_gpt.export(h, processes, model, train_gpt.TrainingData(h), 3, tokenizer)
-    return blob, model, h
+    run = train_gpt.Run(h, processes, KeptLog(), train_gpt.StopSignal(), tokenizer, None)
+    return train_gpt.export(run, model, train_gpt.TrainingData(h), step=3)
 
 
-def test_every_matrix_adapter_and_embedding_is_quantised(exported):
+def test_every_matrix_adapter_and_embedding_is_quantized(exported):
     """Trap 3: adapters are the payload, and none may slip through to float16."""
     blob, model, h = exported
     header, tensors = train_gpt.read_artifact(blob)
@@ -516,77 +653,116 @@ def test_every_matrix_adapter_and_embedding_is_quantised(exported):
 
 @pytest.mark.parametrize("basis", ["orthogonal", "learned"])
 def test_each_parameter_has_one_role(settings, basis):
-    """The role decides optimiser and quantiser, so an adapter without one would be trained as a gain is."""
+    """The role decides optimizer and quantizer: an adapter without one would train as a gain."""
     model = train_gpt.GPT(settings(map_basis=basis))
     roles = train_gpt.tensors_by_role(model)
     named = [name for group in roles.values() for name in group]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
-    assert set(roles[EMBEDDING]) == {
-        "embedding.weight",
-        "bigram.0.weight",
-        "value_embedding.0.weight",
-    }
+    embeddings = {"embedding.weight", "bigram.0.weight", "value_embedding.0.weight"}
+    assert set(roles[EMBEDDING]) == embeddings
     kinds = (".weight",) if basis == "learned" else (".lora.A", ".lora.B")
     maps = {name + kind for name in model.table for kind in kinds}
     assert set(roles[MATRIX]) == maps | {"bigram.1.weight", "value_embedding.1.weight"}
 
 
 def test_hardly_any_learned_value_of_the_full_configuration_stays_float16():
-    """Scalars are the same with and without random maps, so no map need be drawn to count them."""
-    rows = train_gpt.Hyperparameters().maps
+    """Scalars are the same with and without random maps: none need be generated to count them."""
+    table = train_gpt.build_map_table(train_gpt.load_settings({}))
     with torch.device("meta"):
-        model = train_gpt.GPT(train_gpt.Hyperparameters(map_basis="learned"))
+        model = train_gpt.GPT(train_gpt.load_settings({}, map_basis="learned"))
     roles = train_gpt.tensors_by_role(model)
-    scalars, embeddings = (
-        sum(p.numel() for p in roles[role].values()) for role in (SCALAR, EMBEDDING)
+
+    def count(role):
+        return sum(p.numel() for p in roles[role].values())
+
+    adapters = sum(
+        spec.adapters()["lora"] * (spec.in_features + spec.out_features) for spec in table.values()
     )
-    adapters = sum(row.adapters()["lora"] * (row.in_features + row.out_features) for row in rows)
-    assert scalars < 0.01 * (adapters + embeddings)
+    assert count(SCALAR) < 0.01 * (adapters + count(EMBEDDING))
     assert all(name.endswith(PER_CHANNEL) for name, p in roles[SCALAR].items() if p.ndim > 1)
 
 
 def test_the_artifact_predicts_what_the_model_does(exported, processes):
     """From the bytes alone; 6 and 8 bits cost some accuracy, and no more."""
-    blob, model, _ = exported
-    again = train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
+    blob, model, h = exported
+    again = train_gpt.model_from_artifact(h, blob, processes)
     ids = tokens(8, 16)
     with torch.no_grad():
-        exact, stored = (m.logits(m.hidden(ids)) for m in (model, again))
+        exact, stored = (m.predict(ids) for m in (model, again))
     assert 0 < (stored - exact).norm() / exact.norm() < 0.1
     assert again.fingerprint() == model.fingerprint()
 
 
-def test_a_rebuilt_model_has_a_table_of_angles_as_long_as_this_runs_windows(exported, settings):
+def test_a_rebuilt_model_has_a_table_of_angles_as_long_as_this_runs_windows(
+    exported, settings, processes
+):
     """A longer window would compute it anew in every forward pass."""
-    for length in (16, 4096):
-        world = train_gpt.World(settings(eval_seq_len=length))
-        assert (
-            train_gpt.build_model(*train_gpt.read_artifact(exported[0]), world).rope.size(1)
-            == length + 1
-        )
+    for length in (64, 4096):
+        h = settings(eval_seq_len=length)
+        model = train_gpt.model_from_artifact(h, exported[0], processes)
+        assert model.rope.size(1) > length
 
 
-def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batch(exported, processes):
+def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exported, processes):
+    """Their text is what training would have read next, here after 3 steps."""
     blob, model, h = exported
     _, tensors = train_gpt.read_artifact(blob)
-    length = h.train_seq_len
-    rows = train_gpt.TrainingData(h).sequences(3 * h.train_batch_tokens // length, 8192 // length)
-    quantizers = train_gpt.quantizers_of(h)
-    hessians = train_gpt.collect_hessians(model, [rows[:, :-1]], processes)
+    read, size = 3 * h.train_batch_tokens // h.train_seq_len, 8192 // h.train_seq_len
+    rows = train_gpt.TrainingData(h).sequences(read, h.gptq_calib_batches * size)
+    quantizers = train_gpt.make_quantizers(h)
+    hessians = train_gpt.collect_hessians(model, rows[:, :-1].split(size), processes)
     for name in ("embedding", "bigram.0", "bigram.1", "blocks.3.mlp.proj.lora"):
         module = model.get_submodule(name)
         stored = module.quantize(quantizers, hessians.get(module))
         assert len(stored) == (2 if name.endswith("lora") else 1), name
         for part, codes in stored.items():
-            assert torch.equal(tensors[f"{name}.{part}"], codes.values()), name
-    fed = tensors["blocks.3.mlp.proj.lora.B"]
-    assert not torch.equal(
-        fed, quantizers[MATRIX].gptq(model.blocks[3].mlp.proj.lora.B.data).values()
-    )
+            assert torch.equal(tensors[f"{name}.{part}"], codes.dequantize()), name
+    nearest = quantizers[MATRIX].quantize(model.blocks[3].mlp.proj.lora.B.data).dequantize()
+    assert not torch.equal(tensors["blocks.3.mlp.proj.lora.B"], nearest)
     assert torch.equal(tensors["skip_weights"], model.skip_weights.half().float())
 
 
-# ---- Artifact ----------------------------------------------------------------------------------------------
+def levels(values: torch.Tensor) -> int:
+    """Return the most different values that a row has."""
+    return max(len(row.unique()) for row in values)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_settings_of_bits_reach_the_codes(exported, processes, bits):
+    _, model, h = exported
+    quantized_as = {
+        "matrix_bits": "blocks.0.mlp.fc.lora.B",
+        "embed_bits": "embedding.weight",
+    }
+    for setting, name in quantized_as.items():
+        changed = train_gpt.load_settings({}, **h.as_dict() | {setting: bits})
+        clip = {f"{setting.removesuffix('_bits')}_clip_sigmas": 1.0}  # so that all codes occur
+        changed = train_gpt.load_settings({}, **changed.as_dict() | clip)
+        _, tensors = train_gpt.read_artifact(export(changed, model, processes))
+        assert levels(tensors[name]) == 2**bits - 1, name
+        (other,) = quantized_as.keys() - {setting}
+        assert levels(tensors[quantized_as[other]]) > 2**bits - 1, other
+
+
+def test_the_setting_of_pruning_reaches_the_codes(exported, processes):
+    _, model, h = exported
+    half = 50 * pruned_by_one_percent()
+    changed = train_gpt.load_settings({}, **h.as_dict() | {"prune_pct": half})
+    _, before = train_gpt.read_artifact(export(h, model, processes))
+    _, pruned = train_gpt.read_artifact(export(changed, model, processes))
+    for name in ("blocks.0.mlp.fc.lora.B", "blocks.3.attention.q.lora.A", "bigram.1.weight"):
+        assert (before[name] == 0).double().mean() < 0.25, name
+        assert (pruned[name] == 0).double().mean() >= 0.5, name
+    assert torch.equal(pruned["embedding.weight"], before["embedding.weight"])
+
+
+def pruned_by_one_percent() -> float:
+    """Return the value of PRUNE_PCT for one percent: it is a percentage, or a fraction."""
+    largest = train_gpt.SETTINGS["prune_pct"].metadata["high"]
+    return 1.0 if largest > 1 else 0.01
+
+
+# ---- Artifact ------------------------------------------------------------------------------------
 
 
 def sample_tensors() -> dict:
@@ -594,11 +770,11 @@ def sample_tensors() -> dict:
     quantizer = train_gpt.Quantizer(6, 12.85)
     rows = torch.cat([torch.randn(5, 17), torch.zeros(1, 17), 1e-4 * torch.randn(2, 17)])
     return {
-        "z.lora.A": quantizer.gptq(rows, None),
-        "a.lora.A": quantizer.gptq(torch.randn(40, 3), None),
-        "a.lora.B": quantizer.gptq(torch.randn(3, 90), None),
+        "z.lora.A": quantizer.quantize(rows),
+        "a.lora.A": quantizer.quantize(torch.randn(40, 3)),
+        "a.lora.B": quantizer.quantize(torch.randn(3, 90)),
         "gain": torch.randn(4, 1),
-        "table.weight": quantizer.gptq(torch.randn(60, 8), None),
+        "table.weight": quantizer.quantize(torch.randn(60, 8)),
         "one": torch.tensor([0.05]).half(),
         "point": torch.tensor(-2.5),
         "blocks.0.mix": torch.randn(33),
@@ -620,7 +796,8 @@ def test_artifacts_give_back_every_value(sample):
     assert header["note"] == "é"
     assert set(tensors) == set(expected)
     for name, tensor in expected.items():
-        exact = tensor.values() if isinstance(tensor, train_gpt.Codes) else tensor.half().float()
+        is_coded = isinstance(tensor, train_gpt.QuantizedTensor)
+        exact = tensor.dequantize() if is_coded else tensor.half().float()
         assert tensors[name].dtype is torch.float32
         assert torch.equal(tensors[name], exact), name
         assert tensors[name].shape == exact.shape, name
@@ -647,14 +824,11 @@ def test_the_bytes_are_accounted_for_and_the_same_each_time(sample):
 def test_groups_are_byte_planes_packed_by_brotli():
     """Read by the documented layout."""
     torch.manual_seed(0)
-    codes, exponents = (
-        torch.randn(30, 20).round().to(torch.int8),
-        torch.full((30,), 99, dtype=torch.uint8),
-    )
+    codes = torch.randn(30, 20).round().to(torch.int8)
+    exponents = torch.full((30,), 99, dtype=torch.uint8)
     halves = torch.randn(200)
-    blob, _ = train_gpt.write_artifact(
-        {}, {"x.walk": train_gpt.Codes(codes, exponents), "x": halves}
-    )
+    tensors = {"x.walk": train_gpt.QuantizedTensor(codes, exponents), "x": halves}
+    blob, _ = train_gpt.write_artifact({}, tensors)
     assert blob[:8] == b"RANDMAPS"
     version, size = np.frombuffer(blob[8:16], "<u4").tolist()
     assert version == 2
@@ -712,12 +886,8 @@ def test_what_is_no_artifact_is_refused():
 def stored_model(h: train_gpt.Hyperparameters, **header) -> tuple[bytes, train_gpt.GPT]:
     torch.manual_seed(0)
     model = train_gpt.GPT(h)
-    header = {
-        "model": h.model_settings(),
-        "fingerprint": model.fingerprint(),
-        "tokenizer": "",
-    } | header
-    return train_gpt.write_artifact(header, dict(model.state_dict()))[0], model
+    own = {"model": h.model_settings(), "fingerprint": model.fingerprint(), "tokenizer": ""}
+    return train_gpt.write_artifact(own | header, dict(model.state_dict()))[0], model
 
 
 def test_maps_that_come_out_different_are_refused_with_the_versions(settings, processes):
@@ -725,7 +895,7 @@ def test_maps_that_come_out_different_are_refused_with_the_versions(settings, pr
     h, other = settings(), settings(map_seed=54321)
     blob, model = stored_model(h, model=other.model_settings())
     with pytest.raises(train_gpt.UserError) as error:
-        train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
+        train_gpt.model_from_artifact(h, blob, processes)
     for told in (torch.__version__, np.__version__, model.fingerprint()[:8]):
         assert told in str(error.value)
 
@@ -745,20 +915,23 @@ def test_an_artifact_is_rebuilt_from_itself_whatever_the_environment_says(
         "QK_GAIN_INIT": "9",
     }.items():
         monkeypatch.setenv(name, value)
-    again = train_gpt.build_model(*train_gpt.read_artifact(blob), processes)
+    again = train_gpt.model_from_artifact(settings(), blob, processes)
     assert again.fingerprint() == model.fingerprint()
     with torch.no_grad():
-        for (name, p), other in zip(model.named_parameters(), again.parameters()):
+        for (name, p), other in zip(model.named_parameters(), again.parameters(), strict=True):
             assert torch.equal(p.half().float(), other), name
             p.copy_(other)
-        assert torch.equal(model.hidden(tokens(1, 8)), again.hidden(tokens(1, 8)))
+        assert torch.equal(model.predict(tokens(1, 8)), again.predict(tokens(1, 8)))
 
 
-# ---- Muon --------------------------------------------------------------------------------------------------
+# ---- Muon ----------------------------------------------------------------------------------------
 
 
 def newton_schulz(g: np.ndarray) -> np.ndarray:
-    """5 steps of x <- 3.4445 x - 4.775 (x xᵀ) x + 2.0315 (x xᵀ)² x, by its singular values, in float64."""
+    """Take 5 steps of x <- 3.4445 x - 4.775 (x xᵀ) x + 2.0315 (x xᵀ)² x.
+
+    By its singular values, in float64.
+    """
     u, s, vt = np.linalg.svd(g.astype(np.float64), full_matrices=False)
     s = s / np.sqrt((s * s).sum())
     for _ in range(5):
@@ -771,15 +944,13 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shap
     torch.manual_seed(0)
     g = torch.randn(3, *shape) * torch.tensor([1e-2, 1.0, 1e4])[:, None, None]
     result = train_gpt.orthogonalize(g, 5)
-    for x, given in zip(result, g):
+    for x, given in zip(result, g, strict=True):
         np.testing.assert_allclose(x.numpy(), newton_schulz(given.numpy()), rtol=0, atol=1e-4)
-        if shape != (
-            24,
-            24,
-        ):  # a square matrix has singular values near zero, which 5 steps leave small
-            singular = torch.linalg.svdvals(x)
-            assert singular.min() > 0.65
-            assert singular.max() < 1.25
+        if shape == (24, 24):  # it has singular values near zero, which 5 steps leave small
+            continue
+        singular = torch.linalg.svdvals(x)
+        assert singular.min() > 0.65
+        assert singular.max() < 1.25
 
 
 def test_orthogonalize_of_nothing_is_nothing():
@@ -788,7 +959,7 @@ def test_orthogonalize_of_nothing_is_nothing():
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
-def test_muon_is_nesterov_momentum_orthogonalised_with_decoupled_decay(shape):
+def test_muon_is_nesterov_momentum_orthogonalized_with_decoupled_decay(shape):
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(shape))
     w, momentum = p.detach().double().numpy(), np.zeros(shape)
@@ -812,12 +983,12 @@ def test_muon_in_batches_is_muon_one_by_one():
     optimizers = [train_gpt.Muon(together)] + [train_gpt.Muon([p]) for p in alone]
     untouched = together[4].detach().clone()
     for _ in range(2):
-        for p, other in list(zip(together, alone))[:4]:
+        for p, other in zip(together[:4], alone[:4], strict=True):
             p.grad = torch.randn_like(p)
             other.grad = p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
-    for p, other in zip(together, alone):
+    for p, other in zip(together, alone, strict=True):
         torch.testing.assert_close(p, other, rtol=0, atol=1e-5)
     assert torch.equal(together[4], untouched)
 
@@ -835,23 +1006,24 @@ def test_a_step_warms_momentum_up_and_scales_every_learning_rate(settings, rando
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model(tokens(2, 16), tokens(2, 16, seed=1)).backward()
     optimizers.step(1000, 0.5)
-    rates = [group["lr"] for group in optimizers.muon.param_groups + optimizers.adam.param_groups]
+    rates = [group["lr"] for group in optimizers.param_groups]
     full = [h.matrix_lr, h.tied_embed_lr, h.scalar_lr, h.sparse_lr]
     assert rates == pytest.approx([0.5 * rate for rate in full])
     idle = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
     assert idle == []
 
 
-# ---- Averages ----------------------------------------------------------------------------------------------
+# ---- Averages ------------------------------------------------------------------------------------
 
 
-def averaged(h, history: list[torch.Tensor], scales: list[float]) -> dict[str, torch.Tensor]:
+def averaged(h, history: list[torch.Tensor], lr_scales: list[float]) -> dict[str, torch.Tensor]:
+    """Return the candidates of one parameter that had these values, by name."""
     p = torch.nn.Parameter(torch.zeros_like(history[0]))
-    averages = train_gpt.Averages([p], h)
-    for step, (value, scale) in enumerate(zip(history, scales)):
+    averages = train_gpt.WeightAverages([p], h)
+    for step, (value, lr_scale) in enumerate(zip(history, lr_scales, strict=True)):
         with torch.no_grad():
             p.copy_(value)
-        averages.update(step, scale)
+        averages.update(step, lr_scale)
     return {name: values[0] for name, values in averages.candidates().items()}
 
 
@@ -862,12 +1034,12 @@ def test_ema_is_the_closed_formula_without_a_pull_to_its_start(settings, updates
     history, decay = [torch.randn(5, 3) for _ in range(updates)], 0.97
     ema = averaged(settings(ema_decay=decay), history, [1.0] * updates)["ema"]
     weights = [decay ** (updates - 1 - i) for i in range(updates)]
-    expected = sum(w * value.double() for w, value in zip(weights, history)) / sum(weights)
-    torch.testing.assert_close(ema.double(), expected, rtol=0, atol=1e-6)
+    weighted = [w * value.double() for w, value in zip(weights, history, strict=True)]
+    torch.testing.assert_close(ema.double(), sum(weighted) / sum(weights), rtol=0, atol=1e-6)
 
 
 def test_averages_of_constant_weights_are_the_weights(settings):
-    """Adapters that start at zero must not be dragged back to it, however early the export comes."""
+    """Adapters that start at zero must not be dragged back to it, however early the export."""
     value = torch.tensor([1.0, -3.0, 1e-6, 1e4])
     found = averaged(settings(ema_decay=0.997, swa_interval=1), [value] * 7, [0.1] * 7)
     assert set(found) == {"last", "ema", "swa"}
@@ -877,8 +1049,8 @@ def test_averages_of_constant_weights_are_the_weights(settings):
 
 def test_swa_is_the_plain_mean_of_late_weights(settings):
     torch.manual_seed(0)
-    history, scales = [torch.randn(4) for _ in range(14)], [1.0] * 6 + [0.2] + [0.19] * 7
-    found = averaged(settings(swa_interval=3, swa_threshold=0.2), history, scales)
+    history, lr_scales = [torch.randn(4) for _ in range(14)], [1.0] * 6 + [0.2] + [0.19] * 7
+    found = averaged(settings(swa_interval=3, swa_threshold=0.2), history, lr_scales)
     torch.testing.assert_close(found["swa"], (history[9] + history[12]) / 2)
     assert torch.equal(found["last"], history[-1])
 
@@ -892,17 +1064,17 @@ def test_averages_that_are_off_or_empty_are_no_candidates(settings):
 def test_an_export_considers_the_averages_that_it_is_asked_for(settings):
     """EXPORT_ONLY with EMA_DECAY=0, of a checkpoint that has one."""
     p = torch.nn.Parameter(torch.ones(3))
-    trained = train_gpt.Averages([p], settings(swa_interval=1))
+    trained = train_gpt.WeightAverages([p], settings(swa_interval=1))
     trained.update(0, 0.1)
     for changes, expected in (({}, {"last", "ema", "swa"}), ({"ema_decay": 0.0}, {"last", "swa"})):
-        averages = train_gpt.Averages([p], settings(**changes))
+        averages = train_gpt.WeightAverages([p], settings(**changes))
         averages.load_state_dict(trained.state_dict())
         assert set(averages.candidates()) == expected
 
 
 def test_candidates_do_not_change_with_the_weights(settings):
     p = torch.nn.Parameter(torch.ones(3))
-    averages = train_gpt.Averages([p], settings(swa_interval=1))
+    averages = train_gpt.WeightAverages([p], settings(swa_interval=1))
     averages.update(0, 0.1)
     found = averages.candidates()
     with torch.no_grad():
@@ -911,15 +1083,30 @@ def test_candidates_do_not_change_with_the_weights(settings):
         torch.testing.assert_close(values[0], torch.ones(3), msg=name)
 
 
-# ---- Schedule ----------------------------------------------------------------------------------------------
+# ---- Schedule ------------------------------------------------------------------------------------
+
+
+def took(clock: train_gpt.Clock, seconds: float) -> None:
+    """Let the clock count a step of so many seconds."""
+    clock.elapsed += seconds
+    clock.add_step(seconds)
+
+
+def scale_of(step: int, remaining: int, warmdown: int) -> float:
+    """Return the learning-rate scale of a step under WARMDOWN_ITERS."""
+    h = train_gpt.load_settings({}, warmdown_iters=warmdown)
+    return train_gpt.learning_rate_scale(h, step, remaining, progress=0.0)
 
 
 def simulate(clock: train_gpt.Clock, warmdown: int, seconds_of_step) -> list[float]:
-    """The learning-rate scale of each step of a run whose steps take so long."""
+    """Return the learning-rate scale of each step of a run whose steps take so long."""
+    h = train_gpt.load_settings({}, warmdown_iters=warmdown)
     scales = []
     while (remaining := clock.remaining(len(scales))) > 0:
-        scales.append(train_gpt.warmdown_scale(len(scales), remaining, warmdown))
-        clock.step_took(seconds_of_step(len(scales) - 1))
+        step = len(scales)
+        progress = clock.progress(step)
+        scales.append(train_gpt.learning_rate_scale(h, step, remaining, progress))
+        took(clock, seconds_of_step(step))
     assert clock.remaining(len(scales)) == 0
     return scales
 
@@ -945,9 +1132,9 @@ def test_a_run_limited_by_time_warms_down_over_its_last_steps_slow_steps_or_not(
 def test_a_slow_step_costs_its_time_and_no_more():
     clock = train_gpt.Clock(20_000, 555.0)
     for _ in range(50):
-        clock.step_took(0.1)
+        took(clock, 0.1)
     before = clock.remaining(50)
-    clock.step_took(33.0)
+    took(clock, 33.0)
     lost = before - clock.remaining(51)
     assert 330 <= lost <= 332
 
@@ -955,17 +1142,17 @@ def test_a_slow_step_costs_its_time_and_no_more():
 def test_the_schedule_follows_a_machine_that_becomes_slower():
     clock = train_gpt.Clock(20_000, 100.0)
     for seconds in [0.1] * 300 + [0.2] * 100:
-        clock.step_took(seconds)
+        took(clock, seconds)
     assert clock.remaining(400) == pytest.approx(50 / 0.2, abs=1)
 
 
 def test_one_slow_first_step_does_not_start_the_warm_down():
     clock = train_gpt.Clock(20_000, 555.0)
-    clock.step_took(33.0)
-    assert train_gpt.warmdown_scale(1, clock.remaining(1), 3500) == 1.0
+    took(clock, 33.0)
+    assert scale_of(1, clock.remaining(1), 3500) == 1.0
     for step in range(2, 20):
-        clock.step_took(0.1)
-        assert train_gpt.warmdown_scale(step, clock.remaining(step), 3500) == 1.0
+        took(clock, 0.1)
+        assert scale_of(step, clock.remaining(step), 3500) == 1.0
     assert clock.remaining(20) == pytest.approx((555 - 34.8) / 0.1, abs=2)
 
 
@@ -975,8 +1162,48 @@ def test_no_wall_clock_is_no_limit(seconds):
     clock = train_gpt.Clock(10, seconds)
     for step in range(10):
         assert clock.remaining(step) == 10 - step
-        clock.step_took(1e6)
+        assert clock.progress(step) == step / 10
+        took(clock, 1e6)
     assert clock.remaining(10) == 0
+
+
+def test_progress_is_by_steps_or_by_the_clock_whichever_is_further():
+    """A run that its time limit will end must not wait for a fraction of its steps."""
+    clock = train_gpt.Clock(1000, 100.0)
+    for step in range(400):
+        assert clock.progress(step) == pytest.approx(step / 400)  # time is over after 400 steps
+        took(clock, 0.25)
+    assert clock.progress(400) == 1.0
+    took(clock, 50.0)
+    assert clock.progress(401) == 1.0, "it never goes past the end"
+    quick = train_gpt.Clock(1000, 100.0)
+    took(quick, 1.0)
+    assert quick.progress(500) == 0.5
+
+
+def test_the_clock_counts_training_and_not_what_it_is_paused_for(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = train_gpt.Clock(100, 60.0)
+    now[0] += 500  # it is made long before training starts
+    clock.start()
+    for _ in range(6):
+        now[0] += 2
+        clock.end_step()
+    assert clock.elapsed == 12
+    assert clock.remaining(6) == 24
+    now[0] += 1
+    with clock.paused():
+        now[0] += 1000
+    now[0] += 1
+    clock.end_step()
+    assert clock.elapsed == 14
+    assert clock.progress(7) == pytest.approx(14 / 60)
+    continued = train_gpt.Clock(100, 60.0)
+    continued.load_state_dict(clock.state_dict())
+    continued.start()
+    assert continued.elapsed == 14
+    assert continued.remaining(7) == clock.remaining(7)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
@@ -1011,4 +1238,11 @@ def test_the_schedule_stays_in_its_bounds(iterations, seconds, warmdown, times):
 )
 def test_the_scale_is_one_until_the_warm_down_and_then_linear(step, remaining, warmdown, scale):
     """A run shorter than WARMDOWN_ITERS warms down over the whole of it."""
-    assert train_gpt.warmdown_scale(step, remaining, warmdown) == pytest.approx(scale)
+    assert scale_of(step, remaining, warmdown) == pytest.approx(scale)
+
+
+def test_a_warm_down_by_a_fraction_of_training_follows_the_progress():
+    h = train_gpt.load_settings({}, warmdown_frac=0.5)
+    for progress, scale in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (0.9, 0.2), (1.0, 0.0)):
+        found = train_gpt.learning_rate_scale(h, step=3, remaining=7, progress=progress)
+        assert found == pytest.approx(scale)
