@@ -1,8 +1,10 @@
-"""tools/ablate.py, as a person runs it: a stand-in for the script where only budgets and order matter."""
+"""Run tools/ablate.py as a user does, mostly with a stand-in for the training script."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import itertools
 import json
 import math
 import os
@@ -11,27 +13,34 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 
 from helpers import ROOT, SCRIPT, TINY, make_corpus
 
-for package in ("pandas", "matplotlib", "scipy"):
+for package in ("pandas", "matplotlib", "scipy", "adjustText", "psutil", "pynvml", "rich"):
     pytest.importorskip(package, reason="an extra of tools/requirements.txt")
 
+import numpy as np
+import pandas as pd
+
 TOOL = ROOT / "tools" / "ablate.py"
-# Trains nothing: the size and the score follow from the settings, and every run leaves its environment.
+# Trains nothing: size and score follow from the settings, and every run leaves its environment.
 STAND_IN = """
-import dataclasses, json, os, sys, time
+import dataclasses, json, os, shutil, signal, sys, time
 from pathlib import Path
+
+ALIASES = {}
+UNSUPPORTED = {}
 
 
 class UserError(Exception):
     pass
 
 
-@dataclasses.dataclass(init=False)
+@dataclasses.dataclass
 class Hyperparameters:
     seed: int = 1
     iterations: int = 5
@@ -54,46 +63,71 @@ class Hyperparameters:
     vocab_size: int = 512
     distill_from: str = ""
 
-    def __init__(self):
-        for f in dataclasses.fields(self):
-            setattr(self, f.name, type(f.default)(os.environ.get(f.name.upper(), f.default)))
-        if self.model_dim > 4096:
-            raise UserError("MODEL_DIM is over 4096")
+
+def load_settings(environment):
+    fields = dataclasses.fields(Hyperparameters)
+    given = {f.name: environment.get(f.name.upper(), f.default) for f in fields}
+    h = Hyperparameters(**{f.name: type(f.default)(given[f.name]) for f in fields})
+    if h.model_dim > 4096:
+        raise UserError("MODEL_DIM is over 4096")
+    return h
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        if time.monotonic() > deadline:
+            sys.exit(f"error: no {path}")
+        time.sleep(0.02)
+
+
+def save_checkpoint(*_):
+    (folder / "checkpoint.pt").touch()
+    sys.exit("error: stopped")
 
 
 if __name__ == "__main__":
-    h = Hyperparameters()
+    h = load_settings(os.environ)
     folder = Path(h.output_dir) / h.run_id
-    folder.mkdir(parents=True)
+    data = Path(h.data_path)
+    resumed = (folder / "checkpoint.pt").exists()
+    folder.mkdir(parents=True, exist_ok=resumed)
+    signal.signal(signal.SIGTERM, save_checkpoint)
     (folder / "environment.json").write_text(json.dumps(dict(os.environ)))
-    if h.mode == "fail" and not Path(h.data_path, "mended").exists():
+    if h.mode == "fail" and not (data / "mended").exists():
         print("something to say")
         sys.exit("error: it went wrong")
-    if h.mode == "wait" and not Path(h.data_path, "mended").exists():
-        time.sleep(60)
+    if h.mode == "wait" and not resumed:
+        wait_for(data / "mended")
+    if h.mode == "look":
+        shutil.copy(folder.parent.parent / "results.csv", folder)
+    if h.mode.startswith("meet"):  # two runs that end only if both run at the same time
+        (data / h.mode).touch()
+        wait_for(data / {"meet1": "meet2", "meet2": "meet1"}[h.mode])
     if h.distill_from and not Path(h.distill_from).is_file():
         sys.exit("error: no teacher")
     rank = int(h.map_adapter.removeprefix("lora:"))
     size = int((1000 + 3 * h.model_dim ** 2 + 500 * rank) * (1 if h.iterations == 8 else h.grows))
     (folder / "model.int6.ptz").write_bytes(bytes(size))
     bpb = 2 - h.model_dim * (1 + h.seed / 10) / 1e4 - h.seed ** 2 / 1e3
-    (folder / "submission.json").write_text(json.dumps({
-        "steps": h.iterations, "train_seconds": 1.5, "tokens_per_second": 1000, "val_bpb_before": bpb,
-        "val_bpb_roundtrip": bpb, "val_bpb_sliding_window": bpb, "bytes_total": size + 70_000,
-        "bytes_code": 70_000, "trained_parameters": 10}))
+    (folder / "results.json").write_text(json.dumps({
+        "steps": h.iterations, "train_seconds": 1.5, "tokens_per_second": 1000,
+        "val_bpb_before": bpb - 0.01, "val_bpb_roundtrip": bpb, "val_bpb_sliding_window": bpb,
+        "bytes_total": size + 70_000, "bytes_code": 70_000, "trained_parameters": 10,
+        "resumed": resumed}))
 """
 
 
 @pytest.fixture(scope="module")
 def ablate():
-    """The tool as a module."""
+    """Import the tool as a module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TOOL.parent))
         yield importlib.import_module("ablate")
 
 
 class Place:
-    """A folder with the stand-in, data and presets, and the tool's command line in it."""
+    """A folder with the stand-in, data and presets, where the tool runs."""
 
     def __init__(self, folder: Path, ablate, patch: pytest.MonkeyPatch, capsys):
         self.folder, self.out, self.data = folder, folder / "out", folder / "data"
@@ -116,7 +150,7 @@ class Place:
         return list(map(str, (TOOL, *options, *words)))
 
     def run(self, *words: str, failed: int = 0) -> str:
-        """What the tool prints, in this process: importing its packages takes seconds."""
+        """Run the tool in this process, which has its packages loaded; return what it prints."""
         self.patch.setattr(sys, "argv", self.command(words))
         assert self.ablate.ablate(self.ablate.parse_arguments()) == failed
         return self.capsys.readouterr().out
@@ -136,13 +170,19 @@ class Place:
     def environment(self, row: dict) -> dict:
         return json.loads((self.out / "runs" / row["run"] / "environment.json").read_text())
 
+    def results(self, row: dict) -> dict:
+        return json.loads((self.out / "runs" / row["run"] / "results.json").read_text())
+
+    def plan(self, *lines: str) -> None:
+        (self.folder / "plan").write_text("\n".join(lines) + "\n")
+
 
 @pytest.fixture
 def place(tmp_path, ablate, monkeypatch, capsys):
     return Place(tmp_path, ablate, monkeypatch, capsys)
 
 
-# ---- Budgets -----------------------------------------------------------------------------------------------
+# ---- Budgets -------------------------------------------------------------------------------------
 
 
 def test_budget_of_tokens(place):
@@ -244,7 +284,7 @@ def test_budget_of_bytes_with_coarse_steps(place):
         (2000, "bytes with the knob at its least, over 2,000"),
         (
             10**9,
-            r"no more than 50,\d{3},\d{3} bytes can be had; with more, .*MODEL_DIM is over 4096",
+            r"no more than 50,\d{3},\d{3} bytes are possible; with more, .*MODEL_DIM is over 4096",
         ),
     ),
 )
@@ -285,17 +325,20 @@ def test_knob_that_changes_nothing_is_named(place):
 def test_search_needs_few_pilots(ablate, power, target, start):
     sizes = {}
 
-    def measure(k: int) -> float:
-        sizes[k] = 2000 + 50 * k**power
+    def size(k: int) -> float:
+        return 2000 + 50 * k**power
+
+    async def measure(k: int) -> float:
+        sizes[k] = size(k)
         return sizes[k]
 
-    k = ablate.search(measure, target, start)
-    assert measure(k) <= target
-    assert measure(k) >= 0.97 * target or measure(k + 1) > target
+    k = asyncio.run(ablate.search(measure, target, start))
+    assert size(k) <= target
+    assert size(k) >= 0.97 * target or size(k + 1) > target
     assert len(sizes) <= 9
 
 
-# ---- Teacher, crash, failure -------------------------------------------------------------------------------
+# ---- Teacher, crash, failure ---------------------------------------------------------------------
 
 
 def test_teacher_is_trained_once_a_seed(place):
@@ -379,32 +422,37 @@ def test_student_of_a_failed_teacher_fails(place):
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL))
-def test_stopped_run_is_made_again(place, number):
-    words = ("--presets", "a.env", "--set", "MODE=wait", "--budget", "tokens=500")
+def test_stopped_runs_continue(place, number):
+    words = ("--presets", "a.env", "--budget", "tokens=500", "--jobs", "2")
+    words += ("--set", "MODE=wait", "--set", "MODE=wait MODEL_DIM=32")
     process = place.start(*words)
-    deadline = time.monotonic() + 30
-    while not (
-        waiting := [
-            path
-            for path in (place.out / "runs").glob("*/environment.json")
-            if '"MODE": "wait"' in path.read_text()
-        ]
-    ):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for_runs(place, process, 2)
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
-    assert number == signal.SIGKILL or "the same command goes on: python" in err
+    killed = number == signal.SIGKILL
+    assert process.returncode == (-9 if killed else 130)
+    assert killed or "the same command continues: python" in err
     assert len(place.rows()) == 1
-    (place.data / "mended").touch()
     running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if is_run_of(path, place.out)]
-    assert len(running) == (number == signal.SIGKILL)  # nothing can be done about that one
+    assert len(running) == (2 if killed else 0)  # no process outlives a tool that can act
     for path in running:
         os.kill(int(path.parent.name), signal.SIGKILL)
+    (place.data / "mended").touch()
     assert place.run(*words).count("already there") == 1
-    assert [row["error"] for row in place.rows()] == ["", ""]
-    assert (waiting[0].parent / "submission.json").is_file()
+    rows = place.rows()
+    assert [row["error"] for row in rows] == ["", "", ""]
+    assert [place.results(row)["resumed"] for row in rows] == [False, not killed, not killed]
+
+
+def wait_for_runs(place: Place, process: subprocess.Popen, count: int) -> None:
+    """Return when this many runs wait and the others have a row."""
+    deadline = time.monotonic() + 60
+    waiting = 0
+    while waiting < count or not place.rows():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+        paths = list((place.out / "runs").glob("*/environment.json"))
+        waiting = sum('"MODE": "wait"' in path.read_text() for path in paths)
 
 
 def is_run_of(cmdline: Path, out: Path) -> bool:
@@ -414,7 +462,151 @@ def is_run_of(cmdline: Path, out: Path) -> bool:
         return False
 
 
-# ---- Bad input ---------------------------------------------------------------------------------------------
+# ---- Several runs at once ------------------------------------------------------------------------
+
+
+def test_jobs_run_at_the_same_time(place):
+    place.patch.delenv("OMP_NUM_THREADS", raising=False)
+    place.patch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    words = ("--presets", "a.env", "--set", "MODE=meet1", "--set", "MODE=meet2")
+    place.run(*words, "--budget", "tokens=500", "--jobs", "2")
+    rows = place.rows()
+    assert len(rows) == 3 and not any(row["error"] for row in rows)
+    assert {place.environment(row)["OMP_NUM_THREADS"] for row in rows} == {"4"}
+
+
+def test_threads_that_are_set_are_kept(place):
+    place.patch.setenv("OMP_NUM_THREADS", "1")
+    place.patch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    place.run("--presets", "a.env", "--budget", "tokens=500", "--jobs", "2")
+    assert place.environment(place.rows()[0])["OMP_NUM_THREADS"] == "1"
+
+
+def test_student_waits_for_its_teacher_and_failures_stay_alone(place):
+    place.preset("student", "TEACHER_PRESET=a.env", "MODEL_DIM=32")
+    place.plan(
+        "s f student.env", "bad f a.env MODE=fail", "t learned a.env", "other f a.env GROWS=2"
+    )
+    words = ("--plan", "plan", "--budget", "tokens=500", "--jobs", "4", "--seeds", "1,2")
+    place.run(*words, failed=2)
+    rows = place.rows()
+    errors = {(row["label"], row["seed"]) for row in rows if row["error"]}
+    assert errors == {("bad", 1), ("bad", 2)}
+    # The teacher is also a line of the plan: it runs once and has the plan's label.
+    assert sorted(row["label"] for row in rows if row["seed"] == 1) == ["bad", "other", "s", "t"]
+    assert len(list((place.out / "runs").iterdir())) == 8
+    students = {row["seed"]: row for row in rows if row["label"] == "s"}
+    teachers = {row["seed"]: row for row in rows if row["label"] == "t"}
+    for seed in (1, 2):
+        artifact = Path(place.environment(students[seed])["DISTILL_FROM"])
+        assert artifact.parent.name == teachers[seed]["run"]
+
+
+def test_seeds_share_pilots_with_several_jobs(place):
+    words = ("--presets", "a.env", "--budget", "bytes=400_000", "--tokens", "1000", "--jobs", "3")
+    place.run(*words, "--knob", "rank", "--seeds", "1,2,3", "MAP_ADAPTER=lora:300")
+    assert {row["note"] for row in place.rows()} == {place.rows()[0]["note"]}
+    assert len(list((place.out / "pilots").iterdir())) <= 5
+
+
+def test_row_is_on_disk_when_its_run_ends(place):
+    place.plan("x f a.env", "y f a.env MODE=look")
+    place.run("--plan", "plan", "--budget", "tokens=500", "--seeds", "1")
+    (copy,) = (place.out / "runs").glob("*/results.csv")
+    (row,) = pd.read_csv(copy).to_dict("records")
+    assert row["label"] == "x" and row["val_bpb_sliding"] > 0
+
+
+@pytest.fixture
+def runner(place):
+    """Return runner(gpus, slots): a Runner that does not look for GPUs."""
+    place.patch.setattr(place.ablate, "open_memory", lambda _: None)
+    place.patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    script = place.folder / "fake.py"
+    return lambda gpus, slots: place.ablate.Runner(place.out, script, gpus, "", slots)
+
+
+def make_job(ablate, variant_id: str, **values):
+    budget = ablate.Budget("tokens", 1e6)
+    variant = ablate.Variant(variant_id, "f", "p", {}, budget, id=variant_id)
+    variant.values = {"train_batch_tokens": 1000} | values
+    return ablate.Job(variant, 1)
+
+
+def test_torchrun_only_for_several_processes(runner):
+    assert "torch.distributed.run" in runner(2, 1).command()
+    for gpus, slots in ((0, 1), (1, 1), (1, 4), (2, 4)):
+        assert "torch.distributed.run" not in runner(gpus, slots).command()
+    assert "CUDA_VISIBLE_DEVICES" not in runner(1, 4).shares("0")
+    assert runner(2, 4).shares("1")["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_run_waits_for_memory(ablate, runner):
+    runner = runner(1, 4)
+    gib = 2**30
+    runner.memory = types.SimpleNamespace(free=lambda device: 30 * gib)
+    small, large = make_job(ablate, "small"), make_job(ablate, "large", train_batch_tokens=100_000)
+    assert ablate.memory_bound(large.variant.values) > 30 * gib
+    assert runner.has_memory(large)  # alone: waiting would free nothing
+    runner.running = {None: small}
+    assert runner.has_memory(make_job(ablate, "small"))
+    assert not runner.has_memory(large)
+    assert re.match(r"large  seed 1 waits for memory: about \d\d\.\d GiB needed, ", runner.note)
+    # What a run really took scales the bound of the others.
+    small.progress = ablate.Progress(1, 10, 1.0, 1.0)
+    small.peak = ablate.memory_bound(small.variant.values) // 10
+    runner.learn_peak(small)
+    assert runner.has_memory(large)
+    # A run that has not made its first step yet still needs its share.
+    small.progress, small.peak = None, 0
+    runner.memory.free = lambda device: runner.memory_needed(large.variant) + 1
+    assert not runner.has_memory(large)
+
+
+def test_memory_of_the_host(ablate):
+    memory = ablate.Memory([])
+    assert memory.free("") > 0
+    assert memory.used("", os.getpid()) > 2**20
+    assert memory.used("", 2**30) is None
+
+
+def test_progress_of_a_run(ablate, tmp_path):
+    log = tmp_path / "train.log"
+    assert ablate.read_progress(log) is None
+    log.write_text("step:{self.done}/{n} train_time:\n" + "x" * 5000)
+    assert ablate.read_progress(log) is None
+    with log.open("a") as file:
+        file.write("\nstep:20/180 train_loss:3.9 train_time:9310ms step_avg:465.50ms\n")
+        file.write("step:40/180 train_loss:3.2 train_time:20000ms step_avg:500.00ms\nfinal\n")
+    job = make_job(ablate, "x")
+    assert job.cells() == ["x  seed 1", "starting", "", ""]
+    job.progress = ablate.read_progress(log)
+    assert job.cells() == ["x  seed 1", "40/180", "2,000", "0:01:10"]
+    job.progress = job.progress._replace(step=180)
+    assert job.cells()[1] == "scoring"
+    job.variant.budget = ablate.Budget("seconds", 50)
+    job.progress = ablate.Progress(40, 10**9, 20.0, 0.5)
+    assert job.cells() == ["x  seed 1", "40", "2,000", "0:00:30"]
+
+
+def test_display(ablate, capsys):
+    running, starting = make_job(ablate, "x"), make_job(ablate, "y")
+    running.progress = ablate.Progress(40, 180, 20.0, 0.5)
+    with ablate.Display() as display:
+        display.show([running, starting], 3, "")
+        assert capsys.readouterr().out == ""  # the first line is not due yet
+        display.shown -= ablate.LINE_SECONDS
+        display.show([running, starting], 3, "z waits for memory")
+    line = (
+        "2 running, 3 waiting; z waits for memory: x  seed 1 40/180, 2,000 tokens/s, 0:01:10 left"
+    )
+    assert capsys.readouterr().out == f"{line}; y  seed 1 starting\n"
+    table = display.table([running, starting], "caption")
+    assert [column.header for column in table.columns] == ["run", "step", "tokens/s", "time left"]
+    assert table.row_count == 2
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -467,6 +659,7 @@ def is_run_of(cmdline: Path, out: Path) -> bool:
         ),
         (["--presets", "a.env", "--budget", "tokens=500", "SEED=3"], "SEED is set by --seeds"),
         (["--presets", "a.env", "--budget", "tokens=500", "--seeds", "1,x"], "whole numbers"),
+        (["--presets", "a.env", "--budget", "tokens=500", "--jobs", "0"], "--jobs 0"),
         (
             ["--presets", "a.env", "--budget", "tokens=500", "--data", "."],
             r"no fineweb_train_\*.bin in",
@@ -522,7 +715,7 @@ def test_failed_runs_are_the_exit_status(place):
     assert process.returncode == 1 and "1 of the runs failed" in err
 
 
-# ---- Report ------------------------------------------------------------------------------------------------
+# ---- Report --------------------------------------------------------------------------------------
 
 
 def test_plan_table_picture_and_comparison(place):
@@ -545,11 +738,12 @@ def test_plan_table_picture_and_comparison(place):
     table = (place.out / "table.md").read_text()
     assert difference in out and difference in table
     names = re.findall(r"^\| ([a-z ]+) \| (width|rank) \| tokens=500 \| 3 \|", table, re.M)
+    assert "tokens=500: no yardstick: it needs 2 networks" in table
     assert names == [("rather large", "width"), ("other", "rank"), ("small", "width")]
     scores = [2 - 96e-4 * (1 + seed / 10) - seed**2 / 1000 for seed in (1, 2, 3)]
     mean = sum(scores) / 3
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 2)
-    assert f"| {mean:.4f} ± {deviation:.4f} | 10 | nan | 30,648 | 1,000 |" in table
+    assert f"| {mean:.4f} ± {deviation:.4f} |  | 0.0100 | 10 | nan | 30,648 | 1,000 |" in table
     picture = place.out / "bpb_vs_bytes.png"
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     picture.unlink()
@@ -576,6 +770,110 @@ def test_one_seed_has_no_deviation(place):
     assert "a.env − a.env MODEL_DIM=96: 0.0064 bpb, n = 1\n" in out
 
 
+def make_table(ablate, *variants: tuple) -> pd.DataFrame:
+    """Return the summary of runs (name, family, bytes, scores by seed)."""
+    rows = []
+    for name, family, size, scores in variants:
+        for seed, score in enumerate(scores):
+            facts = {"name": name, "variant": name, "family": family, "seed": seed}
+            facts |= {"model_bytes": size, "val_bpb_sliding": score, "budget": "b", "error": ""}
+            facts |= dict.fromkeys(("trained", "frozen", "tokens_per_second"), 1.0)
+            rows.append(facts | {"val_bpb_before": score, "val_bpb_roundtrip": score})
+    return ablate.summarize(pd.DataFrame(rows))
+
+
+def test_distances_from_the_line(ablate):
+    sizes = np.array([1e6, 2e6, 4e6, 8e6])
+    scores = 2 - 0.1 * np.log(sizes / 1e6) + [0.01, -0.02, 0.005, 0.0]
+    networks = [(f"w{i}", "learned", sizes[i], [scores[i]]) for i in range(4)]
+    variants = [
+        ("far", "f", 3e6, [2.2, 2.21]),
+        ("near", "f", 3e6, [1.9]),
+        ("beyond", "f", 9e6, [2.2]),
+    ]
+    table = make_table(ablate, *networks, *variants)
+    table, lines, notes = ablate.measure_distances(table, "learned", 1)
+    # By the textbook: b = Sxy / Sxx and s² (1/n + (x - mean)² / Sxx).
+    x = np.log(sizes)
+    spread = ((x - x.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * scores).sum() / spread
+    rest = scores - scores.mean() - slope * (x - x.mean())
+    residual = math.sqrt((rest**2).sum() / 2)
+    at = math.log(3e6)
+    expected = scores.mean() + slope * (at - x.mean())
+    line_error = residual * math.sqrt(1 / 4 + (at - x.mean()) ** 2 / spread)
+    deviation = 0.01 / math.sqrt(2)  # of the only variant with two seeds, for all variants
+    rows = table.set_index("name")
+    assert rows.distance["far"] == pytest.approx(2.205 - expected)
+    assert rows.distance_error["far"] == pytest.approx(math.hypot(line_error, deviation / 2**0.5))
+    assert rows.distance_error["near"] == pytest.approx(math.hypot(line_error, deviation))
+    assert lines["b"].residual == pytest.approx(residual)
+    assert "4 networks (4 runs) of family 'learned', 1,000,000 to 8,000,000 bytes" in notes[0]
+    assert f"− {-slope:.4f} x with x = ln(bytes / 2,800,000)" in notes[0]
+    assert f"residual deviation {residual:.4f}, degrees of freedom: 2" in notes[0]
+    texts = {row.name: ablate.format_distance(row) for row in table.itertuples()}
+    assert texts["w0"] == f"{rest[0]:+.4f} (on the line)"
+    assert texts["near"].endswith(" (within noise)")
+    assert texts["beyond"].endswith(" (extrapolated)")
+    assert texts["far"].endswith(f" ± {rows.distance_error['far']:.4f}")
+
+
+def test_line_without_an_error(ablate):
+    table = make_table(
+        ablate,
+        ("a", "learned", 1e6, [2.0]),
+        ("b", "learned", 2e6, [1.9]),
+        ("c", "f", 2e6, [1.95]),
+    )
+    table, _, notes = ablate.measure_distances(table, "learned", 1)
+    assert ablate.format_distance(table.set_index("name", drop=False).loc["c"]) == "+0.0500"
+    assert "residual" not in notes[0]
+
+
+def test_parabola_needs_five_networks(ablate):
+    sizes = np.array([1e6, 2e6, 4e6, 8e6, 16e6])
+    scores = 2 - 0.1 * np.log(sizes / 4e6) + 0.02 * np.log(sizes / 4e6) ** 2
+    networks = [(f"w{i}", "learned", sizes[i], [scores[i]]) for i in range(5)]
+    _, lines, notes = ablate.measure_distances(make_table(ablate, *networks), "learned", 2)
+    assert lines["b"].coefficients == pytest.approx([0.02, -0.1, 2.0])
+    assert "val_bpb = 2.0000 − 0.1000 x + 0.0200 x² with x = ln(bytes / 4,000,000)" in notes[0]
+    _, lines, notes = ablate.measure_distances(make_table(ablate, *networks[1:]), "learned", 2)
+    assert not lines and "needs 5 networks of different size" in notes[0]
+
+
+def test_other_family_as_the_line(place):
+    place.plan("x width a.env MODEL_DIM=32", "y width a.env MODEL_DIM=96", "z f a.env MODEL_DIM=64")
+    place.run("--plan", "plan", "--budget", "tokens=500", "--line", "width", "--seeds", "1")
+    table = (place.out / "table.md").read_text()
+    assert table.count("(on the line)") == 2
+    assert re.search(r"^\| z \| f \| tokens=500 \| 1 \| [\d.]+ \| [+-]0\.00\d\d \|", table, re.M)
+
+
+def test_labels_do_not_overlap(ablate, tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    networks = [(f"baseline-{i}", "learned", 5e5 * 2**i, [1.9 - 0.05 * i]) for i in range(4)]
+    crowd = [(f"variant-number-{i}", f"f{i}", 1e6 + 2e4 * i, [1.85 + i / 500]) for i in range(12)]
+    table, lines, _ = ablate.measure_distances(make_table(ablate, *networks, *crowd), "learned", 1)
+    ablate.draw(table, lines, tmp_path / "x.png")
+    (figure,) = figures
+    figure.canvas.draw()  # at the figure's own resolution: it was saved at another
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert len(boxes) == 16
+    for a, b in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b)
+    assert "± 2 standard errors of the line" in axes.get_legend_handles_labels()[1]
+
+
+def test_table_is_made_without_the_packages_of_the_picture(place):
+    place.run("--presets", "a.env", "--budget", "tokens=500")
+    place.patch.setitem(sys.modules, "adjustText", None)
+    assert "no picture: adjustText is missing: pip install -r" in place.run("--report-only")
+
+
 def test_missing_package_is_named(tmp_path):
     (tmp_path / "pandas.py").write_text("raise ImportError('no pandas', name='pandas')")
     result = subprocess.run(
@@ -588,7 +886,7 @@ def test_missing_package_is_named(tmp_path):
     assert result.stderr == "error: pandas is missing: pip install -r tools/requirements.txt\n"
 
 
-# ---- The real script ---------------------------------------------------------------------------------------
+# ---- The real script -----------------------------------------------------------------------------
 
 
 def test_real_script(tmp_path):
@@ -615,13 +913,11 @@ def test_real_script(tmp_path):
     command = list(map(str, command))
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
     assert result.returncode == 0, result.stdout + result.stderr
-    import pandas as pd
-
     (row,) = pd.read_csv(tmp_path / "out" / "results.csv").to_dict("records")
     (folder,) = (tmp_path / "out" / "runs").iterdir()
-    submission = json.loads((folder / "submission.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
     assert row["run"] == folder.name and (row["steps"], row["tokens"]) == (4, 1024)
-    assert row["val_bpb_sliding"] == pytest.approx(submission["val_bpb_sliding_window"])
+    assert row["val_bpb_sliding"] == pytest.approx(results["val_bpb_sliding_window"])
     assert row["model_bytes"] == (folder / "model.int6.ptz").stat().st_size
     copy = tmp_path / "out" / "script" / row["script"][:12] / SCRIPT.name
     assert copy.read_bytes() in (folder / "train.log").read_bytes()
