@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
@@ -66,6 +67,18 @@ def tiny_settings(**changes: Any) -> train_gpt.Hyperparameters:
     """Return the tiny settings with changes by lower-case name; the environment is not read."""
     tiny = {name.lower(): value for name, value in TINY.items()}
     return train_gpt.load_settings({}, **(tiny | changes))
+
+
+def head_input(model: train_gpt.GPT, *given: Any) -> torch.Tensor:
+    """Return what the head reads when the model predicts, in the type of its parameters.
+
+    Logits are float32, and hide what a float64 model computes in its last bits.
+    """
+    inputs = []
+    hook = model.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.predict(*given)
+    hook.remove()
+    return inputs[0]
 
 
 # ---- Corpus --------------------------------------------------------------------------------------

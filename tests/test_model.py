@@ -1,37 +1,40 @@
-"""The model against a plain restatement of its definition, its switches, and what the script promises."""
+"""The model against a plain restatement of its definition, its switches, what it promises."""
 
 from __future__ import annotations
 
 import inspect
 import io
+import itertools
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import train_gpt
-
-ROOT = Path(train_gpt.__file__).resolve().parent
+from helpers import ROOT, head_input, train_gpt
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- The forward pass, restated ----------------------------------------------------------------------------
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+# ---- The forward pass, restated ------------------------------------------------------------------
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def rms_normalised(x):
+def rms_normalized(x):
     return x / np.sqrt((x * x).mean(-1, keepdims=True))
 
 
@@ -45,71 +48,92 @@ def rotated(x, position, h):
     return out
 
 
-def restated_logits(h, model, row):
-    """(T, vocabulary) float64 of one row of tokens, in NumPy, one position and head at a time.
+class Restated:
+    """The model in NumPy and float64, one position and head at a time.
 
-    Shares nothing with the model but its values; adapters take the textbook's two paths.
+    It shares nothing with the model but its values; adapters take the textbook's two paths.
     """
-    p = {name: value.detach().numpy() for name, value in model.named_parameters()}
-    length, width, layers = len(row), h.model_dim // h.num_heads, h.num_layers
 
-    def linear(name, x):
+    def __init__(self, h, model):
+        self.h, self.model = h, model
+        self.p = {name: value.detach().numpy() for name, value in model.named_parameters()}
+        layers = [int(i) for i in h.ve_layers.split(",")] if h.ve_enabled else []
+        self.value_layers = [i if i >= 0 else h.num_layers + i for i in layers]
+
+    def logits(self, row):
+        """Return (T, vocabulary) for one row of tokens."""
+        h, p = self.h, self.p
+        x = x0 = self.embed(row)
+        waiting, first_values, half = [], None, h.num_layers // 2
+        for layer in range(h.num_layers):
+            at = f"blocks.{layer}"
+            if h.skips_enabled and layer >= half and waiting:
+                x = x + p["skip_weights"][layer - half] * waiting.pop()
+            x = p[f"{at}.stream_mix"] * x + p[f"{at}.embedding_mix"] * x0
+            scale = 1 / math.sqrt(layer + 1) if h.ln_scale else 1.0
+            attended, values = self.attend(layer, rms_normalized(x) * scale, row, first_values)
+            first_values = values if layer == 0 else first_values
+            x = x + p[f"{at}.attention_scale"] * attended
+            inner = self.linear(f"{at}.mlp.fc", rms_normalized(x) * scale)
+            inner = np.where(inner > 0, inner, 0.5 * inner) ** 2
+            x = x + p[f"{at}.mlp_scale"] * self.linear(f"{at}.mlp.proj", inner)
+            if h.skips_enabled and layer < half:
+                waiting.append(x)
+        z = rms_normalized(x) @ p["embedding.weight"].T
+        return h.logit_softcap * np.tanh(z / h.logit_softcap)
+
+    def linear(self, name, x):
+        p = self.p
         if f"{name}.lora.A" not in p:
             return x @ p[f"{name}.weight"].T
-        frozen = model.get_submodule(name).weight.numpy()
+        frozen = self.model.get_submodule(name).weight.numpy()
         return x @ frozen.T + (x @ p[f"{name}.lora.B"].T) @ p[f"{name}.lora.A"].T
 
-    x = p["embedding.weight"][row]
-    if h.bigram_vocab_size:
-        last = h.bigram_vocab_size - 1
-        hashed = [last] + [
-            ((36313 * row[t]) ^ (27191 * row[t - 1])) % last for t in range(1, length)
-        ]
-        x = x + p["bigram_scale"] * (p["bigram.0.weight"][hashed] @ p["bigram.1.weight"].T)
-    x = rms_normalised(x)
-    if h.smear_enabled:
-        gate, before = sigmoid(p["smear_gate"]), np.vstack([np.zeros_like(x[:1]), x[:-1]])
-        x = (1 - gate) * x + gate * before
-    x0, waiting, first_values = x, [], None
-    value_layers = [int(i) for i in h.ve_layers.split(",")] if h.ve_enabled else []
-    for layer in range(layers):
-        at = f"blocks.{layer}"
-        if h.skips_enabled and layers // 2 <= layer and waiting:
-            x = x + p["skip_weights"][layer - layers // 2] * waiting.pop()
-        x = p[f"{at}.stream_mix"] * x + p[f"{at}.embedding_mix"] * x0
-        scale = 1 / math.sqrt(layer + 1) if h.ln_scale else 1.0
-        seen = rms_normalised(x) * scale
-        q, k, v = (linear(f"{at}.attention.{name}", seen) for name in "qkv")
-        first_values = v if layer == 0 else first_values
-        if layer in value_layers:
+    def embed(self, row):
+        p = self.p
+        x = p["embedding.weight"][row]
+        if self.h.bigram_vocab_size:
+            last = self.h.bigram_vocab_size - 1
+            pairs = itertools.pairwise(row)
+            hashed = [last, *(((36313 * now) ^ (27191 * before)) % last for before, now in pairs)]
+            x = x + p["bigram_scale"] * (p["bigram.0.weight"][hashed] @ p["bigram.1.weight"].T)
+        x = rms_normalized(x)
+        if self.h.smear_enabled:
+            gate, before = sigmoid(p["smear_gate"]), np.vstack([np.zeros_like(x[:1]), x[:-1]])
+            x = (1 - gate) * x + gate * before
+        return x
+
+    def attend(self, layer, seen, row, first_values):
+        """Return the output of a layer's attention, and its own values."""
+        h, p, at = self.h, self.p, f"blocks.{layer}.attention"
+        q, k, own_values = (self.linear(f"{at}.{name}", seen) for name in "qkv")
+        v = own_values
+        if layer in self.value_layers:
             added = p["value_embedding.0.weight"][row] @ p["value_embedding.1.weight"].T
-            v = v + p["value_scales"][value_layers.index(layer)] * added
+            v = v + p["value_scales"][self.value_layers.index(layer)] * added
         if h.vrl_enabled and layer:
-            v = v + sigmoid(p[f"{at}.attention.value_gate"]) * first_values
-        heads = np.zeros((length, h.num_heads, width))
+            v = v + sigmoid(p[f"{at}.value_gate"]) * first_values
+        width, group = h.model_dim // h.num_heads, h.num_heads // h.num_kv_heads
+        heads = []
         for head in range(h.num_heads):
-            shared = head // (h.num_heads // h.num_kv_heads)
-            mine, theirs = (slice(i * width, (i + 1) * width) for i in (head, shared))
-            gain = p[f"{at}.attention.q_gain"][head]
-            queries = [gain * rotated(rms_normalised(q[t, mine]), t, h) for t in range(length)]
-            keys = [rotated(rms_normalised(k[t, theirs]), t, h) for t in range(length)]
-            for t in range(length):
-                weights = np.exp([queries[t] @ keys[s] / math.sqrt(width) for s in range(t + 1)])
-                y = (weights / weights.sum()) @ v[: t + 1, theirs]
-                if layer >= layers - h.xsa_last_n:
-                    own = v[t, theirs]
-                    y = y - (y @ own) / (own @ own) * own
-                heads[t, head] = y
-        x = x + p[f"{at}.attention_scale"] * linear(
-            f"{at}.attention.proj", heads.reshape(length, -1)
-        )
-        inner = linear(f"{at}.mlp.fc", rms_normalised(x) * scale)
-        inner = np.where(inner > 0, inner, 0.5 * inner) ** 2
-        x = x + p[f"{at}.mlp_scale"] * linear(f"{at}.mlp.proj", inner)
-        if h.skips_enabled and layer < layers // 2:
-            waiting.append(x)
-    z = rms_normalised(x) @ p["embedding.weight"].T
-    return h.logit_softcap * np.tanh(z / h.logit_softcap)
+            mine, theirs = (slice(i * width, (i + 1) * width) for i in (head, head // group))
+            gain = p[f"{at}.q_gain"][head]
+            y = self.one_head(gain, q[:, mine], k[:, theirs], v[:, theirs])
+            if layer >= h.num_layers - h.xsa_last_n:
+                own = v[:, theirs]
+                share = (y * own).sum(1) / (own * own).sum(1)
+                y = y - share[:, None] * own
+            heads.append(y)
+        return self.linear(f"{at}.proj", np.hstack(heads)), own_values
+
+    def one_head(self, gain, q, k, v):
+        outputs, keys = [], []
+        for t in range(len(q)):
+            query = gain * rotated(rms_normalized(q[t]), t, self.h)
+            keys.append(rotated(rms_normalized(k[t]), t, self.h))
+            weights = np.exp([query @ key / math.sqrt(len(query)) for key in keys])
+            outputs.append((weights / weights.sum()) @ v[: t + 1])
+        return np.array(outputs)
 
 
 @pytest.mark.parametrize(
@@ -152,21 +176,22 @@ def test_logits_are_those_of_the_restated_model(settings, random_model, changes)
     """And the switch is no dummy: its logits are not those of the model that has everything on."""
     h, ids = settings(**changes), tokens(2, 9)
     model = random_model(h, torch.float64)
-    logits = model.logits(model.hidden(ids)).detach().numpy()
-    expected = np.stack([restated_logits(h, model, row) for row in ids.tolist()])
+    logits = model.predict(ids).detach().numpy()
+    restated = Restated(h, model)
+    expected = np.stack([restated.logits(row) for row in ids.tolist()])
     atol = max(1e-5, 2e-7 * h.logit_softcap)  # c is what float32 rounds last
     np.testing.assert_allclose(logits, expected, rtol=0, atol=atol)
     if changes:
         base = random_model(settings(), torch.float64)
-        assert np.abs(logits - base.logits(base.hidden(ids)).detach().numpy()).max() > 1e-2
+        assert np.abs(logits - base.predict(ids).detach().numpy()).max() > 1e-2
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 1.6)])
 def test_the_types_that_train_agree_with_float64(settings, random_model, dtype, tolerance):
     """bfloat16 carries 8 bits through 4 layers; these logits spread over ±5."""
     ids = tokens(2, 16)
-    exact, model = random_model(settings(), torch.float64), random_model(settings(), dtype)
-    exact, logits = exact.logits(exact.hidden(ids)), model.logits(model.hidden(ids))
+    exact = random_model(settings(), torch.float64).predict(ids)
+    logits = random_model(settings(), dtype).predict(ids)
     assert logits.dtype is torch.float32
     assert (logits - exact).abs().max() < tolerance
     assert (logits - exact).abs().mean() < tolerance / 16
@@ -175,101 +200,89 @@ def test_the_types_that_train_agree_with_float64(settings, random_model, dtype, 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("shape", [(2, 3, 8), (4, 1), (2, 3, 5, 16)])
 def test_the_norm_is_torchs_with_its_gradient(shape, scale):
-    x = torch.randn(
-        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    ).requires_grad_()
+    x, weights = normal(*shape).requires_grad_(), normal(*shape, seed=1)
     y, expected = train_gpt.norm(x, scale), scale * F.rms_norm(x, shape[-1:])
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    weights = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     mine, theirs = (torch.autograd.grad((each * weights).sum(), x)[0] for each in (y, expected))
     torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_the_norm_of_turned_vectors_with_a_scale_for_each_head():
-    torch.manual_seed(0)
-    x, weights = torch.randn(2, 2, 5, 3, 8, dtype=torch.float64).unbind()
-    scale = torch.tensor([[0.2], [-1.5], [1.0]], dtype=torch.float64)
-    given, rope = (
-        (x.requires_grad_(), scale.requires_grad_()),
-        train_gpt.rotary_table(100.0, 4, x.dtype, 5),
-    )
-    y, expected = (
-        train_gpt.norm(*given, *rope),
-        scale * F.rms_norm(train_gpt.rotate(x, *rope), (8,)),
-    )
+def test_the_norm_of_rotated_vectors_with_a_gain_for_each_head():
+    x, weights = normal(2, 5, 3, 8).requires_grad_(), normal(2, 5, 3, 8, seed=1)
+    gain = torch.tensor([[0.2], [-1.5], [1.0]], dtype=torch.float64).requires_grad_()
+    cos, sin = train_gpt.rotary_table(100.0, 4, x.dtype, 5)
+    y = train_gpt.rotate_and_norm(x, gain, cos, sin)
+    expected = gain * F.rms_norm(train_gpt.rotate(x, cos, sin), (8,))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    for mine, theirs in zip(
-        *(torch.autograd.grad((each * weights).sum(), given) for each in (y, expected))
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
+    ours, theirs = (
+        torch.autograd.grad((each * weights).sum(), (x, gain)) for each in (y, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
 
 def test_on_cuda_the_mlp_keeps_its_input_alone(monkeypatch):
     """And computes the rest again, with the same gradient."""
-    x, seen = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).requires_grad_(), []
-    gradients = []
-    for on_cuda in (False, True):
+    x = normal(5, 7).float().requires_grad_()
+
+    def run(on_cuda: bool) -> tuple[torch.Tensor, set[int]]:
+        """Return the gradient, and the addresses of what was kept for it."""
         monkeypatch.setattr(torch.Tensor, "is_cuda", on_cuda, raising=False)
-        seen.append([])
+        addresses = set()
 
         def keep(kept):
-            seen[-1].append(kept.data_ptr())
+            addresses.add(kept.data_ptr())
             return kept
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
             y = train_gpt.squared_leaky_relu(x)
-        gradients.append(torch.autograd.grad(y.sum(), x)[0])
         assert torch.equal(y, torch.where(x > 0, x, x / 2) ** 2)
-    assert torch.equal(*gradients)
-    assert len(set(seen[0])) == 2
-    assert set(seen[1]) <= {x.data_ptr()}
+        return torch.autograd.grad(y.sum(), x)[0], addresses
+
+    gradient, kept = run(on_cuda=False)
+    gradient_on_cuda, kept_on_cuda = run(on_cuda=True)
+    assert torch.equal(gradient, gradient_on_cuda)
+    assert len(kept) == 2
+    assert kept_on_cuda <= {x.data_ptr()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_norm_of_a_row_of_zeros_and_of_huge_values_is_finite(dtype):
-    x = torch.cat([torch.zeros(1, 64), 1e15 * torch.ones(1, 64), 1e-3 * torch.ones(1, 64)]).to(
-        dtype
-    )
-    y = train_gpt.norm(x.requires_grad_())
+    x = torch.tensor([[0.0], [1e15], [1e-3]]).expand(3, 64).to(dtype, copy=True).requires_grad_()
+    y = train_gpt.norm(x)
     y.sum().backward()
     assert y[0].abs().max() == 0
     torch.testing.assert_close(y[1:].float(), torch.ones(2, 64), rtol=0.06, atol=0)
     assert x.grad.isfinite().all()
 
 
-# ---- Linear layers -----------------------------------------------------------------------------------------
+# ---- Linear layers -------------------------------------------------------------------------------
 
 
-def factors(*batch: int, in_features: int = 7, out_features: int = 5, rank: int = 3):
-    torch.manual_seed(0)
-    shapes = (
-        (*batch, in_features),
-        (out_features, in_features),
-        (out_features, rank),
-        (rank, in_features),
-    )
-    x, w, a, b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+def factors(*batch: int) -> tuple[torch.Tensor, ...]:
+    """Return x (..., 7), a frozen map (5, 7), and factors of rank 3."""
+    shapes = ((*batch, 7), (5, 7), (5, 3), (3, 7))
+    x, w, a, b = (normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
     return x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_()
 
 
 @pytest.mark.parametrize("batch", [(4,), (2, 3), (2, 1, 3), (0, 3)])
 def test_one_merged_product_equals_the_two_paths_of_the_textbook(batch):
     x, w, a, b = factors(*batch)
-    merged, textbook = (
-        train_gpt.ThinLinear.apply(x, (w + a @ b).detach(), a, b),
-        x @ w.T + (x @ b.T) @ a.T,
-    )
+    merged = train_gpt.LowRankLinearFunction.apply(x, (w + a @ b).detach(), a, b)
+    textbook = x @ w.T + (x @ b.T) @ a.T
     torch.testing.assert_close(merged, textbook, rtol=0, atol=1e-10)
-    dy = torch.randn_like(textbook)
+    dy = normal(*textbook.shape, seed=4)
     gradients = [torch.autograd.grad(y, (x, a, b), dy) for y in (merged, textbook)]
     torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
 
 
 def test_merged_gradients_are_numerically_right():
     x, w, a, b = factors(2, 3)
-    assert torch.autograd.gradcheck(
-        lambda x, a, b: train_gpt.ThinLinear.apply(x, (w + a @ b).detach(), a, b), (x, a, b)
-    )
+
+    def product(x, a, b):
+        return train_gpt.LowRankLinearFunction.apply(x, (w + a @ b).detach(), a, b)
+
+    assert torch.autograd.gradcheck(product, (x, a, b))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -281,9 +294,9 @@ def test_lora_layer_is_its_formula(bias):
             p.normal_()
     x = torch.randn(2, 4, 12)
     expected = x @ layer.weight.float().T + (x @ layer.lora_B.T) @ layer.lora_A.T
-    torch.testing.assert_close(
-        layer(x), expected + layer.bias if bias else expected, rtol=1e-5, atol=1e-5
-    )
+    if bias:
+        expected = expected + layer.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_new_lora_layer_is_its_frozen_map_and_learns():
@@ -304,18 +317,16 @@ def test_a_rank_that_fits_no_map_is_refused(rank):
         train_gpt.FrozenRandomLinearWithLoRA(12, 20, rank=rank)
 
 
-# ---- Attention ---------------------------------------------------------------------------------------------
+# ---- Attention -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 5, 64, 300, 512, 513, 1025])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads, either_cpu):
-    """On a CPU with AMX 512 tokens and fewer take plain products, for gradients, and more PyTorch's kernel."""
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(1 if length > 100 else 3, length, n, 8, dtype=torch.float64)
-        for n in (4, kv_heads, kv_heads)
-    )
+    """With AMX, up to 512 tokens with gradients take plain products, others PyTorch's kernel."""
+    batch = 1 if length > 100 else 3
+    shapes = [(batch, length, heads, 8) for heads in (4, kv_heads, kv_heads)]
+    q, k, v = (normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
     out = train_gpt.causal_attention(q, k, v)
     wide_k, wide_v = (t.repeat_interleave(4 // kv_heads, 2) for t in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, wide_k) / math.sqrt(8)
@@ -338,39 +349,33 @@ def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads, either
 )
 def test_plain_products_see_the_span_before_each_query(queries, keys, span):
     """Against a mask over all keys; blocks have 128 queries, 256 from 1,025 keys on."""
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(2, n, heads, 8, dtype=torch.float64, requires_grad=True)
-        for n, heads in ((queries, 4), (keys, 2), (keys, 2))
-    )
+    shapes = [(2, queries, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8)]
+    q, k, v = (normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes))
     past = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     seen = (past >= 0) & (past < span)
     expected = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, enable_gqa=True
     ).transpose(1, 2)
-    out, dy = (
-        train_gpt.block_attention(q, k, v, span),
-        torch.randn(2, queries, 4, 8, dtype=torch.float64),
-    )
+    out = train_gpt.block_attention(q, k, v, span)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    for ours, theirs in zip(*(torch.autograd.grad(y, (q, k, v), dy) for y in (out, expected))):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    dy = normal(2, queries, 4, 8, seed=3)
+    ours, theirs = (torch.autograd.grad(y, (q, k, v), dy) for y in (out, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 8, dtype=torch.float64)
     angles = torch.arange(20, dtype=torch.float64)[:, None, None] * torch.tensor([1.0, 0.3, 0.01])
-    q, k = (
-        train_gpt.rotate(x.expand(1, 20, 1, 8), angles.cos(), angles.sin())[0, :, 0] for x in (q, k)
-    )
-    scores = q @ k.T
+
+    def at_each_position(x):
+        return train_gpt.rotate(x.expand(1, 20, 1, 8), angles.cos(), angles.sin())[0, :, 0]
+
+    scores = at_each_position(normal(8)) @ at_each_position(normal(8, seed=1)).T
     for distance in range(-19, 20):
         assert scores.diagonal(distance).std(correction=0) < 1e-12
     assert scores[0].std() > 0.1
 
 
-# ---- Validity of the predictions ---------------------------------------------------------------------------
+# ---- Validity of the predictions -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("length", "changed"), [(16, 1), (16, 9), (16, 15), (1100, 700)])
@@ -379,32 +384,34 @@ def test_later_tokens_do_not_change_earlier_predictions(settings, random_model, 
     other = ids.clone()
     other[:, changed:] = (other[:, changed:] + 1 + tokens(2, length - changed, seed=1) % 63) % 64
     with torch.no_grad():
-        before, after = model.hidden(ids), model.hidden(other)
+        before, after = head_input(model, ids), head_input(model, other)
     torch.testing.assert_close(after[:, :changed], before[:, :changed], rtol=0, atol=1e-12)
     assert (after[:, changed] - before[:, changed]).abs().max() > 1e-3
 
 
 def test_rows_of_a_batch_do_not_see_each_other(settings, random_model):
     model, ids = random_model(settings(), torch.float64), tokens(3, 16)
-    together, alone = model.hidden(ids), torch.cat([model.hidden(row[None]) for row in ids])
+    together = head_input(model, ids)
+    alone = torch.cat([head_input(model, row[None]) for row in ids])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 
 
-def test_the_scored_losses_are_of_a_full_normalised_distribution(settings, random_model):
+def test_the_scored_losses_are_of_a_full_normalized_distribution(settings, random_model):
     """Trap 10: exp(-loss) over all tokens that could come next sums to 1, at every position."""
     model, ids = random_model(settings()), tokens(2, 16)
     with torch.no_grad():
-        each = torch.stack([model.losses(ids, torch.full_like(ids, token)) for token in range(64)])
+        targets = [torch.full_like(ids, token) for token in range(64)]
+        each = torch.stack([model.token_losses(ids, token) for token in targets])
     sums = (-each.double()).exp().sum(0)
     torch.testing.assert_close(sums, torch.ones(2, 16, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 def test_losses_of_the_last_targets_and_their_mean(settings, random_model):
     model, ids, targets = random_model(settings()), tokens(2, 16), tokens(2, 16, seed=1)
-    log_probabilities = model.logits(model.hidden(ids)).log_softmax(-1)
+    log_probabilities = model.predict(ids).log_softmax(-1)
     expected = -log_probabilities.gather(-1, targets[..., None])[..., 0]
-    torch.testing.assert_close(model.losses(ids, targets), expected)
-    torch.testing.assert_close(model.losses(ids, targets[:, -3:]), expected[:, -3:])
+    torch.testing.assert_close(model.token_losses(ids, targets), expected)
+    torch.testing.assert_close(model.token_losses(ids, targets[:, -3:]), expected[:, -3:])
     torch.testing.assert_close(model(ids, targets), expected.mean())
 
 
@@ -423,14 +430,13 @@ def test_the_last_block_computes_few_positions_alone(
 ):
     """And they are what they are among all, in training as in evaluation."""
     model, ids = random_model(settings(**changes), torch.float64), tokens(2, 16)
-    everything, widths = model.hidden(ids), []
+    everything, widths = head_input(model, ids), []
     for block in model.blocks:
         block.mlp.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].size(1)))
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
-            torch.testing.assert_close(
-                model.hidden(ids, last), everything[:, -last:], rtol=0, atol=1e-12
-            )
+            kept = head_input(model, ids, last)
+        torch.testing.assert_close(kept, everything[:, -last:], rtol=0, atol=1e-12)
         blocks = len(widths) - 1
         assert widths == [16] * blocks + [computed]
         widths.clear()
@@ -439,13 +445,12 @@ def test_the_last_block_computes_few_positions_alone(
 def test_every_learned_parameter_gets_a_gradient(settings, random_model):
     model = random_model(settings())
     model(tokens(4, 16), tokens(4, 16, seed=1)).backward()
-    idle = [
-        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
-    ]
-    assert idle == []
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().max() > 0, name
 
 
-# ---- Initial values ----------------------------------------------------------------------------------------
+# ---- Initial values ------------------------------------------------------------------------------
 
 
 def test_initial_values_are_the_references(settings):
@@ -488,15 +493,17 @@ def test_a_new_model_knows_nothing(settings):
 
 
 def test_initial_weights_follow_the_seed_and_maps_do_not(settings):
-    first, again, other = (
-        torch.manual_seed(seed) and train_gpt.GPT(settings()) for seed in (1, 1, 2)
-    )
+    def seeded(seed):
+        torch.manual_seed(seed)
+        return train_gpt.GPT(settings())
+
+    first, again, other = seeded(1), seeded(1), seeded(2)
     assert torch.equal(first.embedding.weight, again.embedding.weight)
     assert not torch.equal(first.embedding.weight, other.embedding.weight)
     assert first.fingerprint() == again.fingerprint() == other.fingerprint()
 
 
-# ---- Saving and loading ------------------------------------------------------------------------------------
+# ---- Saving and loading --------------------------------------------------------------------------
 
 
 def test_state_dict_holds_what_is_learned_and_no_frozen_map(settings):
@@ -511,26 +518,32 @@ def test_state_dict_holds_what_is_learned_and_no_frozen_map(settings):
 def test_loading_restores_the_logits_exactly_and_keeps_the_buffers(settings, random_model):
     """Trap 1: a frozen buffer that loading re-creates would throw the compiled graph away."""
     saved, ids = random_model(settings()), tokens(2, 16)
-    torch.save(saved.state_dict(), file := io.BytesIO())
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
     file.seek(0)
     torch.manual_seed(99)
     model = train_gpt.GPT(settings())
-    places = {name: t.data_ptr() for name, t in [*model.named_buffers(), *model.named_parameters()]}
-    assert len(places) > 24
+
+    def addresses():
+        tensors = [*model.named_buffers(), *model.named_parameters()]
+        return {name: tensor.data_ptr() for name, tensor in tensors}
+
+    before = addresses()
+    assert len(before) > 24
     model.load_state_dict(torch.load(file, weights_only=True))
-    assert {
-        name: t.data_ptr() for name, t in [*model.named_buffers(), *model.named_parameters()]
-    } == places
+    assert addresses() == before
     with torch.no_grad():
-        difference = model.logits(model.hidden(ids)) - saved.logits(saved.hidden(ids))
-    assert difference.abs().max() == 0.0
+        assert torch.equal(model.predict(ids), saved.predict(ids))
 
 
-# ---- Interface ---------------------------------------------------------------------------------------------
+# ---- Interface -----------------------------------------------------------------------------------
 
 
 def test_importing_the_script_has_no_side_effects(tmp_path):
-    """In a shell that torchrun and a careless user have filled: nothing is read, made, printed or joined."""
+    """In a shell that torchrun and a careless user have filled.
+
+    Nothing is read, made, printed or joined.
+    """
     code = """if True:
         import threading, torch
         before = torch.get_rng_state()
@@ -571,7 +584,7 @@ def test_the_names_that_other_peoples_code_imports():
     assert issubclass(train_gpt.FrozenRandomLinearWithLoRA, torch.nn.Module)
     assert issubclass(train_gpt.GPT, torch.nn.Module)
     assert issubclass(train_gpt.Muon, torch.optim.Optimizer)
-    assert inspect.signature(train_gpt.main).parameters == {}
+    assert inspect.signature(train_gpt.main).bind().arguments == {}  # main() alone runs it
 
 
 def test_defaults_are_system_a():
@@ -589,7 +602,7 @@ def test_defaults_are_system_a():
         "bigram_dim": 128,
         "ve_enabled": 1,
         "ve_dim": 128,
-        "ve_layers": "9,10",
+        "ve_layers": "-2,-1",
         "vrl_enabled": 1,
         "smear_enabled": 1,
         "skips_enabled": 1,
@@ -624,39 +637,33 @@ def test_defaults_are_system_a():
         "ema_decay": 0.997,
         "swa_interval": 50,
         "swa_threshold": 0.2,
-        "late_qat_threshold": 0.15,
         "gptq_reserve_seconds": 45,
         "max_wallclock_seconds": 600,
         "eval_stride": 64,
         "artifact_limit_bytes": 16_000_000,
     }
-    h = train_gpt.Hyperparameters()
+    h = train_gpt.load_settings({})
     assert {name: getattr(h, name) for name in expected} == expected
     assert (h.head_dim, h.kv_dim, h.mlp_dim, h.value_layers) == (64, 256, 1536, [9, 10])
 
 
 def test_sizes_of_the_full_configuration():
-    """No map is drawn: the same model with learned maps, on the meta device, has all the other parameters."""
-    rows = train_gpt.Hyperparameters().maps
-    assert len(rows) == 66
-    assert {row.basis for row in rows} == {"orthogonal"}
-    assert sum(row.out_features * row.in_features for row in rows) == 25_952_256
+    """No map is generated: learned maps on the meta device have all other parameters."""
+    specs = train_gpt.build_map_table(train_gpt.load_settings({})).values()
+    assert len(specs) == 66
+    assert {spec.basis for spec in specs} == {"orthogonal"}
+    assert sum(spec.out_features * spec.in_features for spec in specs) == 25_952_256
     with torch.device("meta"):
-        model = train_gpt.GPT(train_gpt.Hyperparameters(map_basis="learned"))
-    around = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if name.removesuffix(".weight") not in model.table
-    )
-    trained = around + sum(
-        row.adapters()["lora"] * (row.in_features + row.out_features) for row in rows
-    )
-    assert trained == pytest.approx(
-        3_744_892, abs=30
-    )  # PR #1113 has 23 more scalars among its gates
+        model = train_gpt.GPT(train_gpt.load_settings({}, map_basis="learned"))
+    trained = sum(sum(spec.shape) * spec.adapters()["lora"] for spec in specs)
+    for name, p in model.named_parameters():
+        if name.removesuffix(".weight") not in model.table:
+            trained += p.numel()
+    # PR #1113 has 23 more scalars among its gates.
+    assert trained == pytest.approx(3_744_892, abs=30)
 
 
-# ---- The type of activations -------------------------------------------------------------------------------
+# ---- Device and type of activations --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -672,14 +679,47 @@ def test_sizes_of_the_full_configuration():
 def test_the_type_is_the_one_that_this_cpu_multiplies_faster(
     amx, avx512, maker, expected, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train_gpt, "AMX", amx)
+    monkeypatch.setattr(train_gpt, "HAS_AMX", amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     if maker:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {maker}\n")
     monkeypatch.setattr(train_gpt, "Path", lambda path: tmp_path)  # for /proc
-    assert train_gpt.World(train_gpt.Hyperparameters({})).dtype is expected
+    auto = train_gpt.load_settings({})
+    assert train_gpt.resolve_dtype(auto, on_cuda=False) is expected
+    assert train_gpt.resolve_dtype(auto, on_cuda=True) is torch.bfloat16
     for name in ("float32", "bfloat16"):
-        assert train_gpt.World(train_gpt.Hyperparameters({}, dtype=name)).dtype is getattr(
-            torch, name
-        )
+        h = train_gpt.load_settings({}, dtype=name)
+        for on_cuda in (False, True):
+            assert train_gpt.resolve_dtype(h, on_cuda) is getattr(torch, name)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "available", "on_cuda"),
+    [
+        ("auto", True, True),
+        ("auto", False, False),
+        ("cuda", True, True),
+        ("cpu", True, False),
+        ("cpu", False, False),
+    ],
+)
+def test_the_device_is_the_gpu_unless_there_is_none_or_nobody_wants_it(
+    wanted, available, on_cuda, monkeypatch
+):
+    """COMPILE=auto compiles on the GPU alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    dist = train_gpt.Distributed(train_gpt.load_settings({}, device=wanted))
+    assert (dist.on_cuda, dist.compile) == (on_cuda, on_cuda)
+    assert str(dist.device) == ("cuda:3" if on_cuda else "cpu")
+    assert dist.device_name == "GPU 3" if on_cuda else dist.device_name.endswith("CPU")
+    for choice in ("0", "1"):
+        h = train_gpt.load_settings({}, device=wanted, compile=choice)
+        assert train_gpt.Distributed(h).compile == (choice == "1")
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(train_gpt.UserError, match="DEVICE=cuda"):
+        train_gpt.Distributed(train_gpt.load_settings({}, device="cuda"))
