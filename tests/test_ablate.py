@@ -892,6 +892,7 @@ def test_missing_package_is_named(tmp_path):
 def test_real_script(tmp_path):
     corpus = make_corpus(tmp_path)
     settings = TINY | {"NUM_LAYERS": 1, "MODEL_DIM": 16, "VE_LAYERS": 0, "EVAL_STRIDE": 32}
+    settings["VOCAB_SIZE"] = corpus.settings["VOCAB_SIZE"]
     (tmp_path / "tiny.env").write_text(
         "".join(f"{key}={value}\n" for key, value in settings.items())
     )

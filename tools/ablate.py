@@ -407,7 +407,7 @@ def environment(settings: dict, on_cpu: bool = True) -> dict[str, str]:
 
 
 def check(variants: list[Variant], script: Path, jobs: int) -> tuple[int, str]:
-    """Fill in the variants' values, budgets and ids. Return the number of GPUs and torch's version.
+    """Fill in the variants' values, budgets and ids. Return the GPUs to use and torch's version.
 
     Raise UserError with everything that the script refuses.
     """
@@ -438,6 +438,8 @@ def check(variants: list[Variant], script: Path, jobs: int) -> tuple[int, str]:
     code = script.read_text(encoding="utf-8")
     for variant in variants:  # teachers first: a student's id depends on its teacher's
         complete(variant, code)
+    if all(variant.values.get("device") == "cpu" for variant in variants):
+        gpus = 0
     return gpus, version
 
 
