@@ -46,7 +46,7 @@ Glossary:
 Where to look:
 
     A map's seed is MAP_SEED + MAP_SEED_STRIDE * layer + an offset for its kind: build_map_table.
-    A LoRA factor has Role.MATRIX: Optimizers gives it to Muon, WeightAverages averages it,
+    A LoRA factor has Role.FACTOR: Optimizers gives it to Muon, WeightAverages averages it,
     LoRA.quantize turns it into codes by GPTQ, write_artifact stores the codes.
     An evaluation window scores the tokens that no window before it has scored: plan_windows.
 """
@@ -159,6 +159,15 @@ class Hyperparameters:
         "auto", "activations; auto: the fast type", choices=("auto", "bfloat16", "float32")
     )
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
+    compile_muon: int = setting(0, "1: compile Muon's orthogonalization, too", 0, 1)
+    mix_order_reduction: int = setting(
+        0, "1: inductor's mix-order reduction, on from torch 2.11", 0, 1
+    )
+    attention_backend: str = setting(
+        "auto",
+        "order of attention kernels on CUDA, such as fa3,cudnn,flash; auto: see ATTENTION_ORDER",
+    )
+    fuse_qkv: int = setting(1, "1: one product for q, k and v; 0: three", 0, 1)
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH and do nothing else", 0, 1)
     model_path: str = setting("", "artifact that EVAL_ONLY reads")
     export_only: int = setting(0, "1: export and evaluate CHECKPOINT_PATH, do not train", 0, 1)
@@ -169,6 +178,11 @@ class Hyperparameters:
     # Data
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of the shards")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
+    data_order: str = setting(
+        "shuffle",
+        "shuffle: sequences in a seeded order; stream: as they lie in the shards",
+        choices=("shuffle", "stream"),
+    )
     holdout_tokens: int = setting(1_048_576, "training tokens kept back to choose a candidate", 1)
 
     # Model
@@ -180,6 +194,7 @@ class Hyperparameters:
     mlp_mult: float = model_setting(3.0, "hidden width of the MLP over MODEL_DIM", 0.01, 64)
     rope_dims: int = model_setting(16, "rotated dimensions of each head", 0, 1024)
     rope_base: float = model_setting(10_000.0, "base of the rotary frequencies", 1, 1e9)
+    rope_stretch_from: int = model_setting(1024, "longest sequence with that base; 0: any length")
     xsa_last_n: int = model_setting(11, "last N layers use exclusive self-attention", 0, 256)
     ln_scale: int = model_setting(1, "1: scale each pre-norm by 1/sqrt(layer + 1)", 0, 1)
     bigram_vocab_size: int = model_setting(
@@ -203,10 +218,14 @@ class Hyperparameters:
     tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0, 10)
 
     # Map table: each is CELL or SELECTOR=CELL, with commas between; the last that fits holds
-    map_basis: str = model_setting("orthogonal", "learned, or the basis of a frozen random map")
+    map_basis: str = model_setting("orthogonal", "learned, shared, or the basis of a random map")
+    map_init: str = model_setting(
+        "orthogonal,attention.proj=zero,mlp.proj=zero", "initial value of a learned map"
+    )
     map_gain: str = model_setting("1", "factor on the basis")
     map_seed: int = model_setting(12_345, "seed of the random maps", 0, 2**62)
     map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
+    map_twist: str = model_setting("none", "random rotation of a shared map in each layer")
     map_adapter: str = model_setting("lora:32", "none, or NAME:SIZE with + between")
     map_scale: str = model_setting("none", "learned factor: none, map (one) or row (one per row)")
     map_gate: str = model_setting("none", "initial value of a learned gate per output, or none")
@@ -234,15 +253,18 @@ class Hyperparameters:
     train_log_every: int = setting(200, "steps between log lines; 0: none")
 
     # Optimizers
-    matrix_lr: float = setting(0.025, "learning rate of Muon: matrices and adapters")
+    matrix_lr: float = setting(0.025, "learning rate of Muon for matrices")
+    factor_lr: float = setting(0.025, "learning rate of Muon for low-rank factors")
     tied_embed_lr: float = setting(0.035, "learning rate of AdamW for embeddings")
     scalar_lr: float = setting(0.025, "learning rate of AdamW for gains, gates and scales")
     sparse_lr: float = setting(0.003, "learning rate of AdamW for values of sparse adapters")
+    mask_lr: float = setting(0.1, "learning rate of Adam for scores of masks and signs")
     muon_momentum: float = setting(0.99, "momentum of Muon", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at the first step", 0, 1)
     muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20)
-    muon_wd: float = setting(0.04, "decoupled weight decay of Muon")
+    muon_wd: float = setting(0.04, "decoupled weight decay of matrices")
+    factor_wd: float = setting(0.04, "decoupled weight decay of low-rank factors")
     adam_wd: float = setting(0.04, "decoupled weight decay of AdamW")
     embed_wd: float = setting(0.04, "decoupled weight decay of embeddings")
     beta1: float = setting(0.9, "AdamW: decay of the mean", 0, 0.9999)
@@ -253,7 +275,7 @@ class Hyperparameters:
     swa_enabled: int = setting(1, "1: plain average of late weights", 0, 1)
     swa_interval: int = setting(50, "steps between two weights of that average", 1)
     swa_threshold: float = setting(0.2, "learning-rate scale below which it begins", 0, 1)
-    late_qat_threshold: float = setting(0.15, "scale below which late QAT begins; 0: never", 0, 1)
+    late_qat_threshold: float = setting(0.0, "scale below which late QAT begins; 0: never", 0, 1)
 
     # Quantization and artifact
     matrix_bits: int = setting(6, "bits of a matrix's code", 2, 8)
@@ -263,7 +285,7 @@ class Hyperparameters:
     )
     embed_clip_sigmas: float = setting(15.0, "the same for embeddings", 0.5, 100)
     gptq_calib_batches: int = setting(8, "calibration batches of 8,192 training tokens; 0: no GPTQ")
-    prune_pct: float = setting(0.0, "percentage of each matrix set to zero", 0, 99)
+    prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
     artifact_limit_bytes: int = setting(16_000_000, "limit of code and model together", 1)
 
     # Evaluation
@@ -448,6 +470,7 @@ class Role(enum.Enum):
     """What a learned tensor is. The role decides its optimizer and its quantizer."""
 
     MATRIX = "matrix"
+    FACTOR = "factor"
     EMBEDDING = "embedding"
     SCALAR = "scalar"
     SPARSE = "sparse"
@@ -474,14 +497,14 @@ class QuantizedModule(nn.Module):
         return {
             name: quantizers[role].quantize(getattr(self, name).data, hessian)
             for name, role in self.roles.items()
-            if isinstance(getattr(self, name), nn.Parameter)
+            if isinstance(getattr(self, name, None), nn.Parameter)
         }
 
 
 class Adapter(QuantizedModule):
     """What is learned beside a frozen map W: ΔW as low-rank factors, or as a full correction.
 
-    `size` says what the number after the colon in MAP_ADAPTER counts: rank, density or nothing.
+    `size` is what the number after the colon in MAP_ADAPTER means: rank, density, count or nothing.
     """
 
     size: ClassVar[str] = ""
@@ -499,7 +522,7 @@ class LoRA(Adapter):
     """ΔW = A B (arXiv:2106.09685): A (out, rank) starts at zero, B (rank, in) normal, std 1/√in."""
 
     size = "rank"
-    roles: ClassVar = {"B": Role.MATRIX, "A": Role.MATRIX}
+    roles: ClassVar = {"B": Role.FACTOR, "A": Role.FACTOR}
 
     def __init__(self, spec: MapSpec, rank: int) -> None:
         super().__init__()
@@ -513,7 +536,7 @@ class LoRA(Adapter):
         self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
     ) -> dict[str, QuantizedTensor | Tensor]:
         """Quantize B against its inputs x, then A against its own inputs x B̂ᵀ."""
-        quantizer = quantizers[Role.MATRIX]
+        quantizer = quantizers[Role.FACTOR]
         b_codes = quantizer.quantize(self.B.data, hessian)
         a_hessian = None
         if hessian is not None:
@@ -580,28 +603,78 @@ class Sparse(Adapter):
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
 
-class Mask(Adapter):
-    """W + ΔW is √2 · W where a learned score is positive, else 0: one bit per weight.
+class BinaryAdapter(Adapter):
+    """One learned bit per weight: whether its score is positive (arXiv:1911.13299).
 
-    The scores are trained through a straight-through estimator (arXiv:1911.13299).
+    The scores are trained through a straight-through estimator, the gradient of
+    sigmoid(score / temperature). The temperature falls during training as in PR #1753.
     """
 
     roles: ClassVar = {"scores": Role.MASK}
 
     def __init__(self, spec: MapSpec, _: float) -> None:
         super().__init__()
-        scores = torch.empty(spec.shape).uniform_(-1, 1)
-        self.scores = nn.Parameter(scores * spec.in_features**-0.5)
+        self.scores = nn.Parameter(self.initial_scores(spec) * spec.in_features**-0.5)
+        self.register_buffer("temperature", torch.ones(()), persistent=False)
 
-    def correction(self, weight: Tensor) -> Tensor:
-        straight_through = (self.scores - self.scores.detach()).to(weight.dtype)
-        mask = (self.scores > 0).to(weight.dtype) + straight_through
-        return weight * (math.sqrt(2) * mask - 1)
+    def initial_scores(self, spec: MapSpec) -> Tensor:
+        raise NotImplementedError
+
+    def bits(self, dtype: torch.dtype) -> Tensor:
+        """Return 1 where a score is positive, else 0, (out, in)."""
+        soft = torch.sigmoid(self.scores / self.temperature)
+        return ((self.scores > 0).to(dtype)) + (soft - soft.detach()).to(dtype)
 
     def quantize(
         self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
     ) -> dict[str, QuantizedTensor | Tensor]:
         return {"scores": self.scores.data > 0}
+
+
+class Mask(BinaryAdapter):
+    """W + ΔW is √2 · W where the bit is 1, else 0; about half of the bits are 1 at first."""
+
+    def initial_scores(self, spec: MapSpec) -> Tensor:
+        return torch.empty(spec.shape).uniform_(-1, 1)
+
+    def correction(self, weight: Tensor) -> Tensor:
+        return weight * (math.sqrt(2) * self.bits(weight.dtype) - 1)
+
+
+class Signs(BinaryAdapter):
+    """W + ΔW is W where the bit is 1, else -W: learned signs, random magnitudes. It starts as W."""
+
+    def initial_scores(self, spec: MapSpec) -> Tensor:
+        return torch.empty(spec.shape).uniform_(0, 1)
+
+    def correction(self, weight: Tensor) -> Tensor:
+        return weight * (2 * self.bits(weight.dtype) - 2)
+
+
+@functools.lru_cache(maxsize=64)
+def shared_maps(count: int, rows: int, columns: int, seed: int) -> Tensor:
+    """Return (count, rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
+    maps = [gaussian(rows, columns, seed + (3 << 96) + i) for i in range(count)]
+    return torch.stack(maps).to(torch.bfloat16)
+
+
+class Combination(Adapter):
+    """ΔW = Σ c_i R_i with learned c_i and seeded R_i, shared by all maps of one shape.
+
+    NOLA (arXiv:2310.02556) and PR #812; the coefficients are all that is stored.
+    """
+
+    size = "count"
+
+    def __init__(self, spec: MapSpec, count: int) -> None:
+        super().__init__()
+        maps = shared_maps(count, spec.out_features, spec.in_features, spec.shared_seed)
+        self.register_buffer("maps", maps, persistent=False)
+        self.coefficients = nn.Parameter(torch.zeros(count))
+
+    def correction(self, weight: Tensor) -> Tensor:
+        coefficients = self.coefficients.to(weight.dtype)
+        return torch.tensordot(coefficients, self.maps.to(weight.dtype), dims=1)
 
 
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -610,7 +683,91 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "vera": VeRA,
     "sparse": Sparse,
     "mask": Mask,
+    "signs": Signs,
+    "combination": Combination,
 }
+
+
+class SharedMatrices(QuantizedModule):
+    """Learned matrices (out, in) that the maps of one kind share; each is stored once."""
+
+    def __init__(self, spec: MapSpec) -> None:
+        super().__init__()
+        count = spec.shared_count
+        self.roles = {f"weight{i}": Role.MATRIX for i in range(count)}
+        for name in self.roles:
+            self.register_parameter(name, nn.Parameter(initial_weight(spec)))
+
+    def weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.roles]
+
+
+class PermutationTwist(nn.Module):
+    """W -> P W Q with random signed permutations P and Q."""
+
+    def __init__(self, spec: MapSpec) -> None:
+        super().__init__()
+        rows, columns = spec.shape
+        words = random_uint64(spec.seed + (4 << 96), rows + columns)
+        for name, part in (("row", words[:rows]), ("column", words[rows:])):
+            order = torch.from_numpy(part.argsort(kind="stable"))
+            signs = torch.from_numpy(1.0 - 2.0 * (part & np.uint64(1))).to(torch.bfloat16)
+            self.register_buffer(f"{name}_order", order, persistent=False)
+            self.register_buffer(f"{name}_signs", signs, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Twist a matrix (out, in)."""
+        weight = weight[self.row_order][:, self.column_order]
+        rows, columns = self.row_signs.to(weight.dtype), self.column_signs.to(weight.dtype)
+        return weight * rows[:, None] * columns
+
+    def untwist_hessian(self, hessian: Tensor) -> Tensor:
+        """Return the Hessian (in, in) of W's own inputs, given that of the map's inputs."""
+        signs = self.column_signs.to(hessian.dtype)
+        back = self.column_order.argsort()
+        return (hessian * signs[:, None] * signs)[back][:, back]
+
+
+class OrthogonalTwist(nn.Module):
+    """W -> P W Q with random orthogonal P and Q."""
+
+    def __init__(self, spec: MapSpec) -> None:
+        super().__init__()
+        rows, columns = spec.shape
+        p = orthogonal(rows, rows, spec.seed + (5 << 96)).to(torch.bfloat16)
+        q = orthogonal(columns, columns, spec.seed + (6 << 96)).to(torch.bfloat16)
+        self.register_buffer("p", p.contiguous(), persistent=False)
+        self.register_buffer("q", q.contiguous(), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Twist a matrix (out, in)."""
+        return self.p.to(weight.dtype) @ weight @ self.q.to(weight.dtype)
+
+    def untwist_hessian(self, hessian: Tensor) -> Tensor:
+        """Return the Hessian (in, in) of W's own inputs, given that of the map's inputs."""
+        q = self.q.to(hessian.dtype)
+        return q @ hessian @ q.T
+
+
+TWISTS: dict[str, type[nn.Module]] = {
+    "permutation": PermutationTwist,
+    "orthogonal": OrthogonalTwist,
+}
+
+
+def initial_weight(spec: MapSpec) -> Tensor:
+    """Return the initial value of a learned map, (out, in) float32."""
+    weight = torch.empty(spec.shape)
+    return nn.init.zeros_(weight) if spec.init == "zero" else nn.init.orthogonal_(weight, spec.gain)
+
+
+def depth_weights(count: int, depth: float) -> Tensor:
+    """Return initial weights (count,) of shared matrices in a layer at a depth from 0 to 1.
+
+    The matrices stand at equal distances along the depth; a layer starts as a mix of the two that
+    are nearest. With equal weights all layers would be the same at first (PR #812).
+    """
+    return (1 - (torch.arange(count) - depth * (count - 1)).abs()).clamp(min=0)
 
 
 class LowRankLinearFunction(torch.autograd.Function):
@@ -671,9 +828,10 @@ def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | No
     if all(part is None for part in parts):
         return None
     rows = []
+    other = next(part for part in parts if part is not None)
     for each, part in zip(maps, parts, strict=True):
-        factor = each.weight.new_full((1,), neutral) if part is None else part
-        rows.append(factor.expand(len(each.weight)))
+        factor = other.new_full((1,), neutral) if part is None else part
+        rows.append(factor.expand(each.out_features))
     return torch.cat(rows)
 
 
@@ -739,19 +897,30 @@ def fused_linear(
 class Linear(QuantizedModule):
     """One map of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
-    W (out, in) is a float32 parameter, orthogonal at first, or a frozen random map: a bfloat16
-    buffer that is never in a state_dict. ΔW is the sum of its adapters.
+    W (out, in) is one of three: a float32 parameter; a frozen random map, a bfloat16 buffer that is
+    never in a state_dict; or a mix of shared matrices, twisted by free random maps. ΔW is the sum
+    of its adapters.
     """
 
     roles: ClassVar = {"weight": Role.MATRIX}
 
-    def __init__(self, spec: MapSpec, bias: bool = False) -> None:
+    def __init__(
+        self, spec: MapSpec, bias: bool = False, shared: SharedMatrices | None = None
+    ) -> None:
         super().__init__()
         out_features = spec.out_features
-        if spec.basis == "learned":
-            self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(spec.shape), spec.gain))
-        else:
+        self.shared = ()  # a tuple does not register the matrices again
+        self.shared_mix = None
+        self.twist = TWISTS[spec.twist](spec) if spec.twist != "none" else None
+        if shared is not None:
+            self.shared = (shared,)
+            if spec.shared_count > 1:
+                self.shared_mix = nn.Parameter(depth_weights(spec.shared_count, spec.depth))
+        elif spec.is_random:
             self.register_buffer("weight", generate_map(spec), persistent=False)
+        else:
+            self.weight = nn.Parameter(initial_weight(spec))
+        self.out_features = out_features
         for name, size in spec.adapters().items():
             self.add_module(name, ADAPTERS[name](spec, size))
         scale_shape = {"none": None, "map": 1, "row": out_features}[spec.scale]
@@ -763,10 +932,12 @@ class Linear(QuantizedModule):
 
     def merged(self, dtype: torch.dtype) -> MergedMap:
         """Return W with its corrections, and the factors of its low-rank adapters side by side."""
-        weight = self.weight.to(dtype)
+        weight = self.base_weight().to(dtype)
         total = weight
         factors = []
         for adapter in self.children():
+            if not isinstance(adapter, Adapter):
+                continue
             correction = adapter.correction(weight)
             if correction is not None:
                 total = total + correction
@@ -778,6 +949,17 @@ class Linear(QuantizedModule):
         a = torch.cat([a for a, _ in factors], dim=1)
         b = torch.cat([b for _, b in factors], dim=0)
         return MergedMap(total, a.to(dtype), b.to(dtype))
+
+    def base_weight(self) -> Tensor:
+        """Return W (out, in): learned, random, or made of shared matrices."""
+        if not self.shared:
+            return self.weight
+        weights = self.shared[0].weights()
+        if self.shared_mix is None:
+            (weight,) = weights
+        else:
+            weight = sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
+        return weight if self.twist is None else self.twist(weight)
 
     @property
     def members(self) -> tuple[QuantizedModule, ...]:
@@ -806,10 +988,16 @@ class InputGroup(nn.Module):
 
 
 class FusedLinear(InputGroup):
-    """Maps of one input, computed by one product: x (..., in) -> (..., Σ out)."""
+    """Maps of one input, computed by one product or one by one: x (..., in) -> (..., Σ out)."""
+
+    def __init__(self, *members: Linear, fused: bool = True) -> None:
+        super().__init__(*members)
+        self.fused = fused
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_linear(x, self.members)
+        if self.fused:
+            return fused_linear(x, self.members)
+        return torch.cat([fused_linear(x, (each,)) for each in self.members], -1)
 
 
 class FrozenRandomLinearWithLoRA(Linear):
@@ -894,8 +1082,11 @@ class MapSpec(NamedTuple):
     name: str  # path of its module in the model
     out_features: int
     in_features: int
-    basis: str = "learned"  # or a key of BASES for a frozen random map
-    seed: int = 0  # of a frozen map
+    basis: str = "learned"  # shared or shared:N, or a key of BASES for a frozen random map
+    init: str = "orthogonal"  # initial value of what is learned of W: orthogonal or zero
+    twist: str = "none"  # or a key of TWISTS: how a layer makes a shared map its own
+    depth: float = 0.0  # of its layer, from 0 to 1
+    seed: int = 0  # of what is random in this map
     shared_seed: int = 0  # of what adapters generate once for all maps of one shape
     gain: float = 1.0  # factor on the basis
     adapter: str = "none"  # NAME:SIZE with NAME in ADAPTERS, + between
@@ -909,7 +1100,14 @@ class MapSpec(NamedTuple):
 
     @property
     def is_random(self) -> bool:
-        return self.basis != "learned"
+        """Whether W is a frozen random map."""
+        return self.basis in BASES
+
+    @property
+    def shared_count(self) -> int:
+        """How many matrices all layers share for it; 0: it has its own."""
+        name, _, count = self.basis.partition(":")
+        return int(count or 1) if name == "shared" else 0
 
     def adapters(self) -> dict[str, float]:
         """Return name -> size. ValueError for what is no adapter or does not fit the map."""
@@ -930,9 +1128,14 @@ class MapSpec(NamedTuple):
             if text or part.endswith(":"):
                 raise ValueError(f"{part!r} needs no size")
             return 0
-        low, high = (1, min(self.shape)) if unit == "rank" else (1 / self.in_features, 1)
+        limits = {
+            "rank": (1, min(self.shape)),
+            "density": (1 / self.in_features, 1),
+            "count": (1, 4096),
+        }
+        low, high = limits[unit]
         try:
-            size = int(text) if unit == "rank" else float(text)
+            size = float(text) if unit == "density" else int(text)
         except ValueError:
             size = math.nan
         if not low <= size <= high:
@@ -950,7 +1153,7 @@ class MapRule(NamedTuple):
     proj) or one such as attention.q.
     """
 
-    selector: str  # as written; empty: all maps (basis, freeze) or all random maps (other columns)
+    selector: str  # as written; empty: all maps, or all random ones (see FOR_ALL_MAPS)
     member: int | None
     kind: str
     layers: list[int]
@@ -963,9 +1166,17 @@ class MapRule(NamedTuple):
 
 
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
-CELL_WORDS = {"basis": ["learned", *BASES], "scale": ["none", "map", "row"], "gate": ["none"]}
+CELL_WORDS = {
+    "basis": ["learned", "shared", *BASES],
+    "init": ["orthogonal", "zero"],
+    "twist": ["none", *TWISTS],
+    "scale": ["none", "map", "row"],
+    "gate": ["none"],
+}
 CELL_RANGES = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}
-COLUMNS = ("basis", "gain", "adapter", "scale", "gate", "freeze")
+COLUMNS = ("basis", "init", "gain", "twist", "adapter", "scale", "gate", "freeze")
+# Columns whose rules without a selector are for all maps; in the others they are for random ones.
+FOR_ALL_MAPS = ("basis", "init", "twist", "freeze")
 
 
 def parse_cell(column: str, text: str) -> str | float | None:
@@ -973,6 +1184,8 @@ def parse_cell(column: str, text: str) -> str | float | None:
     if column == "gate" and text == "none":
         return None
     if column == "adapter" or text in CELL_WORDS.get(column, ()):
+        return text
+    if column == "basis" and re.fullmatch(r"shared:[1-9]\d?", text):
         return text
     if column not in CELL_RANGES:
         raise ValueError(f"{text!r} is none of {', '.join(CELL_WORDS[column])}")
@@ -1062,11 +1275,13 @@ class MapTable:
             shapes["mlp.gate"] = (hidden, d)
         return shapes
 
-    def cells(self, column: str, member: int, layer: int, kind: str, is_random: bool) -> dict:
+    def cells(
+        self, column: str, member: int, layer: int, kind: str, is_random: bool
+    ) -> dict[str, Any]:
         """Return {column: cell} of one map, or nothing where no rule of the column selects it."""
         chosen = {}
         for rule in self.rules[column]:
-            for_learned_maps = rule.selector or column in ("basis", "freeze")
+            for_learned_maps = rule.selector or column in FOR_ALL_MAPS
             if (is_random or for_learned_maps) and rule.selects(member, kind, layer):
                 chosen[column] = rule.cell
                 self.used.add((column, rule.selector))
@@ -1076,13 +1291,14 @@ class MapTable:
         """Return the row of one map."""
         h = self.h
         cells = self.cells("basis", member, layer, kind, False)
-        is_random = cells.get("basis", "learned") != "learned"
+        is_random = cells.get("basis", "learned") != "learned"  # or shared: random in each layer
         for column in COLUMNS[1:]:
             cells |= self.cells(column, member, layer, kind, is_random)
         if is_random:
             shared_seed = h.map_seed + 1_000_000 * member
             cells["shared_seed"] = shared_seed
             cells["seed"] = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
+        cells["depth"] = layer / max(h.num_layers - 1, 1)
         prefix = f"members.{member}." if h.ensemble > 1 else ""
         return MapSpec(f"{prefix}blocks.{layer}.{kind}", *shape, **cells)
 
@@ -1092,17 +1308,20 @@ class MapTable:
         for spec in self.specs:
             kind = ".".join(spec.name.split(".")[-2:])
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
-                if spec.adapters() and not spec.is_random:
+                if spec.adapters() and spec.basis == "learned":
                     raise ValueError(f"{kind} is learned in full, it has no adapter")
+            with collect_errors(self.errors, f"MAP_TWIST={h.map_twist}"):
+                if spec.twist != "none" and not spec.shared_count:
+                    raise ValueError(f"{kind} is not shared, it has no twist")
             learned = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
-            if spec.freeze and spec.is_random and not learned:
-                freeze = f"MAP_FREEZE={h.map_freeze}"
-                self.errors.append(f"{freeze}: {kind} is random, nothing of it is learned")
+            with collect_errors(self.errors, f"MAP_FREEZE={h.map_freeze}"):
+                if spec.freeze and spec.basis != "learned" and not learned:
+                    raise ValueError(f"{kind} is {spec.basis}, nothing of its own is learned")
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
                     self.errors.append(f"MAP_{column.upper()}: {rule.selector} selects no map")
-        seeds = [spec.seed for spec in self.specs if spec.is_random]
+        seeds = [spec.seed for spec in self.specs if spec.basis != "learned"]
         if len(set(seeds)) < len(seeds):
             stride = f"MAP_SEED_STRIDE={h.map_seed_stride}"
             self.errors.append(f"{stride} and the members give two maps the same seed")
@@ -1391,13 +1610,25 @@ def settings_help() -> str:
 # ---- Attention ---------------------------------------------------------------------------------
 
 
-def rotary_table(base: float, dims: int, dtype: torch.dtype, positions: int) -> Tensor:
-    """Return the cosines and sines of all positions, (2, positions, 1, dims / 2).
+def rope_base(h: Hyperparameters, length: int) -> float:
+    """Return the base of the rotary frequencies for sequences of a length.
+
+    Over ROPE_STRETCH_FROM tokens it grows, so that the slowest rotation turns as far over the
+    longer sequence as before (PR #1113): base · (T / 1024)^(R / (R - 2)) for R rotated dimensions.
+    """
+    limit, dims = h.rope_stretch_from, h.rope_dims
+    if not limit or length <= limit or dims <= 2:
+        return h.rope_base
+    return h.rope_base * (length / limit) ** (dims / (dims - 2))
+
+
+def rotary_table(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
+    """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, ROPE_DIMS / 2).
 
     Without the table, compiled kernels compute them again for every head.
     """
-    frequencies = base ** -(torch.arange(0, dims, 2).double() / dims)
-    angles = torch.arange(positions)[:, None, None] * frequencies
+    exponents = torch.arange(0, h.rope_dims, 2).double() / max(h.rope_dims, 1)
+    angles = torch.arange(length + 1)[:, None, None] * rope_base(h, length) ** -exponents
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
@@ -1614,7 +1845,7 @@ class Attention(nn.Module):
         self.proj = linear("attention.proj")
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
-        self.project_qkv = FusedLinear(self.q, self.k, self.v)
+        self.project_qkv = FusedLinear(self.q, self.k, self.v, fused=bool(h.fuse_qkv))
         self.use_xsa = layer >= h.num_layers - h.xsa_last_n
         self.head_dim = h.head_dim
         self.heads = [h.num_heads, h.num_kv_heads]
@@ -1794,10 +2025,17 @@ class LanguageModel(nn.Module):
     def fingerprint(self) -> str:
         """Return SHA-256 over all that seeds generated, in the order of the map table."""
         digest = hashlib.sha256()
-        for spec in self.random_maps():
+        for spec in self.table.values():
             for buffer in self.get_submodule(spec.name).buffers():
-                digest.update(buffer.cpu().view(torch.uint8).numpy().tobytes())
+                if buffer.ndim:  # a number is a schedule's state, such as a temperature
+                    digest.update(buffer.cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set the temperature of the bits that masks and signs learn."""
+        for module in self.modules():
+            if isinstance(module, BinaryAdapter):
+                module.temperature.fill_(temperature)
 
 
 class GPT(LanguageModel):
@@ -1812,17 +2050,24 @@ class GPT(LanguageModel):
         super().__init__(h)
         d = h.model_dim
 
-        def block(layer: int) -> Block:
-            return Block(
-                h, layer, lambda kind: Linear(self.table[f"{prefix}blocks.{layer}.{kind}"])
-            )
+        self.shared = nn.ModuleDict()  # by kind of map and basis
 
+        def linear(layer: int, kind: str) -> Linear:
+            spec = self.table[f"{prefix}blocks.{layer}.{kind}"]
+            if not spec.shared_count:
+                return Linear(spec)
+            key = f"{kind}:{spec.basis}".replace(".", "_")
+            if key not in self.shared:
+                self.shared[key] = SharedMatrices(spec)
+            return Linear(spec, shared=self.shared[key])
+
+        small = (2 * h.num_layers) ** -0.5  # gain of projections beside the blocks
         self.embedding = Embedding(h.vocab_size, d, h.tied_embed_init_std, dtype)
         self.bigram_buckets = h.bigram_vocab_size
         if h.bigram_vocab_size > 1:
             self.bigram = nn.Sequential(
                 Embedding(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype),
-                Linear(MapSpec("bigram.1", d, h.bigram_dim)),
+                Linear(MapSpec("bigram.1", d, h.bigram_dim, gain=small)),
             )
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
@@ -1830,10 +2075,12 @@ class GPT(LanguageModel):
         if self.value_layers:
             self.value_embedding = nn.Sequential(
                 Embedding(h.vocab_size, h.ve_dim, 0.01, dtype),
-                Linear(MapSpec("value_embedding.1", h.kv_dim, h.ve_dim)),
+                Linear(MapSpec("value_embedding.1", h.kv_dim, h.ve_dim, gain=small)),
             )
             self.value_scales = nn.Parameter(torch.full((len(self.value_layers),), 0.1))
-        self.blocks = nn.ModuleList(block(layer) for layer in range(h.num_layers))
+        self.blocks = nn.ModuleList(
+            Block(h, layer, functools.partial(linear, layer)) for layer in range(h.num_layers)
+        )
         self.block_orders = {False: list(range(h.num_layers)), True: h.block_order}
         self.recurs = True
         # U-Net skips: the i-th layer of the second half adds the stream after its mirror image.
@@ -1844,9 +2091,9 @@ class GPT(LanguageModel):
         has_gates = half and h.skip_gates_enabled
         self.skip_gates = nn.Parameter(torch.zeros(half, d)) if has_gates else None
         self.head = TiedHead(self.embedding, h.logit_softcap)
-        self.rotary = functools.partial(rotary_table, h.rope_base, h.rope_dims, dtype)
-        positions = 1 + max(h.train_seq_len, h.eval_seq_len)
-        self.register_buffer("rope", self.rotary(positions), persistent=False)
+        self.rotary = functools.partial(rotary_table, h, dtype)
+        for length in {h.train_seq_len, h.eval_seq_len}:
+            self.register_buffer(f"rope_{length}", self.rotary(length), persistent=False)
 
     def set_recurrence(self, enabled: bool) -> None:
         self.recurs = enabled
@@ -1879,7 +2126,9 @@ class GPT(LanguageModel):
     def attention_context(self, x: Tensor, streaming: bool) -> AttentionContext:
         """Return the rotations for x (B, T, d)."""
         length = x.size(1)
-        table = self.rope if length < self.rope.size(1) else self.rotary(length + 1)
+        table = getattr(self, f"rope_{length}", None)
+        if table is None:
+            table = self.rotary(length)
         cos, sin = table.to(x)
         row_shift = (cos[length], -sin[length]) if streaming else None
         return AttentionContext(cos[:length], sin[:length], row_shift)
@@ -1962,11 +2211,12 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     total = 4 * (sum(sizes) + h.ensemble * tables) + 64 * max(sizes)  # 64: while one is generated
     for spec in table.values():
         for name, size in spec.adapters().items():
-            is_rank = ADAPTERS[name].size == "rank"
-            if is_rank:
+            unit = ADAPTERS[name].size
+            numel = spec.out_features * spec.in_features
+            if unit == "rank":
                 total += 4 * int(size) * (spec.out_features + spec.in_features)
             else:
-                total += 12 * spec.out_features * spec.in_features
+                total += 2 * int(size) * numel if unit == "count" else 12 * numel
     return total
 
 
@@ -1994,7 +2244,7 @@ def describe_maps(model: LanguageModel) -> list[str]:
         cells = [
             spec.name,
             f"{spec.out_features}x{spec.in_features}",
-            f"{spec.gain:g}·{spec.basis}",
+            f"{spec.gain:g}·{spec.basis}" + (f"·{spec.twist}" if spec.twist != "none" else ""),
             spec.seed,
             spec.adapter,
             spec.scale,
@@ -2247,8 +2497,10 @@ def check_tokens(tokens: np.ndarray, h: Hyperparameters) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Return the order of n sequences in an epoch, (n,) int64."""
+def epoch_order(order: str, seed: int, epoch: int, n: int) -> np.ndarray:
+    """Return the order of n sequences in an epoch, (n,) int64, by DATA_ORDER."""
+    if order == "stream":
+        return np.arange(n)
     return np.argsort(random_uint64(seed + (epoch << 64), n), kind="stable")
 
 
@@ -2285,7 +2537,8 @@ class TrainingData:
         chosen = []
         for number in range(first, first + count):
             epoch, i = divmod(number, n)
-            chosen.append(self.positions[epoch_order(self.h.seed, epoch, n)[i]])
+            order = epoch_order(self.h.data_order, self.h.seed, epoch, n)
+            chosen.append(self.positions[order[i]])
         return self.read(chosen)
 
     def micro_batches(self, step: int, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
@@ -2417,10 +2670,12 @@ class Muon(torch.optim.Optimizer):
         backend_steps: int = 5,
         weight_decay: float = 0.0,
         dist: Distributed | None = None,
+        compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.backend_steps = backend_steps
         self.dist = dist
+        self.orthogonalize = torch.compile(orthogonalize, dynamic=False, disable=not compiled)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -2457,15 +2712,15 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(momenta, gradients)
         batch = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
         if self.dist is None or self.dist.world_size == 1:
-            return orthogonalize(batch, self.backend_steps), None
+            return self.orthogonalize(batch, self.backend_steps), None
         updates = torch.zeros_like(batch)
         mine = slice(self.dist.rank, None, self.dist.world_size)
-        updates[mine] = orthogonalize(batch[mine], self.backend_steps)
+        updates[mine] = self.orthogonalize(batch[mine], self.backend_steps)
         return updates, torch.distributed.all_reduce(updates, async_op=True)
 
 
 class Optimizers:
-    """Muon for matrices, AdamW for everything else."""
+    """Muon for matrices and low-rank factors, AdamW for everything else."""
 
     def __init__(
         self,
@@ -2476,26 +2731,32 @@ class Optimizers:
         self.h, self.dist = h, dist
         self.names = {p: name for group in groups.values() for name, p in group.items()}
         self.params = list(self.names)
-        matrices = [*groups[Role.MATRIX].values(), *groups[Role.MASK].values()]
-        self.muon = Muon(
-            [{"params": matrices}],  # as a group it may be empty
-            h.matrix_lr,
-            h.muon_momentum,
-            h.muon_backend_steps,
-            h.muon_wd,
-            dist,
-        )
+        muon_rates = {
+            Role.MATRIX: (h.matrix_lr, h.muon_wd),
+            Role.FACTOR: (h.factor_lr, h.factor_wd),
+        }
         adam_rates = {
             Role.EMBEDDING: (h.tied_embed_lr, h.embed_wd),
             Role.SCALAR: (h.scalar_lr, h.adam_wd),
             Role.SPARSE: (h.sparse_lr, h.muon_wd),
+            Role.MASK: (h.mask_lr, 0.0),
         }
-        adam_groups = [
-            {"params": list(groups[role].values()), "lr": lr, "weight_decay": weight_decay}
-            for role, (lr, weight_decay) in adam_rates.items()
-        ]
+
+        def param_groups(rates: dict[Role, tuple[float, float]]) -> list[dict[str, Any]]:
+            return [
+                {"params": list(groups[role].values()), "lr": lr, "weight_decay": weight_decay}
+                for role, (lr, weight_decay) in rates.items()
+            ]
+
+        self.muon = Muon(
+            param_groups(muon_rates),
+            momentum=h.muon_momentum,
+            backend_steps=h.muon_backend_steps,
+            dist=dist,
+            compiled=dist.compile and bool(h.compile_muon),
+        )
         betas = (h.beta1, h.beta2)
-        self.adam = torch.optim.AdamW(adam_groups, 0.0, betas, h.adam_eps, fused=True)
+        self.adam = torch.optim.AdamW(param_groups(adam_rates), 0.0, betas, h.adam_eps, fused=True)
         self.base_lrs = [group["lr"] for group in self.param_groups]
 
     @property
@@ -2511,7 +2772,8 @@ class Optimizers:
         h = self.h
         warm = min(1.0, step / max(h.muon_momentum_warmup_steps, 1))
         momentum = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
-        self.muon.param_groups[0]["momentum"] = momentum
+        for group in self.muon.param_groups:
+            group["momentum"] = momentum
         for group, lr in zip(self.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * lr_scale
         trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
@@ -2611,7 +2873,7 @@ class Quantizer(NamedTuple):
 
     bits: int
     clip_sigmas: float
-    prune_pct: float = 0.0
+    prune_fraction: float = 0.0
 
     @property
     def largest(self) -> int:
@@ -2626,7 +2888,7 @@ class Quantizer(NamedTuple):
 
     def prune(self, w: Tensor) -> Tensor:
         """Return w (..., rows, columns) with the smallest values of each matrix set to zero."""
-        count = int(w.size(-2) * w.size(-1) * self.prune_pct / 100)
+        count = int(w.size(-2) * w.size(-1) * self.prune_fraction)
         if not count:
             return w
         threshold = w.abs().flatten(-2).kthvalue(count).values[..., None, None]
@@ -2678,7 +2940,8 @@ def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
     """Return how each role is stored as codes; a SCALAR is float16, a MASK is bits."""
     matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.prune_pct)
     embedding = Quantizer(h.embed_bits, h.embed_clip_sigmas)
-    return {Role.MATRIX: matrix, Role.SPARSE: matrix, Role.EMBEDDING: embedding}
+    matrices = dict.fromkeys((Role.MATRIX, Role.FACTOR, Role.SPARSE), matrix)
+    return {**matrices, Role.EMBEDDING: embedding}
 
 
 @contextlib.contextmanager
@@ -2739,18 +3002,22 @@ def collect_hessians(
     torch.set_float32_matmul_precision(precision)
     for hook in hooks:
         hook.remove()
-    by_module = {}
+    by_module: dict[nn.Module, Tensor] = {}
     for group, hessian in hessians.items():
         dist.all_reduce(hessian)
         for member in group.members:
             by_module |= dict.fromkeys(member.modules(), hessian)
+            for shared in getattr(member, "shared", ()):  # it has inputs in every layer
+                own = hessian if member.twist is None else member.twist.untwist_hessian(hessian)
+                by_module[shared] = by_module.get(shared, 0) + own
     return by_module
 
 
-def has_matrices(module: nn.Module) -> bool:
-    """Return whether GPTQ has something to do in a module."""
+def has_matrices(module: QuantizedModule) -> bool:
+    """Return whether GPTQ has something to do in a module, or in matrices that it shares."""
     groups = tensors_by_role(module)
-    return bool(groups[Role.MATRIX] or groups[Role.EMBEDDING])
+    has_own = groups[Role.MATRIX] or groups[Role.FACTOR] or groups[Role.EMBEDDING]
+    return bool(has_own or getattr(module, "shared", ()))
 
 
 # ---- Artifact ----------------------------------------------------------------------------------
@@ -3450,6 +3717,7 @@ class Trainer:
         # Dropout depends on step and process alone, wherever a run was continued.
         torch.manual_seed(h.seed + self.step * dist.world_size + dist.rank)
         self.model.train()
+        self.model.set_temperature(1 - 0.5 * plan.progress)
         as_stored = contextlib.nullcontext()
         if self.late_qat:
             as_stored = weights_as_stored(self.groups, self.quantizers)

@@ -1,0 +1,112 @@
+"""The network of system A against golden numbers of PR #1113's own model class.
+
+golden/pr1113.npz holds random weights of a small network, token ids, and the logits of the last 24
+positions that the published class gives for them in float32: with adapters on frozen maps and
+learned in full, at 40 tokens and at 1,100, where the published RoPE stretches its base.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+
+GOLDEN = Path(__file__).parent / "golden" / "pr1113.npz"
+KINDS = {
+    "attention.q": "attn.c_q",
+    "attention.k": "attn.c_k",
+    "attention.v": "attn.c_v",
+    "attention.proj": "attn.proj",
+    "mlp.fc": "mlp.fc",
+    "mlp.proj": "mlp.proj",
+}
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as archive:
+        return dict(archive)
+
+
+def published_settings(golden: dict[str, np.ndarray], kind: str) -> train_gpt.Hyperparameters:
+    config = json.loads(str(golden["config"]))
+    adapters = {"map_adapter": f"lora:{config.pop('rank')}", "map_seed": config.pop("seed")}
+    learned = {"map_basis": "learned", "map_adapter": "none"}
+    config.pop("seed", None)
+    lengths = {"train_seq_len": 40, "eval_seq_len": 1100, "train_batch_tokens": 40}
+    changes = adapters if kind == "adapters" else learned
+    return train_gpt.load_settings({}, **config, **lengths, **changes, dtype="float32")
+
+
+def turned(rows: torch.Tensor, h: train_gpt.Hyperparameters) -> torch.Tensor:
+    """Swap the halves of each head's rotated rows: the published rotation turns the other way."""
+    heads = rows.reshape(-1, h.head_dim, rows.size(-1)).clone()
+    half = h.rope_dims // 2
+    heads[:, : 2 * half] = torch.cat([heads[:, half : 2 * half], heads[:, :half]], 1)
+    return heads.reshape(rows.shape)
+
+
+def published_model(golden: dict[str, np.ndarray], kind: str) -> train_gpt.GPT:
+    """Our model with the published weights."""
+    h = published_settings(golden, kind)
+    model = train_gpt.GPT(h)
+
+    def value(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(golden[f"{kind}/{name}"], np.float32))
+
+    state = {
+        "embedding.weight": value("tok_emb.weight"),
+        "bigram.0.weight": value("bigram.embed.weight"),
+        "bigram.1.weight": value("bigram.proj.weight"),
+        "bigram_scale": value("bigram.scale").reshape(1),
+        "smear_gate": value("smear.gate"),
+        "value_embedding.0.weight": value("ve_shared.embed.weight"),
+        "skip_weights": value("skip_weights"),
+    }
+    if f"{kind}/ve_shared.proj.weight" in golden:
+        state["value_embedding.1.weight"] = value("ve_shared.proj.weight")
+    else:  # as wide as the values: the published class has no projection there
+        state["value_embedding.1.weight"] = torch.eye(h.kv_dim)
+    scales = [value(f"ve_layer_scales.{i}") for i in range(len(h.value_layers))]
+    state["value_scales"] = torch.cat(scales) * value("ve_shared.scale")
+    for layer in range(h.num_layers):
+        ours, theirs = f"blocks.{layer}", f"blocks.{layer}"
+        stream, embedding = value(f"{theirs}.resid_mix")
+        state[f"{ours}.stream_mix"], state[f"{ours}.embedding_mix"] = stream, embedding
+        state[f"{ours}.attention_scale"] = value(f"{theirs}.attn_scale")
+        state[f"{ours}.mlp_scale"] = value(f"{theirs}.mlp_scale")
+        state[f"{ours}.attention.q_gain"] = value(f"{theirs}.attn.q_gain")[:, None]
+        if layer:
+            state[f"{ours}.attention.value_gate"] = value(f"vrl_alphas.{layer - 1}").reshape(1)
+        for name, published in KINDS.items():
+            turn = name in ("attention.q", "attention.k")
+            source = f"{theirs}.{published}"
+            parts = {"weight": "weight"}
+            if kind == "adapters":
+                parts = {"frozen_weight": "weight", "lora_A": "lora.A", "lora_B": "lora.B"}
+            for part, target in parts.items():
+                tensor = value(f"{source}.{part}")
+                if turn and part != "lora_B":
+                    tensor = turned(tensor, h)
+                if part == "frozen_weight":
+                    model.get_submodule(f"{ours}.{name}").weight = tensor.to(torch.bfloat16)
+                else:
+                    state[f"{ours}.{name}.{target}"] = tensor
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("length", [40, 1100])
+@pytest.mark.parametrize("kind", ["adapters", "learned"])
+def test_logits_are_those_of_the_published_model(golden, kind, length):
+    model = published_model(golden, kind)
+    ids = torch.from_numpy(golden[f"{kind}/ids{length}"].astype(np.int64))
+    with torch.no_grad():
+        logits = model.predict(ids)[:, -24:]
+    expected = torch.from_numpy(golden[f"{kind}/logits{length}"])
+    assert (logits - expected).abs().max() < 2e-5
