@@ -1,13 +1,13 @@
-"""The whole job as a person runs it: real processes, a tiny model, loopback where there are several."""
+"""Tests of the whole job as a person runs it: real processes, a tiny model, on the CPU."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 import json
 import math
 import re
 import shutil
-import socket
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -17,35 +17,30 @@ import numpy as np
 import pytest
 import torch
 
+import train_gpt
 from helpers import (
-    FIELDS,
+    ALIASES,
     MODEL_SETTINGS,
-    PUBLISHED,
     ROOT,
     SCRIPT,
     TINY,
     environment,
     finish,
-    make_corpus,
     read_shard,
     refusal,
     run_well,
     start,
-    train_gpt,
+    tiny_settings,
     write_shard,
 )
 
 TORCHRUN = ("-m", "torch.distributed.run")
+TWO_PROCESSES = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 LOSSES = re.compile(
-    r"^step:(\d+)/(\d+) train_loss:(\d+\.\d+) train_time:\d+ms step_avg:\d+\.\d+ms$", re.M
+    r"^step:(\d+)/(\d+) train_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:\d+\.\d+ms$", re.M
 )
 VALIDATIONS = re.compile(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)", re.M)
-FINAL = r"^final_int6_(brotli|lzma)_{}_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
+FINAL = r"^final_int6_brotli_{}_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(corpus, runs) -> dict:
-    """Settings of the run that others are compared with: half of it trains quantised weights."""
+    """Settings of the run that others are compared with: half of it trains quantized weights."""
     return {
         **TINY,
         **corpus.settings,
@@ -65,8 +60,6 @@ def base(corpus, runs) -> dict:
         "LATE_QAT_THRESHOLD": 1,
         "VAL_LOSS_EVERY": 10,
         "SEED": 42,
-        "AUTHOR": "A. Person",
-        "GITHUB_ID": "aperson",
     }
 
 
@@ -86,34 +79,44 @@ def log_of(folder: Path) -> str:
     return (folder / "train.log").read_text(encoding="utf-8")
 
 
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
 def losses_of(text: str) -> list[float]:
     return [float(found[3]) for found in LOSSES.finditer(text)]
 
 
 def final(text: str, kind: str = "sliding_window") -> tuple[float, float]:
-    """(val_loss, val_bpb) of the last lines of a log or a console."""
+    """Return val_loss and val_bpb of the last lines of a log or a console."""
     (found,) = re.finditer(FINAL.format(kind), text, re.M)
-    return float(found[2]), float(found[3])
+    return float(found[1]), float(found[2])
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
 
 
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+def artifact_of(folder: Path) -> bytes:
+    return (folder / "model.int6.ptz").read_bytes()
 
 
-# ---- One run -----------------------------------------------------------------------------------------------
+def contents(folder: Path, pattern: str = "*") -> dict[str, tuple[bytes, int]]:
+    """Return what is in a folder's files, and when they were written."""
+    paths = folder.glob(pattern)
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+def names_in(folder: Path) -> set[str]:
+    """Return the names of a run's files, without those that a run may or may not leave."""
+    return {path.name for path in folder.iterdir()} - {"checkpoint.previous.pt", "metrics.jsonl"}
+
+
+# ---- One run -------------------------------------------------------------------------------------
 
 
 def test_run_leaves_its_four_files(trained):
-    assert sorted(path.name for path in trained.iterdir()) == [
-        "checkpoint.pt",
-        "model.int6.ptz",
-        "submission.json",
-        "train.log",
-    ]
+    assert names_in(trained) == {"checkpoint.pt", "model.int6.ptz", "results.json", "train.log"}
 
 
 def test_log_has_the_lines_that_others_look_for(trained):
@@ -126,9 +129,8 @@ def test_log_has_the_lines_that_others_look_for(trained):
     ]
     for kind in ("roundtrip", "sliding_window"):
         loss, bpb = final(text, kind)
-        assert re.search(
-            rf"^final_int6_\w+_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} ", text, re.M
-        )
+        rounded = rf"^final_int6_brotli_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} "
+        assert re.search(rounded, text, re.M)
     assert final(text, "roundtrip") != final(text)  # windows that overlap score differently
     assert "late_qat:on step:11" in text
 
@@ -137,13 +139,13 @@ def test_log_holds_all_that_the_run_depends_on(trained, base):
     text = log_of(trained)
     assert SCRIPT.read_text(encoding="utf-8") in text
     logged = dict(re.findall(r"^([A-Z][A-Z0-9_]+)=(.*)$", text, re.M))
-    for f in FIELDS:
-        expected = type(f.default)(base.get(f.name.upper(), f.default))
-        assert logged[f.name.upper()] == str(expected), f.name
+    for name, field in train_gpt.SETTINGS.items():
+        expected = type(field.default)(base.get(name.upper(), field.default))
+        assert logged[name.upper()] == str(expected), name
     row = r"^(blocks\.\S+) +\d+x\d+ +1·orthogonal +(\d+) lora:4 "
-    kinds = re.findall(row, text, re.M)
-    rows = train_gpt.Hyperparameters(**{name.lower(): value for name, value in TINY.items()}).maps
-    assert kinds == [(row.name, str(row.seed)) for row in rows]
+    found = re.findall(row, text, re.M)
+    table = train_gpt.build_map_table(tiny_settings())
+    assert found == [(spec.name, str(spec.seed)) for spec in table.values()]
 
 
 def test_loss_falls(trained):
@@ -152,24 +154,20 @@ def test_loss_falls(trained):
     assert np.mean(losses[-5:]) < losses[0] - 0.8
 
 
-def test_submission_agrees_with_the_log_and_the_files(trained, base):
-    submission = json.loads((trained / "submission.json").read_text())
+def test_results_agree_with_the_log_and_the_files(trained, base):
+    results = results_of(trained)
     loss, bpb = final(log_of(trained))
-    assert submission["val_loss"] == pytest.approx(loss, abs=1e-8)
-    assert submission["val_bpb"] == pytest.approx(bpb, abs=1e-8)
-    assert submission["bytes_code"] == SCRIPT.stat().st_size
-    assert (
-        submission["bytes_total"]
-        == SCRIPT.stat().st_size + (trained / "model.int6.ptz").stat().st_size
-    )
-    assert (submission["author"], submission["github_id"]) == ("A. Person", "aperson")
-    assert submission["dataset"] == base["DATA_PATH"].name
-    assert (submission["seeds"], submission["steps"]) == ([42], 20)
-    assert (
-        abs(time.mktime(time.strptime(submission["date"], "%Y-%m-%d")) - time.time()) < 2 * 86_400
-    )
-    for name in ("name", "blurb", "hardware"):
-        assert submission[name]
+    assert results["val_loss"] == pytest.approx(loss, abs=1e-8)
+    assert results["val_bpb"] == pytest.approx(bpb, abs=1e-8)
+    assert results["bytes_code"] == SCRIPT.stat().st_size
+    assert results["bytes_model"] == len(artifact_of(trained))
+    assert results["bytes_total"] == results["bytes_code"] + results["bytes_model"]
+    assert results["dataset"] == base["DATA_PATH"].name
+    assert (results["seed"], results["steps"]) == (42, 20)
+    day = time.mktime(time.strptime(results["date"], "%Y-%m-%d"))
+    assert abs(day - time.time()) < 2 * 86_400
+    assert "lora:4" in results["model"]
+    assert results["hardware"].startswith("1 x ")
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(trained, base, corpus):
@@ -188,27 +186,23 @@ def test_run_into_an_old_folder_is_refused(trained, base):
     assert contents(trained) == before
 
 
-# ---- Repeatability -----------------------------------------------------------------------------------------
+# ---- Repeatability -----------------------------------------------------------------------------
 
 
 def test_same_seed_gives_the_same_bytes(trained, base, runs):
     run_well(base | {"RUN_ID": "again"})
-    assert (runs / "again" / "model.int6.ptz").read_bytes() == (
-        trained / "model.int6.ptz"
-    ).read_bytes()
+    assert artifact_of(runs / "again") == artifact_of(trained)
     assert losses_of(log_of(runs / "again")) == losses_of(log_of(trained))
 
 
 def test_another_seed_gives_another_run(trained, base, runs):
     run_well(base | {"RUN_ID": "seed", "SEED": 43})
-    assert (runs / "seed" / "model.int6.ptz").read_bytes() != (
-        trained / "model.int6.ptz"
-    ).read_bytes()
+    assert artifact_of(runs / "seed") != artifact_of(trained)
     assert losses_of(log_of(runs / "seed")) != losses_of(log_of(trained))
 
 
 def test_validation_text_has_no_part_in_training(trained, base, runs, corpus, tmp_path):
-    """Other text is validated on, in the midst of training too, and the weights come out the same."""
+    """Other text is validated on, amid training too, and the weights come out the same."""
     for path in corpus.folder.glob("fineweb_train_*.bin"):
         shutil.copy(path, tmp_path)
     tokens = read_shard(corpus.folder / "fineweb_val_000000.bin")
@@ -218,14 +212,13 @@ def test_validation_text_has_no_part_in_training(trained, base, runs, corpus, tm
     ours, theirs = weights_of(runs / "other"), weights_of(trained)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    choices = [
-        re.findall(r"^average .*$", log_of(folder), re.M) for folder in (runs / "other", trained)
-    ]
-    assert choices[0] == choices[1] != []
+    choice = re.compile(r"^average .*$", re.M)
+    chosen = choice.findall(log_of(trained))
+    assert choice.findall(log_of(runs / "other")) == chosen != []
     assert final(log_of(runs / "other")) != final(log_of(trained))
 
 
-# ---- Evaluation from the artifact --------------------------------------------------------------------------
+# ---- Evaluation from the artifact --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +230,7 @@ def validation_only(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def eval_only(trained, validation_only, corpus) -> dict:
-    """What an evaluator sets: where things lie and how to score. The model is described by the artifact."""
+    """What an evaluator sets: where things lie, how to score. The artifact describes the model."""
     settings = {
         "EVAL_ONLY": 1,
         "MODEL_PATH": trained / "model.int6.ptz",
@@ -247,7 +240,7 @@ def eval_only(trained, validation_only, corpus) -> dict:
         "EVAL_STRIDE": 8,
         "DTYPE": "float32",
     }
-    assert not settings.keys() & {*MODEL_SETTINGS, *PUBLISHED}
+    assert not settings.keys() & {*MODEL_SETTINGS, *ALIASES}
     return settings
 
 
@@ -265,7 +258,7 @@ def test_evaluation_of_another_model_than_was_asked_for_is_refused(eval_only):
     message = refusal(eval_only | others)
     assert f"MODEL_PATH={eval_only['MODEL_PATH']} is of another model" in message
     for part in (
-        "NUM_LAYERS=12 here, 2 there",
+        f"NUM_LAYERS=12 here, {TINY['NUM_LAYERS']} there",
         "LOGIT_SOFTCAP=10.0 here, 30.0 there",
         "MAP_ADAPTER=lora:8 here, lora:4 there",
         "MAP_SEED=7 here, 12345 there",
@@ -278,7 +271,7 @@ def test_evaluation_of_another_model_than_was_asked_for_is_refused(eval_only):
     "asked",
     [
         {},
-        {"NUM_LAYERS": 2, "VE_LAYERS": 1},
+        {"NUM_LAYERS": 4, "VE_LAYERS": "-2,-1"},
         {"MAP_ADAPTER": "lora:4"},
         {"RANDOM_ADAPTER_RANK": 4},
         {"MAP_SEED": "0x3039"},
@@ -288,17 +281,17 @@ def test_evaluation_of_another_model_than_was_asked_for_is_refused(eval_only):
     ],
 )
 def test_settings_that_agree_with_the_artifact_are_accepted(trained, monkeypatch, asked):
-    """However they are spelt; what is no part of the model stays as it was set."""
-    stored = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())[0]["model"]
+    """However they are spelled; what is no part of the model stays as it was set."""
+    stored = train_gpt.read_artifact(artifact_of(trained))[0]["model"]
     for name, value in {**asked, "EVAL_STRIDE": 5}.items():
         monkeypatch.setenv(name, str(value))
-    h = train_gpt.Hyperparameters().adopt(stored, "the artifact")
+    h = train_gpt.adopt_settings(train_gpt.load_settings(), stored, "the artifact")
     assert h.model_settings() == stored
     assert h.eval_stride == 5
 
 
 def test_two_processes_evaluate_as_one(trained, eval_only):
-    out = run_well(eval_only, launcher=(*TORCHRUN, "--standalone", "--nproc_per_node=2"))
+    out = run_well(eval_only, launcher=TWO_PROCESSES)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-7)
 
 
@@ -307,7 +300,7 @@ PLACES = [0, 7, 8, 11, 12, 16, 100, 0.2, 0.4, 0.6, 0.8, -33, -32, -1]
 
 @pytest.mark.parametrize("place", PLACES)
 def test_flipped_bit_is_refused(trained, place):
-    blob = bytearray((trained / "model.int6.ptz").read_bytes())
+    blob = bytearray(artifact_of(trained))
     blob[int(place * len(blob)) if isinstance(place, float) else place] ^= 4
     with pytest.raises(train_gpt.UserError):
         train_gpt.read_artifact(bytes(blob))
@@ -327,20 +320,20 @@ def test_flipped_bit_is_refused(trained, place):
 )
 def test_damaged_artifact_is_refused(trained, spoil):
     with pytest.raises(train_gpt.UserError):
-        train_gpt.read_artifact(spoil((trained / "model.int6.ptz").read_bytes()))
+        train_gpt.read_artifact(spoil(artifact_of(trained)))
 
 
 def test_missing_artifact_is_named(eval_only, tmp_path):
     message = refusal(eval_only | {"MODEL_PATH": tmp_path / "none.ptz"})
-    assert f"MODEL_PATH={tmp_path / 'none.ptz'} cannot be used: FileNotFoundError" in message
+    assert f"MODEL_PATH={tmp_path / 'none.ptz'} cannot be read: No such file" in message
     assert "RUN_ID" not in message, "an evaluation has no run to continue"
 
 
 def test_log_says_how_each_figure_was_scored(eval_only):
     """The roundtrip has one window after the other in either mode."""
-    out = run_well(eval_only | {"EVAL_MODE": "window"})
+    out = run_well(eval_only | {"EVAL_MODE": "streaming"})
     modes = dict(re.findall(r"final_int6_brotli_(\w+) .* mode:(\w+)", out))
-    assert modes == {"roundtrip": "exact", "sliding_window": "window"}
+    assert modes == {"roundtrip": "exact", "sliding_window": "streaming"}
 
 
 @pytest.mark.skipif(
@@ -369,7 +362,7 @@ def test_run_sh_evaluates_and_exports_what_its_preset_did_not_make(
 
 
 def test_damaged_artifact_ends_a_process_with_a_message(trained, eval_only, tmp_path):
-    blob = bytearray((trained / "model.int6.ptz").read_bytes())
+    blob = bytearray(artifact_of(trained))
     blob[len(blob) // 2] ^= 1
     (tmp_path / "damaged.ptz").write_bytes(blob)
     assert "damaged" in refusal(eval_only | {"MODEL_PATH": tmp_path / "damaged.ptz"})
@@ -377,23 +370,20 @@ def test_damaged_artifact_ends_a_process_with_a_message(trained, eval_only, tmp_
 
 def rewritten(trained: Path, **changes) -> bytes:
     """The run's artifact with other entries in its header, and a checksum that is right."""
-    header, tensors = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())
+    header, tensors = train_gpt.read_artifact(artifact_of(trained))
     return train_gpt.write_artifact(header | changes, tensors)[0]
 
 
 @pytest.mark.parametrize("change", ["fingerprint", "seed"])
-def test_other_maps_than_the_artifacts_are_refused(trained, base, change):
-    """As another release of a library could draw them; with those the weights are garbage."""
-    header, _ = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())
-    seed = header["model"]["map_seed"]
-    changes = {
-        "fingerprint": {"fingerprint": "0" * 64},
-        "seed": {"model": header["model"] | {"map_seed": seed + 1}},
-    }[change]
-    processes = train_gpt.World(train_gpt.Hyperparameters(dtype="float32"))
-    train_gpt.build_model(*train_gpt.read_artifact(rewritten(trained)), processes)
-    with pytest.raises(train_gpt.UserError, match="maps drawn here are not the artifact's"):
-        train_gpt.build_model(*train_gpt.read_artifact(rewritten(trained, **changes)), processes)
+def test_other_maps_than_the_artifacts_are_refused(trained, processes, change):
+    """As another release of a library could generate them; with those the weights are garbage."""
+    header, _ = train_gpt.read_artifact(artifact_of(trained))
+    other_seed = header["model"] | {"map_seed": header["model"]["map_seed"] + 1}
+    changes = {"fingerprint": {"fingerprint": "0" * 64}, "seed": {"model": other_seed}}[change]
+    h = tiny_settings()
+    train_gpt.model_from_artifact(h, rewritten(trained), processes)
+    with pytest.raises(train_gpt.UserError, match="maps generated here are not the artifact's"):
+        train_gpt.model_from_artifact(h, rewritten(trained, **changes), processes)
 
 
 def test_other_maps_end_a_process_with_a_message(trained, eval_only, tmp_path):
@@ -402,7 +392,7 @@ def test_other_maps_end_a_process_with_a_message(trained, eval_only, tmp_path):
 
 
 def test_another_tokenizer_than_the_artifacts_is_refused(eval_only, corpus, tmp_path):
-    """One of the same size whose text is another: its bytes per token, and so the score, would be wrong."""
+    """One of the same size whose text is another: its bytes per token would be wrong."""
     proto = corpus.tokenizer.read_bytes()
     assert proto.count(b"the") > 0
     other = tmp_path / "other.model"
@@ -422,31 +412,35 @@ def test_another_tokenizer_than_the_shards_is_refused(base, runs, corpus, tmp_pa
     assert not (runs / "tokenizer").exists()
 
 
-# ---- Several processes -------------------------------------------------------------------------------------
+# ---- Several processes -------------------------------------------------------------------------
 
 
 def test_two_processes_train_as_one(base, runs):
-    """Sums in another order differ in their last bits. Late QAT would round some to other codes: not here."""
+    """Sums in another order differ in their last bits.
+
+    Late QAT would round some of these to other codes, so it is off here.
+    """
     exact = base | {"LATE_QAT_THRESHOLD": 0}
     run_well(exact | {"RUN_ID": "one"})
-    run_well(exact | {"RUN_ID": "two"}, launcher=(*TORCHRUN, "--standalone", "--nproc_per_node=2"))
+    run_well(exact | {"RUN_ID": "two"}, launcher=TWO_PROCESSES)
     same_training(runs / "two", runs / "one", steps=20)
     ours, theirs = weights_of(runs / "two"), weights_of(runs / "one")
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, rtol=0, atol=2e-5, msg=name)
 
 
-def test_two_launchers_train_as_one(trained, base, runs):
-    """Two machines of one process each, as far as one machine can be two; with late QAT from step 11 on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_launchers_train_as_one(trained, base, runs, tmp_path):
+    """Two machines of one process each, as far as one can be two; with late QAT from step 11 on.
+
+    They meet by a file: a port that is free now may be taken a moment later.
+    """
     launcher = (
         *TORCHRUN,
         "--nnodes=2",
         "--nproc_per_node=1",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint=127.0.0.1:{port}",
+        f"--rdzv-endpoint={tmp_path / 'rendezvous'}",
+        "--rdzv-conf=store_type=file",
         "--local-addr=127.0.0.1",
     )
     processes = [start(base | {"RUN_ID": "launchers"}, launcher) for _ in range(2)]
@@ -456,16 +450,16 @@ def test_two_launchers_train_as_one(trained, base, runs):
 
 
 def same_training(folder: Path, other: Path, steps: int) -> None:
-    """Losses as exact as the log has them for so many steps, nearly so where values are rounded."""
+    """Losses are as exact as the log has them for so many steps, nearly so where codes differ."""
     ours, theirs = losses_of(log_of(folder)), losses_of(log_of(other))
     assert len(ours) == len(theirs) == 20
     assert ours[:steps] == pytest.approx(theirs[:steps], abs=1.01e-4)  # the log has four decimals
-    assert ours == pytest.approx(theirs, abs=1e-3)
-    assert final(log_of(folder)) == pytest.approx(final(log_of(other)), abs=1e-3)
-    assert json.loads((folder / "submission.json").read_text())["hardware"].startswith("2 x ")
+    assert ours == pytest.approx(theirs, abs=1e-2)
+    assert final(log_of(folder)) == pytest.approx(final(log_of(other)), abs=1e-2)
+    assert results_of(folder)["hardware"].startswith("2 x ")
 
 
-# ---- Export ------------------------------------------------------------------------------------------------
+# ---- Export ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -475,7 +469,7 @@ def over_the_limit(base, runs) -> str:
 
 
 def test_artifact_over_the_limit_is_refused_and_the_weights_stay(over_the_limit, trained, runs):
-    size = SCRIPT.stat().st_size + (trained / "model.int6.ptz").stat().st_size
+    size = SCRIPT.stat().st_size + len(artifact_of(trained))
     for word in (
         f"{size:,} bytes",
         "1,000",
@@ -486,10 +480,7 @@ def test_artifact_over_the_limit_is_refused_and_the_weights_stay(over_the_limit,
         "rank",
     ):
         assert word in over_the_limit
-    assert sorted(path.name for path in (runs / "large").iterdir()) == [
-        "checkpoint.pt",
-        "train.log",
-    ]
+    assert names_in(runs / "large") == {"checkpoint.pt", "train.log"}
 
 
 def test_its_checkpoint_exports_what_the_run_would_have(over_the_limit, trained, base, runs):
@@ -500,29 +491,26 @@ def test_its_checkpoint_exports_what_the_run_would_have(over_the_limit, trained,
     }
     run_well(base | export)
     assert final(log_of(runs / "exported")) == pytest.approx(final(log_of(trained)), abs=1e-8)
-    assert (runs / "exported" / "model.int6.ptz").read_bytes() == (
-        trained / "model.int6.ptz"
-    ).read_bytes()
-    assert json.loads((runs / "exported" / "submission.json").read_text())["steps"] == 20
+    assert artifact_of(runs / "exported") == artifact_of(trained)
+    assert results_of(runs / "exported")["steps"] == 20
 
 
 def test_checkpoint_brings_the_settings_of_its_run(trained, base, runs):
-    """Who exports need not know how the model was built, trained and evaluated, or in which type."""
+    """Who exports need not know how the model was built, trained and evaluated."""
     where = {name: base[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "OUTPUT_DIR")}
     export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "forgotten"}
     (runs / "forgotten").mkdir()
     (runs / "forgotten" / "train.log").write_text("a start that came no further\n")
     out = run_well(where | export)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-8)
-    assert json.loads((runs / "forgotten" / "submission.json").read_text())["seeds"] == [
-        base["SEED"]
-    ]
+    assert results_of(runs / "forgotten")["seed"] == base["SEED"]
 
 
 def test_a_continued_run_computes_in_its_own_type_and_may_take_smaller_batches(
     over_the_limit, trained, base, runs
 ):
     shutil.copytree(runs / "large", runs / "continued")
+    before = contents(runs / "continued", "checkpoint*")
     other = {
         "RUN_ID": "continued",
         "MICRO_BATCH_TOKENS": 32,
@@ -531,24 +519,25 @@ def test_a_continued_run_computes_in_its_own_type_and_may_take_smaller_batches(
     }
     out = run_well({name: value for name, value in base.items() if name != "DTYPE"} | other)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-7)
-    # Trying the export again writes no checkpoint: the last ones of the training would be pushed out.
-    assert not (runs / "continued" / "checkpoint.previous.pt").exists()
+    # Trying the export again writes no checkpoint: it would push out the training's last ones.
+    assert contents(runs / "continued", "checkpoint*") == before
 
 
-def test_a_console_that_is_gone_ends_no_run(processes, tmp_path, monkeypatch):
+def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
     """`bash run.sh | tee log`: Ctrl-C ends tee, too, before the run has saved."""
 
     def write(*_):
         raise BrokenPipeError
 
-    world = copy.copy(processes)
-    world.file, world.can_save = (tmp_path / "train.log").open("w"), True
+    log, stop = train_gpt.RunLog(rank=0), train_gpt.StopSignal()
+    log.open(tmp_path / "train.log")
+    stop.can_save = True
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=write))
     monkeypatch.setattr("os.write", write)
-    world.log("a line")
-    world._on_signal(2, None)
-    assert (tmp_path / "train.log").read_text() == "a line\n"
-    assert world.told_to_stop
+    log("a line")
+    stop._handle(2, None)
+    assert log_of(tmp_path) == "a line\n"
+    assert stop.requested
 
 
 def test_checkpoint_of_another_model_than_was_asked_for_is_refused(trained, base, runs):
@@ -567,7 +556,7 @@ def test_checkpoint_of_another_model_than_was_asked_for_is_refused(trained, base
     assert not (runs / "others").exists()
 
 
-# ---- Other configurations ----------------------------------------------------------------------------------
+# ---- Other configurations ----------------------------------------------------------------------
 
 
 def test_everything_learned_trains_and_exports(base, runs):
@@ -581,7 +570,7 @@ def test_everything_learned_trains_and_exports(base, runs):
 
 
 def test_master_weights_are_float32_under_bfloat16(base, runs):
-    """Small updates of bfloat16 weights are rounded away; no master weight may pass through that type."""
+    """Small updates of bfloat16 weights are rounded away: no master may pass through that type."""
     run_well(base | {"RUN_ID": "bfloat16", "DTYPE": "bfloat16"})
     losses = losses_of(log_of(runs / "bfloat16"))
     assert np.mean(losses[-5:]) < losses[0] - 0.8
@@ -621,7 +610,10 @@ print("compiled", *compiled)
 
 
 def test_nothing_compiles_in_the_timed_region(trained, base, tmp_path):
-    """Warm-up compiles the step; its undoing, validation and quantised training then reuse that one graph."""
+    """Warm-up compiles the step.
+
+    Its undoing, validation and quantized training then reuse that one graph.
+    """
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     settings = base | {
@@ -637,7 +629,9 @@ def test_nothing_compiles_in_the_timed_region(trained, base, tmp_path):
     assert compiled[:2] == ["compiled", "training"]
     assert set(compiled[2:]) == {"evaluation"}
     assert "late_qat:on step:11" in out
-    assert losses_of(out) == pytest.approx(losses_of(log_of(trained)), abs=1e-3)
+    losses, expected = losses_of(out), losses_of(log_of(trained))
+    assert losses[:11] == pytest.approx(expected[:11], abs=1.01e-4)  # the log has four decimals
+    assert losses == pytest.approx(expected, abs=1e-2)  # other codes where a last bit differs
 
 
 IN_ORDER = """
@@ -653,17 +647,18 @@ def keep(graph, inputs):  # what inductor gets, without the minutes of making co
     traced.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
     return graph.forward
 
-with train_gpt.World(train_gpt.Hyperparameters(compile="1")):
+with train_gpt.Distributed(train_gpt.load_settings({}, device="cpu", compile="1")):
     from torch._inductor.decomposition import select_decomp_table
     backend = aot_autograd(fw_compiler=keep, decompositions=select_decomp_table())
-    embedding = torch.compile(train_gpt.Embedding(8, 4, 1.0, torch.bfloat16), backend=backend, fullgraph=True)
-    embedding(torch.randint(8, (64,))).float().sum().backward()
+    embedding = train_gpt.Embedding(8, 4, 1.0, torch.bfloat16)
+    compiled = torch.compile(embedding, backend=backend, fullgraph=True)
+    compiled(torch.randint(8, (64,))).float().sum().backward()
 print(*traced)
 """
 
 
 def test_compiled_gradients_of_embeddings_add_up_in_order(tmp_path):
-    """Inductor would add by atomic operations, whose order and so whose last bits differ from run to run."""
+    """Inductor would add by atomic operations, whose order and so last bits differ in each run."""
     driver = tmp_path / "driver.py"
     driver.write_text(IN_ORDER)
     traced = run_well({}, launcher=(str(driver),), script=ROOT).split()
@@ -672,21 +667,18 @@ def test_compiled_gradients_of_embeddings_add_up_in_order(tmp_path):
 
 
 def test_wall_clock_ends_training_with_its_schedule_complete(base, runs):
+    """Judged by the times in the log, so that a busy machine may take what it takes."""
     limits = {"MAX_WALLCLOCK_SECONDS": 4, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 1_000_000}
-    quiet = {"VAL_LOSS_EVERY": 0, "TRAIN_LOG_EVERY": 0}
-    run_well(base | limits | quiet | {"RUN_ID": "clock", "LATE_QAT_THRESHOLD": 0.5})
-    submission = json.loads((runs / "clock" / "submission.json").read_text())
-    assert 20 < submission["steps"] < 1_000_000
-    assert 2.7 < submission["train_seconds"] < 3.3
-    assert "late_qat:on" in log_of(runs / "clock")  # the warm-down came within the time
-
-
-def test_a_slow_first_step_does_not_move_the_schedule():
-    """33 s in a budget of 555: by elapsed time over steps, 16 steps would remain, all of them warm-down."""
-    clock = train_gpt.Clock(20_000, 555)
-    for step, seconds in enumerate([33.0] + [0.12] * 20):
-        remaining = clock.remaining(step)
-        assert remaining > 3500 or step == 0
-        assert train_gpt.warmdown_scale(step, remaining, 3500) == 1.0
-        clock.step_took(seconds)
-    assert clock.remaining(21) == pytest.approx((555 - 33) / 0.12, rel=0.01)
+    own = {"RUN_ID": "clock", "LATE_QAT_THRESHOLD": 0.5, "VAL_LOSS_EVERY": 0}
+    run_well(base | limits | own | {"TRAIN_LOG_EVERY": 1})
+    text = log_of(runs / "clock")
+    ends = [0.0] + [int(found[4]) / 1000 for found in LOSSES.finditer(text)]
+    results = results_of(runs / "clock")
+    assert results["steps"] == len(ends) - 1 < 1_000_000
+    assert results["train_seconds"] == pytest.approx(ends[-1], abs=0.1)
+    assert ends[-2] < 3.0, "no step begins after the time is up"
+    steps = [end - begin for begin, end in itertools.pairwise(ends)]
+    usual = statistics.median(steps[-100:])
+    assert ends[-1] + usual > 3.0 - 0.05, "it ends only when no further step fits"
+    assert "late_qat:on" in text  # the warm-down came within the time
+    assert "ended_by:MAX_WALLCLOCK_SECONDS" in text
