@@ -80,7 +80,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -93,6 +93,7 @@ try:  # all packages now: the export needs one that the training does not
     import torch.distributed
     import torch.nn.functional as F
     from torch import Tensor, nn
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.checkpoint import checkpoint
 except ImportError as missing:
     raise SystemExit(f"error: {missing}; pip install -r requirements.txt") from None
@@ -236,6 +237,9 @@ class Hyperparameters:
     warmup_steps: int = setting(20, "steps before the clock starts; their effect is undone")
     warmdown_iters: int = setting(3500, "last steps, over which learning rates fall to 0")
     warmdown_frac: float = setting(0.0, "the same as a fraction; 0: use WARMDOWN_ITERS", 0, 1)
+    min_lr: float = setting(
+        0.0, "fraction of the learning rates below which they do not fall", 0, 1
+    )
     dropout: float = setting(0.0, "fraction of attention and MLP outputs dropped", 0, 0.9)
     recur_frac: float = setting(0.35, "progress at which RECUR_LAYERS begin to recur", 0, 0.99)
     distill_from: str = setting("", "artifact of a teacher")
@@ -921,6 +925,7 @@ class Linear(QuantizedModule):
         else:
             self.weight = nn.Parameter(initial_weight(spec))
         self.out_features = out_features
+        self.is_frozen = False
         for name, size in spec.adapters().items():
             self.add_module(name, ADAPTERS[name](spec, size))
         scale_shape = {"none": None, "map": 1, "row": out_features}[spec.scale]
@@ -944,11 +949,21 @@ class Linear(QuantizedModule):
             pair = adapter.factors()
             if pair is not None:
                 factors.append(pair)
-        if not factors:
-            return MergedMap(total, total[:, :0], total[:0])
-        a = torch.cat([a for a, _ in factors], dim=1)
-        b = torch.cat([b for _, b in factors], dim=0)
-        return MergedMap(total, a.to(dtype), b.to(dtype))
+        a, b = total[:, :0], total[:0]
+        if factors:
+            a = torch.cat([a for a, _ in factors], dim=1).to(dtype)
+            b = torch.cat([b for _, b in factors], dim=0).to(dtype)
+        if self.is_frozen:
+            return MergedMap(total.detach(), a.detach(), b.detach())
+        return MergedMap(total, a, b)
+
+    def set_frozen(self, frozen: bool) -> None:
+        """Freeze everything that is learned of this map, or train it.
+
+        The compiler sees `is_frozen`: torch 2.9 makes no new graph where requires_grad changes.
+        """
+        self.requires_grad_(not frozen)
+        self.is_frozen = frozen
 
     def base_weight(self) -> Tensor:
         """Return W (out, in): learned, random, or made of shared matrices."""
@@ -1376,13 +1391,78 @@ ALIASES = {
         {"map_adapter": "none"},
     ),
     "rand_gain": Alias("1: a learned gain for each of their features", {"map_scale": "row"}),
+    "adapter_lr": Alias("PR #1295: learning rate of the factors", {"factor_lr": "{}"}),
+    "adapter_rank": Alias("PR #1549: rank of its LoRA", {"map_adapter": "lora:{}"}),
+    "random_backbone_seed": Alias("PR #1549: its seed", {"map_seed": "{}"}),
+    "mlp_rank": Alias(
+        "PR #2058: random MLP with LoRA of this rank",
+        {"map_basis": "mlp=orthogonal", "map_adapter": "lora:{}"},
+    ),
+    "enable_looping_at": Alias("PR #1549: when layers recur", {"recur_frac": "{}"}),
+    "parallel_residual_start": Alias("PR #1549: first parallel layer", {"parallel_from": "{}"}),
+    "rope_train_seq_len": Alias("PR #1684: length of its RoPE", {"rope_stretch_from": "{}"}),
+    "muon_ns_steps": Alias("PR #1113: Newton-Schulz iterations", {"muon_backend_steps": "{}"}),
+    "gptq_calibration_batches": Alias("calibration batches", {"gptq_calib_batches": "{}"}),
+    "stride": Alias("PR #2058: tokens that a window scores", {"eval_stride": "{}"}),
+    "swa_every": Alias("PR #1228: steps between averaged weights", {"swa_interval": "{}"}),
 }
 
-# Variables of published scripts for what is not here, with the reason.
+
+class Unsupported(NamedTuple):
+    """A variable of a published script for what is not here."""
+
+    defaults: tuple[str, ...]  # published values at which it changes nothing here
+    reason: str
+
+
+UNTIED = "embeddings are tied here, there is no separate head"
+TTT = "test-time training is not built"
+QUANTIZED_BY_ROLE = "the module that owns a tensor decides how it is quantized"
 UNSUPPORTED = {
-    "TTT_ENABLED": "test-time training is not built",
-    "NGRAM_EVAL": "its probabilities sum to over 1",
-    "KNN_LAMBDA": "a cache of hidden states gives no distribution that is fixed before scoring",
+    "BACKOUT_ENABLED": Unsupported(("0",), "backout is not built"),
+    "BACKOUT_INIT": Unsupported(("0.2",), "backout is not built"),
+    "COMPRESSOR": Unsupported(("brotli",), "artifacts are compressed by brotli alone"),
+    "CONTROL_TENSOR_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
+    "DATA_DIR": Unsupported(("./data/", "./data"), "set DATA_PATH and TOKENIZER_PATH"),
+    "DDL_ENABLED": Unsupported(("0",), "DDL is not built"),
+    "EMBEDDING_DIM": Unsupported(("512",), "the embedding is as wide as MODEL_DIM"),
+    "EMBED_LR": Unsupported(("0.6",), f"{UNTIED}; set TIED_EMBED_LR"),
+    "EVAL_BATCH_SEQS": Unsupported(("256",), "set EVAL_BATCH_TOKENS"),
+    "GPTQ_BLOCK_SIZE": Unsupported(("128",), "the block does not change the codes; it is 128"),
+    "GPTQ_ENABLED": Unsupported(("1",), "GPTQ_CALIB_BATCHES=0 turns GPTQ off"),
+    "GRAD_ACCUM_STEPS": Unsupported(("6",), "MICRO_BATCH_TOKENS decides it"),
+    "HEAD_LR": Unsupported(("0.008",), UNTIED),
+    "INT6_LAYERS": Unsupported((), QUANTIZED_BY_ROLE),
+    "INT6_STEP": Unsupported(("4",), QUANTIZED_BY_ROLE),
+    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
+    "KNN_LAMBDA": Unsupported(
+        ("0", "0.0"), "a cache of hidden states gives no distribution that is fixed before scoring"
+    ),
+    "LOOP_END": Unsupported(("5",), "set RECUR_LAYERS, such as 3-5"),
+    "LOOP_START": Unsupported(("3",), "set RECUR_LAYERS, such as 3-5"),
+    "MINI_MOE_EXPERTS": Unsupported(("1",), "mixtures of experts are not built"),
+    "MUON_BETA2": Unsupported(("0.95",), "Muon has no second moment here"),
+    "MUON_ROW_NORMALIZE": Unsupported(("0",), "Muon does not normalize rows here"),
+    "NGRAM_EVAL": Unsupported(("0",), "its probabilities sum to over 1"),
+    "NUM_LOOPS": Unsupported(("2",), "RECUR_TIMES counts every pass, NUM_LOOPS=2 is RECUR_TIMES=3"),
+    "QAT_CLIP_PCT": Unsupported(("0.9995",), "MATRIX_CLIP_SIGMAS decides where codes clip"),
+    "RAND_INIT_QR": Unsupported(("1",), "MAP_BASIS chooses another basis than orthogonal"),
+    "SHC_N": Unsupported(("0",), "hyper-connections are not built"),
+    "SLIDING_WINDOW_ENABLED": Unsupported(("1",), "EVAL_STRIDE=EVAL_SEQ_LEN turns sliding off"),
+    "TIE_EMBEDDINGS": Unsupported(("1",), UNTIED),
+    "TORCH_COMPILE_DISABLE": Unsupported(("0",), "COMPILE=0 turns compilation off"),
+    "TTT_BATCH_SEQS": Unsupported(("32",), TTT),
+    "TTT_CHUNK_TOKENS": Unsupported(("65536", "32768"), TTT),
+    "TTT_ENABLED": Unsupported(("0",), TTT),
+    "TTT_EPOCHS": Unsupported(("1", "3"), TTT),
+    "TTT_FREEZE_BLOCKS": Unsupported(("2", "0"), TTT),
+    "TTT_GRAD_CLIP": Unsupported(("1.0",), TTT),
+    "TTT_LR": Unsupported(("0.002", "0.005"), TTT),
+    "TTT_MOMENTUM": Unsupported(("0.9",), TTT),
+    "TTT_OPTIMIZER": Unsupported(("sgd",), TTT),
+    "VAL_BATCH_SIZE": Unsupported(("524288",), "set EVAL_BATCH_TOKENS"),
+    "VAL_BATCH_TOKENS": Unsupported(("524288",), "set EVAL_BATCH_TOKENS"),
+    "XSA_LAYERS": Unsupported((), "set XSA_LAST_N"),
 }
 
 
@@ -1468,6 +1548,8 @@ def validate_model(h: Hyperparameters) -> list[str]:
         f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head",
     )
     require(errors, h.mlp_dim >= 1, f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit")
+    with collect_errors(errors, f"ATTENTION_BACKEND={h.attention_backend}"):
+        attention_order(h)
     for name in ("ve_layers", "recur_layers"):
         text = getattr(h, name)
         with collect_errors(errors, f"{name.upper()}={text}"):
@@ -1527,13 +1609,21 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
     return errors
 
 
+def same_value(text: str, other: str) -> bool:
+    """Return whether two texts mean the same number or word."""
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return text == other
+
+
 def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> list[str]:
     """Return errors for variables of what is not here, and for misspelled settings."""
     errors = []
-    for name, reason in UNSUPPORTED.items():
-        value = environment.get(name, "")
-        if value not in ("", "0", "0.0"):
-            errors.append(f"{name}={value}: {reason}; unset it")
+    for name, unsupported in UNSUPPORTED.items():
+        value = environment.get(name, "").replace("_", "")
+        if value and not any(same_value(value, default) for default in unsupported.defaults):
+            errors.append(f"{name}={environment[name]}: {unsupported.reason}; unset it")
     if allow_unknown:
         return errors
     known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]  # PRESET is run.sh's
@@ -1749,6 +1839,65 @@ PLAIN_ATTENTION = {
 }
 
 
+ATTENTION_ORDER = ("fa3", "cudnn", "flash", "efficient", "math")
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def attention_order(h: Hyperparameters) -> list[str]:
+    """Return the attention kernels for CUDA in the order in which they are tried.
+
+    The order is explicit, since torch's own changes between releases. ValueError for a name that is
+    none.
+    """
+    if h.attention_backend == "auto":
+        return list(ATTENTION_ORDER)
+    names = h.attention_backend.replace(" ", "").split(",")
+    for name in names:
+        if name not in ATTENTION_ORDER:
+            raise ValueError(f"{name!r} is none of {', '.join(ATTENTION_ORDER)}")
+    if not set(names) & set(SDPA_BACKENDS):
+        raise ValueError("needs one of torch's kernels beside fa3, such as fa3,flash")
+    return names
+
+
+def load_flash_attention_3(h: Hyperparameters) -> Callable[..., Any] | None:
+    """Return FlashAttention-3's function where it is installed, allowed and the GPU can run it."""
+    can_run = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if h.device == "cpu" or not can_run or attention_order(h)[0] != "fa3":
+        return None
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError:  # an optional extra
+        return None
+    return flash_attn_func
+
+
+def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.dtype) -> str:
+    """Return the name of the kernel that causal attention runs, for the log."""
+    if not dist.on_cuda:
+        longest = PLAIN_ATTENTION[HAS_AMX, True]
+        return f"plain products up to {longest} tokens in training, else torch's fused kernel"
+    if load_flash_attention_3(h) and dtype is torch.bfloat16:
+        return "fa3"
+    shape = (1, h.num_heads, h.train_seq_len, h.head_dim)
+    q = torch.empty(shape, dtype=dtype, device=dist.device)
+    k = q[:, : h.num_kv_heads]
+    params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, True, True)
+    can_use = {
+        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+        "flash": torch.backends.cuda.can_use_flash_attention,
+        "efficient": torch.backends.cuda.can_use_efficient_attention,
+        "math": lambda params: True,
+    }
+    usable = [name for name in attention_order(h) if name != "fa3" and can_use[name](params)]
+    return usable[0] if usable else "none"
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend causally: q (B, n, H, D) of the last n positions, k, v (B, T, H_kv, D) -> as q."""
     length = k.size(1)
@@ -1846,6 +1995,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
         self.project_qkv = FusedLinear(self.q, self.k, self.v, fused=bool(h.fuse_qkv))
+        self.flash_attention_3 = load_flash_attention_3(h)
         self.use_xsa = layer >= h.num_layers - h.xsa_last_n
         self.head_dim = h.head_dim
         self.heads = [h.num_heads, h.num_kv_heads]
@@ -1854,6 +2004,15 @@ class Attention(nn.Module):
     def head_gains(self) -> Tensor:
         """Return the gain of every query head and 1 for every key head, (H + H_kv, 1)."""
         return F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Attend: q (B, T, H, D), k, v (B, T, H_kv, D) -> (B, n, H, D) by the kernel that fits."""
+        if context.row_shift is not None:
+            return streaming_attention(q, k, v, context.row_shift)
+        use_flash_3 = self.flash_attention_3 is not None and q.dtype is torch.bfloat16
+        if use_flash_3 and q.is_cuda and context.queries is None:
+            return self.flash_attention_3(q, k, v, causal=True)
+        return causal_attention(keep_last(q, context.queries), k, v)
 
     def forward(
         self,
@@ -1884,10 +2043,7 @@ class Attention(nn.Module):
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
         qk = rotate_and_norm(qk, self.head_gains(), context.cos, context.sin)
         q, k = qk.split(self.heads, 2)
-        if context.row_shift is not None:
-            y = streaming_attention(q, k, v, context.row_shift)
-        else:
-            y = causal_attention(keep_last(q, context.queries), k, v)
+        y = self.attend(q, k, v, context)
         if self.use_xsa:
             y = exclude_self(y, keep_last(v, context.queries))
         return self.proj(y.flatten(2), out_scale), own_v
@@ -2204,6 +2360,27 @@ class Ensemble(LanguageModel):
         return sum(losses) / len(losses)
 
 
+@torch.no_grad()
+def adapter_ratios(model: LanguageModel) -> dict[str, float]:
+    """Return ‖A B‖ / ‖W‖ (Frobenius) of every map with low-rank factors: which of them speaks."""
+    ratios = {}
+    for name in model.table:
+        module = model.get_submodule(name)
+        merged = module.merged(torch.float32)
+        if len(merged.b):
+            square = ((merged.a.T @ merged.a) * (merged.b @ merged.b.T)).sum()
+            ratios[name] = (square.clamp(min=0).sqrt() / merged.weight.norm()).item()
+    return ratios
+
+
+def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean over layers for each kind of map, such as mlp.fc."""
+    by_kind: dict[str, list[float]] = {}
+    for name, value in values.items():
+        by_kind.setdefault(".".join(name.split(".")[-2:]), []).append(value)
+    return {kind: statistics.fmean(each) for kind, each in by_kind.items()}
+
+
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return an estimate of the bytes that building the model takes."""
     sizes = [spec.out_features * spec.in_features for spec in table.values()]
@@ -2278,6 +2455,25 @@ def resolve_dtype(h: Hyperparameters, on_cuda: bool) -> torch.dtype:
     return torch.bfloat16 if is_fast else torch.float32
 
 
+GPU_FILE = Path("/dev/nvidia0")  # there is one where there is an NVIDIA GPU
+
+
+def use_cuda(h: Hyperparameters) -> bool:
+    """Return whether to run on a GPU. UserError if one is there but torch cannot use it."""
+    if h.device == "cpu":
+        return False
+    if torch.cuda.is_available():
+        return True
+    if h.device == "cuda" or GPU_FILE.exists():
+        build = f"torch {torch.__version__} (built for CUDA {torch.version.cuda})"
+        raise UserError(
+            f"{build} finds no usable GPU. `nvidia-smi` names the driver's CUDA version: install a"
+            " torch build for that version or an older one, or a newer driver. DEVICE=cpu runs on"
+            " the CPU on purpose"
+        )
+    return False
+
+
 class Distributed:
     """This process among those of the run, and its device. As a context, the process group."""
 
@@ -2285,26 +2481,32 @@ class Distributed:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.timeout = datetime.timedelta(seconds=h.timeout_seconds)
-        self.on_cuda = h.device != "cpu" and torch.cuda.is_available()
-        if h.device == "cuda" and not self.on_cuda:
-            raise UserError("DEVICE=cuda, but torch finds no usable CUDA GPU")
+        self.h = h
+        self.on_cuda = use_cuda(h)
         self.device = torch.device("cpu")
         self.device_name = f"{platform.machine()} CPU"
         if self.on_cuda:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             self.device_name = torch.cuda.get_device_name(self.device)
         self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
+        self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> Distributed:
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # what is float32 there tolerates tf32
+            order = [SDPA_BACKENDS[name] for name in attention_order(self.h) if name != "fa3"]
+            self.stack.enter_context(sdpa_kernel(order, set_priority=True))
         if self.compile:
             # Inductor's gradient of an embedding adds atomically, in any order; torch's own kernel
             # gives the same sum every time. Imported only now: this loads the compiler.
+            from torch._inductor import config as inductor
             from torch._inductor.decomposition import decompositions
 
             decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
+            # Its default in torch 2.11 costs 5.9 ms of a step (PR #1420, pytorch#179494).
+            if hasattr(inductor.triton, "mix_order_reduction"):
+                inductor.triton.mix_order_reduction = bool(self.h.mix_order_reduction)
         if self.world_size > 1:
             self._init_process_group()
         return self
@@ -2325,6 +2527,7 @@ class Distributed:
         )
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        self.stack.close()
         if self.world_size > 1 and error is None:
             torch.distributed.barrier()  # rank 0 may still be writing
             torch.distributed.destroy_process_group()
@@ -2383,14 +2586,19 @@ class StopSignal:
 
 
 class RunLog:
-    """The log of a run: rank 0 writes to the console, and to train.log once it is open."""
+    """The log of a run: rank 0 writes to the console, and to the run's folder once it is open."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.file: io.TextIOBase | None = None
+        self.metrics_file: io.TextIOBase | None = None
 
-    def open(self, path: Path) -> None:
-        """Append to a file that belongs to this process until it ends. UserError if it is taken."""
+    def open(self, folder: Path) -> None:
+        """Append to a folder's train.log and metrics.jsonl. UserError if another process does.
+
+        They belong to this process until it ends.
+        """
+        path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2399,6 +2607,12 @@ class RunLog:
             raise UserError(
                 f"{path}: another process is at this run; choose a new RUN_ID"
             ) from None
+        self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def metrics(self, **values: Any) -> None:
+        """Write one JSON object to metrics.jsonl, for programs."""
+        if self.metrics_file:
+            print(json.dumps(values), file=self.metrics_file, flush=True)
 
     def __call__(self, text: str, console: bool = True) -> None:
         """Write a line of rank 0, to the file and to the console unless that is gone."""
@@ -2541,24 +2755,65 @@ class TrainingData:
             chosen.append(self.positions[order[i]])
         return self.read(chosen)
 
-    def micro_batches(self, step: int, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
-        """Return this process's part of a step: inputs and targets, (n, TRAIN_SEQ_LEN) each.
-
-        The parts are equal, and as large as MICRO_BATCH_TOKENS allows.
-        """
+    def step_sequences(self, step: int, dist: Distributed) -> Tensor:
+        """Return this process's part of a step on the CPU, (n, TRAIN_SEQ_LEN + 1) int64."""
         count = self.h.train_batch_tokens // self.h.train_seq_len // dist.world_size
         rows = self.sequences((step * dist.world_size + dist.rank) * count, count)
-        if dist.on_cuda:
-            rows = rows.pin_memory()
-        rows = rows.to(dist.device, non_blocking=True)
+        return rows.pin_memory() if dist.on_cuda else rows
+
+    def split(self, rows: Tensor, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
+        """Return micro-batches on the device: inputs and targets, (n, TRAIN_SEQ_LEN) each.
+
+        They are equal, and as large as MICRO_BATCH_TOKENS allows.
+        """
         most = max(1, self.h.micro_batch_tokens // self.h.train_seq_len)
-        size = max(n for n in range(1, most + 1) if count % n == 0)
+        size = max(n for n in range(1, most + 1) if len(rows) % n == 0)
+        rows = rows.to(dist.device, non_blocking=True)
         return [(part[:, :-1], part[:, 1:]) for part in rows.split(size)]
+
+    def micro_batches(self, step: int, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
+        """Return this process's micro-batches of a step."""
+        return self.split(self.step_sequences(step, dist), dist)
 
     def held_out_stream(self) -> Tensor:
         """Return the held-out training text as one stream of tokens."""
         rows = self.read(self.held_out)
         return torch.cat([rows[:, :-1].flatten(), rows[-1, -1:]])
+
+
+class BatchLoader:
+    """Reads the next step's sequences in a thread while the present step computes.
+
+    It counts how often and how long training had to wait for data.
+    """
+
+    def __init__(self, data: TrainingData, dist: Distributed) -> None:
+        self.data, self.dist = data, dist
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self.next_step = -1  # the step that is being read
+        self.reading: Future[Tensor] | None = None
+        self.stalls, self.stall_seconds = 0, 0.0
+
+    def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Return this process's micro-batches of a step, and begin to read the next one."""
+        was_ahead = self.reading is not None and self.next_step == step
+        if not was_ahead:
+            self._read(step)
+        began = time.perf_counter()
+        rows = self.reading.result()
+        seconds = time.perf_counter() - began
+        if was_ahead and seconds > 1e-3:
+            self.stalls += 1
+            self.stall_seconds += seconds
+        self._read(step + 1)
+        return self.data.split(rows, self.dist)
+
+    def _read(self, step: int) -> None:
+        self.next_step = step
+        self.reading = self.pool.submit(self.data.step_sequences, step, self.dist)
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
 
 class Tokenizer:
@@ -3022,7 +3277,8 @@ def has_matrices(module: QuantizedModule) -> bool:
 
 # ---- Artifact ----------------------------------------------------------------------------------
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 2
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 3
+BLOCK_BYTES = 2**22  # a group is compressed in blocks of this size, all at the same time
 # How the values of a group of like tensors are stored, by the last word of the group's name.
 GROUP_TYPES = {
     "codes": torch.int8,
@@ -3048,10 +3304,13 @@ def stored_parts(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tenso
     return {"float16": tensor}
 
 
-def compress(parts: list[Tensor], quality: int) -> bytes:
-    """Return the values of one group as byte planes, compressed by brotli."""
-    planes = torch.cat(parts)[:, None].view(torch.uint8).t().contiguous()
-    return brotli.compress(planes.numpy().tobytes(), quality=quality, lgwin=24)
+def byte_planes(parts: list[Tensor]) -> bytes:
+    """Return the values of one group: their first bytes, then their second bytes, and so on."""
+    return torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
+
+
+def compress(block: bytes, quality: int) -> bytes:
+    return brotli.compress(block, quality=quality, lgwin=24)
 
 
 def write_artifact(
@@ -3060,8 +3319,8 @@ def write_artifact(
     """Return the artifact, and how many bytes each of its groups of like tensors takes.
 
     It is magic, format version and length of the header (little-endian uint32), the header (JSON,
-    brotli) with the tensor table [name, shape, groups] and the groups [name, compressed bytes], the
-    groups (byte planes, brotli), and SHA-256 over all before it.
+    brotli) with the tensor table [name, shape, groups] and the groups [name, bytes of each block],
+    the blocks (byte planes, brotli), and SHA-256 over all before it.
 
     Args:
         header: facts to store.
@@ -3077,13 +3336,21 @@ def write_artifact(
         for group, values in parts.items():
             dtype = GROUP_TYPES[group.split()[-1]]
             groups.setdefault(group, []).append(values.cpu().flatten().to(dtype))
+    blocks: list[tuple[str, bytes]] = []
+    for group, parts in groups.items():
+        planes = byte_planes(parts)
+        starts = range(0, len(planes), BLOCK_BYTES)
+        blocks += [(group, planes[start : start + BLOCK_BYTES]) for start in starts]
     with ThreadPoolExecutor() as pool:
-        packed = list(pool.map(compress, groups.values(), itertools.repeat(quality)))
-    sizes = {group: len(data) for group, data in zip(groups, packed, strict=True)}
-    header = header | {"versions": VERSIONS, "tensors": table, "groups": list(sizes.items())}
+        packed = list(pool.map(lambda block: compress(block[1], quality), blocks))
+    lengths: dict[str, list[int]] = {group: [] for group in groups}
+    for (group, _), data in zip(blocks, packed, strict=True):
+        lengths[group].append(len(data))
+    header = header | {"versions": VERSIONS, "tensors": table, "groups": list(lengths.items())}
     text = brotli.compress(json.dumps(header).encode())
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
     body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed])
+    sizes = {group: sum(blocks) for group, blocks in lengths.items()}
     return body + hashlib.sha256(body).digest(), {"header": len(text) + 48} | sizes
 
 
@@ -3140,16 +3407,20 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
     lengths = group_lengths(header["tensors"])
     position = 0
     parts: dict[str, Iterator[Tensor]] = {}
-    for group, packed in header["groups"]:
+    for group, blocks in header["groups"]:
         dtype = GROUP_TYPES[group.split()[-1]]
         counts = lengths.pop(group)  # KeyError where a group comes twice
         size = sum(counts) * dtype.itemsize
-        raw = np.frombuffer(decompress(body[position : position + packed], size), np.uint8)
-        if len(raw) != size or packed < 0:
+        raw = bytearray()
+        for packed in blocks:
+            if packed < 0:
+                raise ValueError(f"{group} has a block of {packed} bytes")
+            raw += decompress(body[position : position + packed], size - len(raw))
+            position += packed
+        if len(raw) != size:
             raise ValueError(f"{group} has {len(raw)} bytes, not {size}")
-        planes = torch.from_numpy(raw).view(dtype.itemsize, size // dtype.itemsize)
+        planes = torch.from_numpy(np.frombuffer(raw, np.uint8)).view(dtype.itemsize, -1)
         parts[group] = iter(planes.t().flatten().view(dtype).split(counts))
-        position += packed
     if position != len(body):
         raise ValueError(f"its groups have {position} bytes, the file has {len(body)} for them")
     for name, shape, groups in header["tensors"]:
@@ -3179,14 +3450,12 @@ def quantize_model(
 
 
 def calibration_batches(
-    h: Hyperparameters, dist: Distributed, data: TrainingData, step: int, trial: bool
+    h: Hyperparameters, dist: Distributed, data: TrainingData, step: int
 ) -> Iterator[Tensor]:
     """Yield this process's calibration tokens (n, T), which training would have read next."""
-    size = 1 if trial else max(1, 8192 // h.train_seq_len)  # sequences of a batch
+    size = max(1, 8192 // h.train_seq_len)  # sequences of a batch
     first = step * (h.train_batch_tokens // h.train_seq_len)
     rounds = -(-h.gptq_calib_batches // dist.world_size)
-    if trial:
-        rounds = min(rounds, 1)
     for i in range(dist.rank, rounds * dist.world_size, dist.world_size):
         yield data.sequences(first + i * size, size)[:, :-1].to(dist.device)
 
@@ -3206,13 +3475,13 @@ def export(
         model: the model to export.
         data: training text for GPTQ's Hessians.
         step: the training steps that are done; calibration text comes after theirs.
-        trial: calibrate on little and compress fast.
+        trial: a rehearsal: no limit of bytes holds.
 
     Raises:
         UserError: the artifact is over ARTIFACT_LIMIT_BYTES.
     """
     h, dist = run.h, run.dist
-    batches = calibration_batches(h, dist, data, step, trial)
+    batches = calibration_batches(h, dist, data, step)
     hessians = collect_hessians(model, batches, dist)
     if dist.rank:
         return dist.broadcast_object(None)
@@ -3222,7 +3491,7 @@ def export(
         "tokenizer": run.tokenizer.sha256,
     }
     tensors = quantize_model(model, h, hessians)
-    blob, sizes = write_artifact(header, tensors, quality=5 if trial else 11)
+    blob, sizes = write_artifact(header, tensors)
     total = code_bytes() + len(blob)
     limit = h.artifact_limit_bytes
     kind = "projected artifact" if trial else "artifact"
@@ -3319,9 +3588,18 @@ def streaming_batches(targets: int, length: int, warm: int, per_batch: int) -> l
     return batches
 
 
+# Batches per process from which a compiled graph pays, by device: fewer cost more than they save.
+COMPILED_BATCHES = {"cpu": 24, "cuda": 200}
+
+
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, tokens: Tensor, h: Hyperparameters, dist: Distributed, stride: int
+    model: LanguageModel,
+    tokens: Tensor,
+    h: Hyperparameters,
+    dist: Distributed,
+    stride: int,
+    trial: bool = False,
 ) -> float:
     """Return the mean loss in nats over all tokens after the first, each scored once.
 
@@ -3333,6 +3611,7 @@ def evaluate(
         h: EVAL_SEQ_LEN, EVAL_MODE and EVAL_BATCH_TOKENS.
         dist: the processes.
         stride: new tokens that each window scores.
+        trial: run the first and the last batch alone, to see whether they work.
     """
     model.eval()
     targets = len(tokens) - 1
@@ -3346,22 +3625,30 @@ def evaluate(
     else:
         batches = sliding_batches(targets, length, stride, per_batch)
     usual_shape = (len(batches[0].starts), stride)  # others are too few to compile
-    pays = dist.compile and len(batches) > 24 * dist.world_size  # else the graph costs more
+    pays = dist.compile and len(batches) > COMPILED_BATCHES[dist.device.type] * dist.world_size
     compiled = torch.compile(model.token_losses, dynamic=False, disable=not pays)
-    tokens = F.pad(tokens, (0, length))
+    mine = batches[dist.rank :: dist.world_size]
+    if trial:
+        mine = mine[:1] + mine[1:][-1:]
     total = torch.zeros((), dtype=torch.float64, device=dist.device)
-    for starts, counts in batches[dist.rank :: dist.world_size]:
-        positions = torch.from_numpy(starts[:, None] + np.arange(length + 1))  # (n, T + 1)
-        scored = torch.from_numpy(counts)[:, None]
-        tail = int(counts.max())
-        is_usual = (len(starts), tail) == usual_shape
-        rows = tokens[positions].to(dist.device)
+    # Tokens and plan are on the device: a copy per batch would stop it each time.
+    tokens = F.pad(tokens, (0, length)).to(dist.device)
+    offsets = torch.arange(length + 1, device=dist.device)
+    sizes = [len(batch.starts) for batch in mine]
+    all_starts = torch.from_numpy(np.concatenate([*(batch.starts for batch in mine), []]))
+    all_counts = torch.from_numpy(np.concatenate([*(batch.counts for batch in mine), []]))
+    starts_of = all_starts.long().to(dist.device).split(sizes) if mine else ()
+    counts_of = all_counts.long().to(dist.device).split(sizes) if mine else ()
+    for batch, starts, counts in zip(mine, starts_of, counts_of, strict=True):
+        positions = starts[:, None] + offsets  # (n, T + 1)
+        tail = int(batch.counts.max())
+        rows = tokens[positions]
+        is_usual = (len(rows), tail) == usual_shape
         score = compiled if is_usual else model.token_losses
         losses = score(rows[:, :-1], rows[:, -tail:], streaming)  # (n, tail)
-        is_old = torch.arange(-tail, 0) < -scored  # scored by an earlier window
+        is_old = offsets[:tail] - tail < -counts[:, None]  # scored by an earlier window
         is_beyond = positions[:, -tail:] > targets  # after the end of the stream
-        hidden = (is_old | is_beyond).to(dist.device)
-        total += losses.double().masked_fill(hidden, 0.0).sum()
+        total += losses.double().masked_fill(is_old | is_beyond, 0.0).sum()
     return dist.all_reduce(total).item() / targets
 
 
@@ -3440,10 +3727,14 @@ class Clock:
 
     def __init__(self, iterations: int, seconds: float) -> None:
         self.iterations = iterations
-        self.seconds = seconds if seconds > 0 else math.inf
+        self.limit(seconds)
         self.elapsed = 0.0
         self.recent: list[float] = []  # seconds of the last steps
         self.mark = time.perf_counter()  # up to here time is counted
+
+    def limit(self, seconds: float) -> None:
+        """Set the training time; 0 or less: no limit."""
+        self.seconds = seconds if seconds > 0 else math.inf
 
     def start(self) -> None:
         """Count time from now on."""
@@ -3493,11 +3784,13 @@ class Clock:
 
 
 def learning_rate_scale(h: Hyperparameters, step: int, remaining: int, progress: float) -> float:
-    """Return 1, then a linear fall to 0 over the last steps or the last fraction of training."""
+    """Return 1, then a linear fall to MIN_LR over the last steps or the last part of training."""
     if h.warmdown_frac:
-        return min(1.0, (1 - progress) / h.warmdown_frac)
-    warmdown = min(h.warmdown_iters, step + remaining)  # all steps where there are fewer
-    return min(1.0, remaining / max(1, warmdown))
+        scale = (1 - progress) / h.warmdown_frac
+    else:
+        warmdown = min(h.warmdown_iters, step + remaining)  # all steps where there are fewer
+        scale = remaining / max(1, warmdown)
+    return min(1.0, max(scale, h.min_lr))
 
 
 def accumulate_gradients(
@@ -3561,7 +3854,7 @@ class Phases:
         count = 0
         for spec in self.model.table.values():
             is_frozen = 0 < spec.freeze <= boundary
-            self.model.get_submodule(spec.name).requires_grad_(not is_frozen)
+            self.model.get_submodule(spec.name).set_frozen(is_frozen)
             count += is_frozen
         return count
 
@@ -3595,10 +3888,19 @@ class FiniteCheck:
         self.values = torch.stack([loss, *norms.values()]).to("cpu", non_blocking=True)
         self.arrival = torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
-    def failures(self) -> list[str]:
-        """Wait for the recorded step; return the names of what was not finite."""
+    def wait(self) -> None:
+        """Wait for the recorded step."""
         if self.arrival:
             self.arrival.synchronize()
+
+    def gradient_norm(self) -> float:
+        """Return the norm of all gradients of the recorded step together, before the clip."""
+        self.wait()
+        return self.values[1:].norm().item()
+
+    def failures(self) -> list[str]:
+        """Wait for the recorded step; return the names of what was not finite."""
+        self.wait()
         is_finite = self.values.isfinite().tolist()
         return [name for name, finite in zip(self.names, is_finite, strict=True) if not finite]
 
@@ -3634,9 +3936,11 @@ class Trainer:
         self.averages = WeightAverages(self.optimizers.params, h)
         self.clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
         self.finite = FiniteCheck()
+        self.loader = BatchLoader(data, dist)
         self.fingerprint = model.fingerprint()
         self.step = 0  # steps that are done
         self.late_qat = False
+        self.lr_scale = 1.0  # of the last step
         self.last_save = "none"  # what to go back to, in words
         self.saved_at = 0.0  # on the clock
         self.save_seconds = 0.0  # that the last one took
@@ -3665,7 +3969,7 @@ class Trainer:
         self.clock.start()
         while True:
             plan = self.plan_step()
-            if plan.save or plan.stop:
+            if plan.save or plan.stop or plan.done:  # what follows must not cost a trained step
                 self.save()
             if plan.stop:
                 continues = f"the same RUN_ID continues from {self.last_save}"
@@ -3680,8 +3984,9 @@ class Trainer:
             loss = self.train_step(plan)
             self.clock.end_step()
             self.log_loss(loss)
-        self.check_finite()
         self.clock.lap()
+        self.loader.close()
+        self.run.log(f"data_stalls:{self.loader.stalls} seconds:{self.loader.stall_seconds:.2f}")
 
     def plan_step(self) -> StepPlan:
         """Decide what happens next, by rank 0's clock."""
@@ -3711,6 +4016,7 @@ class Trainer:
         """Take one step; return its loss on this process, still on the device."""
         h, dist = self.h, self.dist
         lr_scale = learning_rate_scale(h, self.step, plan.remaining, plan.progress)
+        self.lr_scale = lr_scale
         if lr_scale < h.late_qat_threshold and not self.late_qat:
             self.late_qat = True
             self.run.log(f"late_qat:on step:{self.step} scale:{lr_scale:.4f}")
@@ -3722,7 +4028,7 @@ class Trainer:
         if self.late_qat:
             as_stored = weights_as_stored(self.groups, self.quantizers)
         with as_stored:
-            batches = self.data.micro_batches(self.step, dist)
+            batches = self.loader.micro_batches(self.step)
             loss = accumulate_gradients(self.forward, batches, self.phases.teacher_logits)
         norms = self.optimizers.step(self.step, lr_scale)  # on the float32 masters
         self.averages.update(self.step, lr_scale)
@@ -3743,9 +4049,25 @@ class Trainer:
     def log_loss(self, loss: Tensor) -> None:
         """Log the mean loss over the processes, for the first steps and then now and then."""
         every = self.h.train_log_every
-        if every and (self.step <= 10 or self.step % every == 0):
-            mean = self.dist.all_reduce(loss.clone()).item() / self.dist.world_size
-            self.log(f"train_loss:{mean:.4f}")
+        if not every or (self.step > 10 and self.step % every):
+            return
+        mean = self.dist.all_reduce(loss.clone()).item() / self.dist.world_size
+        self.log(f"train_loss:{mean:.4f}")
+        self.log_metrics(
+            train_loss=mean, lr_scale=self.lr_scale, grad_norm=self.finite.gradient_norm()
+        )
+
+    def log_metrics(self, **values: Any) -> None:
+        """Write metrics of the present step to metrics.jsonl."""
+        tokens = self.step * self.h.train_batch_tokens
+        seconds = self.clock.elapsed
+        self.run.log.metrics(
+            step=self.step,
+            tokens=tokens,
+            seconds=round(seconds, 3),
+            tokens_per_second=round(tokens / max(seconds, 1e-9)),
+            **values,
+        )
 
     def log(self, text: str) -> None:
         """Log a line with the step and the training time."""
@@ -3768,6 +4090,11 @@ class Trainer:
         loss = self.loss_on(val.tokens)
         bpb = val.bits_per_byte(loss)
         self.log(f"val_loss:{loss:.4f} val_bpb:{bpb:.4f}")
+        ratios = adapter_ratios(self.model)
+        if ratios:
+            text = " ".join(f"{kind}:{ratio:.3g}" for kind, ratio in mean_by_kind(ratios).items())
+            self.run.log(f"adapter_ratio {text}")
+        self.log_metrics(val_loss=loss, val_bpb=bpb, adapter_ratios=ratios)
         return {"val_loss_before": loss, "val_bpb_before": bpb}
 
     def choose_candidate(self) -> dict[str, float]:
@@ -3905,15 +4232,19 @@ def open_folder(
         if names and h.resume == "0":
             raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID, or drop RESUME=0")
         folder.mkdir(parents=True, exist_ok=True)
-        log.open(folder / "train.log")
+        log.open(folder)
         saved = Checkpoint.read_newest(folder)
     return folder, dist.broadcast_object(saved)
 
 
-def preflight(run: Run, model: LanguageModel, data: TrainingData) -> None:
-    """Try everything that comes after training, small and with a copy of the untrained model.
+def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
+    """Try everything that comes after training with a copy of the untrained model.
 
+    It exports, reads back and evaluates on the shapes that will be used, and so compiles them.
     UserError names the stage that fails; nothing is trained yet then.
+
+    Returns:
+        An estimate of the seconds from the end of training to the artifact.
     """
     h, dist = run.h, run.dist
     began = time.perf_counter()
@@ -3921,14 +4252,20 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> None:
     for p in trial.parameters():
         if p.ndim > 1 and not p.any():
             nn.init.normal_(p, std=0.02)  # codes of zeros would compress to nothing
-    tokens = run.val.tokens[: 1 + h.eval_seq_len + 2 * h.eval_stride]
     stage = "export"
     try:
         blob = export(run, trial, data, 0, trial=True)
+        export_seconds = time.perf_counter() - began
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
-        if not math.isfinite(evaluate(rebuilt, tokens, h, dist, h.eval_stride)):
-            raise UserError("the untrained model's loss is not finite; lower the initial gains")
+        for stride in (h.eval_seq_len, h.eval_stride):
+            loss = evaluate(rebuilt, run.val.tokens, h, dist, stride, trial=True)
+            if not math.isfinite(loss):
+                raise UserError("the untrained model's loss is not finite; lower the initial gains")
+        stage = "choice of the candidate"
+        start = time.perf_counter()
+        evaluate(rebuilt, data.held_out_stream(), h, dist, h.eval_seq_len)
+        choice_seconds = 3 * (time.perf_counter() - start)  # there are up to three
         stage = "disk"
         need = sum((60 + 12 * h.self_distill) * p.numel() for p in model.parameters())
         if dist.rank == 0 and shutil.disk_usage(run.folder).free < need:  # three checkpoints
@@ -3937,6 +4274,21 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> None:
         raise UserError(f"preflight, {stage}: {error} (nothing is trained yet)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
+    return export_seconds + choice_seconds
+
+
+def reserve_for_export(run: Run, estimate: float) -> float:
+    """Return the seconds kept for the export: GPTQ_RESERVE_SECONDS, or more if it takes longer."""
+    h = run.h
+    (estimate,), _ = run.dist.sync_from_rank0(estimate)
+    reserve = max(h.gptq_reserve_seconds, 1.25 * estimate)
+    if h.max_wallclock_seconds and reserve >= h.max_wallclock_seconds:
+        raise UserError(
+            f"the export takes about {estimate:.0f} s, which leaves nothing of"
+            f" MAX_WALLCLOCK_SECONDS={h.max_wallclock_seconds:g} to train"
+        )
+    run.log(f"export: about {estimate:.1f} s, {reserve:.1f} s are kept for it")
+    return reserve
 
 
 def load_teacher(run: Run) -> LanguageModel | None:
@@ -3986,6 +4338,8 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
     )
     threads = torch.get_num_threads()
     log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
+    dtype = resolve_dtype(run.h, run.dist.on_cuda)
+    log(f"attention: {first_usable_attention(run.h, run.dist, dtype)}")
     return {"trained_parameters": trained, "frozen_parameters": frozen}
 
 
@@ -3996,7 +4350,8 @@ def train(
     teacher = None if run.h.export_only else load_teacher(run)
     trainer = Trainer(run, model, data, teacher)
     if not run.h.export_only:
-        preflight(run, model, data)
+        reserve = reserve_for_export(run, preflight(run, model, data))
+        trainer.clock.limit(run.h.max_wallclock_seconds - reserve)
         trainer.warm_up()
     if saved:
         with untrusted_input("the checkpoint's training"):
@@ -4029,6 +4384,18 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
         write_file(run.folder / "model.int6.ptz", blob)
     seconds = time.perf_counter() - began + metrics["choice_seconds"]
     return blob, metrics | {"export_seconds": round(seconds, 3)}
+
+
+def time_limit_exceeded(run: Run, metrics: Mapping[str, Any]) -> bool:
+    """Return whether training and export took longer than they may; log it if so."""
+    limit = run.h.max_wallclock_seconds
+    total = metrics["train_seconds"] + metrics["export_seconds"]
+    is_over = bool(limit) and total > limit
+    if is_over:
+        run.log(
+            f"warning: training and export took {total:.1f} s, over MAX_WALLCLOCK_SECONDS={limit:g}"
+        )
+    return is_over
 
 
 def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
@@ -4128,6 +4495,7 @@ def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal
         blob, metrics = train_and_export(run, saved)
     metrics |= evaluate_artifact(run, blob)
     if run.folder:
+        metrics["over_time_limit"] = time_limit_exceeded(run, metrics)
         write_results(run, metrics, len(blob))
 
 
