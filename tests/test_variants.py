@@ -1,12 +1,12 @@
-"""Every kind of model that the map table can describe: trained, exported, read, told from the others."""
+"""Tests of every kind of model that the map table can describe.
+
+Each variant is trained in this process, exported, read back, and told from the others.
+"""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 import math
-import socket
 from pathlib import Path
 
 import brotli
@@ -15,37 +15,21 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import Corpus, finish, make_corpus, refusal, run_well, start
+from helpers import TINY, refusal, run_well
 
-TINY = {
+VARIANT = TINY | {
     "NUM_LAYERS": 3,
-    "MODEL_DIM": 32,
-    "NUM_HEADS": 2,
-    "NUM_KV_HEADS": 1,
-    "ROPE_DIMS": 8,
-    "VE_LAYERS": 1,
-    "VE_DIM": 8,
-    "BIGRAM_VOCAB_SIZE": 64,
-    "BIGRAM_DIM": 8,
-    "TRAIN_SEQ_LEN": 32,
-    "EVAL_SEQ_LEN": 32,
     "EVAL_STRIDE": 32,
-    "TRAIN_BATCH_TOKENS": 256,
-    "MICRO_BATCH_TOKENS": 128,
+    "MICRO_BATCH_TOKENS": 128,  # two micro-batches a step
     "ITERATIONS": 12,
-    "WARMUP_STEPS": 1,
     "WARMDOWN_ITERS": 6,
     "GPTQ_CALIB_BATCHES": 1,
-    "MAX_WALLCLOCK_SECONDS": 0,
-    "DTYPE": "float32",
-    "COMPILE": 0,
-    "TRAIN_LOG_EVERY": 1,
     "VAL_LOSS_EVERY": 0,
-    "HOLDOUT_TOKENS": 512,
     "SWA_INTERVAL": 1,
     "SCALAR_LR": 0.1,
     "LATE_QAT_THRESHOLD": 0.4,
 }
+del VARIANT["MAP_ADAPTER"]  # each variant has its own
 PUBLISHED_B = {
     "RANDOM_BASIS_ENABLED": 1,
     "LORA_RANK": 4,
@@ -84,6 +68,9 @@ VARIANTS = {
     "orthogonal-mlp": {"MAP_BASIS": "mlp=orthogonal", "MAP_ADAPTER": "lora:8"},
     "recurrent": {"MAP_ADAPTER": "rslora:16", "RECUR_LAYERS": 1, "PARALLEL_FROM": 2},
     "learned": {"USE_RANDOM_ADAPTERS": 0},
+    "shared": {"MAP_BASIS": "shared:2", "MAP_TWIST": "permutation", "MAP_ADAPTER": "lora:4"},
+    "signs": {"MAP_ADAPTER": "signs", "MAP_SCALE": "row"},
+    "combination": {"MAP_BASIS": "gaussian", "MAP_ADAPTER": "combination:8+lora:2"},
     "sparse-hadamard": {
         "MAP_BASIS": "hadamard",
         "MAP_ADAPTER": "sparse:0.1+lora:4",
@@ -94,38 +81,37 @@ VARIANTS = {
 each_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
-@dataclasses.dataclass
-class Run:
-    """One training and what was seen of it."""
+class Trained(train_gpt.RunLog):
+    """One training and what was seen of it; it stands for the log of the run."""
 
-    h: train_gpt.Hyperparameters
-    model: train_gpt.LanguageModel = None  # as it stands after the export
-    blob: bytes = b""
-    exported: dict = dataclasses.field(
-        default_factory=dict
-    )  # what the export handed to the artifact
-    lines: list[str] = dataclasses.field(default_factory=list)
-    scales: list[float] = dataclasses.field(
-        default_factory=list
-    )  # of learning rates, warm-up included
-    taught: list[bool] = dataclasses.field(
-        default_factory=list
-    )  # whether a teacher spoke, of each batch
-    stages: train_gpt.Stages = None
-    snapshots: list[tuple[str, dict, dict]] = dataclasses.field(default_factory=list)
+    def __init__(self, h: train_gpt.Hyperparameters) -> None:
+        super().__init__(rank=0)
+        self.h = h
+        self.specs = list(train_gpt.build_map_table(h).values())
+        self.model: train_gpt.LanguageModel = None  # as it stands after the export
+        self.phases: train_gpt.Phases = None
+        self.blob = b""
+        self.exported: dict = {}  # what the export handed to the artifact
+        self.lines: list[str] = []  # of the console
+        self.lr_scales: list[float] = []  # of all steps, warm-up included
+        self.taught: list[bool] = []  # whether a teacher spoke, of each batch
+        self.snapshots: list[tuple[str, dict, dict]] = []  # line, model and teacher as it begins
 
     def __call__(self, text: str, console: bool = True) -> None:
-        """Stands for the log. What a stage finds when it begins is kept with its line."""
+        """Keep a line, and what a phase finds when it begins."""
         self.lines += [text] if console else []
-        if text.startswith("stage "):
-            teacher = self.stages.teacher
+        if text.startswith("phase "):
+            teacher = self.phases.teacher
             self.snapshots.append((text, copied(self.model), copied(teacher) if teacher else {}))
 
     def losses(self) -> list[float]:
-        found = [
-            line.split("train_loss:")[1].split()[0] for line in self.lines if " train_loss:" in line
-        ]
-        return [float(text) for text in found]
+        lines = [line for line in self.lines if " train_loss:" in line]
+        return [float(line.split("train_loss:")[1].split()[0]) for line in lines]
+
+    def map_lines(self) -> list[list[str]]:
+        """Return the logged map table, heading included, as cells."""
+        table = next(text for text in self.lines if text.startswith("map "))
+        return [line.split() for line in table.splitlines()]
 
 
 def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -133,70 +119,73 @@ def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def described(corpus, tmp_path_factory, trained_blob):
-    """described(name): the environment of a variant; a teacher's name becomes the path of its artifact."""
+    """described(name): the environment of a variant; a teacher becomes a path of its artifact."""
 
     def environment_of(name: str) -> dict[str, str]:
         variant = dict(VARIANTS[name])
         if "DISTILL_FROM" in variant:
             variant["DISTILL_FROM"] = trained_blob(variant["DISTILL_FROM"])
-        return {key: str(value) for key, value in (TINY | corpus.settings | variant).items()}
+        return strings(VARIANT | corpus.settings | variant)
 
     return environment_of
 
 
+def strings(settings: dict) -> dict[str, str]:
+    return {name: str(value) for name, value in settings.items()}
+
+
 @pytest.fixture(scope="module")
-def train_here(corpus, processes, tmp_path_factory):
+def train_here(processes, tmp_path_factory):
     """train_here(environment): a run in this process, by the script's own functions."""
 
-    def train(environment: dict[str, str]) -> Run:
-        h = train_gpt.Hyperparameters(environment=environment)
+    def train(environment: dict[str, str]) -> Trained:
+        h = train_gpt.load_settings(environment)
         tokenizer = train_gpt.Tokenizer(h.tokenizer_path, h.vocab_size)
-        run, folder = Run(h), tmp_path_factory.mktemp("run")
-        make_model, write_artifact = train_gpt.make_model, train_gpt.write_artifact
-        step, teach = train_gpt.Optimizers.step, train_gpt.Stages.teach
-
-        def make_and_keep(h, dtype=torch.float32):
-            made = make_model(h, dtype)
-            run.model = made if h is run.h else run.model  # the other is the teacher
-            return made
-
-        def write_and_keep(header, tensors, quality):
-            run.exported = tensors
-            return write_artifact(header, tensors, 4)
-
-        def step_and_keep(self, number, scale):
-            run.scales.append(scale)
-            return step(self, number, scale)
-
-        def teach_and_keep(self, ids):
-            run.stages = self
-            logits = teach(self, ids)
-            run.taught.append(logits is not None)
-            return logits
-
+        val = train_gpt.ValidationStream(h, tokenizer)
+        val.tokens = val.tokens[:1025]  # is only looked at
+        trained, folder = Trained(h), tmp_path_factory.mktemp("run")
+        stop = train_gpt.StopSignal()
+        run = train_gpt.Run(h, processes, trained, stop, tokenizer, val, folder)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train_gpt, "make_model", make_and_keep)
-            patch.setattr(train_gpt, "write_artifact", write_and_keep)
-            patch.setattr(train_gpt.Optimizers, "step", step_and_keep)
-            patch.setattr(train_gpt.Stages, "teach", teach_and_keep)
-            val = train_gpt.ValidationStream(h, tokenizer)
-            val.tokens = val.tokens[:1025]  # is only looked at
-            world = copy.copy(processes)
-            world.log, world.h = run, h
-            run.blob, _ = train_gpt.train_and_export(h, world, tokenizer, val, folder, None)
-        return run
+            watch(trained, patch)
+            trained.blob, _ = train_gpt.train_and_export(run, None)
+        return trained
 
     return train
 
 
+def watch(trained: Trained, patch: pytest.MonkeyPatch) -> None:
+    """Keep what some functions of the script are given, and what they return."""
+    prepare_model, quantize_model = train_gpt.prepare_model, train_gpt.quantize_model
+    step, teacher_logits = train_gpt.Optimizers.step, train_gpt.Phases.teacher_logits
+
+    def watched_prepare(*args):
+        trained.model = prepare_model(*args)
+        return trained.model
+
+    def watched_quantize(*args):
+        trained.exported = quantize_model(*args)
+        return trained.exported
+
+    def watched_step(self, number, lr_scale):
+        trained.lr_scales.append(lr_scale)
+        return step(self, number, lr_scale)
+
+    def watched_logits(self, ids):
+        trained.phases = self
+        logits = teacher_logits(self, ids)
+        trained.taught.append(logits is not None)
+        return logits
+
+    patch.setattr(train_gpt, "prepare_model", watched_prepare)
+    patch.setattr(train_gpt, "quantize_model", watched_quantize)
+    patch.setattr(train_gpt.Optimizers, "step", watched_step)
+    patch.setattr(train_gpt.Phases, "teacher_logits", watched_logits)
+
+
 @pytest.fixture(scope="module")
-def runs() -> dict[str, Run]:
+def runs() -> dict[str, Trained]:
     return {}
 
 
@@ -206,8 +195,7 @@ def trained_blob(runs, train_here, corpus, tmp_path_factory):
 
     def path_of(name: str) -> Path:
         if name not in runs:
-            environment = TINY | corpus.settings | VARIANTS[name]
-            runs[name] = train_here({key: str(value) for key, value in environment.items()})
+            runs[name] = train_here(strings(VARIANT | corpus.settings | VARIANTS[name]))
         path = tmp_path_factory.mktemp(name) / "model.int6.ptz"
         path.write_bytes(runs[name].blob)
         return path
@@ -219,7 +207,7 @@ def trained_blob(runs, train_here, corpus, tmp_path_factory):
 def trained(runs, train_here, described):
     """trained(name): a variant's run, made once."""
 
-    def run_of(name: str) -> Run:
+    def run_of(name: str) -> Trained:
         if name not in runs:
             runs[name] = train_here(described(name))
         return runs[name]
@@ -228,7 +216,7 @@ def trained(runs, train_here, described):
 
 
 def unpacked_groups(blob: bytes) -> dict[str, bytes]:
-    """The artifact's groups, by the format's description alone."""
+    """Return the artifact's groups, by the format's description alone."""
     size = int.from_bytes(blob[12:16], "little")
     header, place, groups = json.loads(brotli.decompress(blob[16 : 16 + size])), 16 + size, {}
     for name, packed in header["groups"]:
@@ -238,83 +226,93 @@ def unpacked_groups(blob: bytes) -> dict[str, bytes]:
     return groups
 
 
-def bytes_of_row(row: train_gpt.MapRow) -> int:
-    """What a map costs, by its row of the table: codes and exponents of a byte, floats of two, masks of a
-    bit."""
-    rows, columns = row.out_features, row.in_features
-    total = rows * columns + rows if row.basis == "learned" else 0
-    for part in row.adapter.split("+"):
+def bytes_of_map(spec: train_gpt.MapSpec) -> int:
+    """Return what a map costs, by its row of the table.
+
+    Codes and exponents take a byte each, floats two, bits one bit.
+    """
+    rows, columns = spec.shape
+
+    def coded(height: int, width: int) -> int:
+        return height * width + height
+
+    adapter_bytes = {
+        "none": lambda _: 0,
+        "lora": lambda rank: coded(rows, int(rank)) + coded(int(rank), columns),
+        "rslora": lambda rank: coded(rows, int(rank)) + coded(int(rank), columns),
+        "vera": lambda rank: 2 * (rows + int(rank)),
+        "sparse": lambda density: coded(rows, max(1, round(float(density) * columns))),
+        "mask": lambda _: math.ceil(rows * columns / 8),
+        "signs": lambda _: math.ceil(rows * columns / 8),
+        "combination": lambda count: 2 * int(count),
+    }
+    total = coded(rows, columns) if spec.basis == "learned" else 0
+    if spec.basis.startswith("shared:"):
+        total += 2 * int(spec.basis.partition(":")[2])  # how the matrices are mixed
+    for part in spec.adapter.split("+"):
         name, _, size = part.partition(":")
-        total += {
-            "none": lambda _: 0,
-            "lora": lambda rank: rows * rank + rows + rank * columns + rank,
-            "rslora": lambda rank: rows * rank + rows + rank * columns + rank,
-            "vera": lambda rank: 2 * (rows + rank),
-            "sparse": lambda density: rows * max(1, round(density * columns)) + rows,
-            "mask": lambda _: math.ceil(rows * columns / 8),
-        }[name](float(size or 0))
-    total += {"none": 0, "map": 2, "row": 2 * rows}[row.scale]
-    return int(total) + (0 if row.gate is None else 2 * rows)
+        total += adapter_bytes[name](size)
+    total += {"none": 0, "map": 2, "row": 2 * rows}[spec.scale]
+    return total + (0 if spec.gate is None else 2 * rows)
+
+
+CODED = (  # what is stored as codes beside the maps of the table
+    "embedding.weight",
+    "bigram.0.weight",
+    "bigram.1.weight",
+    "embedding.0.weight",
+    "embedding.1.weight",
+)
 
 
 def bytes_around(model: train_gpt.LanguageModel) -> int:
-    """Of what is in no row: embeddings with the maps behind them are codes, the rest is float16."""
+    """Return what is in no row: embeddings and shared matrices are codes, the rest is float16."""
     total = 0
     for name, p in model.named_parameters():
-        if any(name.startswith(row + ".") for row in model.table):
+        if any(name.startswith(f"{row}.") for row in model.table):
             continue
-        coded = name.endswith(
-            (
-                "embedding.weight",
-                "bigram.0.weight",
-                "bigram.1.weight",
-                "embedding.0.weight",
-                "embedding.1.weight",
-            )
-        )
-        total += p.numel() + len(p) if coded else 2 * p.numel()
+        is_coded = name.endswith(CODED) or name.startswith("shared.")
+        total += p.numel() + len(p) if is_coded else 2 * p.numel()
     return total
 
 
-# ---- What all variants do ----------------------------------------------------------------------------------
+# ---- What all variants do ----------------------------------------------------------------------
 
 
 @each_variant
 def test_a_variant_learns(trained, name):
-    losses = trained(name).losses()
+    run = trained(name)
+    losses = run.losses()
     assert len(losses) == 12
-    if (
-        "self-distilled" in name or name == "distilled"
-    ):  # the loss is another while a teacher speaks
-        assert trained(name).taught.count(True) > 0
-        taught = trained(name).taught[-24::2]  # two micro-batches a step
-        losses = [loss for loss, by_teacher in zip(losses, taught) if by_teacher == taught[-1]]
+    if run.h.self_distill or run.h.distill_from:  # the loss is another while a teacher speaks
+        assert any(run.taught)
+        taught = run.taught[-24::2]  # two micro-batches a step
+        pairs = zip(losses, taught, strict=True)
+        losses = [loss for loss, by_teacher in pairs if by_teacher == taught[-1]]
     assert np.mean(losses[-2:]) < losses[0] - 0.05
+
+
+def as_stored(value: train_gpt.QuantizedTensor | torch.Tensor) -> torch.Tensor:
+    """Return what the artifact gives back for a value."""
+    if isinstance(value, train_gpt.QuantizedTensor):
+        return value.dequantize()
+    return value if value.dtype is torch.bool else value.half().float()
 
 
 @each_variant
 def test_an_artifact_is_the_exported_model_to_the_bit(trained, processes, name):
-    """The model that was trained, given the values that the export chose, and one built from bytes alone."""
+    """The trained model, given the values that the export chose, and one built from bytes alone."""
     run = trained(name)
     header, tensors = train_gpt.read_artifact(run.blob)
-    values = {
-        key: value.values() if isinstance(value, train_gpt.Codes) else value
-        for key, value in run.exported.items()
-    }
-    values = {
-        key: value if value.dtype is torch.bool else value.float() for key, value in values.items()
-    }
-    for key, value in values.items():
-        two_bytes = not isinstance(run.exported[key], train_gpt.Codes)
-        values[key] = value.half().float() if two_bytes else value
-    assert tensors.keys() == values.keys() == run.model.state_dict().keys()
+    values = {key: as_stored(value) for key, value in run.exported.items()}
     ours = run.model.eval()
+    assert tensors.keys() == values.keys() == ours.state_dict().keys()
     before = copied(ours)
     ours.load_state_dict(values)
-    theirs = train_gpt.build_model(header, tensors, processes)
+    theirs = train_gpt.model_from_artifact(run.h, run.blob, processes)
     ids = torch.randint(512, (3, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, logits = ours.predict(ids, 32), theirs.predict(ids, 32)
+        expected, logits = ours.predict(ids), theirs.predict(ids)
     ours.load_state_dict(before)
     assert torch.equal(logits, expected)
     assert expected.std() > 0.01
@@ -325,37 +323,38 @@ def test_an_artifact_is_the_exported_model_to_the_bit(trained, processes, name):
 def test_an_artifact_holds_the_bytes_that_the_table_says(trained, name):
     run = trained(name)
     size = sum(map(len, unpacked_groups(run.blob).values()))
-    assert size == sum(map(bytes_of_row, run.h.maps)) + bytes_around(run.model)
+    in_table = sum(map(bytes_of_map, run.specs))
+    assert size == in_table + bytes_around(run.model)
     assert size == train_gpt.stored_bytes(run.model)
-    assert any(f"takes {size:,} unpacked" in line for line in run.lines)
-    table = next(text for text in run.lines if text.startswith("map ")).splitlines()[1:]
-    assert sum(int(line.split()[-1].replace(",", "")) for line in table) == sum(
-        map(bytes_of_row, run.h.maps)
-    )
+    assert any(f"takes {size:,} bytes uncompressed" in line for line in run.lines)
+    _, *rows = run.map_lines()
+    assert sum(int(cells[-1].replace(",", "")) for cells in rows) == in_table
 
 
 @each_variant
 def test_an_artifact_refuses_another_variants_settings(trained, described, name):
-    """And takes its own, which say nothing new. A variant that asks for nothing different is no other."""
-    stored, refused = train_gpt.read_artifact(trained(name).blob)[0]["model"], []
+    """And takes its own, which say nothing new; so it does those of a variant that agrees."""
+    stored = train_gpt.read_artifact(trained(name).blob)[0]["model"]
+    refused = set()
     for other in VARIANTS:
-        if other == "distilled" or name == "distilled" != other:
+        if (other == "distilled") != (name == "distilled"):  # it has another size
             continue
-        asked = train_gpt.Hyperparameters(environment=described(other))
-        mine = {key: value for key, value in asked.model_settings().items() if key in asked.given}
-        if all(stored[key] == value for key, value in mine.items()):
-            asked.adopt(stored, "the artifact")
+        asked = train_gpt.load_settings(described(other))
+        mine = asked.model_settings()
+        if all(stored[key] == mine[key] for key in mine.keys() & asked.explicit):
+            train_gpt.adopt_settings(asked, stored, "the artifact")
             continue
         with pytest.raises(train_gpt.UserError, match="of another model"):
-            asked.adopt(stored, "the artifact")
-        refused.append(other)
-    adopted = train_gpt.Hyperparameters(environment=described(name)).adopt(stored, "the artifact")
+            train_gpt.adopt_settings(asked, stored, "the artifact")
+        refused.add(other)
+    own = train_gpt.load_settings(described(name))
+    adopted = train_gpt.adopt_settings(own, stored, "the artifact")
     assert adopted.model_settings() == stored
     assert name not in refused
     assert len(refused) >= len(VARIANTS) - 5 or name == "distilled"
 
 
-# ---- What each promises ------------------------------------------------------------------------------------
+# ---- What each promises ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -381,90 +380,91 @@ def test_an_artifact_refuses_another_variants_settings(trained, described, name)
     ],
 )
 def test_published_variables_name_these_maps(trained, name, random, adapter, more):
-    rows = [row for row in trained(name).h.maps if row.basis != "learned"]
-    assert {row.name.partition(".")[2].partition(".")[2] for row in rows} == random
-    assert {row.adapter for row in rows} <= {adapter}
+    specs = [spec for spec in trained(name).specs if spec.basis != "learned"]
+    assert {spec.name.split(".", 2)[2] for spec in specs} == random
+    assert {spec.adapter for spec in specs} <= {adapter}
     for column, values in more.items():
-        assert {getattr(row, column) for row in rows} == values
+        assert {getattr(spec, column) for spec in specs} == values
 
 
 def test_random_projections_are_those_of_the_named_layers(trained):
-    random = [row.name for row in trained("random-projections").h.maps if row.basis != "learned"]
+    specs = trained("random-projections").specs
+    random = [spec.name for spec in specs if spec.basis != "learned"]
     assert random == ["blocks.0.mlp.fc", "blocks.1.mlp.fc"]
 
 
 def test_members_of_an_ensemble_are_what_their_selector_says(trained):
-    rows = trained("ensemble").h.maps
-    assert {row.basis for row in rows if row.name.startswith("members.0.")} == {"learned"}
-    assert {row.basis for row in rows if row.name.startswith("members.1.")} == {"orthogonal"}
-    assert len(rows) == 36
+    specs = trained("ensemble").specs
+    assert {spec.basis for spec in specs if spec.name.startswith("members.0.")} == {"learned"}
+    assert {spec.basis for spec in specs if spec.name.startswith("members.1.")} == {"orthogonal"}
+    assert len(specs) == 36
 
 
 def test_what_is_random_is_not_in_the_artifact(trained):
     for name in VARIANTS:
         _, tensors = train_gpt.read_artifact(trained(name).blob)
-        for row in trained(name).h.maps:
-            assert (f"{row.name}.weight" in tensors) == (row.basis == "learned"), (name, row.name)
+        for spec in trained(name).specs:
+            is_stored = f"{spec.name}.weight" in tensors
+            assert is_stored == (spec.basis == "learned"), (name, spec.name)
 
 
-def test_the_random_maps_come_out_of_training_as_they_were_drawn(trained):
-    for name in ("system-b", "mask", "sparse-hadamard", "vera"):
+def test_the_random_maps_come_out_of_training_as_they_were_generated(trained):
+    for name in ("system-b", "mask", "signs", "sparse-hadamard", "vera", "combination"):
         model = trained(name).model
-        for row in model.frozen:
-            assert torch.equal(model.get_submodule(row.name).weight, train_gpt.draw_map(row)), (
-                name,
-                row,
-            )
+        for spec in model.random_maps():
+            weight = model.get_submodule(spec.name).weight
+            assert torch.equal(weight, train_gpt.generate_map(spec)), (name, spec)
 
 
-@pytest.mark.parametrize(("name", "share"), [("system-d", 0.3), ("self-distilled-freezing", 0.5)])
-def test_maps_that_freeze_stand_still_and_are_stored(trained, name, share):
-    """Averages, late QAT, weight decay and the optimisers' momenta must all leave them alone."""
+@pytest.mark.parametrize(("name", "step"), [("system-d", 4), ("self-distilled-freezing", 6)])
+def test_maps_that_freeze_do_not_change_and_are_stored(trained, name, step):
+    """From 0.3 and 0.5 of 12 steps on; averages, late QAT and decay must leave them alone."""
     run = trained(name)
-    ((line, then, _),) = [
-        found
-        for found in run.snapshots
-        if "frozen_maps:3" in found[0] and f"step:{math.ceil(12 * share)} " in found[0]
-    ]
+    snapshots = [found for found in run.snapshots if "frozen_maps:3" in found[0]]
+    ((line, then, _),) = [found for found in snapshots if f"step:{step} " in found[0]]
     now, frozen = run.model.state_dict(), [f"blocks.{layer}.mlp.fc.weight" for layer in range(3)]
     for key, value in then.items():
         assert torch.equal(value, now[key]) == (key in frozen), (line, key)
     _, tensors = train_gpt.read_artifact(run.blob)
     for key in frozen:
         error = (tensors[key] - now[key]).norm() / now[key].norm()
-        assert error < 0.25, "stored as they stand, up to quantisation"
+        assert error < 0.25, "stored as they are, up to quantization"
 
 
 def test_published_sizes_leave_frozen_maps_out_and_these_count_them(trained):
     run = trained("system-d")
-    frozen = [row for row in run.h.maps if row.freeze]
-    assert [row.name for row in frozen] == [f"blocks.{layer}.mlp.fc" for layer in range(3)]
-    without = train_gpt.stored_bytes(run.model) - sum(96 * 32 + 96 for _ in frozen)
-    groups = unpacked_groups(run.blob)
-    assert sum(map(len, groups.values())) == without + 3 * (96 * 32 + 96)
-    table = next(text for text in run.lines if text.startswith("map ")).splitlines()
-    for line in [line.split() for line in table if ".mlp.fc " in line]:
-        assert line[-1] == f"{96 * 32 + 96:,}"
-        assert line[table[0].split().index("freeze")] == "0.3"
+    frozen = [spec for spec in run.specs if spec.freeze]
+    assert [spec.name for spec in frozen] == [f"blocks.{layer}.mlp.fc" for layer in range(3)]
+    bytes_of_one = 96 * 32 + 96
+    learning = [p for p in run.model.parameters() if p.requires_grad]
+    assert len(learning) == len(list(run.model.parameters())) - 3, "they are frozen at the end"
+    size = sum(map(len, unpacked_groups(run.blob).values()))
+    others = [spec for spec in run.specs if not spec.freeze]
+    without = sum(map(bytes_of_map, others)) + bytes_around(run.model)
+    assert size == without + 3 * bytes_of_one
+    heading, *rows = run.map_lines()
+    for cells in [cells for cells in rows if cells[0].endswith(".mlp.fc")]:
+        assert cells[-1] == f"{bytes_of_one:,}"
+        assert cells[heading.index("freeze")] == "0.3"
 
 
 @pytest.mark.parametrize("name", ["system-d", "self-distilled-freezing", "recurrent", "learned"])
-def test_stages_do_not_restart_the_learning_rates(trained, name):
+def test_phases_do_not_restart_the_learning_rates(trained, name):
     expected = [min(1.0, (12 - step) / 6) for step in range(12)]
-    assert trained(name).scales[-12:] == pytest.approx(expected, abs=1e-12)
+    assert trained(name).lr_scales[-12:] == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_share_of_training_to_warm_down_in(trained):
-    """It is the share itself that counts, not a whole number of steps."""
+def test_a_fraction_of_training_to_warm_down_in(trained):
+    """It is the fraction itself that counts, not a whole number of steps."""
     expected = [min(1.0, (1 - step / 12) / 0.667) for step in range(12)]
-    assert trained("system-b").scales[-12:] == pytest.approx(expected, abs=1e-12)
+    assert trained("system-b").lr_scales[-12:] == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_model_teaches_itself_as_it_was_when_its_teaching_began(trained):
     run = trained("self-distilled")
     (first, then, teacher), (last, _, still) = run.snapshots
-    assert first.startswith("stage step:3 ")
-    assert last.startswith("stage step:9 ")
+    assert first.startswith("phase step:3 ")
+    assert last.startswith("phase step:9 ")
     assert ("teacher:True" in first, "teacher:False" in last) == (True, True)
     for key, value in then.items():
         assert torch.equal(teacher[key], value)
@@ -475,13 +475,11 @@ def test_a_model_teaches_itself_as_it_was_when_its_teaching_began(trained):
 
 
 def test_a_model_teaches_itself_while_maps_freeze(trained):
-    """The freeze at 0.5 comes after the teaching began at 0.4, and must not take another teacher."""
+    """The freeze at 0.5 comes after the teaching began at 0.4; it must not take another teacher."""
     run = trained("self-distilled-freezing")
-    (first, then, teacher), (_, _, still) = run.snapshots[:2]
-    assert [line.split(" share")[0] for line, *_ in run.snapshots[:2]] == [
-        "stage step:5",
-        "stage step:6",
-    ]
+    (_, then, teacher), (_, _, still) = run.snapshots[:2]
+    steps = [line.split(" progress")[0] for line, *_ in run.snapshots[:2]]
+    assert steps == ["phase step:5", "phase step:6"]
     for key, value in then.items():
         assert torch.equal(teacher[key], value)
         assert torch.equal(still[key], value)
@@ -490,7 +488,7 @@ def test_a_model_teaches_itself_while_maps_freeze(trained):
 
 def test_a_teacher_may_be_of_another_width(trained, processes):
     run = trained("distilled")
-    teacher, expected = run.stages.teacher, train_gpt.read_artifact(trained("system-a").blob)[1]
+    teacher, expected = run.phases.teacher, train_gpt.read_artifact(trained("system-a").blob)[1]
     assert all(run.taught[-24:])
     assert teacher.embedding.weight.shape == (512, 32)
     assert run.model.embedding.weight.shape == (512, 16)
@@ -499,48 +497,47 @@ def test_a_teacher_may_be_of_another_width(trained, processes):
 
 
 def test_a_teacher_changes_what_is_learned(trained, train_here, described):
-    environment = {
-        key: value for key, value in described("distilled").items() if key != "DISTILL_FROM"
-    }
+    environment = described("distilled")
+    del environment["DISTILL_FROM"]
     alone, taught = train_here(environment).model, trained("distilled").model
     assert not torch.equal(alone.embedding.weight, taught.embedding.weight)
 
 
-def test_layers_recur_from_their_share_of_training_on(trained):
+def test_layers_recur_from_their_fraction_of_training_on(trained):
     """0.35 of 12 steps: from the fifth on, and in what the artifact gives."""
     run = trained("recurrent")
     ((line, _, _),) = run.snapshots
-    assert line.startswith("stage step:5 ")
+    assert line.startswith("phase step:5 ")
     assert "recurrence:True" in line
     assert run.model.recurs
-    assert run.model.recurrent_order == [0, 1, 1, 1, 2]
+    assert run.h.block_order == [0, 1, 1, 1, 2]
 
 
 def test_a_jump_over_the_beginning_of_teaching_still_takes_the_model_of_now(settings):
-    """Marks lie close, or the clock jumps when its pace is known: one step then passes two of them."""
+    """Boundaries lie close, or the clock jumps: one step then passes two of them."""
     h = settings(self_distill=1, distill_start_frac=0.1, map_freeze="mlp.in=0.2")
     torch.manual_seed(0)
     model = train_gpt.make_model(h)
-    stages = train_gpt.Stages(h, model, None)
-    stages.enter(0.0)
+    phases = train_gpt.Phases(h, model, None, compiled=False)
+    phases.enter(0.0)
     with torch.no_grad():
         model.embedding.weight.add_(1.0)
-    assert "teacher:True" in stages.enter(0.25)
-    assert torch.equal(stages.teacher.embedding.weight, model.embedding.weight)
+    assert "teacher:True" in phases.enter(0.25)
+    assert torch.equal(phases.teacher.embedding.weight, model.embedding.weight)
 
 
-# ---- Fresh processes ---------------------------------------------------------------------------------------
+# ---- Fresh processes ---------------------------------------------------------------------------
 
 
 def final(text: str) -> float:
-    """Loss of the artifact, window after window."""
+    """Return the loss of the artifact, window after window."""
     (line,) = [line for line in text.splitlines() if "roundtrip_exact" in line]
     return float(line.split("val_loss:")[1].split()[0])
 
 
 @pytest.fixture(scope="module")
 def evaluator(trained, corpus, tmp_path_factory):
-    """evaluator(name): what one sets to evaluate a variant's artifact; nothing of it is about the model."""
+    """evaluator(name): what one sets to evaluate a variant's artifact, and nothing of its model."""
 
     def settings_of(name: str) -> dict:
         path = tmp_path_factory.mktemp("artifact") / "model.ptz"
@@ -562,9 +559,9 @@ def test_a_fresh_process_evaluates_an_artifact_from_its_bytes(trained, evaluator
     """Told nothing of the model, it finds the same maps and places, and the same loss."""
     run = trained("sparse-hadamard")
     out = run_well(evaluator("sparse-hadamard"))
-    model = train_gpt.build_model(*train_gpt.read_artifact(run.blob), processes)
+    model = train_gpt.model_from_artifact(run.h, run.blob, processes)
     val = train_gpt.ValidationStream(run.h, train_gpt.Tokenizer(run.h.tokenizer_path, 512))
-    loss, _ = train_gpt.evaluate(model, val, run.h, processes, 32)
+    loss = train_gpt.evaluate(model, val.tokens, run.h, processes, 32)
     assert final(out) == pytest.approx(loss, abs=1e-6)
 
 
@@ -586,60 +583,48 @@ def test_a_fresh_process_refuses_an_artifact_of_another_variant(evaluator, name,
 
 
 def test_two_processes_freeze_as_one(trained, described, tmp_path):
-    """Each takes one of the two micro-batches that one process takes in turn: sums of two in any order."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    given = described("system-d") | {
-        "OUTPUT_DIR": tmp_path,
-        "RUN_ID": "two",
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    both = [start(given | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(2)]
-    for result in [finish(process) for process in both]:
-        assert result.returncode == 0, result.stdout + result.stderr
+    """Each takes one of the two micro-batches of a step: sums of two, in any order."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    run_well(described("system-d") | {"OUTPUT_DIR": tmp_path, "RUN_ID": "two"}, launcher=launcher)
     assert "frozen_maps:3" in (tmp_path / "two" / "train.log").read_text(encoding="utf-8")
     blob = (tmp_path / "two" / "model.int6.ptz").read_bytes()
-    ours, theirs = unpacked_groups(blob), unpacked_groups(trained("system-d").blob)
-    assert ours == theirs
+    assert unpacked_groups(blob) == unpacked_groups(trained("system-d").blob)
 
 
-# ---- New kinds ---------------------------------------------------------------------------------------------
+# ---- New kinds ---------------------------------------------------------------------------------
 
 
 def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
     train_here, described, processes, monkeypatch
 ):
-    """One without codes, whose numbers are stored in float16, and one whose matrix is quantised."""
+    """One whose numbers are stored in float16, and one whose matrix is stored as codes."""
 
     def circulant(out_features: int, in_features: int, seed: int) -> torch.Tensor:
         first = train_gpt.gaussian(1, max(out_features, in_features), seed)[0] * out_features**0.5
         turned = torch.stack([first.roll(i) for i in range(out_features)])
         return turned[:, :in_features]
 
-    class Outer(train_gpt.Owner):
+    class Outer(train_gpt.Adapter):
         """ΔW = u vᵀ, u first 0."""
 
         size = ""
 
-        def __init__(self, row, _):
+        def __init__(self, spec, _):
             super().__init__()
-            self.u = torch.nn.Parameter(torch.zeros(row.out_features))
-            self.v = torch.nn.Parameter(torch.ones(row.in_features) / row.in_features**0.5)
+            self.u = torch.nn.Parameter(torch.zeros(spec.out_features))
+            self.v = torch.nn.Parameter(torch.ones(spec.in_features) / spec.in_features**0.5)
 
         def factors(self):
             return self.u[:, None], self.v[None]
 
-    class Left(train_gpt.Owner):
+    class Left(train_gpt.Adapter):
         """ΔW = M W."""
 
-        size, roles = "", {"M": train_gpt.MATRIX}
+        size, roles = "", {"M": train_gpt.Role.MATRIX}
 
-        def __init__(self, row, _):
+        def __init__(self, spec, _):
             super().__init__()
-            self.M = torch.nn.Parameter(torch.zeros(row.out_features, row.out_features))
+            self.M = torch.nn.Parameter(torch.zeros(spec.out_features, spec.out_features))
 
         def correction(self, weight):
             return self.M.to(weight.dtype) @ weight
@@ -648,6 +633,8 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
             return super().quantize(quantizers, None)  # its inputs are not the map's
 
     monkeypatch.setitem(train_gpt.BASES, "circulant", circulant)
+    words = [*train_gpt.CELL_WORDS["basis"], "circulant"]  # an import of the script would add it
+    monkeypatch.setitem(train_gpt.CELL_WORDS, "basis", words)
     monkeypatch.setitem(train_gpt.ADAPTERS, "outer", Outer)
     monkeypatch.setitem(train_gpt.ADAPTERS, "left", Left)
     asked = {
@@ -655,12 +642,11 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
         "MAP_ADAPTER": "attention=outer,mlp=left+outer",
         "MAP_SCALE": "row",
     }
-    said = VARIANTS["learned"]
-    environment = {key: value for key, value in described("learned").items() if key not in said}
+    environment = described("learned")
+    del environment["USE_RANDOM_ADAPTERS"]
     run = train_here(environment | asked)
     assert np.mean(run.losses()[-2:]) < run.losses()[0] - 0.05
-    header, tensors = train_gpt.read_artifact(run.blob)
-    model = train_gpt.build_model(header, tensors, processes)
+    model = train_gpt.model_from_artifact(run.h, run.blob, processes)
     for name in ("blocks.0.attention.q.outer.u", "blocks.1.mlp.fc.left.M"):
         assert model.state_dict()[name].abs().max() > 0
         expected = run.model.state_dict()[name]
@@ -670,22 +656,24 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
     assert any("circulant" in line for line in run.lines)
 
 
-@pytest.mark.parametrize("name", ["system-c-gated", "sparse-hadamard", "mask", "recurrent"])
-def test_each_stage_compiles_into_one_graph(name, described):
-    """`fullgraph` refuses a graph break; the graph must compute what the model does, at every stage."""
-    h = train_gpt.Hyperparameters(environment=described(name))
+@pytest.mark.parametrize(
+    "name", ["system-c-gated", "sparse-hadamard", "mask", "recurrent", "shared", "combination"]
+)
+def test_each_phase_compiles_into_one_graph(name, described):
+    """`fullgraph` refuses a graph break; the graph must compute what the model does."""
+    h = train_gpt.load_settings(described(name))
     torch.manual_seed(0)
     model = train_gpt.make_model(h).train()
-    stages = train_gpt.Stages(h, model, None)
+    phases = train_gpt.Phases(h, model, None, compiled=False)
     torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=False, fullgraph=True, backend="aot_eager")
     ids = torch.arange(2 * 33).view(2, 33) % h.vocab_size
-    for mark in stages.marks:
-        stages.enter(mark)
+    for boundary in phases.boundaries:
+        phases.enter(boundary)
         found = []
         for forward in (compiled, model):
             torch.manual_seed(1)  # of the dropout
-            loss = forward(ids[:, :-1], ids[:, 1:], stages.teach(ids[:, :-1]))
+            loss = forward(ids[:, :-1], ids[:, 1:], phases.teacher_logits(ids[:, :-1]))
             loss.backward()
             gradients = [p.grad.norm().item() for p in model.parameters() if p.grad is not None]
             found.append([loss.item(), *gradients])
