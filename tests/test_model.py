@@ -38,11 +38,13 @@ def rms_normalized(x):
     return x / np.sqrt((x * x).mean(-1, keepdims=True))
 
 
-def rotated(x, position, h):
+def rotated(x, position, length, h):
     """One head's vector at one position: dimension i turns with i + rope_dims / 2."""
-    out, half = x.copy(), h.rope_dims // 2
+    out, half, base = x.copy(), h.rope_dims // 2, h.rope_base
+    if 0 < h.rope_stretch_from < length:
+        base *= (length / h.rope_stretch_from) ** (h.rope_dims / (h.rope_dims - 2))
     for i in range(half):
-        angle = position * h.rope_base ** (-2 * i / h.rope_dims)
+        angle = position * base ** (-2 * i / h.rope_dims)
         out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
         out[i + half] = x[i] * math.sin(angle) + x[i + half] * math.cos(angle)
     return out
@@ -129,8 +131,8 @@ class Restated:
     def one_head(self, gain, q, k, v):
         outputs, keys = [], []
         for t in range(len(q)):
-            query = gain * rotated(rms_normalized(q[t]), t, self.h)
-            keys.append(rotated(rms_normalized(k[t]), t, self.h))
+            query = gain * rotated(rms_normalized(q[t]), t, len(q), self.h)
+            keys.append(rotated(rms_normalized(k[t]), t, len(k), self.h))
             weights = np.exp([query @ key / math.sqrt(len(query)) for key in keys])
             outputs.append((weights / weights.sum()) @ v[: t + 1])
         return np.array(outputs)
@@ -145,6 +147,7 @@ class Restated:
         {"rope_dims": 0},
         {"rope_dims": 8},
         {"rope_base": 50.0},
+        {"rope_stretch_from": 3},
         {"vrl_enabled": 0},
         {"bigram_vocab_size": 0},
         {"bigram_vocab_size": 2},
@@ -210,7 +213,8 @@ def test_the_norm_is_torchs_with_its_gradient(shape, scale):
 def test_the_norm_of_rotated_vectors_with_a_gain_for_each_head():
     x, weights = normal(2, 5, 3, 8).requires_grad_(), normal(2, 5, 3, 8, seed=1)
     gain = torch.tensor([[0.2], [-1.5], [1.0]], dtype=torch.float64).requires_grad_()
-    cos, sin = train_gpt.rotary_table(100.0, 4, x.dtype, 5)
+    angles = normal(5, 1, 2, seed=2)
+    cos, sin = angles.cos(), angles.sin()
     y = train_gpt.rotate_and_norm(x, gain, cos, sin)
     expected = gain * F.rms_norm(train_gpt.rotate(x, cos, sin), (8,))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)

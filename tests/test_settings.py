@@ -78,6 +78,8 @@ def test_published_command_is_accepted():
 
 TEXTS = {
     "map_basis": "gaussian",
+    "map_init": "zero",
+    "map_twist": "permutation",
     "map_gain": "2",
     "map_adapter": "lora:8",
     "map_scale": "row",
@@ -85,8 +87,10 @@ TEXTS = {
     "map_freeze": "0.5",
     "ve_layers": "0",
     "recur_layers": "0",
+    "attention_backend": "flash",
 }
 COMPANIONS = {
+    "map_twist": {"MAP_BASIS": "shared"},
     "eval_only": {"MODEL_PATH": "some.ptz"},
     "export_only": {"CHECKPOINT_PATH": "some.pt"},
     "self_distill": {"DISTILL_START_FRAC": "0.5"},
@@ -529,6 +533,10 @@ def test_impossible_combination_is_refused(variables, says):
         ("MAP_BASIS", "attn=gaussian", "attn selects no map"),
         ("MAP_BASIS", "mlp.gate=gaussian", "mlp.gate selects no map"),
         ("MAP_BASIS", "m1.mlp=gaussian", "m1.mlp selects no map"),
+        ("MAP_BASIS", "shared:0", "'shared:0' learned shared"),
+        ("MAP_BASIS", "gaussian:2", "'gaussian:2' learned"),
+        ("MAP_INIT", "one", "'one' orthogonal zero"),
+        ("MAP_TWIST", "rotation", "'rotation' none permutation orthogonal"),
         ("MAP_GAIN", "attention.o=2", "attention.o selects no map"),
         ("MAP_GAIN", "0", "'0' number"),
         ("MAP_GAIN", "inf", "'inf' number"),
@@ -568,8 +576,12 @@ def test_impossible_column_is_refused(name, value, says):
             "mlp.fc is learned in full",
         ),
         (
+            {"MAP_BASIS": "shared,mlp.fc=learned", "MAP_TWIST": "permutation"},
+            "mlp.fc is not shared, it has no twist",
+        ),
+        (
             {"MAP_ADAPTER": "none", "MAP_FREEZE": "mlp.fc=0.5"},
-            "mlp.fc is random, nothing of it is learned",
+            "mlp.fc is orthogonal, nothing of its own is learned",
         ),
     ],
 )
