@@ -691,11 +691,12 @@ def test_masks_survive_the_artifact_exactly(shapes):
         assert torch.equal(tensors[name], mask.float())
     assert torch.equal(tensors["gate"], others["gate"].half().float())
     assert torch.equal(tensors["a.weight"], others["a.weight"].dequantize())
-    place = len(blob) - 32 - sum(size for _, size in header["groups"])
-    for group, packed in header["groups"]:
+    place = len(blob) - 32 - sum(sum(blocks) for _, blocks in header["groups"])
+    for group, blocks in header["groups"]:
         if group == "scores bits":
+            (packed,) = blocks
             raw = brotli.decompress(blob[place : place + packed])
-        place += packed
+        place += sum(blocks)
     assert len(raw) == sum(math.ceil(rows * columns / 8) for rows, columns in shapes)
     assert sizes["scores bits"] > 0
 

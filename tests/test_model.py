@@ -708,9 +708,10 @@ def test_the_type_is_the_one_that_this_cpu_multiplies_faster(
     ],
 )
 def test_the_device_is_the_gpu_unless_there_is_none_or_nobody_wants_it(
-    wanted, available, on_cuda, monkeypatch
+    wanted, available, on_cuda, monkeypatch, tmp_path
 ):
     """COMPILE=auto compiles on the GPU alone."""
+    monkeypatch.setattr(train_gpt, "GPU_FILE", tmp_path / "nvidia0")  # it is not there
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -723,7 +724,13 @@ def test_the_device_is_the_gpu_unless_there_is_none_or_nobody_wants_it(
         assert train_gpt.Distributed(h).compile == (choice == "1")
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_named(monkeypatch):
+@pytest.mark.parametrize(("wanted", "is_there"), [("cuda", False), ("cuda", True), ("auto", True)])
+def test_a_gpu_that_torch_cannot_use_is_an_error(wanted, is_there, monkeypatch, tmp_path):
+    """Else the run would go on hundreds of times slower on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(train_gpt.UserError, match="DEVICE=cuda"):
-        train_gpt.Distributed(train_gpt.load_settings({}, device="cuda"))
+    monkeypatch.setattr(train_gpt, "GPU_FILE", tmp_path / "nvidia0")
+    if is_there:
+        train_gpt.GPU_FILE.touch()
+    with pytest.raises(train_gpt.UserError, match=r"no usable GPU.*DEVICE=cpu"):
+        train_gpt.Distributed(train_gpt.load_settings({}, device=wanted))
+    assert not train_gpt.Distributed(train_gpt.load_settings({}, device="cpu")).on_cuda
