@@ -262,7 +262,10 @@ class Hyperparameters:
     tied_embed_lr: float = setting(0.035, "learning rate of AdamW for embeddings")
     scalar_lr: float = setting(0.025, "learning rate of AdamW for gains, gates and scales")
     sparse_lr: float = setting(0.003, "learning rate of AdamW for values of sparse adapters")
-    mask_lr: float = setting(0.1, "learning rate of Adam for scores of masks and signs")
+    mask_lr: float = setting(0.1, "learning rate for scores of masks and signs")
+    mask_optimizer: str = setting(
+        "adam", "optimizer of these scores; PR #1753: adam", choices=("adam", "muon")
+    )
     muon_momentum: float = setting(0.99, "momentum of Muon", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at the first step", 0, 1)
     muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
@@ -2994,8 +2997,9 @@ class Optimizers:
             Role.EMBEDDING: (h.tied_embed_lr, h.embed_wd),
             Role.SCALAR: (h.scalar_lr, h.adam_wd),
             Role.SPARSE: (h.sparse_lr, h.muon_wd),
-            Role.MASK: (h.mask_lr, 0.0),
         }
+        mask_rates = muon_rates if h.mask_optimizer == "muon" else adam_rates
+        mask_rates[Role.MASK] = (h.mask_lr, 0.0)
 
         def param_groups(rates: dict[Role, tuple[float, float]]) -> list[dict[str, Any]]:
             return [
