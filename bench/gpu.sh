@@ -7,6 +7,7 @@
 #                 val4.jsonl.xz and sp1024_bpe.model, from which they are made
 # WHEELS=DIR      wheels of packages that are missing, where there is no network
 # JOBS=8          runs of the comparison at the same time;  SEEDS=1
+# PAUSE=PID       another process that stands still while a side is timed
 # SMOKE=1         tiny sizes: shows that the parts run
 # A part that fails does not stop the others.
 set -uo pipefail
@@ -72,7 +73,7 @@ export -f run_main run_comparison
 export root python out
 
 # The comparison runs beside everything else and is stopped while a side is timed.
-background=
+background=${PAUSE:-}
 if [[ " $parts " == *" comparison "* ]]; then
     part comparison bash -c run_comparison &
     background=$!
@@ -89,7 +90,7 @@ for name in $parts; do
     *) echo "no such part: $name; --list names them" >&2 ;;
     esac
 done
-[ -z "$background" ] || wait "$background"
+wait
 for name in $parts; do
     echo "== $name"
     tail -n "${LINES_OF_LOG:-25}" "$out/$name.log"
