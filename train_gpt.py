@@ -1025,7 +1025,7 @@ class FrozenRandomLinearWithLoRA(Linear):
         self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias: bool = False
     ) -> None:
         adapter = f"lora:{rank}"
-        spec = MapSpec("", out_features, in_features, "orthogonal", seed, adapter=adapter)
+        spec = MapSpec("", out_features, in_features, "orthogonal", seed=seed, adapter=adapter)
         super().__init__(spec, bias=bias)
 
     @property
@@ -1554,7 +1554,7 @@ def validate_model(h: Hyperparameters) -> list[str]:
     with collect_errors(errors, f"ATTENTION_BACKEND={h.attention_backend}"):
         attention_order(h)
     for name in ("ve_layers", "recur_layers"):
-        text = getattr(h, name)
+        text = getattr(h, name) if h.ve_enabled or name != "ve_layers" else ""
         with collect_errors(errors, f"{name.upper()}={text}"):
             parse_layers(text, h.num_layers)
     return errors
@@ -1632,7 +1632,7 @@ def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> lis
     known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]  # PRESET is run.sh's
     for name in sorted(set(environment) - {*known, *UNSUPPORTED}):
         if len(name) > 3:  # one letter added, dropped, changed or swapped with the next
-            cutoff = min(0.9, 1 - 1 / len(name))
+            cutoff = min(0.9, 1 - 1 / len(name) - 1e-9)
             for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
                 errors.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
     return errors
