@@ -1,30 +1,35 @@
-"""System A written as a textbook would: the other side of bench/step.py.
+"""System A as a textbook would write it: the other side of bench/step.py.
 
-It is the network of train_gpt.GPT (the same weights give the same loss: tests/test_bench.py), and shares no
-line of its computation. What differs is how it is computed:
+It is the network of train_gpt.GPT (the same weights give the same loss: tests/test_bench.py) and
+shares no line of its computation. It differs in how it computes:
 
 - a linear map is two paths, `x Wᵀ + (x Bᵀ) Aᵀ`, left to autograd;
-- adapters are kept in the type that the machine computes in, bfloat16 where it has it (PR #1113);
-- attention is torch's `scaled_dot_product_attention`, the rest one torch function after the other;
+- adapters are kept in the type of the activations, bfloat16 where the machine has it (PR #1113);
+- attention is torch's `scaled_dot_product_attention`, everything else one torch function at a time;
 - Muon goes matrix by matrix, and so does the average of the weights;
 - gradients are torch's: `zero_grad`, `backward`, `clip_grad_norm_`.
 
-Late fake-quantisation, SWA and what other presets need are left out: the measured steps do not reach them.
+Late fake quantization, SWA and what other presets need are left out: the measured steps do not
+reach them. Of train_gpt.py it takes names of settings, of weights and of the map table's columns.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from train_gpt import Hyperparameters, LanguageModel
+
 
 class TwoPathLinear(nn.Module):
     """A frozen random map (out, in) with LoRA beside it."""
 
-    def __init__(self, weight: Tensor, rank: int, dtype: torch.dtype):
+    def __init__(self, weight: Tensor, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
         out_features, in_features = weight.shape
         self.register_buffer("weight", weight.to(dtype), persistent=False)
@@ -36,9 +41,9 @@ class TwoPathLinear(nn.Module):
 
 
 class CastLinear(nn.Linear):
-    """A learned map, float32, computed in the type of its input."""
+    """A learned float32 map, computed in the type of its input."""
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +53,7 @@ class CastLinear(nn.Linear):
 class CastEmbedding(nn.Embedding):
     """A float32 table whose rows are looked up in `dtype`."""
 
-    def __init__(self, count: int, dim: int, dtype: torch.dtype):
+    def __init__(self, count: int, dim: int, dtype: torch.dtype) -> None:
         super().__init__(count, dim)
         self.dtype = dtype
 
@@ -61,7 +66,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, H, D): turns the first dimensions, two by two, and leaves the rest."""
+    """Rotate pairs of the first dimensions of x (B, T, H, D); leave the others."""
     half = cos.size(-1)
     first = x[..., :half]
     second = x[..., half : 2 * half]
@@ -69,8 +74,24 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
 
 
+def rope_angles(h: Hyperparameters, length: int, device: torch.device) -> Tensor:
+    """Return the angle of each position and pair of dimensions, (T, 1, R / 2).
+
+    The base grows with sequences that are longer than ROPE_STRETCH_FROM (NTK-aware scaling).
+    """
+    base = h.rope_base
+    if 0 < h.rope_stretch_from < length and h.rope_dims > 2:
+        stretch = length / h.rope_stretch_from
+        base *= stretch ** (h.rope_dims / (h.rope_dims - 2))
+    dims = torch.arange(0, h.rope_dims, 2, dtype=torch.float64, device=device)
+    frequencies = base ** -(dims / h.rope_dims)
+    return torch.arange(length, device=device)[:, None, None] * frequencies
+
+
 class Attention(nn.Module):
-    def __init__(self, h, layer: int, maps: dict[str, nn.Module]):
+    """Causal attention with grouped queries, normalized q and k, partial RoPE and XSA."""
+
+    def __init__(self, h: Hyperparameters, layer: int, maps: dict[str, nn.Module]) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = h.num_heads, h.num_kv_heads, h.head_dim
         self.xsa = layer >= h.num_layers - h.xsa_last_n
@@ -103,7 +124,7 @@ class Attention(nn.Module):
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )
         y = y.transpose(1, 2)  # (B, T, H, D)
-        if self.xsa:  # without what points along the position's own value
+        if self.xsa:  # remove the projection on the position's own value
             direction = F.normalize(v, dim=-1).repeat_interleave(
                 self.num_heads // self.num_kv_heads, dim=2
             )
@@ -112,7 +133,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, maps: dict[str, nn.Module]):
+    """LeakyReLU(0.5)² between two maps."""
+
+    def __init__(self, maps: dict[str, nn.Module]) -> None:
         super().__init__()
         self.fc, self.proj = maps["fc"], maps["proj"]
 
@@ -121,9 +144,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and MLP on a mix of stream and embedding."""
+
     def __init__(
-        self, h, layer: int, attention_maps: dict[str, nn.Module], mlp_maps: dict[str, nn.Module]
-    ):
+        self,
+        h: Hyperparameters,
+        layer: int,
+        attention_maps: dict[str, nn.Module],
+        mlp_maps: dict[str, nn.Module],
+    ) -> None:
         super().__init__()
         self.attention = Attention(h, layer, attention_maps)
         self.mlp = MLP(mlp_maps)
@@ -151,15 +180,21 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * y, values
 
 
+def copy_map(ours: LanguageModel, path: str, dtype: torch.dtype) -> TwoPathLinear:
+    """Return one of our maps, still without the values of its adapter."""
+    rank = int(ours.table[path].adapters()["lora"])
+    weight = ours.get_submodule(path).weight.detach().clone()
+    return TwoPathLinear(weight, rank, dtype)
+
+
 class Textbook(nn.Module):
     """The network of a train_gpt.GPT of system A, with that model's weights and maps."""
 
-    def __init__(self, h, ours: nn.Module, dtype: torch.dtype):
-        """`dtype` is that of activations and of adapters."""
+    def __init__(self, h: Hyperparameters, ours: LanguageModel, dtype: torch.dtype) -> None:
+        """Copy the weights of `ours`; `dtype` is that of activations and adapters."""
         super().__init__()
         self.h, self.dtype = h, dtype
         kinds = {"attention": ("q", "k", "v", "proj"), "mlp": ("fc", "proj")}
-        rows = {row.name: row for row in h.maps}
         self.embedding = CastEmbedding(h.vocab_size, h.model_dim, dtype)
         self.bigram = nn.Sequential(
             CastEmbedding(h.bigram_vocab_size, h.bigram_dim, dtype),
@@ -175,15 +210,11 @@ class Textbook(nn.Module):
         self.skip_weights = nn.Parameter(torch.zeros(self.skips, h.model_dim))
         self.blocks = nn.ModuleList()
         for layer in range(h.num_layers):
-            maps = {}
-            for family, names in kinds.items():
-                maps[family] = {}
-                for name in names:
-                    path = f"blocks.{layer}.{family}.{name}"
-                    rank = int(rows[path].adapter.removeprefix("lora:"))
-                    weight = ours.get_submodule(path).weight.detach().clone()
-                    maps[family][name] = TwoPathLinear(weight, rank, dtype)
-            self.blocks.append(Block(h, layer, maps["attention"], maps["mlp"]))
+            attention_maps, mlp_maps = (
+                {name: copy_map(ours, f"blocks.{layer}.{family}.{name}", dtype) for name in names}
+                for family, names in kinds.items()
+            )
+            self.blocks.append(Block(h, layer, attention_maps, mlp_maps))
         weights = {name.replace(".lora.", "."): w for name, w in ours.state_dict().items()}
         if dtype is torch.float64:
             self.double()
@@ -191,7 +222,7 @@ class Textbook(nn.Module):
         self.load_state_dict(weights)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> (B, T, d)"""
+        """Return the normalized output of the blocks for ids (B, T), (B, T, d)."""
         h, dtype = self.h, self.dtype
         x = self.embedding(ids)
         buckets = torch.full_like(ids, h.bigram_vocab_size - 1)
@@ -201,10 +232,7 @@ class Textbook(nn.Module):
         gate = torch.sigmoid(self.smear_gate).to(dtype)
         previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         x = (1 - gate) * x + gate * previous
-        frequencies = h.rope_base ** -(
-            torch.arange(0, h.rope_dims, 2, device=ids.device) / h.rope_dims
-        )
-        angles = torch.arange(ids.size(1), device=ids.device)[:, None, None] * frequencies
+        angles = rope_angles(h, ids.size(1), ids.device)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         value_embedding = self.value_embedding(ids)
         x0, first_values, skips = x, None, []
@@ -222,19 +250,19 @@ class Textbook(nn.Module):
         return rms_norm(x)
 
     def predict(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> logits of all positions (B, T, vocabulary) float32."""
+        """Return float32 logits of all positions of ids (B, T), (B, T, vocabulary)."""
         x = self.hidden(ids)
         logits = F.linear(x, self.embedding.weight.to(x.dtype)).float()
         return self.h.logit_softcap * torch.tanh(logits / self.h.logit_softcap)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy in nats."""
+        """Return the mean cross-entropy in nats."""
         logits = self.predict(ids)
         return F.cross_entropy(logits.reshape(-1, logits.size(-1)), targets.reshape(-1))
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
-    """(rows, columns) -> the same with singular values near 1."""
+    """Bring the singular values of a matrix (rows, columns) near 1."""
     x = g.bfloat16() if g.is_cuda else g.float()  # as train_gpt has it
     x = x / (x.norm() + 1e-7)
     if g.size(0) > g.size(1):
@@ -248,10 +276,15 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum, one matrix after the other."""
+    """Orthogonalized Nesterov momentum, one matrix after the other."""
 
-    def __init__(self, params, lr: float, momentum: float, steps: int, weight_decay: float):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        groups: list[dict],
+        momentum: float,
+        steps: int,
+    ) -> None:
+        super().__init__(groups, {"momentum": momentum})
         self.steps = steps
 
     @torch.no_grad()
@@ -271,19 +304,22 @@ class Muon(torch.optim.Optimizer):
 class TextbookStep:
     """A training step of the textbook's network."""
 
-    def __init__(self, h, model: Textbook, compiled: bool):
+    def __init__(self, h: Hyperparameters, model: Textbook, compiled: bool) -> None:
         self.h, self.model, self.count = h, model.train(), 0
         self.forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
-        matrices, embeddings, scalars = [], [], []
+        groups = {TwoPathLinear: [], CastLinear: [], CastEmbedding: []}
+        scalars = []
         for module in model.modules():
-            for p in module.parameters(recurse=False):
-                if isinstance(module, TwoPathLinear | CastLinear):
-                    matrices.append(p)
-                elif isinstance(module, CastEmbedding):
-                    embeddings.append(p)
-                else:
-                    scalars.append(p)
-        self.muon = Muon(matrices, h.matrix_lr, h.muon_momentum, h.muon_backend_steps, h.muon_wd)
+            groups.get(type(module), scalars).extend(module.parameters(recurse=False))
+        factors, matrices, embeddings = groups.values()
+        self.muon = Muon(
+            [
+                {"params": factors, "lr": h.factor_lr, "weight_decay": h.factor_wd},
+                {"params": matrices, "lr": h.matrix_lr, "weight_decay": h.muon_wd},
+            ],
+            momentum=h.muon_momentum,
+            steps=h.muon_backend_steps,
+        )
         self.adam = torch.optim.AdamW(
             [
                 {"params": embeddings, "lr": h.tied_embed_lr, "weight_decay": h.embed_wd},

@@ -1,14 +1,14 @@
-"""Bytes that the kernels of a compiled training step move on a GPU, counted without one.
+"""Count the bytes that the kernels of a compiled training step move on a GPU, without one.
 
     python bench/traffic.py              # system A's full size, 98,304 tokens
     python bench/traffic.py --top 40     # and the kernels that move most
 
-torch.compile's own generator writes the code for an H100 from tensors that have a shape and no values, and
-says what each kernel reads and writes; a buffer of which a kernel reads a slice counts whole. The time is
-that of the bytes at the rate that one H100 copied at (bench/results/gpu.md). Products and attention are
-library calls, whose time is not in their bytes: they are left out. It needs a CUDA build of torch, as pip
-installs it on Linux, and no GPU. All this is inside torch, so that a new version may need another program:
-no test runs it.
+torch.compile's own generator writes the code for an H100 from tensors that have a shape and no
+values, and says what each kernel reads and writes; a buffer of which a kernel reads a slice counts
+whole. The time is that of the bytes at an H100's measured copy rate (bench/results/gpu.md).
+Products and attention are library calls, whose time does not follow from their bytes: they are left
+out. This needs a CUDA build of torch, as pip installs it on Linux, and no GPU. It uses torch's
+internals, so a new version may need another program: no test runs it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import types
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import memory
@@ -31,7 +33,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import common
 
-COPY_RATE = 2976e9  # bytes a second, one H100
+COPY_RATE = 2976e9  # bytes per second, one H100
 H100 = types.SimpleNamespace(
     name="NVIDIA H100",
     major=9,
@@ -54,10 +56,10 @@ aten = torch.ops.aten
 
 
 @contextlib.contextmanager
-def as_if_on_an_h100():
-    """Within, the generator finds one; nothing could run on it."""
+def as_if_on_an_h100() -> Iterator[None]:
+    """Within, the generator finds an H100, on which nothing could run."""
 
-    def answer(value):
+    def answer(value: object) -> Callable:
         return lambda *_, **__: value
 
     answers = {
@@ -84,9 +86,9 @@ def as_if_on_an_h100():
 
 
 class OnCuda(torch.fx.Interpreter):
-    """A graph that was traced on a CPU, on CUDA, with its kernels of attention."""
+    """Runs a graph that was traced on a CPU as on CUDA, with CUDA's kernels of attention."""
 
-    def call_function(self, target, args, kwargs):
+    def call_function(self, target: Callable, args: tuple, kwargs: dict) -> Any:
         if kwargs.get("device") is not None:
             kwargs = kwargs | {"device": CUDA}
         if target is aten._scaled_dot_product_flash_attention_for_cpu.default:
@@ -102,10 +104,17 @@ class OnCuda(torch.fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[int, str]]:
-    """Bytes and operations of each kernel that is generated for this graph."""
+class Kernel(NamedTuple):
+    """A kernel of the generated code."""
 
-    def moved(value):
+    bytes: int  # read and written
+    operations: str
+
+
+def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[Kernel]:
+    """Return the kernels that are generated for this graph."""
+
+    def moved(value: object) -> object:
         if not isinstance(value, torch.Tensor):
             return value
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
@@ -122,11 +131,11 @@ def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[tuple[int
             lowered.run(*inputs)
             lowered.codegen()
             own = [node for node in lowered.scheduler.nodes if "Extern" not in type(node).__name__]
-            return [(node.get_read_write_buffers_sizes(), operations(node)) for node in own]
+            return [Kernel(node.get_read_write_buffers_sizes(), operations(node)) for node in own]
 
 
-def operations(node) -> str:
-    """What a kernel computes, as aten names it."""
+def operations(node: torch._inductor.scheduler.BaseSchedulerNode) -> str:
+    """Return what a kernel computes, in aten's names."""
     origins = {
         origin for part in node.get_nodes() if part.node for origin in part.node.get_origins()
     }
@@ -136,42 +145,35 @@ def operations(node) -> str:
 
 
 def main() -> None:
-    options = common.begin(__doc__, top={"type": int, "default": 0, "help": "list so many kernels"})
+    options = common.begin(
+        __doc__, top={"type": int, "default": 0, "help": "list so many kinds of kernels"}
+    )
     if torch.version.cuda is None:
-        raise SystemExit(
-            "error: this torch is built without CUDA; pip install torch has it on Linux"
-        )
+        raise SystemExit("error: this torch is built without CUDA; a CUDA build needs no GPU")
     h = common.settings(common.SMOKE_SIZE if options.smoke else common.FULL_SIZE, compile="1")
+    graphs = memory.trace(h, memory.activation_on_cuda)
     lines, largest = [], []
-    for what, graph in zip(("forward", "backward"), memory.trace(h, memory.activation_on_cuda)):
-        kernels = defaultdict(list)
-        for size, name in kernels_of(graph, what == "backward"):
-            kernels[name].append(size)
-        count, total = sum(map(len, kernels.values())), sum(map(sum, kernels.values()))
-        lines.append(
-            [what, str(count), f"{total / 1e9:.1f} GB", common.milliseconds(total / COPY_RATE)]
-        )
-        largest += [(sum(sizes), len(sizes), what, name) for name, sizes in kernels.items()]
+    for what, graph in zip(("forward", "backward"), graphs, strict=True):
+        kinds = defaultdict(list)  # operations -> bytes of each kernel
+        for kernel in kernels_of(graph, what == "backward"):
+            kinds[kernel.operations].append(kernel.bytes)
+        count, total = sum(map(len, kinds.values())), sum(map(sum, kinds.values()))
+        seconds = common.milliseconds(total / COPY_RATE)
+        lines.append([what, str(count), f"{total / 1e9:.1f} GB", seconds])
+        largest += [(sum(sizes), len(sizes), what, name) for name, sizes in kinds.items()]
     common.print_header(__file__, options, "bfloat16, generated, not measured", counted=True)
     print(
-        f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}: {h.num_layers}"
-        f" layers of width {h.model_dim}, {h.map_adapter}. Without products and attention."
+        f"\nA step of {h.train_batch_tokens:,} tokens in sequences of {h.train_seq_len}:"
+        f" {h.num_layers} layers of width {h.model_dim}, {h.map_adapter}. Without products and"
+        " attention."
     )
     common.print_table(["what", "kernels", "bytes", "at an H100's copy rate"], lines)
     if options.top:
-        common.print_table(
-            ["what", "kernels", "bytes", "at that rate", "operations"],
-            [
-                [
-                    what,
-                    str(count),
-                    f"{size / 1e9:.2f} GB",
-                    common.milliseconds(size / COPY_RATE),
-                    name,
-                ]
-                for size, count, what, name in sorted(largest, reverse=True)[: options.top]
-            ],
-        )
+        lines = [
+            [what, str(n), f"{size / 1e9:.2f} GB", common.milliseconds(size / COPY_RATE), name]
+            for size, n, what, name in sorted(largest, reverse=True)[: options.top]
+        ]
+        common.print_table(["what", "kernels", "bytes", "at that rate", "operations"], lines)
 
 
 if __name__ == "__main__":
