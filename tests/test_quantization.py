@@ -596,6 +596,7 @@ def test_training_after_a_preflight_is_training_without(data_settings, run_of, m
     found = []
     for preflight in (train_gpt.preflight, lambda *_: None):
         monkeypatch.setattr(train_gpt, "preflight", preflight)
+        monkeypatch.setattr(train_gpt, "reserve_for_export", lambda *_: 0.0)
         torch.manual_seed(0)
         model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
         train_gpt.train(run_of(h, model), model, data, None)
@@ -824,11 +825,13 @@ def test_groups_are_byte_planes_packed_by_brotli():
     blob, _ = train_gpt.write_artifact({}, tensors)
     assert blob[:8] == b"RANDMAPS"
     version, size = np.frombuffer(blob[8:16], "<u4").tolist()
-    assert version == 2
+    assert version == train_gpt.ARTIFACT_VERSION
     place, raw = 16 + size, {}
-    for name, packed in json.loads(brotli.decompress(blob[16:place]))["groups"]:
-        raw[name] = brotli.decompress(blob[place : place + packed])
-        place += packed
+    for name, lengths in json.loads(brotli.decompress(blob[16:place]))["groups"]:
+        raw[name] = b""
+        for length in lengths:
+            raw[name] += brotli.decompress(blob[place : place + length])
+            place += length
     assert place == len(blob) - 32
     pairs = np.frombuffer(halves.half().numpy().tobytes(), np.uint8).reshape(-1, 2)
     assert raw == {
@@ -836,6 +839,19 @@ def test_groups_are_byte_planes_packed_by_brotli():
         "walk codes": codes.numpy().tobytes(),
         "walk exponents": exponents.numpy().tobytes(),
     }
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10_000])
+def test_blocks_of_any_size_give_back_every_value(sample, monkeypatch, size):
+    monkeypatch.setattr(train_gpt, "BLOCK_BYTES", size)
+    blob, sizes = train_gpt.write_artifact({"note": "é"}, sample_tensors())
+    assert sum(sizes.values()) == len(blob)
+    expected = train_gpt.read_artifact(sample)[1]
+    header, tensors = train_gpt.read_artifact(blob)
+    blocks = [len(lengths) for _, lengths in header["groups"]]
+    assert max(blocks) > 1 or size == 10_000
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
 def test_any_flipped_bit_is_noticed(sample):
@@ -861,7 +877,7 @@ def test_a_cut_or_lengthened_file_is_noticed(sample):
 def test_a_group_that_stands_twice_is_refused():
     """Else each of many mentions of a small file would be unpacked."""
     packed = brotli.compress(bytes(8))
-    once = {"tensors": [["a", [4], ["float16"]]], "groups": [["float16", len(packed)]]}
+    once = {"tensors": [["a", [4], ["float16"]]], "groups": [["float16", [len(packed)]]]}
     assert [name for name, _ in train_gpt.read_tensors(once, packed)] == ["a"]
     with pytest.raises(KeyError):
         dict(train_gpt.read_tensors(once | {"groups": 2 * once["groups"]}, 2 * packed))

@@ -5,16 +5,15 @@ Each variant is trained in this process, exported, read back, and told from the 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
-import brotli
 import numpy as np
 import pytest
 import torch
 
 import train_gpt
+from bench.faults import Container
 from helpers import TINY, refusal, run_well
 
 VARIANT = TINY | {
@@ -215,15 +214,9 @@ def trained(runs, train_here, described):
     return run_of
 
 
-def unpacked_groups(blob: bytes) -> dict[str, bytes]:
+def stored_groups(blob: bytes) -> dict[str, bytes]:
     """Return the artifact's groups, by the format's description alone."""
-    size = int.from_bytes(blob[12:16], "little")
-    header, place, groups = json.loads(brotli.decompress(blob[16 : 16 + size])), 16 + size, {}
-    for name, packed in header["groups"]:
-        groups[name] = brotli.decompress(blob[place : place + packed])
-        place += packed
-    assert place + 32 == len(blob)
-    return groups
+    return Container(blob).groups()
 
 
 def bytes_of_map(spec: train_gpt.MapSpec) -> int:
@@ -322,7 +315,7 @@ def test_an_artifact_is_the_exported_model_to_the_bit(trained, processes, name):
 @each_variant
 def test_an_artifact_holds_the_bytes_that_the_table_says(trained, name):
     run = trained(name)
-    size = sum(map(len, unpacked_groups(run.blob).values()))
+    size = sum(map(len, stored_groups(run.blob).values()))
     in_table = sum(map(bytes_of_map, run.specs))
     assert size == in_table + bytes_around(run.model)
     assert size == train_gpt.stored_bytes(run.model)
@@ -438,7 +431,7 @@ def test_published_sizes_leave_frozen_maps_out_and_these_count_them(trained):
     bytes_of_one = 96 * 32 + 96
     learning = [p for p in run.model.parameters() if p.requires_grad]
     assert len(learning) == len(list(run.model.parameters())) - 3, "they are frozen at the end"
-    size = sum(map(len, unpacked_groups(run.blob).values()))
+    size = sum(map(len, stored_groups(run.blob).values()))
     others = [spec for spec in run.specs if not spec.freeze]
     without = sum(map(bytes_of_map, others)) + bytes_around(run.model)
     assert size == without + 3 * bytes_of_one
@@ -588,7 +581,7 @@ def test_two_processes_freeze_as_one(trained, described, tmp_path):
     run_well(described("system-d") | {"OUTPUT_DIR": tmp_path, "RUN_ID": "two"}, launcher=launcher)
     assert "frozen_maps:3" in (tmp_path / "two" / "train.log").read_text(encoding="utf-8")
     blob = (tmp_path / "two" / "model.int6.ptz").read_bytes()
-    assert unpacked_groups(blob) == unpacked_groups(trained("system-d").blob)
+    assert stored_groups(blob) == stored_groups(trained("system-d").blob)
 
 
 # ---- New kinds ---------------------------------------------------------------------------------
@@ -651,7 +644,7 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
         assert model.state_dict()[name].abs().max() > 0
         expected = run.model.state_dict()[name]
         torch.testing.assert_close(model.state_dict()[name], expected, rtol=0.2, atol=0.05)
-    size = sum(map(len, unpacked_groups(run.blob).values()))
+    size = sum(map(len, stored_groups(run.blob).values()))
     assert size == train_gpt.stored_bytes(run.model)
     assert any("circulant" in line for line in run.lines)
 
