@@ -530,7 +530,7 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
         raise BrokenPipeError
 
     log, stop = train_gpt.RunLog(rank=0), train_gpt.StopSignal()
-    log.open(tmp_path / "train.log")
+    log.open(tmp_path)
     stop.can_save = True
     monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=write))
     monkeypatch.setattr("os.write", write)
@@ -668,17 +668,20 @@ def test_compiled_gradients_of_embeddings_add_up_in_order(tmp_path):
 
 def test_wall_clock_ends_training_with_its_schedule_complete(base, runs):
     """Judged by the times in the log, so that a busy machine may take what it takes."""
-    limits = {"MAX_WALLCLOCK_SECONDS": 4, "GPTQ_RESERVE_SECONDS": 1, "ITERATIONS": 1_000_000}
+    limits = {"MAX_WALLCLOCK_SECONDS": 7, "GPTQ_RESERVE_SECONDS": 4, "ITERATIONS": 1_000_000}
     own = {"RUN_ID": "clock", "LATE_QAT_THRESHOLD": 0.5, "VAL_LOSS_EVERY": 0}
     run_well(base | limits | own | {"TRAIN_LOG_EVERY": 1})
     text = log_of(runs / "clock")
+    (reserve,) = re.findall(r"^export: about .* s, ([\d.]+) s are kept for it$", text, re.M)
+    assert float(reserve) >= 4.0  # more where the export takes longer
+    limit = 7 - float(reserve)
     ends = [0.0] + [int(found[4]) / 1000 for found in LOSSES.finditer(text)]
     results = results_of(runs / "clock")
     assert results["steps"] == len(ends) - 1 < 1_000_000
-    assert results["train_seconds"] == pytest.approx(ends[-1], abs=0.1)
-    assert ends[-2] < 3.0, "no step begins after the time is up"
+    assert ends[-1] - 0.001 <= results["train_seconds"]
+    assert ends[-2] < limit + 0.05, "no step begins after the time is up"
     steps = [end - begin for begin, end in itertools.pairwise(ends)]
     usual = statistics.median(steps[-100:])
-    assert ends[-1] + usual > 3.0 - 0.05, "it ends only when no further step fits"
+    assert ends[-1] + usual > limit - 0.1, "it ends only when no further step fits"
     assert "late_qat:on" in text  # the warm-down came within the time
     assert "ended_by:MAX_WALLCLOCK_SECONDS" in text
