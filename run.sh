@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# bash run.sh                    set up, then train, export and evaluate: the full model on GPUs, a small one on a CPU
-# PRESET=NAME bash run.sh        another preset; where there is no GPU, its small twin in presets/cpu
-# bash run.sh presets/NAME.env   that very file
-# bash run.sh test               set up, then run the tests
-# Variables that are set win over the preset: ITERATIONS=50 bash run.sh
+# Train, export and evaluate in one command. The first time it also sets up .venv.
+#
+#   bash run.sh                    the default: a full model on GPUs, a small one on a CPU
+#   bash run.sh book.txt           on your own text (all that `data/prepare.py text` takes)
+#   PRESET=mask bash run.sh        another preset of presets/, or of presets/cpu/ on a CPU
+#   bash run.sh presets/mask.env   exactly this file
+#   bash run.sh test               run the tests
+#
+# A variable that you set wins over the preset: NUM_LAYERS=6 bash run.sh
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv=$root/.venv
@@ -13,116 +17,144 @@ fail() {
     exit 1
 }
 
-# Installs the given requirement files into .venv, once for each content of them.
+# Install requirement files into .venv, again only when their content has changed.
 setup() {
-    local stamp=$venv/.installed python=${PYTHON:-python3}
+    local stamp=$venv/.installed python=${PYTHON:-python3} file key
     if [ ! -x "$venv/bin/python" ]; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-            fail "needs Python 3.10 or newer; PYTHON=/path/to/python3 bash run.sh names another one"
-        echo "making $venv"
-        "$python" -m venv "$venv" || fail "could not make $venv; on Debian: apt install python3-venv"
+            fail "Python 3.10 or newer is needed; PYTHON=/path/to/python3 bash run.sh uses another one"
+        echo "creating $venv"
+        "$python" -m venv "$venv" || fail "cannot create $venv; on Debian: apt install python3-venv"
     fi
-    local file key
     for file in "$@"; do
         key=$(cksum <"$file")
         if ! grep -qsxF "$key" "$stamp"; then
-            echo "installing $(tr '\n' ' ' <"$file")"
+            echo "installing $file"
             "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file" ||
-                fail "could not install ${file#"$root/"}; is the package index reachable?"
+                fail "cannot install $file; is the package index reachable?"
             echo "$key" >>"$stamp"
         fi
     done
 }
 
-# Exports the settings of a preset, KEY=VALUE a line, but for those that are set already. PRESET_BASE names a preset
-# that holds where this one is silent. A published switch takes the place of its map table; what does not match
-# $taken is left out.
-load_preset() {
+# Export the KEY=VALUE lines of a file, but no key that is set already. Keys match one pattern and not
+# the other. PRESET_BASE names a preset that holds for all other keys.
+load() { # FILE PATTERN [OTHER_PATTERN]
     local line key base=
     while IFS= read -r line || [ -n "$line" ]; do
         line=${line%%#*}
         line=${line%"${line##*[![:space:]]}"}
         [ -n "$line" ] || continue
         key=${line%%=*}
-        [[ $line == *=* && $key =~ ^[A-Z][A-Z0-9_]*$ ]] || fail "$1: this line is not KEY=VALUE: $line"
+        [[ $line == *=* && $key =~ ^[A-Z][A-Z0-9_]*$ ]] || fail "$1: not KEY=VALUE: $line"
         case $key in
         PRESET_BASE) base=${line#*=} ;;
         TEACHER_PRESET) ;;
-        *) [[ $key != $taken || -n ${!key+set} || (-n $switch && $key == MAP_*) ]] || export "$key=${line#*=}" ;;
+        *) [[ $key != $2 || $key == @(${3-}) || -n ${!key+set} ]] || export "$key=${line#*=}" ;;
         esac
     done <"$1"
-    [ -z "$base" ] || load_preset "$root/presets/$base.env"
+    [ -z "$base" ] || load "$root/presets/$base.env" "$2" "${3-}"
+}
+
+# Stop if this machine has a GPU that torch cannot use: training on the CPU would take days.
+refuse_unused_gpu() {
+    local driver
+    [[ ${DEVICE:-} != cpu && ${CUDA_VISIBLE_DEVICES-all} != @(|-1) ]] || return 0
+    nvidia-smi -L 2>/dev/null | grep -q '^GPU' || [ -e /dev/nvidia0 ] || return 0
+    driver=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p') || true
+    fail "this machine has a GPU, but torch cannot use it. The driver supports CUDA" \
+        "${driver:=(see nvidia-smi)}, torch is built $1. Install a torch build for CUDA $driver or" \
+        "older into $venv (see pytorch.org), or a newer driver. DEVICE=cpu trains on the CPU."
 }
 
 if [ "${1:-}" = test ]; then
     setup "$root/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
-    # Two at a time, each file by one of them: what its tests share is made once.
+    # Two at a time; tests of one file share what they need, so one process runs the whole file.
     exec "$venv/bin/python" -m pytest -q -n 2 --dist loadfile tests "${@:2}"
 fi
 
-# The preset: the argument, else PRESET, else what suits the machine.
 setup "$root/requirements.txt"
-gpus=$("$venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')
-if [ -n "${1:-}" ]; then
-    preset=$1 why="named on the command line"
-elif [ -n "${PRESET:-}" ]; then
-    preset=$PRESET why="PRESET names it"
-else
-    preset=random_adapters why="the default"
-fi
-places=("$preset" "$root/$preset" "$root/presets/${preset%.env}.env")
-[ "$gpus" -gt 0 ] || places=("$preset" "$root/$preset" "$root/presets/cpu/${preset%.env}.env" "${places[2]}")
-found=
-for file in "${places[@]}"; do
-    if [[ -z $found && $file == *.env && -f $file ]]; then found=$file; fi
+
+# The GPUs that torch can use, its build, and the settings that published variables such as
+# SELECTIVE_FREEZE=1 stand for: a preset must not set them, nor any MAP_* beside another MAP_BASIS.
+{ read -r gpus built && read -r published; } < <(cd "$root" && "$venv/bin/python" -W ignore -c '
+import os, torch, train_gpt
+given = {name: os.environ.get(name.upper(), "") for name in train_gpt.ALIASES}
+names = train_gpt.expand_aliases({name: text for name, text in given.items() if text}, [])
+names |= {"map_*": ""} if "map_basis" in names else {}
+built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+print(torch.cuda.device_count() if torch.cuda.is_available() else 0, built)
+print("|".join(names).upper())')
+[ "${DEVICE:-}" != cpu ] || gpus=0
+[ "$gpus" -gt 0 ] || refuse_unused_gpu "$built"
+
+# The arguments: a preset, or files of text.
+preset=${PRESET:-random_adapters} texts=()
+for word in "$@"; do
+    if [[ $word == *.env || (! -e $word && -f $root/presets/$word.env) ]]; then
+        preset=$word
+    else
+        texts+=("$word")
+    fi
 done
-[ -n "$found" ] || fail "no preset $preset; there are: $(cd "$root/presets" && echo *.env)"
+places=("$preset" "$root/$preset" "$root/presets/${preset%.env}.env")
+[ "$gpus" -gt 0 ] || places=("${places[@]:0:2}" "$root/presets/cpu/${preset%.env}.env" "${places[2]}")
+file=
+for place in "${places[@]}"; do
+    if [[ -z $file && $place == *.env && -f $place ]]; then file=$place; fi
+done
+[ -n "$file" ] || fail "no preset $preset; there are: $(cd "$root/presets" && echo *.env)"
+echo "preset  $file"
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/runs}
 
-# A preset with a teacher: that is trained first, with the same variables, unless DISTILL_FROM names one.
-teacher=$(sed -n 's/^TEACHER_PRESET=//p' "$found")
-if [ -n "$teacher" ] && [ -z "${DISTILL_FROM:-}" ]; then
-    name=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}-teacher
-    echo "teacher $teacher, run $name"
-    [ -f "$OUTPUT_DIR/$name/submission.json" ] || RUN_ID=$name bash "$root/run.sh" "presets/$teacher.env"
-    export DISTILL_FROM=$OUTPUT_DIR/$name/model.int6.ptz
-fi
-switch=
-for key in USE_RANDOM_ADAPTERS RANDOM_BASIS_ENABLED SELECTIVE_FREEZE PROGRESSIVE_FREEZE_FRAC RAND_PROJ_LAYERS; do
-    switch+=${!key-}
-done
-# An artifact brings its model, a checkpoint its whole run: of the preset they take how to score, or what fits.
-taken=*
-[ "${EVAL_ONLY:-0}" != 1 ] || taken='@(EVAL_*|DTYPE|COMPILE)'
-[ "${EXPORT_ONLY:-0}" != 1 ] || taken='@(EVAL_BATCH_TOKENS|COMPILE)'
-load_preset "$found"
-
-# The data: DATA_PATH, else the English that comes with Python.
-if [ -z "${DATA_PATH:-}" ]; then
-    export DATA_PATH=$root/data/datasets/docs_sp${VOCAB_SIZE:=1024}
-    export TOKENIZER_PATH=${TOKENIZER_PATH:-$root/data/tokenizers/docs_${VOCAB_SIZE}_bpe.model} VOCAB_SIZE
-    data_why="DATA_PATH is not set; data/prepare.py makes others"
-    [ -f "$DATA_PATH/manifest.json" ] || "$venv/bin/python" "$root/data/prepare.py" docs --vocab "$VOCAB_SIZE"
-else
-    data_why="DATA_PATH names it"
-    manifest=$DATA_PATH/manifest.json
-    if [ -z "${TOKENIZER_PATH:-}" ] && [ -f "$manifest" ]; then # data/prepare.py says which tokenizer made them
-        entry='import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])'
-        export TOKENIZER_PATH=$DATA_PATH/$("$venv/bin/python" -c "$entry" "$manifest" tokenizer)
-        export VOCAB_SIZE=${VOCAB_SIZE:-$("$venv/bin/python" -c "$entry" "$manifest" vocab_size)}
+# An artifact brings its model, and a checkpoint its whole run: from the preset they take only how to
+# score, or what fits into memory.
+wanted='*'
+if [ "${EVAL_ONLY:-0}" = 1 ]; then
+    wanted='@(EVAL_*|DTYPE|COMPILE)'
+elif [ "${EXPORT_ONLY:-0}" = 1 ]; then
+    wanted='@(EVAL_BATCH_TOKENS|COMPILE)'
+else # train the preset's teacher first, with the same variables, unless there is an artifact of one
+    teacher=$(sed -n 's/^TEACHER_PRESET=//p' "$file")
+    if [ -n "$teacher" ] && [ -z "${DISTILL_FROM:-}" ]; then
+        name=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}-teacher
+        echo "teacher $teacher, run $name"
+        [ -f "$OUTPUT_DIR/$name/results.json" ] ||
+            RUN_ID=$name bash "$root/run.sh" "presets/$teacher.env" "${texts[@]}"
+        export DISTILL_FROM=$OUTPUT_DIR/$name/model.int6.ptz
     fi
 fi
+load "$file" "$wanted" "$published"
 
-echo "preset $found ($why)"
-echo "data   $DATA_PATH ($data_why)"
-if [ "$gpus" -gt 0 ]; then
-    echo "device $gpus CUDA GPU(s), one process each"
-    exec "$venv/bin/python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" "$root/train_gpt.py"
+# The data: the given text, else DATA_PATH, else the English text that comes with Python.
+if [ ${#texts[@]} -gt 0 ]; then
+    [ -z "${DATA_PATH:-}" ] || fail "DATA_PATH and ${texts[0]} are two datasets; unset one"
+    output=$("$venv/bin/python" "$root/data/prepare.py" text "${texts[@]}" \
+        ${VOCAB_SIZE:+--vocab "$VOCAB_SIZE"} ${TOKENIZER_PATH:+--tokenizer "$TOKENIZER_PATH"})
+    echo "$output"
+    DATA_PATH=${output##*$'\n'}                     # the last line
+    DATA_PATH=${DATA_PATH%: [0-9]* training and *} # begins with the folder
+elif [ -z "${DATA_PATH:-}" ]; then
+    DATA_PATH=$root/data/datasets/docs_sp${VOCAB_SIZE:=1024}
+    [ -f "$DATA_PATH/manifest.json" ] ||
+        "$venv/bin/python" "$root/data/prepare.py" docs --vocab "$VOCAB_SIZE"
 fi
-echo "device CPU, $(nproc) cores (torch sees no CUDA GPU)"
-# glibc gives freed memory back to the kernel, which then clears each large activation anew: that costs more than
-# the arithmetic on it. These two keep it, the third asks for huge pages (bench/cpu.py).
-export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-2147483647}
-export GLIBC_TUNABLES=${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}
+export DATA_PATH
+if [ -f "$DATA_PATH/manifest.json" ]; then # it names the tokenizer that made the shards
+    read -r vocab tokenizer < <("$venv/bin/python" -c '
+import json, sys
+manifest = json.load(open(sys.argv[1]))
+print(manifest["vocab_size"], manifest["tokenizer"])' "$DATA_PATH/manifest.json")
+    export VOCAB_SIZE=${VOCAB_SIZE:-$vocab} TOKENIZER_PATH=${TOKENIZER_PATH:-$DATA_PATH/$tokenizer}
+fi
+echo "data    $DATA_PATH"
+
+if [ "$gpus" -gt 0 ]; then
+    echo "device  $gpus CUDA GPU(s), one process per GPU"
+    exec "$venv/bin/python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
+        "$root/train_gpt.py"
+fi
+echo "device  CPU, $(nproc) cores"
+load "$root/tools/memory.env" '*'
 exec "$venv/bin/python" "$root/train_gpt.py"
