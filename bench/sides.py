@@ -181,17 +181,27 @@ def start(side: str, options: argparse.Namespace) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=threads)
 
 
-def wait_until_stopped(process: subprocess.Popen, deadline: float) -> bool:
-    """Return whether a side is ready before the deadline; one that is not is ended."""
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            return False
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
-                return True
-        time.sleep(0.2)
-    process.kill()
+def is_stopped(process: subprocess.Popen) -> bool:
+    """Return whether a side is ready and waits for its turn."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
     return False
+
+
+def wait_until_ready(processes: dict[str, subprocess.Popen], deadline: float) -> set[str]:
+    """Return the sides that are ready once all are, or at the deadline; others are ended."""
+    waiting = dict(processes)
+    ready = set()
+    while waiting and time.monotonic() < deadline:
+        for side, process in list(waiting.items()):
+            if is_stopped(process):
+                ready.add(side)
+            if side in ready or process.poll() is not None:
+                del waiting[side]
+        time.sleep(0.2)
+    for process in waiting.values():
+        process.kill()
+    return ready
 
 
 @contextlib.contextmanager
@@ -213,10 +223,10 @@ def paused(pid: int | None):
 def run_wave(sides: list[str], options: argparse.Namespace, deadline: float) -> None:
     """Compile some sides at the same time, then time one after the other."""
     processes = {side: start(side, options) for side in sides}
-    ready = {side: wait_until_stopped(process, deadline) for side, process in processes.items()}
+    ready = wait_until_ready(processes, deadline)
     with paused(options.pause):
         for side, process in processes.items():
-            if not ready[side]:
+            if side not in ready:
                 print(f"{side}: failed or not ready in time, see its log", flush=True)
                 continue
             process.send_signal(signal.SIGCONT)
