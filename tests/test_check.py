@@ -1,5 +1,4 @@
-"""tools/check.py on an honest tiny run, which passes, and on falsified copies, each of which fails where it
-lies and nowhere else."""
+"""tools/check.py passes an honest run; falsified copies fail where they lie and nowhere else."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def honest(corpus, tmp_path_factory) -> Path:
-    """The folder of a run, made once."""
+    """Return the folder of a run, made once."""
     runs = tmp_path_factory.mktemp("runs")
     run_well(
         {
@@ -48,7 +47,7 @@ def honest(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def remembered(tmp_path_factory):
-    """A child that gets the same files and settings again does not run again: each takes seconds."""
+    """Run a child once for the same files and settings: each takes seconds."""
     known, store = {}, tmp_path_factory.mktemp("remembered")
     run_child = check.run_child
 
@@ -76,7 +75,7 @@ def remembered(tmp_path_factory):
 
 @pytest.fixture
 def copied(honest, tmp_path) -> Path:
-    """A copy to falsify."""
+    """Return a copy to falsify."""
     return Path(shutil.copytree(honest, tmp_path / "copy"))
 
 
@@ -87,16 +86,16 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 def claim(folder: Path, **figures) -> None:
-    path = folder / "submission.json"
+    path = folder / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | figures))
 
 
 def claims(folder: Path) -> dict:
-    return json.loads((folder / "submission.json").read_text())
+    return json.loads((folder / "results.json").read_text())
 
 
-def rewrite(folder: Path, **changes: str) -> check.Submission:
-    """A submission whose script was another one all along: in the folder, the log and the sizes."""
+def rewrite(folder: Path, **changes: tuple[str, str]) -> check.Submission:
+    """Change the script of a submission everywhere: in the folder, the log and the sizes."""
     script = SCRIPT.read_text(encoding="utf-8")
     for old, new in changes.values():
         assert script.count(old) == 1, old
@@ -115,7 +114,7 @@ def rewrite(folder: Path, **changes: str) -> check.Submission:
 
 
 def verdicts(capsys, folder: Path, *arguments: str) -> tuple[int, dict[str, str], str]:
-    """The exit code, each check's verdict, and the table."""
+    """Return the exit code, each check's verdict, and the table."""
     code = check.main([str(folder), *arguments])
     table = capsys.readouterr().out
     rows = [line for line in table.splitlines()[:-1] if not line.startswith(" ")]
@@ -130,7 +129,7 @@ def others_pass(found: dict[str, str], *failing: str) -> bool:
     )
 
 
-# ---- The whole command -------------------------------------------------------------------------------------
+# ---- The whole command ---------------------------------------------------------------------------
 
 
 def test_honest_run_passes_every_check(honest, capsys):
@@ -140,6 +139,16 @@ def test_honest_run_passes_every_check(honest, capsys):
     assert f"= {claims(honest)['bytes_total']:,} bytes" in table
     assert "ValidationStream.__init__ > read_shards" in table
     assert table.endswith("8 of 8 checks pass")
+
+
+def test_streaming_evaluation_is_probed_as_such(honest, copied):
+    """A token then sees more than its window, so its loss is another one."""
+    replace(copied / "train.log", "\nEVAL_MODE=exact\n", "\nEVAL_MODE=streaming\n")
+    s = check.Submission(copied, check.Options())
+    results = check.check_probabilities(s), check.check_scoring(s)
+    assert [result.verdict for result in results] == ["pass", "pass"], results
+    exact = check.Submission(honest, check.Options()).probed()
+    assert s.probed()["loop"] != exact["loop"]
 
 
 def figures(**changes):
@@ -157,7 +166,7 @@ def lines(old: str, new: str):
 
 
 def over_the_time(folder: Path) -> None:
-    """Claims that agree with each other and with the log, and are over the limit."""
+    """Claim times that agree with each other and with the log, and are over the limit."""
     seconds, steps = claims(folder)["train_seconds"], claims(folder)["steps"]
     milliseconds = round(1000 * seconds)
     claim(folder, train_seconds=700.0, tokens_per_second=round(steps * 256 / 700))
@@ -176,7 +185,7 @@ def over_the_time(folder: Path) -> None:
 
 
 def another_score(folder: Path) -> None:
-    """A val_bpb that the log and submission.json agree on."""
+    """Claim another val_bpb, the same in the log and in results.json."""
     bpb = claims(folder)["val_bpb"]
     replace(folder / "train.log", f"val_bpb:{bpb:.8f}", f"val_bpb:{bpb - 0.01:.8f}")
     claim(folder, val_bpb=bpb - 0.01, val_bpb_sliding_window=bpb - 0.01)
@@ -190,7 +199,7 @@ def another_score(folder: Path) -> None:
         (
             figures(val_bpb=1.05),
             ["evaluation", "agreement"],
-            "submission.json has val_bpb 1.05000000",
+            "results.json has val_bpb 1.05000000",
         ),
         (figures(val_bpb_roundtrip=1.05), ["agreement"], "val_bpb_roundtrip"),
         (figures(dataset="fineweb"), ["agreement"], "dataset: fineweb and"),
@@ -200,7 +209,7 @@ def another_score(folder: Path) -> None:
         (figures(export_seconds=601), ["seconds"], "training and export over 600 s"),
         (figures(eval_seconds=601), ["seconds"], "FAIL evaluation over 600 s"),
         (figures(eval_seconds=0.001), ["seconds"], "the log's evaluations took"),
-        (figures(steps=7), ["seconds"], "the log ends at step 6, submission.json at 7"),
+        (figures(steps=7), ["seconds"], "the log ends at step 6, results.json at 7"),
         (figures(tokens_per_second=10**9), ["seconds"], "1,000,000,000 a second"),
         (figures(export_seconds=-1), ["seconds"], "a time is negative"),
         (
@@ -213,17 +222,17 @@ def another_score(folder: Path) -> None:
             ["seconds"],
             "FAIL train_time runs backwards; training",
         ),
-        (figures(seeds=[1]), ["agreement"], "seeds: [1] and [42]"),
-        (lines(r"^artifact code 1", "artifact code 2"), ["agreement"], "bytes in the log"),
+        (figures(seed=1), ["agreement"], "seed: 1 and 42"),
+        (lines(r"^artifact code \d", "artifact code 9"), ["agreement"], "bytes in the log"),
         (
             figures(val_loss="unknown"),
             [],
-            "agreement not checked submission.json has no figure val_loss",
+            "agreement not checked results.json has no figure val_loss",
         ),
         (
             figures(eval_seconds=math.nan),
             [],
-            "seconds not checked submission.json has no figure eval_seconds",
+            "seconds not checked results.json has no figure eval_seconds",
         ),
     ],
 )
@@ -268,7 +277,7 @@ def test_damaged_artifact_fails_the_evaluation_and_passes_nothing_that_reads_it(
 @pytest.mark.parametrize(
     "missing, still",
     [
-        ("submission.json", {"untouched", "probabilities", "scoring", "bytes"}),
+        ("results.json", {"untouched", "probabilities", "scoring", "bytes"}),
         ("model.int6.ptz", {"seconds", "untouched", "bytes"}),
         ("train.log", set()),
     ],
@@ -306,28 +315,28 @@ def test_exit_codes_of_the_command(tmp_path):
     assert "Traceback" not in empty.stderr + absent.stderr
 
 
-# ---- Falsified scripts -------------------------------------------------------------------------------------
+# ---- Falsified scripts ---------------------------------------------------------------------------
 
 
 def test_script_that_trains_on_validation_text_is_seen_and_shown(copied, tmp_path):
-    """Two proofs: who opened the shards, and what became of the weights. And it reads what nobody gave it."""
+    """Two proofs: who opened the shards, and what the weights are. It also reads a foreign file."""
     hint = tmp_path / "hint"
     hint.write_text("what training should not know")
     s = rewrite(
         copied,
         peek=(
-            'read_shards(h.data_path, "train"), h',
-            'read_shards(h.data_path, "train") + read_shards(h.data_path, "val"), h',
+            'read_shards(h.data_path, "train")',
+            'read_shards(h.data_path, "train") + read_shards(h.data_path, "val")',
         ),
         hint=(
-            "    torch.manual_seed(h.seed)\n    model =",
-            f"    torch.manual_seed(h.seed)\n    Path({str(hint)!r}).read_bytes()\n    model =",
+            "    torch.manual_seed(h.seed)\n    if saved:",
+            f"    torch.manual_seed(h.seed)\n    Path({str(hint)!r}).read_bytes()\n    if saved:",
         ),
     )
     result = check.check_untouched(s)
     assert result.verdict == "FAIL"
     assert (
-        "validation shards opened by main > run > train_and_export > TrainingData"
+        "validation shards opened by main > run_job > train_and_export > TrainingData"
         in result.evidence
     )
     for effect in ("other weights", "another artifact", "other training losses"):
@@ -340,7 +349,7 @@ def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
     s = rewrite(
         copied,
         ahead=("is_causal=True", "is_causal=False"),
-        too=(".triu(place - begin + 1)", ".triu(end)"),
+        too=(".triu(position - begin + 1)", ".triu(end)"),
         tail=(
             "np.diff(starts + length, prepend=0)",
             "np.where(np.arange(len(starts)), stride, np.diff(starts + length, prepend=0))",
@@ -360,8 +369,8 @@ def test_script_that_looks_ahead_and_scores_the_tail_twice(copied):
 def test_script_that_looks_ahead_where_few_positions_are_scored(copied, few, verdict):
     s = rewrite(
         copied,
-        few=("8 * last > length", "last > length"),  # 8 of 32 are not few enough
-        ahead=("place - begin + 1", f"place - begin + 1 + {few} * (q.size(2) < k.size(1))"),
+        few=("8 * logits_to_keep <=", "logits_to_keep <="),  # 8 of 32 are not few enough
+        ahead=("position - begin + 1", f"position - begin + 1 + {few} * (q.size(2) < k.size(1))"),
     )
     result = check.check_probabilities(s)
     assert result.verdict == verdict
@@ -374,8 +383,8 @@ def test_script_whose_probabilities_are_none(copied):
         copied,
         small=('reduction="none").view_as', 'reduction="none").sub(1e-3).view_as'),
         beside=(
-            "        return norm(x[:, -last:])\n",
-            "        return norm((x + 0.01 * x.mean(0, keepdim=True))[:, -last:])\n",
+            "norm(keep_last(x, logits_to_keep))",
+            "norm(keep_last(x + 0.01 * x.mean(0, keepdim=True), logits_to_keep))",
         ),
     )
     result = check.check_probabilities(s)
@@ -387,7 +396,7 @@ def test_script_whose_probabilities_are_none(copied):
 def test_script_that_uses_the_network_another_file_and_too_many_bytes(
     copied, tmp_path, monkeypatch
 ):
-    """Its own figures agree, and its attempts go unnoticed by itself. Where there is no namespace, too."""
+    """Its own figures agree, and it does not notice its attempts. Also without a namespace."""
     monkeypatch.setattr(check, "namespace", lambda: ())
     hint = tmp_path / "hint"
     hint.write_text("what the artifact has no room for")
@@ -396,14 +405,11 @@ def test_script_that_uses_the_network_another_file_and_too_many_bytes(
     with contextlib.suppress(OSError):
         socket.create_connection(("192.0.2.1", 9), 1)
     Path({str(hint)!r}).read_bytes()
-    length ="""
+    targets ="""
     s = rewrite(
         copied,
-        count=(
-            "self.bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])",
-            "self.bytes = 2 * tokenizer.count_bytes(tokens[:-1], tokens[1:])",
-        ),
-        asks=("model.eval()\n    length =", asks),
+        count=("self.bytes = tokenizer.count_bytes(", "self.bytes = 2 * tokenizer.count_bytes("),
+        asks=("model.eval()\n    targets =", asks),
     )
     for kind in ("roundtrip", "sliding_window"):
         bpb = claims(copied)[f"val_bpb_{kind}"]
@@ -420,7 +426,7 @@ def test_script_that_uses_the_network_another_file_and_too_many_bytes(
 
 
 def test_each_figure_of_the_probe_counts(honest):
-    """One by one, also those that a falsified script moves together; not a number is no pass."""
+    """Change each alone, also those that a falsified script moves together; NaN is no pass."""
     s = check.Submission(honest, check.Options())
     figures = s.probing["figures"]
     numbers = [
@@ -438,7 +444,7 @@ def test_each_figure_of_the_probe_counts(honest):
 
 
 def test_answers_that_prove_nothing_fail(honest, monkeypatch):
-    """Validation text that had no effect on the scores either, shards nobody opened, a network that is on."""
+    """Validation text without effect on the scores, shards nobody opened, a working network."""
     remembered = check.run_child
 
     def blind(task: str, folder: Path, *more) -> dict:
@@ -465,13 +471,13 @@ def test_child_has_a_clean_environment_and_an_end(tmp_path, monkeypatch):
     assert "SEED" in names and "PATH" in names and "TOKEN_OF_THE_USER" not in names
     (tmp_path / "train_gpt.py").write_text("import time\ntime.sleep(100)\n")
     with pytest.raises(
-        check.CannotCheck, match="to evaluate takes over 0.5 s here; give more with --time"
+        check.CannotCheck, match=r"evaluate takes over 0\.5 s here; give more with --time"
     ):
         check.run_child("evaluate", tmp_path, {}, 0.5)
 
 
 def test_agreement_of_code_settings_and_tokenizer(copied, honest, corpus, tmp_path):
-    """Each other fact that a submission's parts share; what the artifact says is known already."""
+    """Falsify the other facts that a submission's parts share."""
     probing = check.Submission(honest, check.Options()).probing
 
     def result(**options) -> check.Result:

@@ -1,16 +1,17 @@
-"""Verifies a submission as a suspicious reviewer would: recomputes what it claims and prints the evidence.
+"""Verify a submission as a suspicious reviewer would: recompute its claims and print the evidence.
 
     python tools/check.py runs/ID
     python tools/check.py FOLDER --data DATA_PATH --tokenizer TOKENIZER_PATH --steps 2
 
-FOLDER holds train.log, model.int6.ptz and submission.json. Its train_gpt.py is the code under examination;
-where there is none, the source that the log begins with is. Settings are the log's, as are DATA_PATH and
-TOKENIZER_PATH unless given. The exit code is 0 only if every check passes, 1 if one fails or cannot be made,
-2 for unusable arguments.
+FOLDER holds train.log, model.int6.ptz and results.json. Its train_gpt.py is the code under
+examination; without one it is the source at the beginning of the log. Settings are those of the
+log, and so are DATA_PATH and TOKENIZER_PATH unless they are given. The exit code is 0 if every
+check passes, 1 if one fails or cannot be made, 2 for unusable arguments.
 
-The examined script runs in child processes only, without network, each in an empty folder with a clean
-environment. What they report finds mistakes and plain cheats, not a script that attacks its checker: files
-opened by native code are not traced, and seconds are the log's own. Such a script needs reading.
+The examined script runs in child processes only, without network, each in an empty folder with a
+clean environment. Their reports reveal mistakes and plain cheats, not a script that attacks its
+checker: files opened by native code are not traced, and times are those of the log. Such a script
+must be read.
 """
 
 from __future__ import annotations
@@ -36,50 +37,62 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
+if TYPE_CHECKING:  # a child imports torch once the examined script runs
+    from torch import Tensor
+
 INHERITED = re.compile(r"PATH|LANG|LC_ALL|LD_LIBRARY_PATH|OMP_NUM_THREADS|(CUDA|MALLOC)_\w+")
-SCORING = ("EVAL_SEQ_LEN", "EVAL_STRIDE", "EVAL_MODE", "EVAL_BATCH_TOKENS", "DTYPE", "COMPILE")
-SYSTEM = (
-    "/usr",
-    "/lib",
-    "/lib64",
-    "/etc",
-    "/proc",
-    "/sys",
-    "/dev",
-)  # files that any process may open
-SEQUENCES = 8  # most sequences of one step of the short training
+# Settings of a run that decide how its artifact is scored.
+SCORING = (
+    "EVAL_SEQ_LEN",
+    "EVAL_STRIDE",
+    "EVAL_MODE",
+    "EVAL_BATCH_TOKENS",
+    "DEVICE",
+    "DTYPE",
+    "COMPILE",
+)
+SYSTEM = ("/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev")  # any process opens these
+RESULTS = "results.json"
+MAX_SEQUENCES = 8  # of one step of the short training
 PROBABILITY = 1e-4  # how far a sum of probabilities may be from 1, and a log-probability may move
-EXACT = 1e-6  # between figures that differ by the rounding of what is printed
+EXACT = 1e-6  # between figures that differ only by rounding in print
 LOOP = 1e-3  # nats between two orders of the same sums, in bfloat16 too
 
 
 class CannotCheck(Exception):
-    """A check that could not be made; the message says what is missing and what to do."""
+    """A check cannot be made. The message says what is missing and what to do."""
 
 
 class Result(NamedTuple):
+    """The outcome of a check."""
+
     verdict: str  # pass, FAIL or not checked
     evidence: str
 
 
 def true_ones(statements: dict[str, object]) -> list[str]:
+    """Return the statements that are true."""
     return [text for text, is_true in statements.items() if is_true]
 
 
 def judge(problems: list[str], evidence: str) -> Result:
+    """Return FAIL if there are problems, else pass."""
     return Result("FAIL" if problems else "pass", "; ".join([*problems, evidence]))
 
 
-# ---- The submission ----------------------------------------------------------------------------------------
+# ---- The submission ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Options:
+    """What the command line sets; see `parse`."""
+
     data: str = ""
     tokenizer: str = ""
     train_limit: float = 600.0
@@ -91,12 +104,13 @@ class Options:
 
 
 class Submission:
-    """The folder's parts, each read when a check first asks for it. CannotCheck where a part is missing."""
+    """The parts of a folder, each read when it is first needed. CannotCheck if one is missing."""
 
-    def __init__(self, folder: Path, options: Options):
+    def __init__(self, folder: Path, options: Options) -> None:
         self.folder, self.options = folder, options
 
     def part(self, name: str) -> bytes:
+        """Return the content of a file."""
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
@@ -110,7 +124,7 @@ class Submission:
 
     @functools.cached_property
     def logged_script(self) -> bytes:
-        """The source that the log begins with; after it come the settings."""
+        """The source at the beginning of the log, before the settings."""
         source, mark, _ = self.log.partition("\nRUN_ID=")
         if not mark:
             raise CannotCheck("train.log has no source and settings; give the run's whole log")
@@ -118,11 +132,8 @@ class Submission:
 
     @functools.cached_property
     def script(self) -> bytes:
-        return (
-            self.part("train_gpt.py")
-            if (self.folder / "train_gpt.py").exists()
-            else self.logged_script
-        )
+        has_script = (self.folder / "train_gpt.py").exists()
+        return self.part("train_gpt.py") if has_script else self.logged_script
 
     @functools.cached_property
     def artifact(self) -> bytes:
@@ -130,7 +141,7 @@ class Submission:
 
     @functools.cached_property
     def record(self) -> str:
-        """What the log says below the source."""
+        """The log below the source."""
         return self.log[len(self.logged_script.decode()) :]
 
     @functools.cached_property
@@ -138,6 +149,7 @@ class Submission:
         return dict(re.findall(r"^([A-Z][A-Z0-9_]*)=(.*)$", self.record, re.M))
 
     def setting(self, name: str) -> int:
+        """Return a whole number among the settings."""
         try:
             return int(self.settings[name])
         except (KeyError, ValueError):
@@ -146,17 +158,17 @@ class Submission:
             ) from None
 
     def claim(self, name: str) -> float:
-        """A figure of submission.json."""
+        """Return a figure of the results."""
         try:
-            value = float(json.loads(self.part("submission.json"))[name])
+            value = float(json.loads(self.part(RESULTS))[name])
         except (KeyError, TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            raise CannotCheck(f"submission.json has no figure {name}; the run writes it")
+            raise CannotCheck(f"{RESULTS} has no figure {name}; the run writes it")
         return value
 
     def found(self, pattern: str, what: str) -> list[tuple[str, ...]]:
-        """What the lines of the log that match hold; there must be one."""
+        """Return the groups of all lines of the log that match; there must be one."""
         matches = re.findall(f"^{pattern}$", self.record, re.M)
         if not matches:
             raise CannotCheck(
@@ -165,7 +177,7 @@ class Submission:
         return matches
 
     def final(self, kind: str = "sliding_window") -> tuple[float, float]:
-        """val_loss and val_bpb of the log's exact line."""
+        """Return val_loss and val_bpb of the log's exact line."""
         return final_scores(self.record, kind)
 
     @functools.cached_property
@@ -176,6 +188,7 @@ class Submission:
         return path
 
     def shards(self, split: str) -> list[Path]:
+        """Return the paths of a split's shards."""
         folder = Path(self.options.data or self.settings.get("DATA_PATH", ""))
         paths = sorted(folder.absolute().glob(f"fineweb_{split}_*.bin"))
         if not paths:
@@ -185,7 +198,7 @@ class Submission:
         return paths
 
     def tokens(self, split: str, count: int | None = None) -> np.ndarray:
-        """The first tokens of a split, or all, (n,) uint16; read by this file's own reading of the format."""
+        """Return the first tokens of a split, or all, (n,) uint16, without the script's reader."""
         parts, left = [], count
         for path in self.shards(split):
             parts.append(np.fromfile(path, "<u2", -1 if left is None else left, offset=1024))
@@ -195,7 +208,7 @@ class Submission:
 
     @functools.cached_property
     def probing(self) -> dict:
-        """The answer of the child that tries the script's functions on the artifact, see `probe`."""
+        """The answer of the child that probes the script's functions on the artifact."""
         length, stride = self.setting("EVAL_SEQ_LEN"), self.setting("EVAL_STRIDE")
         with tempfile.TemporaryDirectory() as name:
             folder = lay_out(self, Path(name), artifact=True)
@@ -207,12 +220,14 @@ class Submission:
             )
 
     def probed(self) -> dict:
+        """Return the figures of `probe`."""
         if error := self.probing["error"]:
             raise CannotCheck(f"the script cannot be probed on the artifact: {error}")
         return self.probing["figures"]
 
 
 def final_scores(text: str, kind: str) -> tuple[float, float]:
+    """Return val_loss and val_bpb of the last exact line of this kind."""
     line = rf"^final_int6_\w+_{kind}_exact val_loss:([\d.]+) val_bpb:([\d.]+)$"
     if not (found := re.findall(line, text, re.M)):
         raise CannotCheck(
@@ -223,7 +238,7 @@ def final_scores(text: str, kind: str) -> tuple[float, float]:
 
 
 def scoring(s: Submission) -> dict[str, str]:
-    """The environment of an evaluation: where things lie and how to score; the artifact says the rest."""
+    """Return the environment of an evaluation: paths and how to score."""
     asked = {name: s.settings[name] for name in SCORING if name in s.settings}
     return asked | {
         "EVAL_ONLY": "1",
@@ -234,7 +249,7 @@ def scoring(s: Submission) -> dict[str, str]:
 
 
 def lay_out(s: Submission, folder: Path, artifact: bool) -> Path:
-    """The empty folder of a child: script, tokenizer, artifact, and room for data."""
+    """Fill the empty folder of a child with script, tokenizer, artifact and an empty data/."""
     (folder / "data").mkdir()
     (folder / "train_gpt.py").write_bytes(s.script)
     (folder / "tokenizer.model").write_bytes(s.tokenizer.read_bytes())
@@ -244,6 +259,7 @@ def lay_out(s: Submission, folder: Path, artifact: bool) -> Path:
 
 
 def write_shard(folder: Path, split: str, tokens: np.ndarray) -> None:
+    """Write tokens as the only shard of a split."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens)
     folder.mkdir(exist_ok=True)
@@ -252,12 +268,12 @@ def write_shard(folder: Path, split: str, tokens: np.ndarray) -> None:
     )
 
 
-# ---- Children ----------------------------------------------------------------------------------------------
+# ---- Children ------------------------------------------------------------------------------------
 
 
 @functools.cache
 def namespace() -> tuple[str, ...]:
-    """What starts a command without network interfaces, where the system lets a user do that."""
+    """Return what starts a command without network interfaces, if the system lets a user do it."""
     command = ("unshare", "--map-root-user", "--net", "--")
     try:
         works = subprocess.run([*command, "true"], capture_output=True, timeout=10).returncode == 0
@@ -267,7 +283,7 @@ def namespace() -> tuple[str, ...]:
 
 
 def run_child(task: str, folder: Path, settings: dict[str, str], timeout: float) -> dict:
-    """What the child reports of a task in this folder; its `error` is empty if the script worked."""
+    """Run a task in this folder; return the child's report, whose `error` is empty if it worked."""
     clean = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)}
     clean |= {"HOME": str(folder), "TMPDIR": str(folder), "PYTHONUSERBASE": site.getuserbase()}
     command = [*namespace(), sys.executable, "-B", str(Path(__file__).absolute()), "--child", task]
@@ -285,7 +301,7 @@ def run_child(task: str, folder: Path, settings: dict[str, str], timeout: float)
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise CannotCheck(
-                f"to {task} takes over {timeout:g} s here; give more with --timeout"
+                f"{task} takes over {timeout:g} s here; give more with --timeout"
             ) from None
         finally:
             if process.poll() is None:
@@ -296,21 +312,22 @@ def run_child(task: str, folder: Path, settings: dict[str, str], timeout: float)
     )
     if not (folder / "answer.json").exists():
         last = (errors.strip() or "no message").splitlines()[-1]
-        raise CannotCheck(f"the child that was to {task} ended with {process.returncode}: {last}")
+        raise CannotCheck(f"the child for {task} ended with {process.returncode}: {last}")
     return json.loads((folder / "answer.json").read_text()) | {"output": output}
 
 
-# ---- The checks, in the order of the table -----------------------------------------------------------------
+# ---- The checks, in the order of the table -------------------------------------------------------
 
 
 def check_size(s: Submission) -> Result:
+    """Count the bytes of code and model."""
     code, model = len(s.script), len(s.artifact)
     problems = []
     if code + model > s.options.size_limit:
         problems.append(f"{code + model - s.options.size_limit:,} bytes over the limit")
     for name, size in (("bytes_code", code), ("bytes_total", code + model)):
         if s.claim(name) != size:
-            problems.append(f"submission.json has {name} {s.claim(name):,.0f}, not {size:,}")
+            problems.append(f"{RESULTS} has {name} {s.claim(name):,.0f}, not {size:,}")
     return judge(
         problems,
         f"code {code:,} + model {model:,} = {code + model:,} bytes of {s.options.size_limit:,}",
@@ -318,7 +335,7 @@ def check_size(s: Submission) -> Result:
 
 
 def check_seconds(s: Submission) -> Result:
-    """The limits hold for what was claimed, and the claims fit each other and the log's clock."""
+    """Compare the claimed times with the limits, with each other and with the log's clock."""
     names = "train_seconds", "export_seconds", "eval_seconds", "steps", "tokens_per_second"
     train, export, evaluation, steps, speed = (s.claim(name) for name in names)
     clock = s.found(r"step:(\d+)/\d+ .*train_time:(\d+)ms step_avg:([\d.]+)ms", "train_time")
@@ -332,7 +349,7 @@ def check_seconds(s: Submission) -> Result:
         f"evaluation over {s.options.eval_limit:g} s": evaluation > s.options.eval_limit,
         "a time is negative": min(train, export, evaluation) < 0,
         f"the log's clock ends at {milliseconds / 1000:g} s": abs(1000 * train - milliseconds) > 1,
-        f"the log ends at step {last}, submission.json at {steps:g}": last != steps,
+        f"the log ends at step {last}, {RESULTS} at {steps:g}": last != steps,
         "step_avg × steps is not train_time": any(
             abs(step * average - time) > 1 + 0.006 * step for step, time, average in clock
         ),
@@ -351,11 +368,13 @@ def check_seconds(s: Submission) -> Result:
 
 
 def check_untouched(s: Submission) -> Result:
-    """The first steps of training, then export, twice: on the validation text and on other text in its place.
-    There is half as much of it as of training text, and training validates after each step: whatever mixes it
-    in, or chooses by it, gets other weights. On the CPU, where sums come in one order."""
+    """Train the first steps and export, twice: with the validation text and with other text.
+
+    Training validates after each step, so a script that trains on validation text, or chooses by
+    it, gets other weights. This runs on the CPU, where sums have one order.
+    """
     length, steps = s.setting("TRAIN_SEQ_LEN"), s.options.steps
-    batch = min(SEQUENCES, max(1, s.setting("TRAIN_BATCH_TOKENS") // length)) * length
+    batch = min(MAX_SEQUENCES, max(1, s.setting("TRAIN_BATCH_TOKENS") // length)) * length
     count = max(steps * batch, 2 * s.setting("EVAL_SEQ_LEN")) + 1
     validation = s.tokens("val", count)
     model = sentencepiece.SentencePieceProcessor(model_file=str(s.tokenizer))
@@ -370,7 +389,7 @@ def check_untouched(s: Submission) -> Result:
         "TRAIN_LOG_EVERY": 1,
         "EVAL_STRIDE": s.setting("EVAL_SEQ_LEN"),
         "WARMUP_STEPS": min(1, s.setting("WARMUP_STEPS")),
-        "CUDA_VISIBLE_DEVICES": "",
+        "DEVICE": "cpu",
         "GPTQ_CALIB_BATCHES": min(2, s.setting("GPTQ_CALIB_BATCHES")),
         "EXPORT_ONLY": 0,
         "OUTPUT_DIR": "runs",
@@ -412,13 +431,13 @@ def check_untouched(s: Submission) -> Result:
     return judge(
         true_ones(wrong),
         f"{steps} steps and export: validation shards opened by {', '.join(readers)}; weights"
-        f" {answer['figures']['weights'][0][:12]} and artifact {len(artifacts[0]):,} bytes, compared"
-        f" after {len(validation):,} validation tokens were replaced by {len(other):,} others",
+        f" {answer['figures']['weights'][0][:12]} and artifact {len(artifacts[0]):,} bytes, the"
+        f" same after {len(validation):,} validation tokens became {len(other):,} others",
     )
 
 
 def check_evaluation(s: Submission) -> Result:
-    """The score again, from script, artifact, tokenizer and validation shards in an empty folder."""
+    """Score again, from script, artifact, tokenizer and validation shards in an empty folder."""
     claimed, (_, logged) = s.claim("val_bpb"), s.final()
     with tempfile.TemporaryDirectory() as name:
         folder = lay_out(s, Path(name), artifact=True)
@@ -444,7 +463,7 @@ def check_evaluation(s: Submission) -> Result:
     if answer["error"]:
         return judge([*problems, f"the evaluation ended in: {answer['error']}"], evidence)
     _, bpb = final_scores(answer["output"], "sliding_window")
-    for source, said in (("train.log", logged), ("submission.json", claimed)):
+    for source, said in (("train.log", logged), (RESULTS, claimed)):
         if not abs(said - bpb) <= s.options.tolerance:
             problems.append(f"{source} has val_bpb {said:.8f}")
     return judge(
@@ -455,6 +474,7 @@ def check_evaluation(s: Submission) -> Result:
 
 
 def check_probabilities(s: Submission) -> Result:
+    """Sum probabilities, and look for effects of later tokens and of other rows."""
     p = s.probed()["probabilities"]
     wrong = {
         "probabilities do not sum to one": not 1 - PROBABILITY
@@ -475,7 +495,7 @@ def check_probabilities(s: Submission) -> Result:
 
 
 def check_scoring(s: Submission) -> Result:
-    """`evaluate` gets a loss of its own for each token, so that a token left out or scored twice shows."""
+    """Give `evaluate` a different loss for each token: one left out or counted twice shows."""
     once, (ours, theirs) = s.probed()["once"], s.probed()["loop"]
     wrong = [
         f"{case['tokens']} tokens: mean {case['mean']:.6f}, not {case['expected']:.6f}; total"
@@ -490,17 +510,17 @@ def check_scoring(s: Submission) -> Result:
         if not case["aligned"]
     ]
     if not abs(ours - theirs) <= LOOP:
-        wrong.append(f"a plain loop has {ours:.6f} nats a token, evaluate {theirs:.6f}")
+        wrong.append(f"a plain loop has {ours:.6f} nats per token, evaluate {theirs:.6f}")
     lengths = ", ".join(str(case["tokens"]) for case in once)
     return judge(
         wrong,
         f"streams of {lengths} tokens, where every token after the first counts once; a plain"
-        f" loop has {ours:.6f} nats a token, evaluate {theirs:.6f}",
+        f" loop has {ours:.6f} nats per token, evaluate {theirs:.6f}",
     )
 
 
 def check_bytes(s: Submission) -> Result:
-    """The length of the decoded text of all documents; the log's bits per byte must follow from it."""
+    """Decode all documents; the log's bits per byte must follow from the length of the text."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(s.tokenizer))
     tokens, (loss, bpb) = s.tokens("val"), s.final()
     if tokens.max() >= model.vocab_size() or not model.is_control(int(tokens[0])):
@@ -509,7 +529,7 @@ def check_bytes(s: Submission) -> Result:
         )
     end = len(tokens)
     while model.is_byte(int(tokens[end - 1])):
-        end -= 1  # the end may cut a character: bytes there are counted one by one
+        end -= 1  # the stream may end within a character: bytes there count one by one
     starts = np.flatnonzero(tokens[:end] == tokens[0])
     size = len(tokens) - end
     for some in np.split(starts, range(1000, len(starts), 1000)):
@@ -527,20 +547,20 @@ def check_bytes(s: Submission) -> Result:
 
 
 def check_agreement(s: Submission) -> Result:
-    """Log, submission.json and artifact tell one story."""
+    """Compare what log, results and artifact say of the same facts."""
     pairs = []  # what, one side, the other side
     for kind in ("roundtrip", "sliding_window"):
-        for name, logged in zip(("val_loss", "val_bpb"), s.final(kind)):
+        for name, logged in zip(("val_loss", "val_bpb"), s.final(kind), strict=True):
             pairs.append((f"{name}_{kind}", f"{logged:.8f}", f"{s.claim(f'{name}_{kind}'):.8f}"))
     pairs += [
         (name, f"{logged:.8f}", f"{s.claim(name):.8f}")
-        for name, logged in zip(("val_loss", "val_bpb"), s.final())
+        for name, logged in zip(("val_loss", "val_bpb"), s.final(), strict=True)
     ]
     (*_, sizes) = s.found(r"artifact code ([\d,]+) \+ model ([\d,]+) = .*", "the artifact's bytes")
     pairs += [("bytes in the log", sizes, (f"{len(s.script):,}", f"{len(s.artifact):,}"))]
-    claims = json.loads(s.part("submission.json"))
+    claims = json.loads(s.part(RESULTS))
     pairs += [
-        ("seeds", claims.get("seeds"), [s.setting("SEED")]),
+        ("seed", claims.get("seed"), s.setting("SEED")),
         ("dataset", claims.get("dataset"), Path(s.settings.get("DATA_PATH", "")).name),
         (
             "SHA-256 of the code and the log's",
@@ -577,7 +597,7 @@ CHECKS: dict[str, Callable[[Submission], Result]] = {
 
 
 def perform(check: Callable[[Submission], Result], s: Submission) -> Result:
-    """The check's result; whatever keeps it from one is said, and never passes."""
+    """Return the result of a check. What keeps it from one is reported, and never passes."""
     try:
         return check(s)
     except CannotCheck as error:
@@ -586,23 +606,21 @@ def perform(check: Callable[[Submission], Result], s: Submission) -> Result:
         return Result("not checked", f"{type(error).__name__}: {error}")
 
 
-# ---- In a child --------------------------------------------------------------------------------------------
-# All that depends on the examined script's functions.
+# ---- In a child ----------------------------------------------------------------------------------
+# Everything that depends on the examined script's functions.
 
 
 class Watch:
-    """An audit hook, which Python code cannot take off again: notes files and refuses the network."""
+    """An audit hook, which Python code cannot remove: it notes files and refuses the network."""
 
-    def __init__(self, script: Path):
+    def __init__(self, script: Path) -> None:
         self.script, self.folder, self.refusing = str(script), str(script.parent), True
-        self.opened: dict[str, set[str]] = {
-            "train": set(),
-            "val": set(),
-        }  # split: the functions on the stack
+        # By split: the functions on the stack when a shard was opened.
+        self.opened: dict[str, set[str]] = {"train": set(), "val": set()}
         self.files, self.refused = set(), []
 
     def __call__(self, event: str, arguments: tuple) -> None:
-        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             path = os.path.abspath(os.fsdecode(arguments[0]))
             self.files.add(path)
             if shard := re.match(r"fineweb_(train|val)_.*\.bin", os.path.basename(path)):
@@ -612,17 +630,14 @@ class Watch:
             raise PermissionError(f"no network in an evaluation: {event}")
 
     def is_network(self, event: str, arguments: tuple) -> bool:
+        """Return whether an event uses the network."""
         if event == "socket.__new__":
             return arguments[1] in (socket.AF_INET, socket.AF_INET6)
-        return event in (
-            "socket.getaddrinfo",
-            "socket.gethostbyname",
-            "socket.connect",
-            "socket.sendto",
-        )
+        calls = ("getaddrinfo", "gethostbyname", "connect", "sendto")
+        return event in [f"socket.{call}" for call in calls]
 
-    def callers(self, frame) -> list[str]:
-        """The script's functions on the stack, with their classes, outermost first."""
+    def callers(self, frame: FrameType | None) -> list[str]:
+        """Return the script's functions on the stack, with their classes, outermost first."""
         names = []
         while frame:
             name, owner = frame.f_code.co_name, frame.f_locals.get("self")
@@ -632,7 +647,7 @@ class Watch:
         return names[::-1]
 
     def others(self) -> list[str]:
-        """Files that are neither in the child's folder nor Python's or the system's."""
+        """Return the opened files outside the child's folder, Python and the system."""
         roots = {
             self.folder,
             sys.prefix,
@@ -652,7 +667,7 @@ class Watch:
 
 
 def reach_network() -> str:
-    """How the network refuses; empty if it does not. A datagram's connect asks for a route, sends nothing."""
+    """Return the network's error, empty if it works. This asks for a route and sends nothing."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             s.connect(("192.0.2.1", 9))
@@ -661,8 +676,8 @@ def reach_network() -> str:
     return ""
 
 
-def load(script: Path):
-    """The script as a module, whose `main` does not run."""
+def load(script: Path) -> ModuleType:
+    """Import the script; its `main` does not run."""
     spec = importlib.util.spec_from_file_location("examined", script)
     module = sys.modules["examined"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -670,7 +685,7 @@ def load(script: Path):
 
 
 def child(task: str) -> None:
-    """Carries out a task on the script in this folder and writes answer.json."""
+    """Carry out a task on the script in this folder and write answer.json."""
     script = Path.cwd() / "train_gpt.py"
     sys.path[0], sys.argv = str(script.parent), [str(script)]
     kernel = reach_network()
@@ -702,7 +717,7 @@ def child(task: str) -> None:
 
 
 def train(script: Path, data: str) -> str:
-    """SHA-256 over the weights that a run on this folder of data trains."""
+    """Train on a folder of data; return SHA-256 over the weights."""
     import torch
 
     os.environ |= {"DATA_PATH": data, "RUN_ID": data}
@@ -716,78 +731,116 @@ def train(script: Path, data: str) -> str:
     return digest.hexdigest()
 
 
-def probe(module) -> dict:
-    """Figures of the model that the artifact holds, of its losses and of `evaluate`."""
+class Probed(NamedTuple):
+    """The script, its model from the artifact, and the validation stream."""
+
+    script: ModuleType
+    h: Any  # settings
+    dist: Any  # processes and device
+    model: Any
+    val: Any
+
+    def losses(self, ids: Tensor, targets: Tensor, *streaming: bool) -> Tensor:
+        """Return the model's loss of each target, (B, n) float64."""
+        ids, targets = ids.to(self.dist.device), targets.to(self.dist.device)
+        return self.model.token_losses(ids, targets, *streaming).double()
+
+    def evaluate(self, model: Any, tokens: Tensor) -> float:
+        """Return the script's mean loss in nats."""
+        return self.script.evaluate(model, tokens, self.h, self.dist, self.h.eval_stride)
+
+
+def probe(script: ModuleType) -> dict:
+    """Return figures of the artifact's model, of its losses and of `evaluate`."""
     import torch
 
-    header, tensors = module.read_artifact(Path(os.environ["MODEL_PATH"]).read_bytes())
-    h = module.Hyperparameters(**header["model"])
-    with torch.no_grad(), module.World(h) as world:
-        model = module.build_model(header, tensors, world)
-        val = module.ValidationStream(h, module.Tokenizer(h.tokenizer_path, h.vocab_size))
+    blob = Path(os.environ["MODEL_PATH"]).read_bytes()
+    header, _ = script.read_artifact(blob)
+    h = script.load_settings(**header["model"])
+    with torch.no_grad(), script.Distributed(h) as dist:
+        model = script.model_from_artifact(h, blob, dist)
+        val = script.ValidationStream(h, script.Tokenizer(h.tokenizer_path, h.vocab_size))
+        p = Probed(script, h, dist, model, val)
         return {
             "header": {"model": header["model"], "tokenizer": header["tokenizer"]},
-            "probabilities": probe_probabilities(model, val, h, world),
-            "once": probe_scoring(module.evaluate, val, h, world),
-            "loop": probe_loop(module.evaluate, model, val, h, world),
+            "probabilities": probe_sums(p) | probe_causality(p),
+            "once": probe_scoring(p),
+            "loop": probe_loop(p),
         }
 
 
-def probe_probabilities(model, val, h, world) -> dict:
+def probe_sums(p: Probed) -> dict:
+    """Sum the probabilities that losses give to all targets, and compare them with `predict`."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    vocabulary, length = h.vocab_size, min(h.eval_seq_len, len(val.tokens) - 1)
-    # Each row has another target at each position; over the rows, every position has every target once.
-    short = min(length, 24)
-    ids = val.tokens[None, :short].to(world.device)
+    vocabulary = p.h.vocab_size
+    # Each row has another target at each position; over the rows, each position has every target.
+    short = min(p.h.eval_seq_len, len(p.val.tokens) - 1, 24)
+    ids = p.val.tokens[None, :short]
     targets = (torch.arange(vocabulary)[:, None] + 7 * torch.arange(short)) % vocabulary
-    losses = torch.cat(
-        [
-            model.losses(ids.expand(len(part), -1), part.to(world.device)).double()
-            for part in targets.split(64)
-        ]
-    )
+    parts = [p.losses(ids.expand(len(part), -1), part) for part in targets.split(64)]
+    losses = torch.cat(parts)  # (vocabulary, short)
     sums = (-losses).exp().sum(0)
-    predicted = -model.predict(ids, short)[0].double().log_softmax(-1)  # (short, vocabulary)
-    gap = (losses - predicted.gather(1, targets.t().to(world.device)).t()).abs().max()
-    window = val.tokens[: length + 1]
-    strange = (
-        window + torch.randint(1, vocabulary, (5, length + 1), generator=generator)
-    ) % vocabulary
-
-    def losses_of(rows, wanted):
-        return model.losses(rows[:, :-1].to(world.device), wanted.to(world.device)).double()
-
-    def moved(cuts: list[int], last: int) -> float:
-        """The most by which another future after each cut moves the last positions' losses up to the cut."""
-        rows = window.repeat(1 + len(cuts), 1)
-        wanted = rows[:, 1:].clone()
-        for row, cut in enumerate(cuts, 1):
-            rows[row, cut + 1 :] = strange[row, cut + 1 :]
-            wanted[row, cut + 1 :] = rows[
-                row, cut + 2 :
-            ]  # at the cut it stays: that loss is of the past
-        found, skipped = losses_of(rows, wanted[:, -last:]), length - last
-        return max(
-            (found[row, : cut + 1 - skipped] - found[0, : cut + 1 - skipped]).abs().max().item()
-            for row, cut in enumerate(cuts, 1)
-        )
-
-    cuts = torch.linspace(0, length - 1, 6)[1:-1].long().tolist()
-    # A model may compute a window's few last positions in another way than all of them.
-    few = max(2, min(h.eval_stride, length))
-    future = max(moved(cuts, length), moved([length - 1 - few // 2], few)) if length > 1 else 0.0
-    before, after = (
-        losses_of(rows, rows[:, 1:])
-        for rows in (window.repeat(5, 1), torch.cat([window[None], strange[1:]]))
-    )
+    logits = p.model.predict(ids.to(p.dist.device), short)[0]
+    predicted = -logits.double().log_softmax(-1)  # (short, vocabulary)
+    gap = (losses - predicted.gather(1, targets.t().to(p.dist.device)).t()).abs().max()
     return {
         "vocabulary": vocabulary,
         "positions": short,
         "least": sums.min().item(),
         "most": sums.max().item(),
         "predicted": gap.item(),
+    }
+
+
+def probe_causality(p: Probed) -> dict:
+    """Change later tokens and other rows; return how much that moves a row's earlier losses."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    length = min(p.h.eval_seq_len, len(p.val.tokens) - 1)
+    window = p.val.tokens[: length + 1]
+    shift = torch.randint(1, p.h.vocab_size, (5, length + 1), generator=generator)
+    strange = (window + shift) % p.h.vocab_size
+
+    def moved(cuts: list[int], scored: int) -> float:
+        """Return the largest change of the last `scored` losses up to each cut."""
+        rows = window.repeat(1 + len(cuts), 1)
+        targets = rows[:, 1:].clone()
+        for row, cut in enumerate(cuts, 1):
+            rows[row, cut + 1 :] = strange[row, cut + 1 :]
+            targets[row, cut + 1 :] = rows[row, cut + 2 :]  # the loss at the cut is of the past
+        losses, skipped = p.losses(rows[:, :-1], targets[:, -scored:]), length - scored
+        return max(
+            (losses[row, : cut + 1 - skipped] - losses[0, : cut + 1 - skipped]).abs().max().item()
+            for row, cut in enumerate(cuts, 1)
+        )
+
+    def moved_in_stream() -> float:
+        """Return the same for a row of a stream that continues the row above."""
+        rows = window.repeat(3, 1)
+        cut = length // 2
+        before = p.losses(rows[:, :-1], rows[:, 1:], True)
+        rows[1, cut + 1 :] = strange[1, cut + 1 :]
+        rows[2] = strange[2]
+        targets = rows[:, 1:].clone()
+        targets[1, cut] = window[cut + 1]
+        after = p.losses(rows[:, :-1], targets, True)
+        return (before - after).flatten()[: length + cut + 1].abs().max().item()
+
+    cuts = torch.linspace(0, length - 1, 6)[1:-1].long().tolist()
+    # A model may compute a window's few last positions in another way than all of them.
+    few = max(2, min(p.h.eval_stride, length))
+    future = 0.0
+    if length > 1:
+        future = max(moved(cuts, length), moved([length - 1 - few // 2], few))
+    if p.h.eval_mode == "streaming":
+        future = max(future, moved_in_stream())
+    before, after = (
+        p.losses(rows[:, :-1], rows[:, 1:])
+        for rows in (window.repeat(5, 1), torch.cat([window[None], strange[1:]]))
+    )
+    return {
         "cuts": len(cuts) + 1,
         "future": future,
         "others": (before[0] - after[0]).abs().max().item(),
@@ -795,45 +848,43 @@ def probe_probabilities(model, val, h, world) -> dict:
 
 
 class Ledger:
-    """In place of a model: the loss of token number i, whatever stands before it, is entry i of a table."""
+    """In place of a model: the loss of token number i is entry i of a table."""
 
-    def __init__(self, table, device):
-        self.table, self.device, self.aligned = table, device, True
+    def __init__(self, table: Tensor) -> None:
+        self.table, self.aligned = table, True
 
     def eval(self) -> Ledger:
         return self
 
-    def losses(self, ids, targets, streams=False):
-        self.aligned &= bool((ids[:, -targets.size(1) :] + 1 == targets).all())
-        return self.table[targets.cpu()].to(self.device)
+    def token_losses(self, ids: Tensor, targets: Tensor, streaming: bool = False) -> Tensor:
+        """Look the losses up, and note whether each target is the token after its window."""
+        follows = ids[:, -targets.size(1) :] + 1 == targets
+        is_beyond = targets == 0  # after the stream; 0 itself is never a target
+        self.aligned &= bool((follows | is_beyond).all())
+        return self.table.to(targets.device)[targets]
 
 
-def probe_scoring(evaluate: Callable, val, h, world) -> list[dict]:
-    """Token number i is i, so a loss tells which token it is of."""
+def probe_scoring(p: Probed) -> list[dict]:
+    """Evaluate streams where token number i is i, so that a loss tells its token."""
     import torch
 
     generator, cases = torch.Generator().manual_seed(0), []
-    length, stride = h.eval_seq_len, h.eval_stride
-    beyond = (
-        1 - length // 2,
-        0,
-        1,
-        stride,
-        3 * stride // 2,
-    )  # the last three: windows after the first
+    length, stride = p.h.eval_seq_len, p.h.eval_stride
+    # The last three have windows after the first.
+    beyond = (1 - length // 2, 0, 1, stride, 3 * stride // 2)
     for targets in sorted({1, *(length + more for more in beyond)}):
         table = torch.rand(targets + 1, generator=generator)
-        stream = copy.copy(val)
+        stream = copy.copy(p.val)
         stream.tokens, stream.bytes = torch.arange(targets + 1), 3 * targets
-        ledger = Ledger(table, world.device)
-        mean, bpb = evaluate(ledger, stream, h, world, h.eval_stride)
+        ledger = Ledger(table)
+        mean = p.evaluate(ledger, stream.tokens)
         expected = table[1:].double().sum().item()
         cases.append(
             {
                 "tokens": targets + 1,
                 "mean": mean,
                 "expected": expected / targets,
-                "total": bpb * math.log(2) * stream.bytes,
+                "total": stream.bits_per_byte(mean) * math.log(2) * stream.bytes,
                 "expected_total": expected,
                 "aligned": ledger.aligned,
             }
@@ -841,26 +892,50 @@ def probe_scoring(evaluate: Callable, val, h, world) -> list[dict]:
     return cases
 
 
-def probe_loop(evaluate: Callable, model, val, h, world) -> tuple[float, float]:
-    """Nats a token by one window after the other, and by `evaluate`."""
-    targets = len(val.tokens) - 1
-    length = min(h.eval_seq_len, targets)
-    end, scored, total = 0, 0, 0.0
+def probe_loop(p: Probed) -> tuple[float, float]:
+    """Return the nats per token of a plain loop over windows, and of `evaluate`.
+
+    In streaming mode the loop is a single batch that holds the whole stream.
+    """
+    targets = len(p.val.tokens) - 1
+    length, stride = min(p.h.eval_seq_len, targets), p.h.eval_stride
+    if p.h.eval_mode == "streaming" and stride < length < targets:
+        total = whole_stream(p, length)
+    else:
+        total = window_by_window(p, length, stride)
+    return total / targets, p.evaluate(p.model, p.val.tokens)
+
+
+def window_by_window(p: Probed, length: int, stride: int) -> float:
+    """Return the sum of all losses, each from its own window."""
+    targets = len(p.val.tokens) - 1
+    end, total = 0, 0.0
     while end < targets:
-        new = min(h.eval_stride if end else length, targets - end)
+        new = min(stride if end else length, targets - end)
         end += new
-        window = val.tokens[end - length : end + 1].to(world.device)
-        # All positions' losses, though a model may compute few of them in another way: they must be the same.
-        total += model.losses(window[None, :-1], window[None, 1:])[:, -new:].double().sum().item()
-        scored += new
-    nats, _ = evaluate(model, val, h, world, h.eval_stride)
-    return total / scored, nats
+        window = p.val.tokens[None, end - length : end + 1]
+        # All positions' losses: a model that computes few of them in another way must agree.
+        total += p.losses(window[:, :-1], window[:, 1:])[:, -new:].sum().item()
+    return total
 
 
-# ---- Command -----------------------------------------------------------------------------------------------
+def whole_stream(p: Probed, length: int) -> float:
+    """Return the sum of all losses of a stream that is cut into the rows of one batch."""
+    import torch
+
+    targets = len(p.val.tokens) - 1
+    rows = -(-targets // length)
+    beyond = p.val.tokens.new_zeros(rows * length - targets)
+    tokens = torch.cat([p.val.tokens, beyond])
+    losses = p.losses(tokens[:-1].view(rows, length), tokens[1:].view(rows, length), True)
+    return losses.flatten()[:targets].sum().item()
+
+
+# ---- Command -------------------------------------------------------------------------------------
 
 
 def table(results: dict[str, Result]) -> str:
+    """Return the results as text."""
     lines = []
     for name, (verdict, evidence) in results.items():
         head = f"{name:<15}{verdict:<13}"
@@ -876,6 +951,7 @@ def table(results: dict[str, Result]) -> str:
 
 
 def parse(arguments: list[str]) -> tuple[Path, Options]:
+    """Return the folder and the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -908,6 +984,7 @@ def parse(arguments: list[str]) -> tuple[Path, Options]:
 
 
 def main(arguments: list[str]) -> int:
+    """Run all checks; return the exit code."""
     submission = Submission(*parse(arguments))
     results = {}
     for name, check in CHECKS.items():
