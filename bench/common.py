@@ -28,7 +28,9 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import prepare
 
 import train_gpt as t
 
@@ -184,13 +186,10 @@ def synthetic_text(vocabulary: int, tokens: int) -> tuple[dict, str]:
     choices = np.minimum(generator.geometric(0.5, text.shape) - 1, 3)
     for i in range(1, text.shape[1]):
         text[:, i] = successors[text[:, i - 1], choices[:, i]]
-    header = np.zeros(256, "<i4")
-    header[:3] = t.SHARD_MAGIC, t.SHARD_VERSION, text.size
     _folders.append(tempfile.TemporaryDirectory(prefix="bench_text_"))
     folder = Path(_folders[-1].name)
     for split in ("train", "val"):
-        path = folder / f"fineweb_{split}_000000.bin"
-        path.write_bytes(header.tobytes() + text.astype("<u2").tobytes())
+        prepare.write_shard(folder / f"fineweb_{split}_000000.bin", text.flatten())
     return {"data_path": str(folder), "vocab_size": vocabulary}, "a synthetic Markov text"
 
 
