@@ -3988,6 +3988,7 @@ class Trainer:
             loss = self.train_step(plan)
             self.clock.end_step()
             self.log_loss(loss)
+            self.log_expected_steps()
         self.clock.lap()
         self.loader.close()
         self.run.log(f"data_stalls:{self.loader.stalls} seconds:{self.loader.stall_seconds:.2f}")
@@ -4061,6 +4062,12 @@ class Trainer:
             train_loss=mean, lr_scale=self.lr_scale, grad_norm=self.finite.gradient_norm()
         )
 
+    def log_expected_steps(self) -> None:
+        """Say once, when the speed is known, how many steps fit into the time if not all do."""
+        expected = self.step + self.clock.remaining(self.step)
+        if len(self.clock.recent) == 5 and expected < self.h.iterations:
+            self.run.log(f"about {expected} of {self.h.iterations} steps fit into the time")
+
     def log_metrics(self, **values: Any) -> None:
         """Write metrics of the present step to metrics.jsonl."""
         tokens = self.step * self.h.train_batch_tokens
@@ -4122,7 +4129,8 @@ class Trainer:
         text = " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items())
         by_steps = self.step >= self.clock.iterations
         ended_by = "ITERATIONS" if by_steps else "MAX_WALLCLOCK_SECONDS"
-        self.run.log(f"average {text} exported:{best} ended_by:{ended_by}")
+        end = f"ended_by:{ended_by} lr_scale:{self.lr_scale:.3f}"
+        self.run.log(f"average {text} exported:{best} {end}")
         return losses
 
     def finish(self) -> dict[str, Any]:
