@@ -55,7 +55,7 @@ import helpers
 import train_gpt
 
 GIB = 2**30
-SLOWEST, LARGEST = 20.0, GIB  # seconds and bytes that reading one file of a stranger may take
+SLOWEST, LARGEST = 20.0, GIB  # CPU seconds and bytes that a file of a stranger may take
 SLOWEST_TO_LEAVE = 20.0  # seconds that a process may take to leave after a signal
 
 BASE = helpers.TINY | {
@@ -842,9 +842,9 @@ def judge(kind: str, first: int, count: int, seed: int, folder: Path) -> None:
         print(json.dumps({"began": i, "name": name}), flush=True)
         faulthandler.dump_traceback_later(3 * SLOWEST, exit=True)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-        before, began = status("VmRSS"), time.perf_counter()
+        before, began = status("VmRSS"), time.process_time()
         verdict, problem = verdict_of(read, spoiled)
-        seconds, memory = time.perf_counter() - began, status("VmHWM") - before
+        seconds, memory = time.process_time() - began, status("VmHWM") - before
         faulthandler.cancel_dump_traceback_later()
         if seconds > SLOWEST or memory > LARGEST:
             problem += f" took {seconds:.1f} s and {memory / 2**20:,.0f} MiB"
@@ -1083,6 +1083,17 @@ def forged(container: Container) -> dict[str, Callable[[], bytes]]:
         parts = {"model": h.model_settings(), "tensors": table, "groups": [["a float16", []]]}
         return container.blob(container.header | parts, [[zeros_packed(2 * total)]])
 
+    def wide(dim: int, **changes) -> bytes:
+        """With one layer of a width, and no tensor but the one that proves the width."""
+        own = {"num_layers": 1, "model_dim": dim, "num_heads": 1, "num_kv_heads": 1}
+        changes |= own | {"ve_enabled": 0, "recur_layers": ""}
+        parts = {
+            "model": container.header["model"] | changes,
+            "tensors": [["blocks.0.mlp_scale", [dim], ["a float16"]]],
+            "groups": [["a float16", []]],
+        }
+        return container.blob(container.header | parts, [[zeros_packed(2 * dim)]])
+
     groups, blocks = container.header["groups"], container.blocks
     bomb = [zeros_packed(2 * GIB)]
     nan = brotli.compress(np.array([1, np.nan], "<f2").tobytes())
@@ -1139,6 +1150,8 @@ def forged(container: Container) -> dict[str, Callable[[], bytes]]:
         "sparse values without end": lambda: model(map_adapter="sparse:1"),
         "combinations without end": lambda: model(map_adapter="combination:4096"),
         "shared matrices without end": lambda: model(map_basis="shared:99"),
+        "large shared matrices": lambda: wide(2000, map_basis="shared:99"),
+        "large twists": lambda: wide(160, map_basis="shared", map_twist="orthogonal", mlp_mult=64),
         "many loops": lambda: model(recur_layers="0-", recur_times=64),
         "a selector of patience": lambda: model(map_basis=selectors),
         "another gain": lambda: model(map_gain="1e6"),

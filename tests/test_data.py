@@ -162,6 +162,14 @@ def part_of_process(data, step: int, rank: int, world_size: int, monkeypatch):
     return data.micro_batches(step, train_gpt.Distributed(data.h))
 
 
+def test_a_stream_is_read_as_it_lies_in_the_shards(numbered):
+    data = training_data(numbered, data_order="stream")
+    count = len(data.positions)
+    for epoch in range(2):
+        starts = data.sequences(epoch * count, count)[:, 0]
+        assert (starts.diff() > 0).all()
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [1, 2 * LENGTH, 3 * LENGTH, 98_304])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_step_is_the_same_for_any_number_of_processes(

@@ -312,6 +312,28 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
     assert len(hessians) == 2 * 6 + 3
 
 
+@pytest.mark.parametrize("twist", ["none", "permutation", "orthogonal"])
+def test_the_hessian_of_a_shared_matrix_measures_the_errors_of_all_its_layers(
+    settings, random_model, processes, twist
+):
+    """An error D of the matrix W costs Σ ‖x twist(D)ᵀ‖² over the inputs x of every layer."""
+    h = settings(map_basis="shared", map_twist=twist, map_adapter="none")
+    model, ids, inputs = random_model(h), tokens(6, 16), {}
+    for layer, block in enumerate(model.blocks):
+        block.mlp.fc.register_forward_pre_hook(
+            lambda _, given, layer=layer: inputs.update({layer: given[0].flatten(0, -2).double()})
+        )
+    hessians = train_gpt.collect_hessians(model, [ids], processes)
+    hessian = hessians[model.blocks[0].mlp.fc.shared[0]].double()
+    error = torch.randn(model.blocks[0].mlp.fc.base_weight().shape).double()
+    cost = 0.0
+    for layer, block in enumerate(model.blocks):
+        in_layer = error if twist == "none" else block.mlp.fc.twist.double()(error)
+        cost += (inputs[layer] @ in_layer.T).square().sum()
+    tolerance = 2e-2 if twist == "orthogonal" else 1e-5  # its maps are rounded to bfloat16
+    torch.testing.assert_close((error @ hessian @ error.T).trace(), cost, rtol=tolerance, atol=0)
+
+
 def test_products_of_bfloat16_inputs_are_exact(settings, processes):
     """They may be multiplied as bfloat16, but not rounded to it.
 
@@ -1259,6 +1281,13 @@ def test_the_schedule_stays_in_its_bounds(iterations, seconds, warmdown, times):
 def test_the_scale_is_one_until_the_warm_down_and_then_linear(step, remaining, warmdown, scale):
     """A run shorter than WARMDOWN_ITERS warms down over the whole of it."""
     assert scale_of(step, remaining, warmdown) == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("warmdown", [{"warmdown_iters": 10}, {"warmdown_frac": 0.5}])
+def test_the_scale_does_not_fall_below_the_least_one(warmdown):
+    h = train_gpt.load_settings({}, min_lr=0.3, **warmdown)
+    scales = [train_gpt.learning_rate_scale(h, 20 - n, n, 1 - n / 20) for n in (20, 5, 4, 2, 1, 0)]
+    assert scales == pytest.approx([1.0, 0.5, 0.4, 0.3, 0.3, 0.3])
 
 
 def test_a_warm_down_by_a_fraction_of_training_follows_the_progress():
