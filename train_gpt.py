@@ -39,16 +39,19 @@ Glossary:
     phase       a stretch of training with the same frozen maps, recurrence and teacher
     progress    the fraction of training that is over, by steps or by the clock
     candidate   weights that may be exported: the last ones, their EMA, their SWA
-    fingerprint SHA-256 of everything that seeds generate; it proves a regenerated map
+    fingerprint SHA-256 of everything that seeds generate; equal ones prove equal maps
     code, scale a quantized value is an int8 code times its row's scale, a power of 2^(1/8)
-    window      EVAL_SEQ_LEN tokens of the validation stream; it scores its last EVAL_STRIDE
+    window      EVAL_SEQ_LEN tokens of the validation stream, read at once (see below)
 
 Where to look:
 
-    A map's seed is MAP_SEED + MAP_SEED_STRIDE * layer + an offset for its kind: build_map_table.
-    A LoRA factor has Role.FACTOR: Optimizers gives it to Muon, WeightAverages averages it,
-    LoRA.quantize turns it into codes by GPTQ, write_artifact stores the codes.
-    An evaluation window scores the tokens that no window before it has scored: plan_windows.
+    A map's seed: MapTable.spec adds MAP_SEED, MAP_SEED_STRIDE * layer, SEED_OFFSETS[kind] and
+        1,000,000 * ensemble member. generate_map turns the seed into the matrix.
+    A LoRA factor (Role.FACTOR): Muon updates it (Optimizers), WeightAverages averages it,
+        Trainer.choose_candidate picks the average, LoRA.quantize rounds it by GPTQ,
+        write_artifact compresses the codes.
+    What a window scores: plan_windows. The first window scores all of its tokens, every later one
+        only those that no earlier window scored: EVAL_STRIDE of them, or what is left at the end.
 """
 
 from __future__ import annotations
@@ -145,25 +148,27 @@ class Hyperparameters:
     """All settings of a run. `load_settings` makes one from the environment and checks it."""
 
     # Run
-    run_id: str = setting("", "name of the run's folder; empty: the time of the start")
+    run_id: str = setting("", "name of the run's folder; empty: the start time")
     resume: str = setting(
-        "auto", "auto: continue an unfinished RUN_ID; 1: it must be one", choices=("auto", "0", "1")
+        "auto",
+        "auto: continue RUN_ID if unfinished; 1: it must exist; 0: never",
+        choices=("auto", "0", "1"),
     )
     checkpoint_seconds: float = setting(
-        60.0, "training time between checkpoints; 0: only at its end"
+        60.0, "seconds of training between checkpoints; 0: at its end"
     )
-    timeout_seconds: float = setting(600.0, "longest wait of a process for the others", 1, 86_400)
+    timeout_seconds: float = setting(600.0, "seconds a process waits for the others", 1, 86_400)
     output_dir: str = setting("runs", "folder for the runs")
     seed: int = setting(1337, "seed of initial weights and data order", 0, 2**63 - 1)
     device: str = setting("auto", "auto: CUDA if there is a GPU", choices=("auto", "cpu", "cuda"))
     dtype: str = setting(
-        "auto", "activations; auto: the fast type", choices=("auto", "bfloat16", "float32")
+        "auto",
+        "type of activations; auto: bfloat16 where it is faster",
+        choices=("auto", "bfloat16", "float32"),
     )
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
     compile_muon: int = setting(0, "1: compile Muon's orthogonalization, too", 0, 1)
-    mix_order_reduction: int = setting(
-        0, "1: inductor's mix-order reduction, on from torch 2.11", 0, 1
-    )
+    mix_order_reduction: int = setting(0, "1: keep inductor's mix-order reduction", 0, 1)
     attention_backend: str = setting(
         "auto",
         "order of attention kernels on CUDA, such as fa3,cudnn,flash; auto: see ATTENTION_ORDER",
@@ -184,7 +189,7 @@ class Hyperparameters:
         "shuffle: sequences in a seeded order; stream: as they lie in the shards",
         choices=("shuffle", "stream"),
     )
-    holdout_tokens: int = setting(1_048_576, "training tokens kept back to choose a candidate", 1)
+    holdout_tokens: int = setting(1_048_576, "training tokens held out to choose a candidate", 1)
 
     # Model
     vocab_size: int = model_setting(1024, "pieces of the tokenizer", 8, 65_536)
@@ -195,7 +200,7 @@ class Hyperparameters:
     mlp_mult: float = model_setting(3.0, "hidden width of the MLP over MODEL_DIM", 0.01, 64)
     rope_dims: int = model_setting(16, "rotated dimensions of each head", 0, 1024)
     rope_base: float = model_setting(10_000.0, "base of the rotary frequencies", 1, 1e9)
-    rope_stretch_from: int = model_setting(1024, "longest sequence with that base; 0: any length")
+    rope_stretch_from: int = model_setting(1024, "length above which ROPE_BASE grows; 0: never")
     xsa_last_n: int = model_setting(11, "last N layers use exclusive self-attention", 0, 256)
     ln_scale: int = model_setting(1, "1: scale each pre-norm by 1/sqrt(layer + 1)", 0, 1)
     bigram_vocab_size: int = model_setting(
@@ -210,15 +215,16 @@ class Hyperparameters:
     skips_enabled: int = model_setting(1, "1: U-Net skips from first to second half", 0, 1)
     skip_gates_enabled: int = model_setting(0, "1: a sigmoid gate mixes in each skip", 0, 1)
     mlp_gated: int = model_setting(0, "1: GEGLU instead of LeakyReLU(0.5)²", 0, 1)
-    parallel_from: int = model_setting(256, "first layer with attention and MLP side by side")
+    parallel_from: int = model_setting(256, "first layer with attention and MLP in parallel")
     recur_layers: str = model_setting("", "layers that run several times, such as 3-5")
     recur_times: int = model_setting(3, "how many times they run", 1, 64)
     ensemble: int = model_setting(1, "members in one artifact; their logits are averaged", 1, 16)
     qk_gain_init: float = setting(1.5, "initial gain of each query head", 1e-3, 100)
-    logit_softcap: float = model_setting(30.0, "logits are c·tanh(z/c)", 1e-3, 1e3)
+    logit_softcap: float = model_setting(30.0, "c in logits c·tanh(z/c)", 1e-3, 1e3)
     tied_embed_init_std: float = setting(0.005, "initial std of the tied embedding", 0, 10)
 
-    # Map table: each is CELL or SELECTOR=CELL, with commas between; the last that fits holds
+    # Map table: each MAP_* column is CELL or SELECTOR=CELL, separated by commas; the last rule that
+    # selects a map wins
     map_basis: str = model_setting("orthogonal", "learned, shared, or the basis of a random map")
     map_init: str = model_setting(
         "orthogonal,attention.proj=zero,mlp.proj=zero", "initial value of a learned map"
@@ -226,20 +232,20 @@ class Hyperparameters:
     map_gain: str = model_setting("1", "factor on the basis")
     map_seed: int = model_setting(12_345, "seed of the random maps", 0, 2**62)
     map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
-    map_twist: str = model_setting("none", "random rotation of a shared map in each layer")
+    map_twist: str = model_setting(
+        "none", "none, permutation or orthogonal: what makes shared maps differ"
+    )
     map_adapter: str = model_setting("lora:32", "none, or NAME:SIZE with + between")
     map_scale: str = model_setting("none", "learned factor: none, map (one) or row (one per row)")
     map_gate: str = model_setting("none", "initial value of a learned gate per output, or none")
-    map_freeze: str = model_setting("0", "progress at which all of the map freezes; 0: never")
+    map_freeze: str = model_setting("0", "progress at which the map freezes; 0: never")
 
     # Training
     iterations: int = setting(20_000, "training steps at most", 1)
     warmup_steps: int = setting(20, "steps before the clock starts; their effect is undone")
     warmdown_iters: int = setting(3500, "last steps, over which learning rates fall to 0")
     warmdown_frac: float = setting(0.0, "the same as a fraction; 0: use WARMDOWN_ITERS", 0, 1)
-    min_lr: float = setting(
-        0.0, "fraction of the learning rates below which they do not fall", 0, 1
-    )
+    min_lr: float = setting(0.0, "lowest learning rates, as a fraction of the full ones", 0, 1)
     dropout: float = setting(0.0, "fraction of attention and MLP outputs dropped", 0, 0.9)
     recur_frac: float = setting(0.35, "progress at which RECUR_LAYERS begin to recur", 0, 0.99)
     distill_from: str = setting("", "artifact of a teacher")
@@ -250,9 +256,13 @@ class Hyperparameters:
     distill_temperature: float = setting(2.0, "temperature of both distributions", 0.01, 100)
     train_batch_tokens: int = setting(786_432, "tokens of a step, over all processes", 1)
     train_seq_len: int = setting(2048, "tokens of a training sequence", 1, 2**20)
-    micro_batch_tokens: int = setting(98_304, "most tokens of one forward pass on one device", 1)
-    max_wallclock_seconds: float = setting(600.0, "training and export together; 0: no limit")
-    gptq_reserve_seconds: float = setting(45.0, "the part of it that is kept for the export")
+    micro_batch_tokens: int = setting(
+        98_304, "largest number of tokens in one forward pass on one device", 1
+    )
+    max_wallclock_seconds: float = setting(
+        600.0, "seconds for training and export together; 0: no limit"
+    )
+    gptq_reserve_seconds: float = setting(45.0, "seconds of these kept for the export, at least")
     val_loss_every: int = setting(4000, "steps between validations; 0: at the end only")
     train_log_every: int = setting(200, "steps between log lines; 0: none")
 
@@ -270,30 +280,32 @@ class Hyperparameters:
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at the first step", 0, 1)
     muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20)
-    muon_wd: float = setting(0.04, "decoupled weight decay of matrices")
+    muon_wd: float = setting(0.04, "decoupled weight decay of matrices and sparse adapters")
     factor_wd: float = setting(0.04, "decoupled weight decay of low-rank factors")
-    adam_wd: float = setting(0.04, "decoupled weight decay of AdamW")
+    adam_wd: float = setting(0.04, "decoupled weight decay of gains, gates and scales")
     embed_wd: float = setting(0.04, "decoupled weight decay of embeddings")
     beta1: float = setting(0.9, "AdamW: decay of the mean", 0, 0.9999)
     beta2: float = setting(0.95, "AdamW: decay of the variance", 0, 0.99999)
-    adam_eps: float = setting(1e-8, "AdamW: added to the deviation", 1e-30)
+    adam_eps: float = setting(1e-8, "AdamW: added to the root of the variance", 1e-30)
     grad_clip_norm: float = setting(0.3, "largest norm of all gradients together; 0: no clip")
     ema_decay: float = setting(0.997, "decay of the weights' moving average; 0: none", 0, 0.999999)
     swa_enabled: int = setting(1, "1: plain average of late weights", 0, 1)
-    swa_interval: int = setting(50, "steps between two weights of that average", 1)
+    swa_interval: int = setting(50, "steps between two snapshots in that average", 1)
     swa_threshold: float = setting(0.2, "learning-rate scale below which it begins", 0, 1)
-    late_qat_threshold: float = setting(0.0, "scale below which late QAT begins; 0: never", 0, 1)
+    late_qat_threshold: float = setting(
+        0.0, "learning-rate scale below which late QAT begins; 0: never", 0, 1
+    )
 
     # Quantization and artifact
     matrix_bits: int = setting(6, "bits of a matrix's code", 2, 8)
     embed_bits: int = setting(8, "bits of an embedding's code", 2, 8)
     matrix_clip_sigmas: float = setting(
-        10.0, "root mean squares of a row that its codes span", 0.5, 100
+        10.0, "largest value of a row's codes, in RMS of the row", 0.5, 100
     )
     embed_clip_sigmas: float = setting(15.0, "the same for embeddings", 0.5, 100)
     gptq_calib_batches: int = setting(8, "calibration batches of 8,192 training tokens; 0: no GPTQ")
     prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
-    artifact_limit_bytes: int = setting(16_000_000, "limit of code and model together", 1)
+    artifact_limit_bytes: int = setting(16_000_000, "most bytes of code and model together", 1)
 
     # Evaluation
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
@@ -306,7 +318,7 @@ class Hyperparameters:
     )
     eval_batch_tokens: int = setting(131_072, "tokens of one forward pass of the evaluation", 1)
 
-    # The names that somebody set, here or in a file; every other setting has its default.
+    # Names that the environment, an alias or a file set; all others have their defaults.
     explicit: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
 
     @property
@@ -380,6 +392,13 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
 
 # ---- Random maps -------------------------------------------------------------------------------
+
+
+# Philox keys have 128 bits: the seed is at the bottom, the epoch of the data order from bit 64 on.
+# Each use beside the maps has its own high bits, so that no two draw the same numbers.
+SHARED_FACTOR_KEY, SPARSE_KEY, COMBINATION_KEY, PERMUTATION_KEY, LEFT_KEY, RIGHT_KEY = (
+    n << 96 for n in range(1, 7)
+)
 
 
 def random_uint64(seed: int, n: int) -> np.ndarray:
@@ -461,7 +480,7 @@ BASES: dict[str, Callable[[int, int, int], Tensor]] = {
 def generate_map(spec: MapSpec) -> Tensor:
     """Return the frozen map of a table row, (out, in) bfloat16, generated on the CPU.
 
-    The map *is* this rounding, on every device and in every type of activations.
+    These bfloat16 values are the map, on every device and for every type of activations.
     """
     values = BASES[spec.basis](spec.out_features, spec.in_features, spec.seed) * spec.gain
     if values.shape != spec.shape or not values.isfinite().all():
@@ -509,12 +528,9 @@ class QuantizedModule(nn.Module):
 
 
 class Adapter(QuantizedModule):
-    """What is learned beside a frozen map W: ΔW as low-rank factors, or as a full correction.
+    """What is learned beside a frozen map W: ΔW as low-rank factors, or as a full correction."""
 
-    `size` is what the number after the colon in MAP_ADAPTER means: rank, density, count or nothing.
-    """
-
-    size: ClassVar[str] = ""
+    size_unit: ClassVar[str] = ""  # rank, density or count: what the number in MAP_ADAPTER means
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return A (out, r) and B (r, in) of ΔW = A B, or None."""
@@ -528,7 +544,7 @@ class Adapter(QuantizedModule):
 class LoRA(Adapter):
     """ΔW = A B (arXiv:2106.09685): A (out, rank) starts at zero, B (rank, in) normal, std 1/√in."""
 
-    size = "rank"
+    size_unit = "rank"
     roles: ClassVar = {"B": Role.FACTOR, "A": Role.FACTOR}
 
     def __init__(self, spec: MapSpec, rank: int) -> None:
@@ -562,7 +578,7 @@ class RankStabilizedLoRA(LoRA):
 @functools.lru_cache(maxsize=64)
 def shared_factor(rows: int, columns: int, seed: int) -> Tensor:
     """Return (rows, columns) bfloat16, normal with std 1/√columns; every caller gets one tensor."""
-    return gaussian(rows, columns, seed + (1 << 96)).to(torch.bfloat16)  # a key that no map has
+    return gaussian(rows, columns, seed + SHARED_FACTOR_KEY).to(torch.bfloat16)
 
 
 class VeRA(Adapter):
@@ -571,7 +587,7 @@ class VeRA(Adapter):
     All maps of one shape share A and B.
     """
 
-    size = "rank"
+    size_unit = "rank"
 
     def __init__(self, spec: MapSpec, rank: int) -> None:
         super().__init__()
@@ -587,15 +603,15 @@ class VeRA(Adapter):
 
 
 class Sparse(Adapter):
-    """ΔW has learned values at seeded places, a fraction of each row (arXiv:2406.02214)."""
+    """ΔW has learned values at seeded positions, a fraction of each row (arXiv:2406.02214)."""
 
-    size = "density"
+    size_unit = "density"
     roles: ClassVar = {"values": Role.SPARSE}
 
     def __init__(self, spec: MapSpec, density: float) -> None:
         super().__init__()
         count = max(1, round(density * spec.in_features))
-        words = random_uint64(spec.seed + (2 << 96), spec.out_features * spec.in_features)
+        words = random_uint64(spec.seed + SPARSE_KEY, spec.out_features * spec.in_features)
         smallest = np.argpartition(words.reshape(spec.shape), count - 1)[:, :count]
         support = torch.from_numpy(np.sort(smallest))  # (out, count)
         self.register_buffer("support", support, persistent=False)
@@ -661,7 +677,7 @@ class Signs(BinaryAdapter):
 @functools.lru_cache(maxsize=64)
 def shared_maps(count: int, rows: int, columns: int, seed: int) -> Tensor:
     """Return (count, rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
-    maps = [gaussian(rows, columns, seed + (3 << 96) + i) for i in range(count)]
+    maps = [gaussian(rows, columns, seed + COMBINATION_KEY + i) for i in range(count)]
     return torch.stack(maps).to(torch.bfloat16)
 
 
@@ -671,7 +687,7 @@ class Combination(Adapter):
     NOLA (arXiv:2310.02556) and PR #812; the coefficients are all that is stored.
     """
 
-    size = "count"
+    size_unit = "count"
 
     def __init__(self, spec: MapSpec, count: int) -> None:
         super().__init__()
@@ -715,7 +731,7 @@ class PermutationTwist(nn.Module):
     def __init__(self, spec: MapSpec) -> None:
         super().__init__()
         rows, columns = spec.shape
-        words = random_uint64(spec.seed + (4 << 96), rows + columns)
+        words = random_uint64(spec.seed + PERMUTATION_KEY, rows + columns)
         for name, part in (("row", words[:rows]), ("column", words[rows:])):
             order = torch.from_numpy(part.argsort(kind="stable"))
             signs = torch.from_numpy(1.0 - 2.0 * (part & np.uint64(1))).to(torch.bfloat16)
@@ -741,8 +757,8 @@ class OrthogonalTwist(nn.Module):
     def __init__(self, spec: MapSpec) -> None:
         super().__init__()
         rows, columns = spec.shape
-        p = orthogonal(rows, rows, spec.seed + (5 << 96)).to(torch.bfloat16)
-        q = orthogonal(columns, columns, spec.seed + (6 << 96)).to(torch.bfloat16)
+        p = orthogonal(rows, rows, spec.seed + LEFT_KEY).to(torch.bfloat16)
+        q = orthogonal(columns, columns, spec.seed + RIGHT_KEY).to(torch.bfloat16)
         self.register_buffer("p", p.contiguous(), persistent=False)
         self.register_buffer("q", q.contiguous(), persistent=False)
 
@@ -808,8 +824,8 @@ HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
 MACHINE_BALANCE = {"cuda": 264.0, "cpu": 70.0 if HAS_AMX else 20.0}
 
 
-class MergedMap(NamedTuple):
-    """One map with its adapters: its rows of the product are x (weight + a b)ᵀ."""
+class MapParts(NamedTuple):
+    """One map in parts: W + ΔW is weight + a b."""
 
     weight: Tensor  # (out, in): W and its full corrections
     a: Tensor  # (out, r), r = 0 where no adapter has factors
@@ -842,19 +858,19 @@ def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | No
     return torch.cat(rows)
 
 
-def merge_weights(merged: Sequence[MergedMap]) -> Tensor:
+def merge_weights(parts: Sequence[MapParts]) -> Tensor:
     """Return the rows of all maps W + A B in one matrix, (Σ out, in)."""
     weights = []
-    for each in merged:
+    for each in parts:
         has_factors = len(each.b) > 0
         weights.append(torch.addmm(*each) if has_factors else each.weight)
     return torch.cat(weights)
 
 
-def low_rank_gradients(merged: Sequence[MergedMap], has_scale: bool) -> bool:
-    """Return whether the factors alone are trained, and their thin gradients pay for all maps."""
-    trained = [each for each in merged if each.a.requires_grad]
-    if not trained or any(each.weight.requires_grad for each in merged):
+def use_low_rank_gradients(parts: Sequence[MapParts], has_scale: bool) -> bool:
+    """Return whether only factors are trained, and thin products are cheaper for all of them."""
+    trained = [each for each in parts if each.a.requires_grad]
+    if not trained or any(each.weight.requires_grad for each in parts):
         return False
     return all(each.low_rank_gradient_pays(has_scale) for each in trained)
 
@@ -867,7 +883,7 @@ def fused_linear(
 ) -> Tensor:
     """Apply maps of one input as a single product: gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
-    By count, one GEMM for q, k and v instead of three saves 2 to 3 ms of a step on an H100.
+    One product for q, k and v reads x once instead of three times.
 
     Args:
         x: (..., in); everything is computed in its type.
@@ -883,13 +899,14 @@ def fused_linear(
         scale = row_scale if scale is None else scale * row_scale
     bias = stack_rows(maps, "bias", 0.0)
     gate = stack_rows(maps, "gate", 1.0)
-    merged = [each.merged(x.dtype) for each in maps]
-    weight = merge_weights(merged)
-    if low_rank_gradients(merged, scale is not None):
-        factors = [factor for each in merged for factor in (each.a, each.b)]
+    parts = [each.parts(x.dtype) for each in maps]
+    weight = merge_weights(parts)
+    if use_low_rank_gradients(parts, scale is not None):
+        factors = [factor for each in parts for factor in (each.a, each.b)]
         y = LowRankLinearFunction.apply(x, weight.detach(), *factors)
     else:
-        if scale is not None and weight.requires_grad:  # its gradient comes with the dense one
+        if scale is not None and weight.requires_grad:
+            # W has a dense gradient anyway: to scale W is cheaper than to scale y.
             weight, scale = weight * scale.to(x.dtype)[:, None], None
         y = F.linear(x, weight)
     if scale is not None:
@@ -916,11 +933,11 @@ class Linear(QuantizedModule):
     ) -> None:
         super().__init__()
         out_features = spec.out_features
-        self.shared = ()  # a tuple does not register the matrices again
+        self.shared_matrices = ()  # a tuple does not register them again
         self.shared_mix = None
         self.twist = TWISTS[spec.twist](spec) if spec.twist != "none" else None
         if shared is not None:
-            self.shared = (shared,)
+            self.shared_matrices = (shared,)
             if spec.shared_count > 1:
                 self.shared_mix = nn.Parameter(depth_weights(spec.shared_count, spec.depth))
         elif spec.is_random:
@@ -938,7 +955,7 @@ class Linear(QuantizedModule):
         )
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
-    def merged(self, dtype: torch.dtype) -> MergedMap:
+    def parts(self, dtype: torch.dtype) -> MapParts:
         """Return W with its corrections, and the factors of its low-rank adapters side by side."""
         weight = self.base_weight().to(dtype)
         total = weight
@@ -957,8 +974,8 @@ class Linear(QuantizedModule):
             a = torch.cat([a for a, _ in factors], dim=1).to(dtype)
             b = torch.cat([b for _, b in factors], dim=0).to(dtype)
         if self.is_frozen:
-            return MergedMap(total.detach(), a.detach(), b.detach())
-        return MergedMap(total, a, b)
+            return MapParts(total.detach(), a.detach(), b.detach())
+        return MapParts(total, a, b)
 
     def set_frozen(self, frozen: bool) -> None:
         """Freeze everything that is learned of this map, or train it.
@@ -970,9 +987,9 @@ class Linear(QuantizedModule):
 
     def base_weight(self) -> Tensor:
         """Return W (out, in): learned, random, or made of shared matrices."""
-        if not self.shared:
+        if not self.shared_matrices:
             return self.weight
-        weights = self.shared[0].weights()
+        weights = self.shared_matrices[0].weights()
         if self.shared_mix is None:
             (weight,) = weights
         else:
@@ -981,7 +998,7 @@ class Linear(QuantizedModule):
 
     @property
     def members(self) -> tuple[QuantizedModule, ...]:
-        """The modules that read this module's input, as in InputGroup."""
+        """This module alone reads its input; see InputGroup."""
         return (self,)
 
     def forward(
@@ -995,7 +1012,7 @@ class Linear(QuantizedModule):
 
 
 class InputGroup(nn.Module):
-    """Modules whose weights multiply one and the same input; GPTQ needs its Hessian only once.
+    """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ.
 
     The members stay where they are registered: a tuple does not register them again.
     """
@@ -1016,25 +1033,6 @@ class FusedLinear(InputGroup):
         if self.fused:
             return fused_linear(x, self.members)
         return torch.cat([fused_linear(x, (each,)) for each in self.members], -1)
-
-
-class FrozenRandomLinearWithLoRA(Linear):
-    """y = x (W + A B)ᵀ (+ bias): a random orthogonal map with LoRA, by itself (PR #1113)."""
-
-    def __init__(
-        self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias: bool = False
-    ) -> None:
-        adapter = f"lora:{rank}"
-        spec = MapSpec("", out_features, in_features, "orthogonal", seed=seed, adapter=adapter)
-        super().__init__(spec, bias=bias)
-
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.lora.A
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.lora.B
 
 
 class Embedding(QuantizedModule):
@@ -1136,15 +1134,15 @@ class MapSpec(NamedTuple):
             name, _, size = part.partition(":")
             if name not in ADAPTERS or name in sizes:
                 known = ", ".join(ADAPTERS)
-                raise ValueError(f"{name!r} is no adapter or stands twice; use {known} or none")
-            sizes[name] = self._adapter_size(part, ADAPTERS[name].size, size)
+                raise ValueError(f"{name!r} is unknown or repeated; use {known} or none")
+            sizes[name] = self._adapter_size(part, ADAPTERS[name].size_unit, size)
         return sizes
 
     def _adapter_size(self, part: str, unit: str, text: str) -> float:
         """Return the size of one adapter. ValueError if it is no number that fits this map."""
         if not unit:
             if text or part.endswith(":"):
-                raise ValueError(f"{part!r} needs no size")
+                raise ValueError(f"{part!r} takes no size")
             return 0
         limits = {
             "rank": (1, min(self.shape)),
@@ -1171,7 +1169,7 @@ class MapRule(NamedTuple):
     proj) or one such as attention.q.
     """
 
-    selector: str  # as written; empty: all maps, or all random ones (see FOR_ALL_MAPS)
+    selector: str  # as written; empty: see FOR_ALL_MAPS
     member: int | None
     kind: str
     layers: list[int]
@@ -1193,7 +1191,7 @@ CELL_WORDS = {
 }
 CELL_RANGES = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}
 COLUMNS = ("basis", "init", "gain", "twist", "adapter", "scale", "gate", "freeze")
-# Columns whose rules without a selector are for all maps; in the others they are for random ones.
+# Columns whose rules without a selector apply to all maps; in others, to random and shared ones.
 FOR_ALL_MAPS = ("basis", "init", "twist", "freeze")
 
 
@@ -1206,12 +1204,12 @@ def parse_cell(column: str, text: str) -> str | float | None:
     if column == "basis" and re.fullmatch(r"shared:[1-9]\d?", text):
         return text
     if column not in CELL_RANGES:
-        raise ValueError(f"{text!r} is none of {', '.join(CELL_WORDS[column])}")
+        raise ValueError(f"{text!r} must be one of {', '.join(CELL_WORDS[column])}")
     low, high = CELL_RANGES[column]
     with contextlib.suppress(ValueError):
         if low <= float(text) <= high:
             return float(text)
-    raise ValueError(f"{text!r} is no number from {low:g} to {high:g}")
+    raise ValueError(f"{text!r} must be a number from {low:g} to {high:g}")
 
 
 def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
@@ -1237,7 +1235,7 @@ def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
 
 @contextlib.contextmanager
 def collect_errors(errors: list[str], where: str) -> Iterator[None]:
-    """Within, a ValueError becomes an entry of `errors` that says where it was."""
+    """Add a ValueError raised in the block to `errors`, after the name of its place."""
     try:
         yield
     except ValueError as error:
@@ -1245,7 +1243,7 @@ def collect_errors(errors: list[str], where: str) -> Iterator[None]:
 
 
 class MapTable:
-    """The maps of all blocks: the one place that decides which are random, and how.
+    """The maps of all blocks, and the only place that decides which are random, and how.
 
     A map's seed is MAP_SEED + MAP_SEED_STRIDE · layer + the offset of its kind (PR #1113); the
     members of an ensemble are a million apart. `errors` holds everything that is wrong.
@@ -1294,13 +1292,13 @@ class MapTable:
         return shapes
 
     def cells(
-        self, column: str, member: int, layer: int, kind: str, is_random: bool
+        self, column: str, member: int, layer: int, kind: str, is_seeded: bool
     ) -> dict[str, Any]:
         """Return {column: cell} of one map, or nothing where no rule of the column selects it."""
         chosen = {}
         for rule in self.rules[column]:
             for_learned_maps = rule.selector or column in FOR_ALL_MAPS
-            if (is_random or for_learned_maps) and rule.selects(member, kind, layer):
+            if (is_seeded or for_learned_maps) and rule.selects(member, kind, layer):
                 chosen[column] = rule.cell
                 self.used.add((column, rule.selector))
         return chosen
@@ -1309,10 +1307,10 @@ class MapTable:
         """Return the row of one map."""
         h = self.h
         cells = self.cells("basis", member, layer, kind, False)
-        is_random = cells.get("basis", "learned") != "learned"  # or shared: random in each layer
+        is_seeded = cells.get("basis", "learned") != "learned"  # a random map, or a shared one
         for column in COLUMNS[1:]:
-            cells |= self.cells(column, member, layer, kind, is_random)
-        if is_random:
+            cells |= self.cells(column, member, layer, kind, is_seeded)
+        if is_seeded:
             shared_seed = h.map_seed + 1_000_000 * member
             cells["shared_seed"] = shared_seed
             cells["seed"] = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
@@ -1327,14 +1325,16 @@ class MapTable:
             kind = ".".join(spec.name.split(".")[-2:])
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
                 if spec.adapters() and spec.basis == "learned":
-                    raise ValueError(f"{kind} is learned in full, it has no adapter")
+                    raise ValueError(f"{kind} is learned in full and takes no adapter")
             with collect_errors(self.errors, f"MAP_TWIST={h.map_twist}"):
                 if spec.twist != "none" and not spec.shared_count:
-                    raise ValueError(f"{kind} is not shared, it has no twist")
+                    raise ValueError(f"{kind} is not shared and takes no twist")
             learned = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
             with collect_errors(self.errors, f"MAP_FREEZE={h.map_freeze}"):
                 if spec.freeze and spec.basis != "learned" and not learned:
-                    raise ValueError(f"{kind} is {spec.basis}, nothing of its own is learned")
+                    raise ValueError(
+                        f"{kind} is {spec.basis} and has no adapter, scale or gate to freeze"
+                    )
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
@@ -1342,7 +1342,9 @@ class MapTable:
         seeds = [spec.seed for spec in self.specs if spec.basis != "learned"]
         if len(set(seeds)) < len(seeds):
             stride = f"MAP_SEED_STRIDE={h.map_seed_stride}"
-            self.errors.append(f"{stride} and the members give two maps the same seed")
+            self.errors.append(
+                f"{stride} gives two maps the same seed; choose another, such as 100"
+            )
         self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
 
 
@@ -1354,6 +1356,28 @@ def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
     return {spec.name: spec for spec in table.specs}
 
 
+class FrozenRandomLinearWithLoRA(Linear):
+    """y = x (W + A B)ᵀ (+ bias): a random orthogonal map with LoRA, for use outside this script.
+
+    Its signature is that of PR #1113.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias: bool = False
+    ) -> None:
+        adapter = f"lora:{rank}"
+        spec = MapSpec("", out_features, in_features, "orthogonal", seed=seed, adapter=adapter)
+        super().__init__(spec, bias=bias)
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        return self.lora.A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        return self.lora.B
+
+
 # ---- Reading the settings ----------------------------------------------------------------------
 
 
@@ -1363,40 +1387,48 @@ class Alias(NamedTuple):
     meaning: str
     sets: dict[str, str]  # settings that it stands for
     defaults: Mapping[str, str] = MappingProxyType({})  # what it sets unless somebody else does
+    zero_is_off: bool = False  # whether the value 0 means that the variable is not set
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether the variable is 0 or 1, rather than a value that is passed on."""
+        return "{}" not in "".join(self.sets.values())
 
 
 ALIASES = {
     "use_random_adapters": Alias(
-        "1: system A, every map random with LoRA; 0: every map learned", {"map_basis": "orthogonal"}
+        "PR #1113 (system A), 1: every map random with LoRA; 0: every map learned",
+        {"map_basis": "orthogonal"},
     ),
-    "random_adapter_rank": Alias("rank of its LoRA", {"map_adapter": "lora:{}"}),
-    "random_adapter_seed": Alias("its seed", {"map_seed": "{}"}),
+    "random_adapter_rank": Alias("system A: rank of LoRA", {"map_adapter": "lora:{}"}),
+    "random_adapter_seed": Alias("system A: seed", {"map_seed": "{}"}),
     "random_basis_enabled": Alias(
-        "1: system B, random MLP with LoRA and a gate per hidden unit",
+        "PR #1684 (system B), 1: random MLP with LoRA and a gate per hidden unit",
         {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"},
         {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"},
     ),
-    "random_basis_seed": Alias("its seed", {"map_seed": "{}"}),
-    "lora_rank": Alias("rank of its LoRA", {"map_adapter": "lora:{}"}),
+    "random_basis_seed": Alias("system B: seed", {"map_seed": "{}"}),
+    "lora_rank": Alias("system B: rank of LoRA", {"map_adapter": "lora:{}"}),
     "selective_freeze": Alias(
-        "1: system C, the MLP's input maps random",
+        "PR #1301 (system C), 1: the MLP's input maps random",
         {"map_basis": "mlp.in=gaussian"},
         {"map_adapter": "none", "map_seed": "42000"},
     ),
     "progressive_freeze_frac": Alias(
-        "system D: progress at which the MLP's input maps freeze",
+        "PR #1301 (system D): progress at which the MLP's input maps freeze",
         {"map_freeze": "mlp.in={}"},
         {"map_basis": "learned"},
+        zero_is_off=True,
     ),
     "rand_proj_layers": Alias(
         "PR #1228: layers of random up-projections",
         {"map_basis": "mlp.in@{}=orthogonal"},
         {"map_adapter": "none"},
     ),
-    "rand_gain": Alias("1: a learned gain for each of their features", {"map_scale": "row"}),
+    "rand_gain": Alias("PR #1228, 1: a learned gain per random feature", {"map_scale": "row"}),
     "adapter_lr": Alias("PR #1295: learning rate of the factors", {"factor_lr": "{}"}),
-    "adapter_rank": Alias("PR #1549: rank of its LoRA", {"map_adapter": "lora:{}"}),
-    "random_backbone_seed": Alias("PR #1549: its seed", {"map_seed": "{}"}),
+    "adapter_rank": Alias("PR #1549: rank of LoRA", {"map_adapter": "lora:{}"}),
+    "random_backbone_seed": Alias("PR #1549: seed", {"map_seed": "{}"}),
     "mlp_rank": Alias(
         "PR #2058: random MLP with LoRA of this rank",
         {"map_basis": "mlp=orthogonal", "map_adapter": "lora:{}"},
@@ -1412,7 +1444,7 @@ ALIASES = {
 
 
 class Unsupported(NamedTuple):
-    """A variable of a published script for what is not here."""
+    """A variable of a published script whose feature does not exist here."""
 
     defaults: tuple[str, ...]  # published values at which it changes nothing here
     reason: str
@@ -1476,31 +1508,31 @@ def expand_aliases(overrides: Mapping[str, Any], errors: list[str]) -> dict[str,
     or another alias is an error.
     """
     explicit = {name: value for name, value in overrides.items() if name not in ALIASES}
-    source = {name: (name, str(value)) for name, value in explicit.items()}  # who says what
-    defaults = {}
+    aliased: dict[str, str] = {}  # what aliases stand for
+    alias_defaults: dict[str, str] = {}  # what aliases set unless it is set elsewhere
+    set_by = {name: name for name in explicit}
     if str(overrides.get("use_random_adapters")) == "0":
-        defaults["map_basis"] = "learned"
+        alias_defaults["map_basis"] = "learned"
     for name, alias in ALIASES.items():
+        # A comma would end the rule of the map table that the value becomes a part of.
         value = str(overrides.get(name, "")).replace(" ", "").replace(",", "+")
-        is_flag = "{}" not in "".join(alias.sets.values())
-        if is_flag and value not in ("", "0", "1"):
+        if alias.is_flag and value not in ("", "0", "1"):
             errors.append(f"{name.upper()}={value}: must be 0 or 1")
-        is_off = (
-            not value.strip("0.") if is_flag or name == "progressive_freeze_frac" else not value
-        )
-        if is_off:
+        is_zero = not value.strip("0.")
+        if not value or (is_zero and (alias.is_flag or alias.zero_is_off)):
             continue
-        defaults = {**alias.defaults, **defaults}
+        alias_defaults = {**alias.defaults, **alias_defaults}
         for target, template in alias.sets.items():
             text = template.replace("{}", value)
-            other, other_text = source.setdefault(target, (name, text))
-            if other_text != text:
+            earlier = str(explicit.get(target, aliased.get(target, text)))
+            if earlier != text:
                 errors.append(
-                    f"{name.upper()}={value} means {target.upper()}={text}, but {other.upper()}"
-                    f" says {other_text}; unset one"
+                    f"{name.upper()}={value} means {target.upper()}={text}, but"
+                    f" {set_by[target].upper()} says {earlier}; unset one"
                 )
-    aliases = {name: text for name, (_, text) in source.items()}
-    return defaults | aliases | explicit
+            aliased.setdefault(target, text)
+            set_by.setdefault(target, name)
+    return alias_defaults | aliased | explicit
 
 
 def parse_setting(f: dataclasses.Field, raw: Any) -> str | int | float:
@@ -1524,6 +1556,26 @@ def parse_setting(f: dataclasses.Field, raw: Any) -> str | int | float:
         limit = f" and at most {high:,}" if high < math.inf else ""
         raise ValueError(f"must be at least {low:,}{limit}")
     return value
+
+
+ATTENTION_ORDER = ("fa3", "cudnn", "flash", "efficient", "math")
+
+
+def attention_order(h: Hyperparameters) -> list[str]:
+    """Return the attention kernels for CUDA in the order in which they are tried.
+
+    The order is explicit, since torch's own changes between releases. ValueError for a name that is
+    none.
+    """
+    if h.attention_backend == "auto":
+        return list(ATTENTION_ORDER)
+    names = h.attention_backend.replace(" ", "").split(",")
+    for name in names:
+        if name not in ATTENTION_ORDER:
+            raise ValueError(f"{name!r} is none of {', '.join(ATTENTION_ORDER)}")
+    if names == ["fa3"]:
+        raise ValueError("needs one of torch's kernels beside fa3, such as fa3,flash")
+    return names
 
 
 def require(errors: list[str], condition: object, message: str) -> None:
@@ -1620,18 +1672,23 @@ def same_value(text: str, other: str) -> bool:
         return text == other
 
 
-def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> list[str]:
-    """Return errors for variables of what is not here, and for misspelled settings."""
+def unsupported_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return errors for variables of published scripts that would change something there."""
     errors = []
     for name, unsupported in UNSUPPORTED.items():
         value = environment.get(name, "").replace("_", "")
         if value and not any(same_value(value, default) for default in unsupported.defaults):
             errors.append(f"{name}={environment[name]}: {unsupported.reason}; unset it")
-    if allow_unknown:
-        return errors
+    return errors
+
+
+def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return errors for variables that look like a misspelled setting."""
+    errors = []
     known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]  # PRESET is run.sh's
     for name in sorted(set(environment) - {*known, *UNSUPPORTED}):
-        if len(name) > 3:  # one letter added, dropped, changed or swapped with the next
+        if len(name) > 3:
+            # At least one letter may be added, dropped, changed or swapped with the next.
             cutoff = min(0.9, 1 - 1 / len(name) - 1e-9)
             for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
                 errors.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
@@ -1641,23 +1698,25 @@ def foreign_variables(environment: Mapping[str, str], allow_unknown: int) -> lis
 def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any) -> Hyperparameters:
     """Return checked settings: an override, else the variable of its name, else the default.
 
-    UserError names all faults at once.
+    UserError lists every error.
     """
     errors: list[str] = []
     names = [name for name in (*SETTINGS, *ALIASES) if name.upper() in environment]
-    given = {name: environment[name.upper()] for name in names} | overrides
-    given = expand_aliases(given, errors)
+    overrides = {name: environment[name.upper()] for name in names} | overrides
+    overrides = expand_aliases(overrides, errors)
     values = {}
-    for name, raw in given.items():
+    for name, raw in overrides.items():
         if name not in SETTINGS:
             errors.append(f"{name}: no such setting")
             continue
         with collect_errors(errors, f"{name.upper()}={raw}"):
             values[name] = parse_setting(SETTINGS[name], raw)
-    h = Hyperparameters(**values, explicit=frozenset(given))
+    h = Hyperparameters(**values, explicit=frozenset(overrides))
     errors += validate_model(h) + validate_run(h, environment)
-    errors += foreign_variables(environment, h.allow_unknown)
-    if not errors:  # the table of impossible shapes would only repeat what is wrong with them
+    errors += unsupported_variables(environment)
+    if not h.allow_unknown:
+        errors += misspelled_variables(environment)
+    if not errors:  # a table of impossible shapes would repeat them
         errors += MapTable(h).errors
     if errors:
         raise UserError("\n  ".join(["these settings cannot be used:", *errors]))
@@ -1669,19 +1728,20 @@ def adopt_settings(
 ) -> Hyperparameters:
     """Return these settings with those of an artifact or a checkpoint in place of the defaults.
 
-    UserError if somebody set another value than is stored, except where that is `overridable`.
+    UserError if an explicit setting differs from the stored one and is not `overridable`.
     """
-    mine = {name for name in h.explicit if name not in stored or name in overridable}
+    kept = {name for name in h.explicit if name not in stored or name in overridable}
     differences = [
         f"{name.upper()}={getattr(h, name)} here, {stored[name]} there"
-        for name in sorted(h.explicit - mine)
+        for name in sorted(h.explicit - kept)
         if getattr(h, name) != stored[name]
     ]
     if differences:
         what = "; ".join(differences)
-        raise UserError(f"{source} is of another model or run: {what}. Unset what differs")
+        raise UserError(f"{source} has other settings: {what}. Unset these")
+    # The batch must still divide among these processes.
     launcher = {"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}
-    return load_settings(launcher, **stored | {name: getattr(h, name) for name in mine})
+    return load_settings(launcher, **stored | {name: getattr(h, name) for name in kept})
 
 
 def settings_help() -> str:
@@ -1707,7 +1767,7 @@ def rope_base(h: Hyperparameters, length: int) -> float:
     """Return the base of the rotary frequencies for sequences of a length.
 
     Over ROPE_STRETCH_FROM tokens it grows, so that the slowest rotation turns as far over the
-    longer sequence as before (PR #1113): base · (T / 1024)^(R / (R - 2)) for R rotated dimensions.
+    longer sequence as before (PR #1113): base · (T / limit)^(R / (R - 2)) for R rotated dimensions.
     """
     limit, dims = h.rope_stretch_from, h.rope_dims
     if not limit or length <= limit or dims <= 2:
@@ -1718,7 +1778,8 @@ def rope_base(h: Hyperparameters, length: int) -> float:
 def rotary_table(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
     """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, ROPE_DIMS / 2).
 
-    Without the table, compiled kernels compute them again for every head.
+    The last one is the rotation by a whole row, which streaming needs. Without the table, compiled
+    kernels compute the rotations again for every head.
     """
     exponents = torch.arange(0, h.rope_dims, 2).double() / max(h.rope_dims, 1)
     angles = torch.arange(length + 1)[:, None, None] * rope_base(h, length) ** -exponents
@@ -1764,6 +1825,7 @@ class RMSNormFunction(torch.autograd.Function):
             dscale = (dot / ctx.scale).sum_to_size(ctx.scale.shape)
         if cos is not None:  # rotate back before the sum: compiled, that is one pass instead of two
             dy, y = rotate(dy, cos, -sin), rotate(y, cos, -sin)
+        # With x = y / factor: dx = factor · dy - y · (dy · y) · factor / (width · scale²).
         dx = torch.addcmul(dy * factor, y, dot * dot_factor, value=-1)
         return dx, dscale, None, None
 
@@ -1812,7 +1874,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
         (B, n, H, D).
     """
     kv_heads = k.size(2)
-    position = k.size(1) - q.size(1)  # of the block's first query
+    position = k.size(1) - q.size(1)  # of the first query in the block
     block = 128 if k.size(1) <= 1024 else 256
     q = q.transpose(1, 2).unflatten(1, (kv_heads, -1)).flatten(0, 1)  # (B · H_kv, H / H_kv, n, D)
     k = k.transpose(1, 2).flatten(0, 1)  # (B · H_kv, T, D)
@@ -1821,9 +1883,9 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
     for queries in q.split(block, 2):
         count = queries.size(2)
         begin, end = max(0, position - span + 1), position + count  # keys that the block may see
-        hidden = q.new_full((count, end - begin), -torch.inf)
-        future = hidden.triu(position - begin + 1)
-        too_old = hidden.tril(position - begin - span)
+        blocked = q.new_full((count, end - begin), -torch.inf)
+        future = blocked.triu(position - begin + 1)
+        too_old = blocked.tril(position - begin - span)
         mask = (future + too_old).repeat(queries.size(1), 1)
         scores = ScoresFunction.apply(mask, queries.flatten(1, 2), k[:, begin:end])
         outputs.append((scores.softmax(-1) @ v[:, begin:end]).view_as(queries))
@@ -1842,30 +1904,12 @@ PLAIN_ATTENTION = {
 }
 
 
-ATTENTION_ORDER = ("fa3", "cudnn", "flash", "efficient", "math")
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-
-
-def attention_order(h: Hyperparameters) -> list[str]:
-    """Return the attention kernels for CUDA in the order in which they are tried.
-
-    The order is explicit, since torch's own changes between releases. ValueError for a name that is
-    none.
-    """
-    if h.attention_backend == "auto":
-        return list(ATTENTION_ORDER)
-    names = h.attention_backend.replace(" ", "").split(",")
-    for name in names:
-        if name not in ATTENTION_ORDER:
-            raise ValueError(f"{name!r} is none of {', '.join(ATTENTION_ORDER)}")
-    if not set(names) & set(SDPA_BACKENDS):
-        raise ValueError("needs one of torch's kernels beside fa3, such as fa3,flash")
-    return names
 
 
 def load_flash_attention_3(h: Hyperparameters) -> Callable[..., Any] | None:
@@ -1880,27 +1924,6 @@ def load_flash_attention_3(h: Hyperparameters) -> Callable[..., Any] | None:
     return flash_attn_func
 
 
-def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.dtype) -> str:
-    """Return the name of the kernel that causal attention runs, for the log."""
-    if not dist.on_cuda:
-        longest = PLAIN_ATTENTION[HAS_AMX, True]
-        return f"plain products up to {longest} tokens in training, else torch's fused kernel"
-    if load_flash_attention_3(h) and dtype is torch.bfloat16:
-        return "fa3"
-    shape = (1, h.num_heads, h.train_seq_len, h.head_dim)
-    q = torch.empty(shape, dtype=dtype, device=dist.device)
-    k = q[:, : h.num_kv_heads]
-    params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, True, True)
-    can_use = {
-        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
-        "flash": torch.backends.cuda.can_use_flash_attention,
-        "efficient": torch.backends.cuda.can_use_efficient_attention,
-        "math": lambda params: True,
-    }
-    usable = [name for name in attention_order(h) if name != "fa3" and can_use[name](params)]
-    return usable[0] if usable else "none"
-
-
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend causally: q (B, n, H, D) of the last n positions, k, v (B, T, H_kv, D) -> as q."""
     length = k.size(1)
@@ -1913,7 +1936,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_attention_and_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return causal attention of T queries, and the log-sum-exp of their scores, (B, T, H, 1)."""
+    """Return causal attention (B, T, H, D) and the log-sum-exp of its scores (B, T, H, 1).
+
+    It has no gradient.
+    """
     name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu")
     flash = getattr(torch.ops.aten, name)
     y, lse, *_ = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True)
@@ -1946,6 +1972,7 @@ def streaming_attention(
     else:
         has_flash = HAS_AMX
     if not has_flash:
+        # Each row's keys: those of the row above, then its own, 2T in all.
         k_both = torch.cat([rotate(k[:-1], *row_shift), k[1:]], 1)
         v_both = torch.cat([v[:-1], v[1:]], 1)
         first = causal_attention(q[:1], k[:1], v[:1])
@@ -1983,7 +2010,7 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # (T, 1, R), rotation of each position
     sin: Tensor
     row_shift: tuple[Tensor, Tensor] | None = None  # streaming: see streaming_attention
-    queries: int | None = None  # positions that attend, the last ones; None: all
+    num_queries: int | None = None  # how many of the last positions attend; None: all
 
 
 class Attention(nn.Module):
@@ -2013,9 +2040,9 @@ class Attention(nn.Module):
         if context.row_shift is not None:
             return streaming_attention(q, k, v, context.row_shift)
         use_flash_3 = self.flash_attention_3 is not None and q.dtype is torch.bfloat16
-        if use_flash_3 and q.is_cuda and context.queries is None:
+        if use_flash_3 and q.is_cuda and context.num_queries is None:
             return self.flash_attention_3(q, k, v, causal=True)
-        return causal_attention(keep_last(q, context.queries), k, v)
+        return causal_attention(keep_last(q, context.num_queries), k, v)
 
     def forward(
         self,
@@ -2025,18 +2052,19 @@ class Attention(nn.Module):
         value_embed: Tensor | None,
         v0: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Attend.
+        """Return the attention output and the layer's own values.
 
         Args:
             x: (B, T, d).
             out_scale: (d,), factor on the output.
+            context: rotations, and which positions attend.
             value_embed: (B, T, kv_dim), added to the values, or None.
             v0: (B, T, kv_dim), layer 0's own values, or None in layer 0.
 
         Returns:
             The output (B, n, d) of the positions that attend, and the own values (B, T, kv_dim).
         """
-        qk, own_v = self.project_qkv(x).split(self.widths, -1)  # one GEMM for the three maps
+        qk, own_v = self.project_qkv(x).split(self.widths, -1)  # one GEMM with FUSE_QKV=1
         v = own_v
         if value_embed is not None:
             v = v + value_embed
@@ -2048,7 +2076,7 @@ class Attention(nn.Module):
         q, k = qk.split(self.heads, 2)
         y = self.attend(q, k, v, context)
         if self.use_xsa:
-            y = exclude_self(y, keep_last(v, context.queries))
+            y = exclude_self(y, keep_last(v, context.num_queries))
         return self.proj(y.flatten(2), out_scale), own_v
 
 
@@ -2096,7 +2124,7 @@ class Block(nn.Module):
         self.is_parallel = layer >= h.parallel_from
         self.dropout = nn.Dropout(h.dropout)
         depth = layer / max(h.num_layers - 1, 1)
-        stream_weight = 1 / (1 + math.exp(-3 * (depth - 0.5)))
+        stream_weight = 1 / (1 + math.exp(-3 * (depth - 0.5)))  # from 0.18 to 0.82 (PR #1113)
         self.stream_mix = nn.Parameter(torch.full((h.model_dim,), stream_weight))
         self.embedding_mix = nn.Parameter(torch.full((h.model_dim,), 1 - stream_weight))
         self.attention_scale = nn.Parameter(torch.ones(h.model_dim))
@@ -2119,16 +2147,16 @@ class Block(nn.Module):
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x, self.norm_scale)
         y, own_v = self.attention(normed, self.attention_scale, context, value_embed, v0)
-        x = keep_last(x, context.queries) + self.dropout(y)
+        x = keep_last(x, context.num_queries) + self.dropout(y)
         if self.is_parallel:
-            normed = keep_last(normed, context.queries)
+            normed = keep_last(normed, context.num_queries)
         else:
             normed = norm(x, self.norm_scale)
         return x + self.dropout(self.mlp(normed, self.mlp_scale)), own_v
 
 
 class LanguageModel(nn.Module):
-    """A model whose subclasses give `predict`; it has the losses and the map table."""
+    """A model's losses and map table; subclasses implement `predict`."""
 
     def __init__(self, h: Hyperparameters) -> None:
         super().__init__()
@@ -2220,7 +2248,7 @@ class GPT(LanguageModel):
                 self.shared[key] = SharedMatrices(spec)
             return Linear(spec, shared=self.shared[key])
 
-        small = (2 * h.num_layers) ** -0.5  # gain of projections beside the blocks
+        small = (2 * h.num_layers) ** -0.5  # gain of the projections of bigram and value embedding
         self.embedding = Embedding(h.vocab_size, d, h.tied_embed_init_std, dtype)
         self.bigram_buckets = h.bigram_vocab_size
         if h.bigram_vocab_size > 1:
@@ -2241,7 +2269,7 @@ class GPT(LanguageModel):
             Block(h, layer, functools.partial(linear, layer)) for layer in range(h.num_layers)
         )
         self.block_orders = {False: list(range(h.num_layers)), True: h.block_order}
-        self.recurs = True
+        self.recurs = True  # training begins without recurrence (Phases), evaluation has it
         # U-Net skips: the i-th layer of the second half adds the stream after its mirror image.
         half = h.num_layers // 2 if h.skips_enabled else 0
         self.skip_from = {half + i: half - 1 - i for i in range(half)}
@@ -2308,18 +2336,18 @@ class GPT(LanguageModel):
         return embedded * scale.to(embedded.dtype)
 
     def run_blocks(
-        self, x0: Tensor, ids: Tensor, context: AttentionContext, queries: int | None
+        self, x0: Tensor, ids: Tensor, context: AttentionContext, num_queries: int | None
     ) -> Tensor:
-        """Run the blocks on x0 (B, T, d); the last one computes `queries` last positions."""
+        """Run the blocks on x0 (B, T, d); the last one computes `num_queries` positions."""
         embedded = self.value_embedding(ids) if self.value_layers else None
         skips: dict[int, Tensor] = {}  # the stream after each layer of the first half
         x, v0 = x0, None
         order = self.block_orders[self.recurs]
-        for place, layer in enumerate(order, start=1):
+        for i, layer in enumerate(order, start=1):
             if layer in self.skip_from:
                 x = self.add_skip(x, skips, layer)
-            if place == len(order):
-                context = context._replace(queries=queries)
+            if i == len(order):
+                context = context._replace(num_queries=num_queries)
             value_embed = self.value_embed(embedded, layer)
             x, own_v = self.blocks[layer](x, x0, context, value_embed, v0)
             if v0 is None:
@@ -2333,10 +2361,11 @@ class GPT(LanguageModel):
     ) -> Tensor:
         x0 = self.embed_tokens(ids, streaming)
         context = self.attention_context(x0, streaming)
-        # The last block attends for the kept positions alone where the mask they need costs little.
+        # For few kept positions the last block computes only these; for many, the explicit mask
+        # that this needs costs more.
         are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
-        queries = logits_to_keep if are_few and not streaming else None
-        x = self.run_blocks(x0, ids, context, queries)
+        num_queries = logits_to_keep if are_few and not streaming else None
+        x = self.run_blocks(x0, ids, context, num_queries)
         return self.head(norm(keep_last(x, logits_to_keep)))
 
 
@@ -2365,14 +2394,14 @@ class Ensemble(LanguageModel):
 
 @torch.no_grad()
 def adapter_ratios(model: LanguageModel) -> dict[str, float]:
-    """Return ‖A B‖ / ‖W‖ (Frobenius) of every map with low-rank factors: which of them speaks."""
+    """Return ‖A B‖ / ‖W‖ (Frobenius norms) of every map with low-rank factors."""
     ratios = {}
     for name in model.table:
         module = model.get_submodule(name)
-        merged = module.merged(torch.float32)
-        if len(merged.b):
-            square = ((merged.a.T @ merged.a) * (merged.b @ merged.b.T)).sum()
-            ratios[name] = (square.clamp(min=0).sqrt() / merged.weight.norm()).item()
+        weight, a, b = module.parts(torch.float32)
+        if len(b):
+            square = ((a.T @ a) * (b @ b.T)).sum()  # of the Frobenius norm of a b
+            ratios[name] = (square.clamp(min=0).sqrt() / weight.norm()).item()
     return ratios
 
 
@@ -2388,10 +2417,11 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return an estimate of the bytes that building the model takes."""
     sizes = [spec.out_features * spec.in_features for spec in table.values()]
     tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
-    total = 4 * (sum(sizes) + h.ensemble * tables) + 64 * max(sizes)  # 64: while one is generated
+    # Weights in float32, and 64 bytes per entry while the largest map is generated.
+    total = 4 * (sum(sizes) + h.ensemble * tables) + 64 * max(sizes)
     for spec in table.values():
         for name, size in spec.adapters().items():
-            unit = ADAPTERS[name].size
+            unit = ADAPTERS[name].size_unit
             numel = spec.out_features * spec.in_features
             if unit == "rank":
                 total += 4 * int(size) * (spec.out_features + spec.in_features)
@@ -2403,7 +2433,7 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """Return a new model. UserError if it would take more memory than MODEL_LIMIT_BYTES.
 
-    A stranger's artifact must not ask for more, either.
+    The limit also holds for artifacts, whose settings may come from anyone.
     """
     need = memory_of_model(h, build_map_table(h))
     if need > h.model_limit_bytes:
@@ -2471,14 +2501,14 @@ def use_cuda(h: Hyperparameters) -> bool:
         build = f"torch {torch.__version__} (built for CUDA {torch.version.cuda})"
         raise UserError(
             f"{build} finds no usable GPU. `nvidia-smi` names the driver's CUDA version: install a"
-            " torch build for that version or an older one, or a newer driver. DEVICE=cpu runs on"
-            " the CPU on purpose"
+            " torch build for that version or an older one, or a newer driver. Set DEVICE=cpu"
+            " to run on the CPU"
         )
     return False
 
 
 class Distributed:
-    """This process among those of the run, and its device. As a context, the process group."""
+    """This process among those of the run, and its device. `with` opens the process group."""
 
     def __init__(self, h: Hyperparameters) -> None:
         self.rank = int(os.environ.get("RANK", 0))
@@ -2496,23 +2526,31 @@ class Distributed:
 
     def __enter__(self) -> Distributed:
         if self.on_cuda:
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # what is float32 there tolerates tf32
-            order = [SDPA_BACKENDS[name] for name in attention_order(self.h) if name != "fa3"]
-            self.stack.enter_context(sdpa_kernel(order, set_priority=True))
+            self._configure_cuda()
         if self.compile:
-            # Inductor's gradient of an embedding adds atomically, in any order; torch's own kernel
-            # gives the same sum every time. Imported only now: this loads the compiler.
-            from torch._inductor import config as inductor
-            from torch._inductor.decomposition import decompositions
-
-            decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
-            # Its default in torch 2.11 costs 5.9 ms of a step (PR #1420, pytorch#179494).
-            if hasattr(inductor.triton, "mix_order_reduction"):
-                inductor.triton.mix_order_reduction = bool(self.h.mix_order_reduction)
+            self._configure_inductor()
         if self.world_size > 1:
             self._init_process_group()
         return self
+
+    def _configure_cuda(self) -> None:
+        """Choose the device and the order of attention kernels for the whole run."""
+        torch.cuda.set_device(self.device)
+        torch.set_float32_matmul_precision("high")  # TF32 is precise enough for what stays float32
+        order = [SDPA_BACKENDS[name] for name in attention_order(self.h) if name != "fa3"]
+        self.stack.enter_context(sdpa_kernel(order, set_priority=True))
+
+    def _configure_inductor(self) -> None:
+        """Set the compiler's switches. It is imported only now, since that takes seconds."""
+        from torch._inductor import config as inductor
+        from torch._inductor.decomposition import decompositions
+
+        # Inductor's gradient of an embedding adds atomically, in any order; torch's own kernel
+        # gives the same sum every time.
+        decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
+        # Its default in torch 2.11 costs 5.9 ms of a step (PR #1420, pytorch#179494).
+        if hasattr(inductor.triton, "mix_order_reduction"):
+            inductor.triton.mix_order_reduction = bool(self.h.mix_order_reduction)
 
     def _init_process_group(self) -> None:
         """Join the group; a restart by torchrun gets a part of the store of its own."""
@@ -2530,6 +2568,7 @@ class Distributed:
         )
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Close the group. After success with several processes this ends the interpreter."""
         self.stack.close()
         if self.world_size > 1 and error is None:
             torch.distributed.barrier()  # rank 0 may still be writing
@@ -2563,7 +2602,7 @@ class Distributed:
 class StopSignal:
     """SIGTERM and Ctrl-C: during training the first asks for a checkpoint, a second one leaves.
 
-    A terminal and torchrun may both pass on one Ctrl-C, so a copy within a second is ignored.
+    Ctrl-C may arrive twice, from the terminal and from torchrun; a copy within a second is ignored.
     """
 
     def __init__(self) -> None:
@@ -2585,7 +2624,7 @@ class StopSignal:
             os._exit(128 + number)
         self.requested_at = time.monotonic()
         with contextlib.suppress(OSError):  # the console may be gone, and print may be under way
-            os.write(2, b"saving after this step; a second signal leaves at once\n")
+            os.write(2, b"saving after this step; a second signal exits at once\n")
 
 
 class RunLog:
@@ -2597,7 +2636,7 @@ class RunLog:
         self.metrics_file: io.TextIOBase | None = None
 
     def open(self, folder: Path) -> None:
-        """Append to a folder's train.log and metrics.jsonl. UserError if another process does.
+        """Open a folder's train.log and metrics.jsonl. UserError if another process has them.
 
         They belong to this process until it ends.
         """
@@ -2608,7 +2647,7 @@ class RunLog:
         except BlockingIOError:
             self.file = None
             raise UserError(
-                f"{path}: another process is at this run; choose a new RUN_ID"
+                f"{path}: another process is using this run; choose a new RUN_ID"
             ) from None
         self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
@@ -2636,9 +2675,9 @@ class RunLog:
 
 
 def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Write a file so that a reader sees the old or the whole new one, whatever happens.
+    """Write a file atomically: no reader sees a part of it.
 
-    `keep` is where the old file goes.
+    With `keep` the old file moves there first; until the new one arrives there is none.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -2655,7 +2694,7 @@ def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
 
 @contextlib.contextmanager
 def untrusted_input(what: str) -> Iterator[None]:
-    """Within, whatever a missing or damaged file makes libraries raise becomes a UserError."""
+    """Turn the exceptions that a missing or damaged file causes in the block into a UserError."""
     try:
         yield
     except OSError as error:
@@ -2699,7 +2738,9 @@ def read_shards(folder: str, split: str) -> list[np.ndarray]:
         is_whole = len(header) == 3 and size == SHARD_HEADER_BYTES + 2 * header[2]
         if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or not is_whole or header[2] < 1:
             found = f"{size} bytes, header {header}"
-            raise UserError(f"{path}: no whole shard: {found}; fetch it again")
+            raise UserError(
+                f"{path}: incomplete or not a shard ({found}); download or prepare it again"
+            )
         shards.append(np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (header[2],)))
     return shards
 
@@ -2739,7 +2780,7 @@ class TrainingData:
         if len(every) < 2:
             need = f"too few training tokens for TRAIN_SEQ_LEN={length}"
             raise UserError(f"DATA_PATH={h.data_path}: {need}")
-        count = max(1, min(h.holdout_tokens // length, len(every) // 50))
+        count = max(1, min(h.holdout_tokens // length, len(every) // 50))  # at most 2%
         self.positions, self.held_out = every[:-count], every[-count:]
 
     def read(self, positions: Iterable[tuple[int, int]]) -> Tensor:
@@ -2834,7 +2875,7 @@ class Tokenizer:
             have = f"TOKENIZER_PATH={path} has {model.vocab_size()} pieces"
             raise UserError(f"{have}, but VOCAB_SIZE={vocab_size}")
         if model.is_unknown(model.piece_to_id("▁")):
-            problem = "▁ is no piece of its own, so bytes cannot be counted"
+            problem = "the vocabulary has no piece ▁, so bytes cannot be counted"
             raise UserError(f"TOKENIZER_PATH={path}: {problem}")
         self.model = model
         self.sha256 = hashlib.sha256(proto).hexdigest()
@@ -2856,7 +2897,7 @@ class Tokenizer:
             sha256 = json.loads(path.read_bytes()).get("tokenizer_sha256")
         if sha256 not in (None, self.sha256):
             tokenizer = f"TOKENIZER_PATH={h.tokenizer_path}"
-            raise UserError(f"{tokenizer} is not what made the shards, says {path}")
+            raise UserError(f"{tokenizer} is not the tokenizer that {path} names for these shards")
 
     def count_bytes(self, previous: np.ndarray, tokens: np.ndarray) -> int:
         """Return the bytes of text of tokens (n,), given the token before each, (n,)."""
@@ -2870,7 +2911,7 @@ class Tokenizer:
 
 
 class ValidationStream:
-    """All validation tokens as one stream. It refuses one whose bytes are not those of its text."""
+    """All validation tokens as one stream. UserError if their bytes are not those of their text."""
 
     def __init__(self, h: Hyperparameters, tokenizer: Tokenizer) -> None:
         tokens = check_tokens(np.concatenate(read_shards(h.data_path, "val")), h)
@@ -2896,13 +2937,27 @@ class ValidationStream:
         return total_nats / math.log(2) / self.bytes
 
 
+@dataclasses.dataclass
+class Run:
+    """What all stages of a run share."""
+
+    h: Hyperparameters
+    dist: Distributed
+    log: RunLog
+    stop: StopSignal
+    tokenizer: Tokenizer
+    val: ValidationStream
+    folder: Path | None = None  # where the run writes; None: it only evaluates
+
+
 # ---- Optimizers --------------------------------------------------------------------------------
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
     """Bring the singular values of matrices (n, rows, columns) near 1.
 
-    A quintic Newton-Schulz iteration, with baddbmm 18% faster than with separate sums on a CPU.
+    A quintic Newton-Schulz iteration. With baddbmm in place of separate sums all optimizers of a
+    step took 8.0 ms instead of 9.7 on a CPU (bench/results/speed.md).
     """
     is_tall = g.size(1) > g.size(2)
     x = (g.mT if is_tall else g).to(torch.bfloat16 if g.is_cuda else torch.float32)
@@ -2917,7 +2972,7 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalized Nesterov momentum (Jordan et al. 2024).
 
-    Matrices of one shape are one batch, and the processes share it out.
+    Matrices of one shape form a batch, which is divided among the processes.
     """
 
     def __init__(
@@ -2943,10 +2998,10 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             # All shapes are sent before the first is waited for.
-            begun = [self._begin(params, group["momentum"]) for params in by_shape.values()]
-            for (shape, params), (updates, arrival) in zip(by_shape.items(), begun, strict=True):
-                if arrival:
-                    arrival.wait()
+            started = [self._start(params, group["momentum"]) for params in by_shape.values()]
+            for (shape, params), (updates, transfer) in zip(by_shape.items(), started, strict=True):
+                if transfer:
+                    transfer.wait()
                 rows, columns = shape
                 lr = group["lr"]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
@@ -2954,13 +3009,10 @@ class Muon(torch.optim.Optimizer):
                     params, list(updates), alpha=-lr * max(1, rows / columns) ** 0.5
                 )
 
-    def _begin(
+    def _start(
         self, params: list[nn.Parameter], momentum: float
     ) -> tuple[Tensor, torch.distributed.Work | None]:
-        """Return the updates of parameters of one shape, stacked.
-
-        Those of other processes are there once the second result has arrived.
-        """
+        """Return stacked updates of parameters of one shape, and a transfer to wait for or None."""
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -3028,6 +3080,21 @@ class Optimizers:
         Returns:
             The norm of each gradient before the clip, by name.
         """
+        self._set_rates(step, lr_scale)
+        trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
+        gradients = [p.grad for p in trained]
+        self._average(gradients)
+        norms = torch._foreach_norm(gradients)
+        if self.h.grad_clip_norm:
+            total_norm = torch.stack(norms).norm()
+            torch.nn.utils.clip_grads_with_norm_(trained, self.h.grad_clip_norm, total_norm)
+        self.muon.step()
+        self.adam.step()
+        self._free_gradients()
+        return {self.names[p]: size for p, size in zip(trained, norms, strict=True)}
+
+    def _set_rates(self, step: int, lr_scale: float) -> None:
+        """Set Muon's momentum and all learning rates for a step."""
         h = self.h
         warm = min(1.0, step / max(h.muon_momentum_warmup_steps, 1))
         momentum = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
@@ -3035,23 +3102,20 @@ class Optimizers:
             group["momentum"] = momentum
         for group, lr in zip(self.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * lr_scale
-        trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
-        gradients = [p.grad for p in trained]
-        if self.dist.world_size > 1:  # one message for all of them
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        """Average gradients over the processes in place, in one message."""
+        if self.dist.world_size > 1:
             flat = self.dist.all_reduce(torch.nn.utils.parameters_to_vector(gradients))
             torch.nn.utils.vector_to_parameters(flat / self.dist.world_size, gradients)
-        norms = torch._foreach_norm(gradients)
-        if h.grad_clip_norm:
-            total_norm = torch.stack(norms).norm()
-            torch.nn.utils.clip_grads_with_norm_(trained, h.grad_clip_norm, total_norm)
-        self.muon.step()
-        self.adam.step()
+
+    def _free_gradients(self) -> None:
+        """Free all gradients, and the state of what is frozen by now."""
         for p in self.params:
             p.grad = None
-            if not p.requires_grad:  # frozen by now: free its state
+            if not p.requires_grad:
                 self.muon.state.pop(p, None)
                 self.adam.state.pop(p, None)
-        return {self.names[p]: size for p, size in zip(trained, norms, strict=True)}
 
 
 class WeightAverages:
@@ -3207,9 +3271,9 @@ def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
 def weights_as_stored(
     groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Mapping[Role, Quantizer]
 ) -> Iterator[None]:
-    """Within, tensors that are stored as codes hold their nearest quantized values (late QAT).
+    """Hold the nearest quantized values in tensors that are stored as codes (late QAT).
 
-    Gradients are straight-through: the float32 masters, back afterwards, take the step.
+    The float32 masters return after the block and take the step (straight-through gradients).
     """
     by_shape: dict[tuple[Quantizer, torch.Size], list[Tensor]] = {}
     for role, quantizer in quantizers.items():
@@ -3245,12 +3309,13 @@ def collect_hessians(
     def add(group: nn.Module, inputs: tuple) -> None:
         x = inputs[0].flatten(0, -2)
         # The lowest precision is exact for products of bfloat16 values. The sums must be float32:
-        # a Hessian that is rounded to bfloat16 need not be positive.
+        # a Hessian that is rounded to bfloat16 need not be positive definite.
         is_bfloat16 = x.dtype is torch.bfloat16
         torch.set_float32_matmul_precision("medium" if is_bfloat16 else precision)
         x = x.float()
         hessians[group] = hessians.get(group, 0) + x.t() @ x
 
+    # Maps inside a FusedLinear are hooked, too, but never called: their hooks add nothing.
     hooks = []
     for group in model.modules():
         members = getattr(group, "members", ())
@@ -3266,7 +3331,7 @@ def collect_hessians(
         dist.all_reduce(hessian)
         for member in group.members:
             by_module |= dict.fromkeys(member.modules(), hessian)
-            for shared in getattr(member, "shared", ()):  # it has inputs in every layer
+            for shared in getattr(member, "shared_matrices", ()):  # it has inputs in every layer
                 own = hessian if member.twist is None else member.twist.untwist_hessian(hessian)
                 by_module[shared] = by_module.get(shared, 0) + own
     return by_module
@@ -3276,7 +3341,7 @@ def has_matrices(module: QuantizedModule) -> bool:
     """Return whether GPTQ has something to do in a module, or in matrices that it shares."""
     groups = tensors_by_role(module)
     has_own = groups[Role.MATRIX] or groups[Role.FACTOR] or groups[Role.EMBEDDING]
-    return bool(has_own or getattr(module, "shared", ()))
+    return bool(has_own or getattr(module, "shared_matrices", ()))
 
 
 # ---- Artifact ----------------------------------------------------------------------------------
@@ -3396,18 +3461,20 @@ def group_lengths(table: list) -> dict[str, list[int]]:
     lengths: dict[str, list[int]] = {}
     for _, shape, groups in table:
         if not all(type(n) is int and 0 <= n < 2**26 for n in shape):
-            raise ValueError(f"{shape} is no shape")
-        sizes = (math.prod(shape), *shape)  # of codes or floats; then of exponents
-        for group, n in zip(groups, sizes, strict=False):
-            count = -(-n // 8) if group.endswith("bits") else n
-            lengths.setdefault(group, []).append(count)
+            raise ValueError(f"{shape} is not a valid shape")
+        counts = [math.prod(shape)]
+        if len(groups) == 2:
+            counts.append(shape[0])  # an exponent per row
+        for group, n in zip(groups, counts, strict=True):
+            length = -(-n // 8) if group.endswith("bits") else n
+            lengths.setdefault(group, []).append(length)
     if sum(map(sum, lengths.values())) > 2**26:
-        raise ValueError("its tensors would not fit into 256 MiB")
+        raise ValueError("its tensors would need more than 256 MiB")
     return lengths
 
 
-def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and values of every tensor of an artifact, in float32."""
+def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tensor]]:
+    """Return the stored values of each group, one tensor after the other."""
     lengths = group_lengths(header["tensors"])
     position = 0
     parts: dict[str, Iterator[Tensor]] = {}
@@ -3427,6 +3494,12 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
         parts[group] = iter(planes.t().flatten().view(dtype).split(counts))
     if position != len(body):
         raise ValueError(f"its groups have {position} bytes, the file has {len(body)} for them")
+    return parts
+
+
+def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and values of every tensor of an artifact, in float32."""
+    parts = read_groups(header, body)
     for name, shape, groups in header["tensors"]:
         values, *exponents = (next(parts[group]) for group in groups)
         if groups[0].endswith("bits"):
@@ -3479,7 +3552,7 @@ def export(
         model: the model to export.
         data: training text for GPTQ's Hessians.
         step: the training steps that are done; calibration text comes after theirs.
-        trial: a rehearsal: no limit of bytes holds.
+        trial: for the preflight; the limit of bytes does not apply.
 
     Raises:
         UserError: the artifact is over ARTIFACT_LIMIT_BYTES.
@@ -3513,7 +3586,7 @@ def export(
 def rebuild_model(
     h: Hyperparameters, stored: Mapping[str, Any], tensors: Mapping[str, Tensor], dist: Distributed
 ) -> LanguageModel:
-    """Return the model of an artifact or a checkpoint, ready to evaluate.
+    """Return the model of an artifact or a checkpoint, in evaluation mode.
 
     Its maps are generated anew and proved the same by their fingerprint.
 
@@ -3524,7 +3597,7 @@ def rebuild_model(
         dist: where the model goes.
     """
     with untrusted_input("the stored model"):
-        # Before anything is generated: the tensors are those of a model with these settings.
+        # Checked before any map is generated: a forged header could ask for a huge one.
         blocks = {name.rsplit(".", 2)[0] for name in build_map_table(h)}
         widths = {tuple(tensors[f"{block}.mlp_scale"].shape) for block in blocks}
         if stored["model"] != h.model_settings() or widths != {(h.model_dim,)}:
@@ -3554,8 +3627,8 @@ def model_from_artifact(h: Hyperparameters, blob: bytes, dist: Distributed) -> L
 def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Return where each window of `length` tokens starts, and how many tokens it scores.
 
-    A window scores those of its last positions that no window before it has scored: its first
-    window all of them, the others `stride`, and the last one whatever is left.
+    A window scores those of its last positions that no earlier window scored: the first window all
+    of them, later ones `stride`, the last one what is left.
     """
     starts = np.append(np.arange(0, targets - length, stride), targets - length)
     return starts, np.diff(starts + length, prepend=0)
@@ -3577,13 +3650,15 @@ def sliding_batches(targets: int, length: int, stride: int, per_batch: int) -> l
 
 
 def streaming_batches(targets: int, length: int, warm: int, per_batch: int) -> list[EvalBatch]:
-    """Return batches of consecutive rows of a stream; their first `warm` rows only warm up.
+    """Return batches of consecutive rows of a stream.
 
-    Every row is scored in one batch, as a whole.
+    Rows at the start of a batch lack the rows above them. Batches therefore overlap: all but the
+    first score nothing in their first `warm` rows, and each row is scored once, as a whole.
     """
     rows = -(-targets // length)
-    per_batch = min(max(per_batch, 4 * warm), rows)
+    per_batch = min(max(per_batch, 4 * warm), rows)  # at most about a quarter is warm-up
     row = np.arange(per_batch)
+    # A batch is a window over rows.
     firsts, new_rows = plan_windows(rows, per_batch, max(per_batch - warm, 1))
     batches = []
     for first, new in zip(firsts, new_rows, strict=True):
@@ -3592,8 +3667,29 @@ def streaming_batches(targets: int, length: int, warm: int, per_batch: int) -> l
     return batches
 
 
-# Batches per process from which a compiled graph pays, by device: fewer cost more than they save.
+def gather_windows(
+    tokens: Tensor, starts: Tensor, counts: Tensor, offsets: Tensor, tail: int, targets: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs (n, T), targets (n, tail) and is_scored (n, tail) of n windows.
+
+    A window whose count is below `tail` scores only its last `count` positions.
+    """
+    positions = starts[:, None] + offsets  # (n, T + 1)
+    rows = tokens[positions]
+    is_new = offsets[:tail] >= tail - counts[:, None]  # no earlier window scored it
+    exists = positions[:, -tail:] <= targets  # the stream is padded at its end
+    return rows[:, :-1], rows[:, -tail:], is_new & exists
+
+
+# Batches per process from which a compiled graph pays. On a CPU 24 were measured; on a GPU a graph
+# takes about as long as 200 batches (bench/sides.py times both).
 COMPILED_BATCHES = {"cpu": 24, "cuda": 200}
+
+
+def is_streaming(h: Hyperparameters, stride: int, targets: int) -> bool:
+    """Return whether an evaluation streams: its windows overlap, and there are several."""
+    length = min(h.eval_seq_len, targets)
+    return h.eval_mode == "streaming" and stride < length < targets
 
 
 @torch.no_grad()
@@ -3615,44 +3711,46 @@ def evaluate(
         h: EVAL_SEQ_LEN, EVAL_MODE and EVAL_BATCH_TOKENS.
         dist: the processes.
         stride: new tokens that each window scores.
-        trial: run two batches and the last one alone, to see whether they work.
+        trial: compute two batches and the last one only; the result then shows no more than
+            whether the losses are finite.
     """
     model.eval()
     targets = len(tokens) - 1
     length = min(h.eval_seq_len, targets)
     per_batch = max(1, h.eval_batch_tokens // length)
-    streaming = h.eval_mode == "streaming" and stride < length < targets
+    streaming = is_streaming(h, stride, targets)
     if streaming:
         warm = len(h.block_order) + 1  # a row for each block, and one for bigrams and smear
-        batches = streaming_batches(targets, length, warm, per_batch)
-        stride = length
+        batches, usual_tail = streaming_batches(targets, length, warm, per_batch), length
     else:
-        batches = sliding_batches(targets, length, stride, per_batch)
-    usual_shape = (len(batches[0].starts), stride)  # others are too few to compile
+        batches, usual_tail = sliding_batches(targets, length, stride, per_batch), stride
+    # Batches of this shape alone are compiled; the first and the last one may have another.
+    usual_shape = (len(batches[0].starts), usual_tail)
     pays = dist.compile and len(batches) > COMPILED_BATCHES[dist.device.type] * dist.world_size
     compiled = torch.compile(model.token_losses, dynamic=False, disable=not pays)
     mine = batches[dist.rank :: dist.world_size]
     if trial:
         mine = mine[:2] + mine[2:][-1:]  # the first scores all of its first window
-    total = torch.zeros((), dtype=torch.float64, device=dist.device)
     # Tokens and plan are on the device: a copy per batch would stop it each time.
     tokens = F.pad(tokens, (0, length)).to(dist.device)
     offsets = torch.arange(length + 1, device=dist.device)
-    sizes = [len(batch.starts) for batch in mine]
-    all_starts = torch.from_numpy(np.concatenate([*(batch.starts for batch in mine), []]))
-    all_counts = torch.from_numpy(np.concatenate([*(batch.counts for batch in mine), []]))
-    starts_of = all_starts.long().to(dist.device).split(sizes) if mine else ()
-    counts_of = all_counts.long().to(dist.device).split(sizes) if mine else ()
-    for batch, starts, counts in zip(mine, starts_of, counts_of, strict=True):
-        positions = starts[:, None] + offsets  # (n, T + 1)
+
+    def to_device(parts: list[np.ndarray]) -> Sequence[Tensor]:
+        """Copy all parts at once; return a view of each."""
+        if not parts:  # more processes than batches
+            return ()
+        whole = torch.from_numpy(np.concatenate(parts)).long().to(dist.device)
+        return whole.split([len(part) for part in parts])
+
+    all_starts = to_device([batch.starts for batch in mine])
+    all_counts = to_device([batch.counts for batch in mine])
+    total = torch.zeros((), dtype=torch.float64, device=dist.device)
+    for batch, starts, counts in zip(mine, all_starts, all_counts, strict=True):
         tail = int(batch.counts.max())
-        rows = tokens[positions]
-        is_usual = (len(rows), tail) == usual_shape
-        score = compiled if is_usual else model.token_losses
-        losses = score(rows[:, :-1], rows[:, -tail:], streaming)  # (n, tail)
-        is_old = offsets[:tail] - tail < -counts[:, None]  # scored by an earlier window
-        is_beyond = positions[:, -tail:] > targets  # after the end of the stream
-        total += losses.double().masked_fill(is_old | is_beyond, 0.0).sum()
+        inputs, wanted, is_scored = gather_windows(tokens, starts, counts, offsets, tail, targets)
+        score = compiled if (len(inputs), tail) == usual_shape else model.token_losses
+        losses = score(inputs, wanted, streaming)  # (n, tail)
+        total += losses.double().masked_fill(~is_scored, 0.0).sum()
     return dist.all_reduce(total).item() / targets
 
 
@@ -3661,7 +3759,7 @@ def evaluate(
 
 @dataclasses.dataclass
 class Checkpoint:
-    """Everything that a run goes on from, or that the export needs once training is finished."""
+    """What a run continues from; after training, what the export needs."""
 
     settings: dict[str, Any]
     model: dict[str, Any]  # the settings that the model depends on
@@ -3684,7 +3782,7 @@ class Checkpoint:
         with untrusted_input(f"the checkpoint {path}"), zipfile.ZipFile(path) as archive:
             # torch stores every entry as it is, with a checksum.
             if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
-                raise ValueError("it is torn")
+                raise ValueError("it is damaged")
             saved = torch.load(path, map_location="cpu", weights_only=True)
             return cls(**{f.name: saved[f.name] for f in dataclasses.fields(cls)})
 
@@ -3699,7 +3797,27 @@ class Checkpoint:
         return cls.read(paths[-1]) if paths else None
 
 
-# What may differ where a run is continued: where things lie, what is logged, what has to fit.
+def save_checkpoint(
+    run: Run,
+    model: LanguageModel,
+    fingerprint: str,
+    training: dict[str, Any],
+    metrics: dict[str, Any] | None,
+) -> None:
+    """Let rank 0 write a checkpoint; `metrics` are those of a finished training."""
+    if run.dist.rank == 0:
+        Checkpoint(
+            settings=run.h.as_dict(),
+            model=run.h.model_settings(),
+            fingerprint=fingerprint,
+            weights=model.state_dict(),
+            training=training,
+            metrics=metrics or {},
+            finished=metrics is not None,
+        ).save(run.folder)
+
+
+# Settings that may change when a run continues: locations, logging, memory and size limits.
 RESUME_OVERRIDES = (
     "run_id",
     "resume",
@@ -3724,19 +3842,20 @@ RESUME_OVERRIDES = (
 
 
 class Clock:
-    """Training time, and the steps that are left by number or by wall-clock.
+    """The training time, and the steps that remain by number and by clock.
 
-    What is left follows from the median step: one slow step costs its time and moves no schedule.
+    The median step time predicts the remaining steps, so that one slow step does not shift the
+    schedules. Time runs on while a checkpoint is written; validation pauses it.
     """
 
     def __init__(self, iterations: int, seconds: float) -> None:
         self.iterations = iterations
-        self.limit(seconds)
+        self.set_limit(seconds)
         self.elapsed = 0.0
         self.recent: list[float] = []  # seconds of the last steps
-        self.mark = time.perf_counter()  # up to here time is counted
+        self.mark = time.perf_counter()  # time before this moment is counted
 
-    def limit(self, seconds: float) -> None:
+    def set_limit(self, seconds: float) -> None:
         """Set the training time; 0 or less: no limit."""
         self.seconds = seconds if seconds > 0 else math.inf
 
@@ -3752,8 +3871,10 @@ class Clock:
         self.mark = now
         return seconds
 
-    def end_step(self) -> None:
-        """Count a step: the time since the last mark."""
+    @contextlib.contextmanager
+    def timing_step(self) -> Iterator[None]:
+        """Count the block as one step, with what came since the last mark."""
+        yield
         self.add_step(self.lap())
 
     def add_step(self, seconds: float) -> None:
@@ -3800,21 +3921,21 @@ def learning_rate_scale(h: Hyperparameters, step: int, remaining: int, progress:
 def accumulate_gradients(
     forward: Callable[..., Tensor],
     batches: list[tuple[Tensor, Tensor]],
-    teach: Callable[[Tensor], Tensor | None],
+    teacher_logits: Callable[[Tensor], Tensor | None],
 ) -> Tensor:
-    """Add up the gradients of the mean loss over micro-batches; return it, still on the device."""
+    """Add up the gradients of micro-batches; return the mean loss, a scalar on the device."""
     losses = []
     for ids, targets in batches:
-        loss = forward(ids, targets, teach(ids)) / len(batches)
+        loss = forward(ids, targets, teacher_logits(ids)) / len(batches)
         loss.backward()
         losses.append(loss.detach())
     return sum(losses)
 
 
 class Phases:
-    """What changes at fractions of training: maps freeze, layers recur, a teacher speaks.
+    """What changes at fractions of training: frozen maps, recurrence, the teacher.
 
-    Any of them may come first. `boundaries` are the fractions at which a phase begins.
+    The changes may come in any order. `boundaries` are the fractions at which a phase begins.
     """
 
     def __init__(
@@ -3833,7 +3954,9 @@ class Phases:
             self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
         if self.teacher:
             boundaries |= {h.distill_start_frac, h.distill_end_frac}
-            self.predict = torch.compile(self.teacher.predict, dynamic=False, disable=not compiled)
+            self.teacher_predict = torch.compile(
+                self.teacher.predict, dynamic=False, disable=not compiled
+            )
         self.boundaries = sorted(boundaries - {1.0})
         self.current = 0.0  # the boundary at which the present phase began
 
@@ -3863,19 +3986,21 @@ class Phases:
         return count
 
     def set_teacher(self, boundary: float) -> None:
-        """Let the teacher speak or not; a model that teaches itself becomes the teacher here."""
-        h = self.h
-        had_teacher = self.has_teacher
-        is_time = h.distill_start_frac <= boundary < h.distill_end_frac
-        self.has_teacher = self.teacher is not None and is_time
-        if h.self_distill and self.has_teacher and not had_teacher:
-            # Copied in place, since new tensors would mean a new graph.
-            self.teacher.load_state_dict(self.model.state_dict())
+        """Use the teacher from DISTILL_START_FRAC to DISTILL_END_FRAC."""
+        is_time = self.h.distill_start_frac <= boundary < self.h.distill_end_frac
+        uses_teacher = self.teacher is not None and is_time
+        if uses_teacher and not self.has_teacher and self.h.self_distill:
+            self.copy_model_to_teacher()
+        self.has_teacher = uses_teacher
+
+    def copy_model_to_teacher(self) -> None:
+        """Copy the present weights in place: new tensors would need a new compiled graph."""
+        self.teacher.load_state_dict(self.model.state_dict())
 
     @torch.no_grad()
     def teacher_logits(self, ids: Tensor) -> Tensor | None:
         """Return the teacher's logits (B, T, vocabulary), or None in a phase without a teacher."""
-        return self.predict(ids) if self.has_teacher else None
+        return self.teacher_predict(ids) if self.has_teacher else None
 
 
 class FiniteCheck:
@@ -3910,7 +4035,7 @@ class FiniteCheck:
 
 
 class StepPlan(NamedTuple):
-    """What happens before and in the next step. It is the same on every process."""
+    """What happens around the next step; the same on every process."""
 
     remaining: int  # steps, this one included
     progress: float
@@ -3934,7 +4059,9 @@ class Trainer:
         self.groups = tensors_by_role(model)
         self.quantizers = make_quantizers(h)
         self.phases = Phases(h, model, teacher, dist.compile)
-        torch._dynamo.config.recompile_limit = 8 + 2 * len(self.phases.boundaries)  # graphs
+        torch._dynamo.config.recompile_limit = 8 + 2 * len(
+            self.phases.boundaries
+        )  # two graphs per phase
         self.forward = torch.compile(model, dynamic=False, fullgraph=True, disable=not dist.compile)
         self.optimizers = Optimizers(self.groups, h, dist)
         self.averages = WeightAverages(self.optimizers.params, h)
@@ -3982,11 +4109,11 @@ class Trainer:
             if plan.done:
                 break
             if plan.validate:
-                self.check_finite()  # and so wait for what is queued: it is training
+                self.check_finite()  # waits for queued steps, whose time counts as training
                 with self.clock.paused():
                     self.validate()
-            loss = self.train_step(plan)
-            self.clock.end_step()
+            with self.clock.timing_step():
+                loss = self.train_step(plan)
             self.log_loss(loss)
             self.log_expected_steps()
         self.clock.lap()
@@ -4013,7 +4140,7 @@ class Trainer:
 
     def enter_phase(self, progress: float) -> None:
         """Enter the phase of this progress unless it is the present one."""
-        if self.phases.boundary(progress) != self.phases.boundary(self.phases.current):
+        if self.phases.boundary(progress) != self.phases.current:
             what = self.phases.enter(progress)
             self.run.log(f"phase step:{self.step} progress:{progress:.4f} {what}")
 
@@ -4049,6 +4176,7 @@ class Trainer:
             raise UserError(
                 f"step {self.step}: {', '.join(bad[:3])} not finite ({len(bad)} in all); the last"
                 f" good checkpoint is {self.last_save}. Lower the learning rates, or export that"
+                " checkpoint"
             )
 
     def log_loss(self, loss: Tensor) -> None:
@@ -4173,13 +4301,11 @@ class Trainer:
         self.phases.enter(state["boundary"])
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        if self.h.export_only:  # training ends here
-            self.clock.iterations = self.step
         self.last_save = f"that of step {self.step}"
         self.saved_at = self.clock.elapsed
 
     def save(self) -> None:
-        """Write a checkpoint. UserError if the weights are not ones to go back to."""
+        """Write a checkpoint. UserError if the last step was not finite."""
         began = time.perf_counter()
         self.check_finite()
         save_checkpoint(self.run, self.model, self.fingerprint, self.state_dict(), None)
@@ -4189,40 +4315,20 @@ class Trainer:
         (self.save_seconds,), _ = self.dist.sync_from_rank0(time.perf_counter() - began)
 
 
-def save_checkpoint(
-    run: Run,
-    model: LanguageModel,
-    fingerprint: str,
-    training: dict[str, Any],
-    metrics: dict[str, Any] | None,
-) -> None:
-    """Let rank 0 write a checkpoint; `metrics` are those of a finished training."""
-    if run.dist.rank == 0:
-        Checkpoint(
-            settings=run.h.as_dict(),
-            model=run.h.model_settings(),
-            fingerprint=fingerprint,
-            weights=model.state_dict(),
-            training=training,
-            metrics=metrics or {},
-            finished=metrics is not None,
-        ).save(run.folder)
-
-
 # ---- Main --------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Run:
-    """What all stages of a run share."""
-
-    h: Hyperparameters
-    dist: Distributed
-    log: RunLog
-    stop: StopSignal
-    tokenizer: Tokenizer
-    val: ValidationStream
-    folder: Path | None = None  # where the run writes; None: it only evaluates
+def check_folder(h: Hyperparameters, folder: Path) -> None:
+    """Raise UserError unless the folder is new, or an unfinished run that may continue."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if h.resume == "1" and not names:
+        raise UserError(f"RESUME=1: {folder} does not exist")
+    if "results.json" in names:
+        raise UserError(f"{folder} is a finished run; choose a new RUN_ID")
+    if names and "train.log" not in names:
+        raise UserError(f"{folder} is not a run's folder; choose a new RUN_ID")
+    if names and h.resume == "0":
+        raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID, or drop RESUME=0")
 
 
 def open_folder(
@@ -4232,17 +4338,7 @@ def open_folder(
     folder = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S"))
     saved = None
     if dist.rank == 0:
-        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        is_finished = "results.json" in names
-        is_unfinished = "train.log" in names and not is_finished
-        if h.resume == "1" and not names:
-            raise UserError(f"RESUME=1: {folder} is not there; there is nothing to continue")
-        if is_finished:
-            raise UserError(f"{folder} is a finished run; choose a new RUN_ID")
-        if names and not is_unfinished:
-            raise UserError(f"{folder} is not a run's folder; choose a new RUN_ID")
-        if names and h.resume == "0":
-            raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID, or drop RESUME=0")
+        check_folder(h, folder)
         folder.mkdir(parents=True, exist_ok=True)
         log.open(folder)
         saved = Checkpoint.read_newest(folder)
@@ -4279,8 +4375,10 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         evaluate(rebuilt, data.held_out_stream(), h, dist, h.eval_seq_len)
         choice_seconds = 3 * (time.perf_counter() - start)  # there are up to three
         stage = "disk"
-        need = sum((60 + 12 * h.self_distill) * p.numel() for p in model.parameters())
-        if dist.rank == 0 and shutil.disk_usage(run.folder).free < need:  # three checkpoints
+        # Per value: weight 4, optimizer up to 8, EMA 4, SWA 4 bytes, and 4 of a teacher.
+        value_bytes = 20 + 4 * h.self_distill
+        need = 3 * value_bytes * sum(p.numel() for p in model.parameters())  # three checkpoints
+        if dist.rank == 0 and shutil.disk_usage(run.folder).free < need:
             raise UserError(f"{run.folder} needs {need:,} bytes free; make room, or set OUTPUT_DIR")
     except (UserError, RuntimeError, OSError) as error:
         raise UserError(f"preflight, {stage}: {error} (nothing is trained yet)") from error
@@ -4324,7 +4422,7 @@ def prepare_model(run: Run, saved: Checkpoint | None) -> LanguageModel:
         model = rebuild_model(h, vars(saved), saved.weights, dist)
     else:
         model = make_model(h, resolve_dtype(h, dist.on_cuda))
-        # Initial weights of rank 0: another machine's QR may differ in a bit.
+        # Rank 0's initial weights, since QR may differ in the last bit on another machine.
         model.load_state_dict(dist.broadcast_object(model.state_dict()))
         model.to(dist.device)
     fingerprint = model.fingerprint()
@@ -4334,8 +4432,29 @@ def prepare_model(run: Run, saved: Checkpoint | None) -> LanguageModel:
     return model
 
 
+def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.dtype) -> str:
+    """Return the name of the kernel that causal attention runs, for the log."""
+    if not dist.on_cuda:
+        longest = PLAIN_ATTENTION[HAS_AMX, True]
+        return f"plain products up to {longest} tokens in training, else torch's fused kernel"
+    if load_flash_attention_3(h) and dtype is torch.bfloat16:
+        return "fa3"
+    shape = (1, h.num_heads, h.train_seq_len, h.head_dim)
+    q = torch.empty(shape, dtype=dtype, device=dist.device)
+    k = q[:, : h.num_kv_heads]
+    params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, True, True)
+    can_use = {
+        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+        "flash": torch.backends.cuda.can_use_flash_attention,
+        "efficient": torch.backends.cuda.can_use_efficient_attention,
+        "math": lambda params: True,
+    }
+    usable = [name for name in attention_order(h) if name != "fa3" and can_use[name](params)]
+    return usable[0] if usable else "none"
+
+
 def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
-    """Log all that repeating the run needs; return the numbers of parameters."""
+    """Log everything needed to repeat the run; return the numbers of parameters."""
     log = run.log
     log(Path(__file__).read_text(encoding="utf-8"), console=False)
     settings = run.h.as_dict().items()
@@ -4355,7 +4474,7 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
     return {"trained_parameters": trained, "frozen_parameters": frozen}
 
 
-def train(
+def train_model(
     run: Run, model: LanguageModel, data: TrainingData, saved: Checkpoint | None
 ) -> dict[str, Any]:
     """Train the model, or the rest of what a checkpoint began; return the metrics."""
@@ -4363,11 +4482,13 @@ def train(
     trainer = Trainer(run, model, data, teacher)
     if not run.h.export_only:
         reserve = reserve_for_export(run, preflight(run, model, data))
-        trainer.clock.limit(run.h.max_wallclock_seconds - reserve)
+        trainer.clock.set_limit(run.h.max_wallclock_seconds - reserve)
         trainer.warm_up()
     if saved:
         with untrusted_input("the checkpoint's training"):
             trainer.load_state_dict(saved.training)
+        if run.h.export_only:
+            trainer.clock.iterations = trainer.step  # no step is left: choose and export only
         run.log(f"continued after step {trainer.step}")
     trainer.train()
     return trainer.finish()
@@ -4377,13 +4498,11 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     """Return the artifact of a new model or of a checkpoint, and the run's metrics."""
     data = TrainingData(run.h)
     model = prepare_model(run, saved)
-    metrics: dict[str, Any] = log_start(run, model)
-    if saved and saved.finished:
-        metrics = saved.metrics
-    else:
-        metrics |= train(run, model, data, saved)
-    is_saved = saved and saved.finished and (run.folder / "checkpoint.pt").exists()
-    if not is_saved:
+    counts = log_start(run, model)
+    is_finished = saved is not None and saved.finished
+    metrics = saved.metrics if is_finished else counts | train_model(run, model, data, saved)
+    # EXPORT_ONLY may have read a finished checkpoint from another folder.
+    if not is_finished or not (run.folder / "checkpoint.pt").exists():
         save_checkpoint(run, model, model.fingerprint(), {}, metrics)
     run.stop.can_save = False
     _, stop = run.dist.sync_from_rank0(flag=run.stop.requested)
@@ -4421,12 +4540,13 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
         start = time.perf_counter()
-        mode = h.eval_mode if stride < h.eval_seq_len else "exact"
+        targets = len(run.val.tokens) - 1
+        mode = "streaming" if is_streaming(h, stride, targets) else "exact"
         loss = evaluate(model, run.val.tokens, h, run.dist, stride)
         bpb = run.val.bits_per_byte(loss)
         seconds = time.perf_counter() - start
         metrics |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_mode": mode}
-        name = f"final_int6_brotli_{kind}"
+        name = f"final_int6_brotli_{kind}"  # the challenge's name, whatever MATRIX_BITS is
         log(
             f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride} mode:{mode}"
             f" eval_time:{1000 * seconds:.0f}ms"
@@ -4491,29 +4611,31 @@ def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal
     elif h.export_only:
         saved = Checkpoint.read(Path(h.checkpoint_path))
         h = settings_from_checkpoint(h, saved)
+    folder = None
+    if not h.eval_only:
+        folder, resumed = open_folder(h, dist, log)
+        if resumed:
+            saved = resumed
+            h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     tokenizer.check_manifest(h)
     val = ValidationStream(h, tokenizer)
     if len(val.tokens) <= h.eval_seq_len:
         stream = f"the validation stream of {len(val.tokens)} tokens"
         raise UserError(f"EVAL_SEQ_LEN={h.eval_seq_len} is longer than {stream}")
-    run = Run(h, dist, log, stop, tokenizer, val)
+    run = Run(h, dist, log, stop, tokenizer, val, folder)
     metrics: dict[str, Any] = {}
-    if not h.eval_only:
-        run.folder, resumed = open_folder(h, dist, log)
-        if resumed:
-            saved = resumed
-            run.h = adopt_settings(h, resumed.settings, str(run.folder), RESUME_OVERRIDES)
+    if folder:
         blob, metrics = train_and_export(run, saved)
     metrics |= evaluate_artifact(run, blob)
-    if run.folder:
+    if folder:
         metrics["over_time_limit"] = time_limit_exceeded(run, metrics)
         write_results(run, metrics, len(blob))
 
 
 REMEDIES = {
     r"out of memory|allocate|MemoryError": "lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS",
-    r"Errno": "see to that file or disk",
+    r"Errno": "check that file and its disk",
     r"gloo|NCCL|[Cc]onnection|[Tt]imed? ?out": "another process died, or hung for TIMEOUT_SECONDS",
 }
 
