@@ -51,7 +51,7 @@ def products(
         "dense": lambda: dy.t() @ x,
     }
     ranks = [rank for rank in RANKS if rank <= min(rows, columns)] or [min(rows, columns)]
-    maps = {rank: t.MergedMap(weight, random(rows, rank), random(rank, columns)) for rank in ranks}
+    maps = {rank: t.MapParts(weight, random(rows, rank), random(rank, columns)) for rank in ranks}
     for rank, (_, a, b) in maps.items():
         works[rank] = lambda a=a, b=b: (dy.t() @ (x @ b.t()), (dy @ a).t() @ x)
     if like.is_cuda:

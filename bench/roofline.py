@@ -9,7 +9,7 @@ measured copy rate; the gap is the measured time over that.
 
 Each part is timed by itself, at its shapes, as the step's own code or torch computes it. The
 adapter factors are timed as thin products, even where the step takes the dense gradient
-(`MergedMap.low_rank_gradient_pays`, bench/kernels.py). A profile of the whole step would name
+(`MapParts.low_rank_gradient_pays`, bench/kernels.py). A profile of the whole step would name
 kernels, and a compiled step's kernels mix the parts. Element-wise work cannot run by itself: its
 time is what remains of the whole step, so it also holds what the step loses between the parts.
 """

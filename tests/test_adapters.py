@@ -339,7 +339,7 @@ def test_maps_of_one_input_by_one_product_are_the_maps_one_by_one(
 def test_the_cheaper_gradient_is_chosen_by_count(balance, rows, columns, rank, thin, monkeypatch):
     monkeypatch.setitem(train_gpt.MACHINE_BALANCE, "meta", balance)
     shapes = (rows, columns), (rows, rank), (rank, columns)
-    merged = train_gpt.MergedMap(*(torch.empty(shape, device="meta") for shape in shapes))
+    merged = train_gpt.MapParts(*(torch.empty(shape, device="meta") for shape in shapes))
     assert merged.low_rank_gradient_pays(has_scale=False) == thin
 
 
@@ -663,7 +663,7 @@ def test_a_shared_matrix_learns_from_every_layer(variant):
     model.zero_grad()
     separate = [copy.deepcopy(model.shared["mlp_fc:shared"]) for _ in model.blocks]
     for block, own in zip(model.blocks, separate, strict=True):
-        block.mlp.fc.shared = (own,)
+        block.mlp.fc.shared_matrices = (own,)
     model(ids, targets).backward()
     gradients = [own.weights()[0].grad for own in separate]
     torch.testing.assert_close(sum(gradients), total, rtol=1e-4, atol=1e-6)

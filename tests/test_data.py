@@ -363,7 +363,7 @@ def test_tokenizer_without_a_piece_for_the_space_is_refused(tmp_path):
     path, vocab = trained_tokenizer(
         tmp_path / "nospace.model", ["abcdefgh", "hgfedcba", "aabbccdd"] * 20
     )
-    with pytest.raises(UserError, match="▁ is no piece of its own"):
+    with pytest.raises(UserError, match="the vocabulary has no piece ▁"):
         train_gpt.Tokenizer(path, vocab)
     lines = ["abcd efgh", "hgfe dcba", "aabb ccdd"] * 20
     train_gpt.Tokenizer(*trained_tokenizer(tmp_path / "space.model", lines))

@@ -1231,14 +1231,14 @@ def test_the_clock_counts_training_and_not_what_it_is_paused_for(monkeypatch):
     clock.start()
     for _ in range(6):
         now[0] += 2
-        clock.end_step()
+        clock.add_step(clock.lap())
     assert clock.elapsed == 12
     assert clock.remaining(6) == 24
     now[0] += 1
     with clock.paused():
         now[0] += 1000
     now[0] += 1
-    clock.end_step()
+    clock.add_step(clock.lap())
     assert clock.elapsed == 14
     assert clock.progress(7) == pytest.approx(14 / 60)
     continued = train_gpt.Clock(100, 60.0)

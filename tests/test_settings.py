@@ -598,11 +598,11 @@ def test_impossible_column_is_refused(name, value, says):
         ),
         (
             {"MAP_BASIS": "shared,mlp.fc=learned", "MAP_TWIST": "permutation"},
-            "mlp.fc is not shared, it has no twist",
+            "mlp.fc is not shared and takes no twist",
         ),
         (
             {"MAP_ADAPTER": "none", "MAP_FREEZE": "mlp.fc=0.5"},
-            "mlp.fc is orthogonal, nothing of its own is learned",
+            "mlp.fc is orthogonal and has no adapter, scale or gate to freeze",
         ),
     ],
 )
