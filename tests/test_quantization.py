@@ -324,7 +324,7 @@ def test_the_hessian_of_a_shared_matrix_measures_the_errors_of_all_its_layers(
             lambda _, given, layer=layer: inputs.update({layer: given[0].flatten(0, -2).double()})
         )
     hessians = train_gpt.collect_hessians(model, [ids], processes)
-    hessian = hessians[model.blocks[0].mlp.fc.shared[0]].double()
+    hessian = hessians[model.blocks[0].mlp.fc.shared_matrices[0]].double()
     error = torch.randn(model.blocks[0].mlp.fc.base_weight().shape).double()
     cost = 0.0
     for layer, block in enumerate(model.blocks):
