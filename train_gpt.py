@@ -171,7 +171,7 @@ class Hyperparameters:
     mix_order_reduction: int = setting(0, "1: keep inductor's mix-order reduction", 0, 1)
     attention_backend: str = setting(
         "auto",
-        "order of attention kernels on CUDA, such as fa3,cudnn,flash; auto: see ATTENTION_ORDER",
+        "order of attention kernels on CUDA; auto: fa3,cudnn,flash,efficient,math",
     )
     fuse_qkv: int = setting(1, "1: one product for q, k and v; 0: three", 0, 1)
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH and do nothing else", 0, 1)
