@@ -366,7 +366,7 @@ class Site:
             problems.append("the artifact has other bytes")
         ours, theirs = results_of(folder), results_of(expected)
         for key in theirs:
-            matters = key in ("steps", "bytes_total") or key.startswith(("val_", "holdout_"))
+            matters = key in ("steps", "bytes_model") or key.startswith(("val_", "holdout_"))
             if matters and ours.get(key) != theirs[key]:
                 problems.append(f"{key} is {ours.get(key)}, not {theirs[key]}")
         left = sorted(path.name for path in folder.glob("*.part"))
@@ -623,7 +623,7 @@ def twice(site: Site, count: int, seed: int) -> Tally:
         first.wait_for_log(MODEL_BUILT)
         first.process.send_signal(signal.SIGSTOP)  # so that it is not over before the second comes
         second = site.start(settings)
-        code, words = second.end(), ("another process is at this run", settings["RUN_ID"])
+        code, words = second.end(), ("another process is using this run", settings["RUN_ID"])
         problems = clear_error(second, code, *words)
         if first.process.poll() is not None:
             problems.append(f"the first was disturbed: {first.errors!r}")
@@ -668,7 +668,7 @@ def file_size_limit(site: Site, draw: random.Random) -> tuple[list[str], float]:
     settings, largest = site.copy_of(saved), (saved / "checkpoint.pt").stat().st_size
     limit = draw.randint(largest // 10, largest - 1000)
     attempt = site.start(settings, ("eager",), file_limit=limit)
-    problems = clear_error(attempt, attempt.end(), "Errno 27", "see to that file or disk")
+    problems = clear_error(attempt, attempt.end(), "Errno 27", "disk")
     seconds = attempt.seconds
     return problems + loads(site.runs / settings["RUN_ID"]) + site.ends_like(settings), seconds
 

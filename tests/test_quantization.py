@@ -621,7 +621,7 @@ def test_training_after_a_preflight_is_training_without(data_settings, run_of, m
         monkeypatch.setattr(train_gpt, "reserve_for_export", lambda *_: 0.0)
         torch.manual_seed(0)
         model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
-        train_gpt.train(run_of(h, model), model, data, None)
+        train_gpt.train_model(run_of(h, model), model, data, None)
         found.append(copied(model))
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
