@@ -1651,6 +1651,13 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
         " MAX_WALLCLOCK_SECONDS to train",
     )
+    by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
+    changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
+    require(
+        errors,
+        h.quantizer == "rms" or not changed,
+        f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
+    )
     require(
         errors,
         not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from common import t
 
-FACTORS = (1.4, 1.0, 0.7, 0.5)  # on the clip sigmas: a larger one is coarser
-LOSSES = (1.5e-9, 2.5e-9, 4e-9, 6e-9, 10e-9, 15e-9)
+FACTORS = (1.4, 1.0, 0.7)  # divide both clip sigmas: a scale becomes finer
+LOSSES = (1.5e-9, 3e-9, 5e-9, 8e-9, 12e-9)
 
 
 class Point(NamedTuple):
@@ -58,7 +58,7 @@ class Case:
         self.dist = t.Distributed(self.h)
         self.data, self.steps = t.TrainingData(self.h), saved.metrics["steps"]
         self.val = t.ValidationStream(self.h, t.Tokenizer(h.tokenizer_path, h.vocab_size))
-        self.val.tokens = self.val.tokens[:tokens]
+        self.tokens = self.val.tokens[:tokens]
         with self.dist:
             self.model = t.rebuild_model(self.h, vars(saved), saved.weights, self.dist)
             self.before = self.score(self.model)
@@ -67,7 +67,7 @@ class Case:
     def score(self, model: t.LanguageModel) -> float:
         """Return bits per byte."""
         length = self.h.eval_seq_len
-        return self.val.bits_per_byte(t.evaluate(model, self.val.tokens, self.h, self.dist, length))
+        return self.val.bits_per_byte(t.evaluate(model, self.tokens, self.h, self.dist, length))
 
     def measure(self) -> list[Point]:
         """Return a point for each variant; each way of calibrating is done once."""
@@ -92,7 +92,7 @@ class Case:
 def table(name: str, case: Case) -> str:
     """Return a table of all points in Markdown."""
     lines = [
-        f"`{name}`: {case.before:.4f} before, {len(case.val.tokens):,} validation tokens",
+        f"`{name}`: {case.before:.4f} before, {len(case.tokens):,} validation tokens",
         "",
         "| quantizer | setting | model bytes | val_bpb | lost |",
         "| --- | --- | --- | --- | --- |",
