@@ -297,13 +297,24 @@ class Hyperparameters:
     )
 
     # Quantization and artifact
+    quantizer: str = setting(
+        "sensitivity",
+        "a row's scale by what the loss pays for it, or, with the next four, by its RMS",
+        choices=("sensitivity", "rms"),
+    )
     matrix_bits: int = setting(6, "bits of a matrix's code", 2, 8)
     embed_bits: int = setting(8, "bits of an embedding's code", 2, 8)
     matrix_clip_sigmas: float = setting(
         10.0, "largest value of a row's codes, in RMS of the row", 0.5, 100
     )
     embed_clip_sigmas: float = setting(15.0, "the same for embeddings", 0.5, 100)
-    gptq_calib_batches: int = setting(8, "calibration batches of 8,192 training tokens; 0: no GPTQ")
+    loss_per_value: float = setting(
+        5e-9, "nats a token that rounding one value may cost, by sensitivity", 1e-15, 1
+    )
+    target_bytes: int = setting(0, "code and model together, in place of LOSS_PER_VALUE; 0: free")
+    gptq_calib_batches: int = setting(
+        8, "calibration batches of 8,192 training tokens; 0: neither GPTQ nor sensitivity"
+    )
     prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
     artifact_limit_bytes: int = setting(16_000_000, "most bytes of code and model together", 1)
 
@@ -521,7 +532,7 @@ class QuantizedModule(nn.Module):
             hessian: Σ x xᵀ (in, in) over calibration inputs of this module; None: round to nearest.
         """
         return {
-            name: quantizers[role].quantize(getattr(self, name).data, hessian)
+            name: quantizers[role].quantize(getattr(self, name), hessian)
             for name, role in self.roles.items()
             if isinstance(getattr(self, name, None), nn.Parameter)
         }
@@ -560,12 +571,12 @@ class LoRA(Adapter):
     ) -> dict[str, QuantizedTensor | Tensor]:
         """Quantize B against its inputs x, then A against its own inputs x B̂ᵀ."""
         quantizer = quantizers[Role.FACTOR]
-        b_codes = quantizer.quantize(self.B.data, hessian)
+        b_codes = quantizer.quantize(self.B, hessian)
         a_hessian = None
         if hessian is not None:
             b = b_codes.dequantize().double()
             a_hessian = b @ hessian.double() @ b.T
-        return {"B": b_codes, "A": quantizer.quantize(self.A.data, a_hessian)}
+        return {"B": b_codes, "A": quantizer.quantize(self.A, a_hessian)}
 
 
 class RankStabilizedLoRA(LoRA):
@@ -1639,6 +1650,18 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
         h.max_wallclock_seconds == 0 or h.max_wallclock_seconds > h.gptq_reserve_seconds,
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
         " MAX_WALLCLOCK_SECONDS to train",
+    )
+    by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
+    changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
+    require(
+        errors,
+        h.quantizer == "rms" or not changed,
+        f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
+    )
+    require(
+        errors,
+        not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),
+        "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0",
     )
     require(
         errors,
@@ -3191,7 +3214,8 @@ def row_scales(exponents: Tensor) -> Tensor:
     return scales.where(exponents > 0, 0.0)[..., None]
 
 
-class Quantizer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
     """Symmetric quantization: the largest code of a row stands for `clip_sigmas` times its RMS."""
 
     bits: int
@@ -3202,12 +3226,17 @@ class Quantizer(NamedTuple):
     def largest(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
-    def exponents(self, w: Tensor) -> Tensor:
-        """Return the exponent of each row's scale, (..., rows, columns) -> (..., rows) uint8."""
+    def exponents(self, w: Tensor, gain: float = 1.0) -> Tensor:
+        """Return the exponent of each row's scale, (..., rows, columns) -> (..., rows) uint8.
+
+        `gain` is what GPTQ leaves of the mean curvature of a row's values.
+        """
         rms = w.double().square().mean(-1).sqrt()
-        scale = rms * self.clip_sigmas / self.largest
-        exponent = (160 + 8 * scale.log2()).round().clamp(1, 255)
-        return torch.where(scale > 0, exponent, 0).to(torch.uint8)
+        return scale_exponents(rms * self.clip_sigmas / self.largest)
+
+    def nearest(self, w: Tensor) -> Tensor:
+        """Return codes of w, which is in units of the rows' scales."""
+        return w.round().clamp_(-self.largest, self.largest)
 
     def prune(self, w: Tensor) -> Tensor:
         """Return w (..., rows, columns) with the smallest values of each matrix set to zero."""
@@ -3217,54 +3246,106 @@ class Quantizer(NamedTuple):
         threshold = w.abs().flatten(-2).kthvalue(count).values[..., None, None]
         return w * (w.abs() > threshold)
 
+    @torch.no_grad()
     def quantize(self, w: Tensor, hessian: Tensor | None = None) -> QuantizedTensor:
         """Quantize w (..., rows, columns).
 
         With `hessian` Σ x xᵀ (columns, columns) the codes keep w x near (GPTQ, arXiv:2210.17323),
         for one matrix; without it they are the nearest ones.
         """
-        exponents = self.exponents(w)
+        gain = 1.0
+        if hessian is not None:
+            order = hessian.diagonal().argsort(descending=True)  # the most important columns first
+            factor, gain = gptq_factor(hessian.double()[order][:, order])
+        exponents = self.exponents(w, gain)
         kept = self.prune(w) != 0
         in_scales = w.double() / row_scales(exponents).clamp(min=1e-30)
         if hessian is None:
-            codes = in_scales.round().clamp(-self.largest, self.largest) * kept
+            codes = self.nearest(in_scales) * kept
         else:
-            codes = self._gptq(in_scales, kept, hessian.double())
+            codes = self._gptq(in_scales[:, order], kept[:, order], factor)[:, order.argsort()]
         return QuantizedTensor(codes.to(torch.int8), exponents)
 
-    def _gptq(self, w: Tensor, kept: Tensor, hessian: Tensor, block: int = 128) -> Tensor:
+    def _gptq(self, w: Tensor, kept: Tensor, factor: Tensor, block: int = 128) -> Tensor:
         """Round column by column; the columns that are left make up for each error.
 
         Args:
             w: (rows, columns) float64 in units of the rows' scales.
             kept: (rows, columns) bool, False where a code must be 0.
-            hessian: (columns, columns) float64.
+            factor: (columns, columns) float64 of gptq_factor.
         """
-        order = hessian.diagonal().argsort(descending=True)  # the most important columns first
-        w, kept = w[:, order], kept[:, order]
-        hessian = hessian[order][:, order]
-        hessian.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-12)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        factor = torch.linalg.cholesky(inverse, upper=True)
         codes = torch.empty_like(w)
         for begin in range(0, w.size(1), block):
             end = min(begin + block, w.size(1))
             errors = torch.empty_like(w[:, begin:end])
             for j in range(begin, end):
-                codes[:, j] = w[:, j].round().clamp_(-self.largest, self.largest).mul_(kept[:, j])
+                codes[:, j] = self.nearest(w[:, j]).mul_(kept[:, j])
                 error = (w[:, j] - codes[:, j]).div_(factor[j, j])
                 w[:, j:end].addr_(error, factor[j, j:end], alpha=-1)
                 errors[:, j - begin] = error
             w[:, end:] -= errors @ factor[begin:end, end:]
-        return codes[:, order.argsort()]
+        return codes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SensitivityQuantizer(Quantizer):
+    """Quantization where rounding any value costs the loss the same, `loss_per_value` nats a token.
+
+    An error is uniform within a scale s and costs s²/24 times the curvature of the loss. One bit
+    less makes it cost four times as much, for every value alike: so at a given number of bytes
+    the loss is least where that cost is equal everywhere (reverse water-filling).
+    """
+
+    bits: int = 8
+    clip_sigmas: float = math.inf
+    sensitivities: Mapping[nn.Parameter, Tensor] = dataclasses.field(default_factory=dict)
+    loss_per_value: float = 0.0
+
+    DEAD_ZONE: ClassVar = 0.08  # of a scale; bench/results/quantize.md
+
+    def exponents(self, w: Tensor, gain: float = 1.0) -> Tensor:
+        """Return the exponents of the rows of a parameter w (rows, columns), (rows,) uint8."""
+        curvature = gain * self.sensitivities[w].double()
+        scale = (24 * self.loss_per_value / curvature.clamp(min=1e-30)).sqrt()
+        largest = w.double().abs().amax(-1)
+        finest = 1.2 * largest / self.largest  # nothing is clipped, whatever GPTQ adds to it
+        return scale_exponents(scale.maximum(finest) * (largest > 0))
+
+    def nearest(self, w: Tensor) -> Tensor:
+        """Return codes of w; of two that are about as near, the smaller takes fewer bits."""
+        codes = torch.copysign((w.abs() + (0.5 - self.DEAD_ZONE)).floor(), w)
+        return codes.clamp_(-self.largest, self.largest)
+
+
+def scale_exponents(scale: Tensor) -> Tensor:
+    """Return the exponents of scales, uint8; 0 for a scale of 0."""
+    exponent = (160 + 8 * scale.log2()).round().clamp(1, 255)
+    return torch.where(scale > 0, exponent, 0).to(torch.uint8)
+
+
+def gptq_factor(hessian: Tensor) -> tuple[Tensor, float]:
+    """Return U, upper triangular, with Uᵀ U the inverse of a damped Hessian (columns, columns).
+
+    1 / U_jj² is the curvature of column j once the later columns make up for its error. The second
+    value is how much of the mean curvature that is.
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-12)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    left = factor.diagonal().pow(-2).mean() / damped.diagonal().mean()
+    return factor, left.item()
+
+
+# Roles that are stored as codes; a SCALAR is float16, a MASK is bits.
+CODED_ROLES = (Role.MATRIX, Role.FACTOR, Role.SPARSE, Role.EMBEDDING)
 
 
 def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
-    """Return how each role is stored as codes; a SCALAR is float16, a MASK is bits."""
+    """Return how each of CODED_ROLES is quantized by the RMS of its rows."""
     matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.prune_pct)
     embedding = Quantizer(h.embed_bits, h.embed_clip_sigmas)
-    matrices = dict.fromkeys((Role.MATRIX, Role.FACTOR, Role.SPARSE), matrix)
-    return {**matrices, Role.EMBEDDING: embedding}
+    return dict.fromkeys(CODED_ROLES, matrix) | {Role.EMBEDDING: embedding}
 
 
 @contextlib.contextmanager
@@ -3335,6 +3416,55 @@ def collect_hessians(
                 own = hessian if member.twist is None else member.twist.untwist_hessian(hessian)
                 by_module[shared] = by_module.get(shared, 0) + own
     return by_module
+
+
+def collect_sensitivities(
+    model: LanguageModel, batches: Iterable[Tensor], dist: Distributed
+) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Module, Tensor]]:
+    """Return the Fisher information of what is stored as codes, in nats a token per squared unit.
+
+    Labels are drawn from the model's own predictions. So gradients of unlike positions are
+    uncorrelated, and a batch's squared gradient is an unbiased estimate of the sum of theirs
+    (arXiv:1412.1193).
+
+    Args:
+        model: the model to calibrate.
+        batches: this process's calibration tokens, (B, T) each.
+        dist: the processes, over which the estimates are summed.
+
+    Returns:
+        For each parameter the mean over each row's values, (rows,) float64; a row of a table gets
+        5% of the table's mean besides, since the text may not show it. For each embedding Σ g gᵀ
+        (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian, by lookups and by
+        the tied head together.
+    """
+    groups = tensors_by_role(model)
+    params = [p for role in CODED_ROLES for p in groups[role].values()]
+    tables = {m.weight: m for m in model.modules() if isinstance(m, Embedding)}
+    rows = {p: torch.zeros(len(p), dtype=torch.float64, device=p.device) for p in params}
+    hessians = dict.fromkeys(tables.values(), 0)
+    tokens = torch.zeros((), dtype=torch.float64, device=dist.device)
+    generator = torch.Generator(dist.device).manual_seed(dist.rank)
+    frozen = [m for m in model.modules() if isinstance(m, Linear) and m.is_frozen]
+    for module in frozen:
+        module.set_frozen(False)
+    for ids in batches:
+        for part in ids.split(max(1, len(ids) // 8)):  # each gives one square
+            logits = model.predict(part).flatten(0, 1)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+            loss = F.cross_entropy(logits, labels[:, 0], reduction="sum")
+            gradients = torch.autograd.grad(loss, params, materialize_grads=True)
+            tokens += part.numel()
+            for p, gradient in zip(params, gradients, strict=True):
+                rows[p] += gradient.double().square().mean(1)
+                if p in tables:
+                    hessians[tables[p]] += gradient.T.double() @ gradient.double()
+    for module in frozen:
+        module.set_frozen(True)
+    dist.all_reduce(tokens)
+    rows = {p: dist.all_reduce(total) / tokens for p, total in rows.items()}
+    rows |= {p: rows[p] + 0.05 * rows[p].mean() for p in tables}
+    return rows, {module: dist.all_reduce(total) / tokens for module, total in hessians.items()}
 
 
 def has_matrices(module: QuantizedModule) -> bool:
@@ -3514,11 +3644,12 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
 
 
 def quantize_model(
-    model: LanguageModel, h: Hyperparameters, hessians: Mapping[nn.Module, Tensor]
+    model: LanguageModel,
+    quantizers: Mapping[Role, Quantizer],
+    hessians: Mapping[nn.Module, Tensor],
 ) -> dict[str, QuantizedTensor | Tensor]:
     """Return everything that is learned as it is stored, by name."""
     tensors: dict[str, QuantizedTensor | Tensor] = dict(model.state_dict())
-    quantizers = make_quantizers(h)
     for prefix, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             codes = module.quantize(quantizers, hessians.get(module))
@@ -3542,6 +3673,90 @@ def code_bytes() -> int:
     return Path(__file__).stat().st_size
 
 
+class Calibration(NamedTuple):
+    """What the quantizers know of a model, from calibration text."""
+
+    hessians: dict[nn.Module, Tensor]  # of each module's inputs, or of an embedding's rows
+    sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
+
+    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> dict[Role, Quantizer]:
+        """Return how each role is stored as codes."""
+        quantizers = make_quantizers(h)
+        if self.sensitivities is None:
+            return quantizers
+        return {
+            role: SensitivityQuantizer(
+                prune_fraction=quantizer.prune_fraction,
+                sensitivities=self.sensitivities,
+                loss_per_value=loss_per_value,
+            )
+            for role, quantizer in quantizers.items()
+        }
+
+
+def calibrate(
+    h: Hyperparameters, model: LanguageModel, dist: Distributed, batches: list[Tensor]
+) -> Calibration:
+    """Return the calibration by this process's batches (B, T) and those of the others."""
+    hessians = collect_hessians(model, batches, dist)
+    if h.quantizer == "rms" or not batches:
+        return Calibration(hessians, None)
+    some = batches[: -(-len(batches) // 4)]  # a gradient takes three times as long
+    sensitivities, tables = collect_sensitivities(model, some, dist)
+    return Calibration(hessians | tables, sensitivities)
+
+
+class Packed(NamedTuple):
+    """An artifact, and what it is made of."""
+
+    blob: bytes
+    sizes: dict[str, int]  # bytes of each group of like tensors
+    tensors: dict[str, QuantizedTensor | Tensor]
+    loss_per_value: float  # at which the scales were chosen
+
+
+def solve_for_bytes(pack: Callable[[float], Packed], target: int, loss: float) -> Packed:
+    """Return the largest artifact of up to `target` bytes, within 0.5% of it if one is.
+
+    Args:
+        pack: makes the artifact at a loss per value. Twice the loss saves half a bit per value.
+        target: bytes.
+        loss: where the search begins.
+    """
+    best, tried = None, []
+    for _ in range(10):
+        packed = pack(loss)
+        size = len(packed.blob)
+        if size <= target and (best is None or size > len(best.blob)):
+            best = packed
+        if 0.995 * target <= size <= target:
+            break
+        tried.append((math.log2(loss), size))
+        slope = -len(best.blob if best else packed.blob) / 8  # a first guess, at 4 bits a value
+        if len(tried) > 1 and tried[-1][1] != tried[-2][1]:
+            (x0, y0), (x1, y1) = tried[-2:]
+            slope = min((y1 - y0) / (x1 - x0), 0.1 * slope)
+        change = (0.9975 * target - size) / slope
+        loss *= 2.0 ** min(max(change, -5), 5)
+    return best or packed
+
+
+def describe_codes(model: LanguageModel, packed: Packed) -> list[str]:
+    """Return a table of what each role's codes take, by their order-0 entropy, and may cost."""
+    lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
+    for role, group in tensors_by_role(model).items():
+        stored = [packed.tensors.get(name) for name in group]
+        codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
+        if not codes:
+            continue
+        counts = torch.cat(codes).unique(return_counts=True)[1].double()
+        values = int(counts.sum())
+        bits = (counts / values * (values / counts).log2()).sum().item()
+        cells = (role.value, values, round(values * bits / 8), bits, values * packed.loss_per_value)
+        lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
+    return lines
+
+
 def export(
     run: Run, model: LanguageModel, data: TrainingData, step: int, trial: bool = False
 ) -> bytes:
@@ -3550,16 +3765,16 @@ def export(
     Args:
         run: settings, processes, log and tokenizer.
         model: the model to export.
-        data: training text for GPTQ's Hessians.
+        data: training text for the calibration.
         step: the training steps that are done; calibration text comes after theirs.
         trial: for the preflight; the limit of bytes does not apply.
 
     Raises:
-        UserError: the artifact is over ARTIFACT_LIMIT_BYTES.
+        UserError: the artifact is over ARTIFACT_LIMIT_BYTES or TARGET_BYTES.
     """
     h, dist = run.h, run.dist
-    batches = calibration_batches(h, dist, data, step)
-    hessians = collect_hessians(model, batches, dist)
+    batches = list(calibration_batches(h, dist, data, step))
+    calibration = calibrate(h, model, dist, batches)
     if dist.rank:
         return dist.broadcast_object(None)
     header = {
@@ -3567,20 +3782,42 @@ def export(
         "fingerprint": model.fingerprint(),
         "tokenizer": run.tokenizer.sha256,
     }
-    tensors = quantize_model(model, h, hessians)
-    blob, sizes = write_artifact(header, tensors)
-    total = code_bytes() + len(blob)
+
+    def pack(loss_per_value: float) -> Packed:  # QUANTIZER=rms ignores the loss
+        quantizers = calibration.quantizers(h, loss_per_value)
+        tensors = quantize_model(model, quantizers, calibration.hessians)
+        return Packed(*write_artifact(header, tensors), tensors, loss_per_value)
+
+    if h.target_bytes:
+        packed = solve_for_bytes(pack, h.target_bytes - code_bytes(), h.loss_per_value)
+    else:
+        packed = pack(h.loss_per_value)
+    run.log("\n".join(describe_codes(model, packed)))
+    log_sizes(run, packed, trial)
+    return dist.broadcast_object(packed.blob)
+
+
+def log_sizes(run: Run, packed: Packed, trial: bool) -> None:
+    """Log what the artifact's parts take. UserError if it is over a limit, except in a trial."""
+    h = run.h
+    total = code_bytes() + len(packed.blob)
     limit = h.artifact_limit_bytes
     kind = "projected artifact" if trial else "artifact"
-    text = f"code {code_bytes():,} + model {len(blob):,} = {total:,} bytes"
-    run.log(f"{kind} bytes: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
+    text = f"code {code_bytes():,} + model {len(packed.blob):,} = {total:,} bytes"
+    parts = ", ".join(f"{name} {size:,}" for name, size in packed.sizes.items())
+    run.log(f"{kind} bytes: {parts}")
     run.log(f"{kind} {text}, {total / limit:.1%} of {limit:,}")
-    if total > limit and not trial:
+    if trial:
+        return
+    if h.target_bytes and total > h.target_bytes:
+        raise UserError(
+            f"{text}, over TARGET_BYTES={h.target_bytes:,} at any scales; a smaller rank or width"
+        )
+    if total > limit:
         raise UserError(
             f"{text}, over the limit of {limit:,}; EXPORT_ONLY=1 CHECKPOINT_PATH=…/checkpoint.pt"
-            " and a larger MATRIX_CLIP_SIGMAS or EMBED_CLIP_SIGMAS, or a smaller rank or width"
+            " and TARGET_BYTES, or a smaller rank or width"
         )
-    return dist.broadcast_object(blob)
 
 
 def rebuild_model(

@@ -20,7 +20,11 @@ import torch
 import common
 from common import Row, t
 
-STAGES = {"Hessians": "collect_hessians", "compression": "write_artifact"}
+STAGES = {
+    "Hessians": "collect_hessians",
+    "sensitivities": "collect_sensitivities",
+    "compression": "write_artifact",
+}
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import torch
 from hypothesis import strategies as st
 
 import train_gpt
-from helpers import write_shard
+from helpers import tiny_settings, write_shard
 
 Role = train_gpt.Role
 QUANTIZERS = [
@@ -415,6 +415,176 @@ def test_a_factor_pair_is_quantized_each_against_its_own_inputs():
     assert torch.equal(plain["A"].dequantize(), nearest_a)
 
 
+# ---- Scales by sensitivity -----------------------------------------------------------------------
+
+
+def fisher_by_hand(model, ids, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the mean over each row of E[g²], (rows,) float64, by every position and label.
+
+    The gradient of each label is weighted by the probability that the model gives it.
+    """
+    totals = [torch.zeros(len(p), dtype=torch.float64) for p in parameters]
+    logs = model.predict(ids).double().log_softmax(-1).flatten()
+    for log in logs:
+        gradients = torch.autograd.grad(log, parameters, retain_graph=True)
+        for total, g in zip(totals, gradients, strict=True):
+            total += log.exp().item() * g.double().square().mean(1) / ids.numel()
+    return totals
+
+
+def small_model(dtype=torch.float64) -> train_gpt.GPT:
+    """Return a model of one layer with 16 tokens, sure of some predictions."""
+    sizes = {"num_layers": 1, "vocab_size": 16, "model_dim": 16, "bigram_vocab_size": 8}
+    h = tiny_settings(**sizes, train_seq_len=8, eval_seq_len=8, map_adapter="lora:2")
+    torch.manual_seed(0)
+    model = train_gpt.GPT(h, dtype).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.normal_(std=0.4)
+    return model
+
+
+def test_sensitivities_are_the_fisher_information(processes):
+    """The estimate draws labels; many batches come near to the sum over all labels, in float64."""
+    model = small_model()
+    ids = torch.randint(16, (4, 8), generator=torch.Generator().manual_seed(0))
+    rows, _ = train_gpt.collect_sensitivities(model, [ids] * 100, processes)
+    names = ["embedding.weight", "bigram.0.weight", "bigram.1.weight"]
+    names += ["blocks.0.mlp.fc.lora.A", "blocks.0.attention.v.lora.B"]
+    parameters = [model.get_parameter(name) for name in names]
+    for name, p, expected in zip(
+        names, parameters, fisher_by_hand(model, ids, parameters), strict=True
+    ):
+        if name.endswith("0.weight") or name.startswith("embedding"):
+            expected = expected + 0.05 * expected.mean()
+        assert (rows[p] - expected).norm() < 0.15 * expected.norm(), name
+
+
+def test_collecting_sensitivities_leaves_no_trace(settings, random_model, processes):
+    """Also where maps are frozen: what is stored of them is quantized, too."""
+    model, ids = random_model(settings()), tokens(2, 16)
+    model.blocks[0].mlp.fc.set_frozen(True)
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    rows, tables = train_gpt.collect_sensitivities(model, [ids], processes)
+    assert rows[model.blocks[0].mlp.fc.lora.B].min() > 0
+    assert not model.blocks[0].mlp.fc.lora.B.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(tables) == {model.embedding, model.bigram[0], model.value_embedding[0]}
+    by_seen = rows[model.embedding.weight] > 0
+    assert by_seen.all(), "also what the text does not show"
+
+
+def by_sensitivity(p, sensitivity, loss=1e-6) -> train_gpt.SensitivityQuantizer:
+    return train_gpt.SensitivityQuantizer(sensitivities={p: sensitivity}, loss_per_value=loss)
+
+
+def parameter(*shape: int, seed: int = 0) -> torch.nn.Parameter:
+    """Return normal values in rows of unlike size."""
+    torch.manual_seed(seed)
+    return torch.nn.Parameter(torch.randn(shape) * torch.logspace(-2, 1, shape[0])[:, None])
+
+
+def test_a_row_that_matters_more_gets_a_finer_scale_until_it_costs_the_same():
+    w = torch.nn.Parameter(torch.randn(30, 400, generator=torch.Generator().manual_seed(0)))
+    sensitivity = torch.logspace(-3, 1, 30).double()
+    loss = 1e-3
+    codes = by_sensitivity(w, sensitivity, loss).quantize(w)
+    exponents = codes.exponents.int()
+    assert (exponents.diff() <= 0).all()
+    scales = train_gpt.row_scales(codes.exponents)[:, 0]
+    assert (sensitivity * scales.square() / 24 / loss).log2().abs().max() < 0.2
+    cost = (codes.dequantize() - w).detach().double().square().mean(1) * sensitivity / 2
+    assert (cost[15:] / loss - 1).abs().max() < 0.3, "an error is uniform within a scale"
+
+
+def test_scales_rise_with_the_loss_that_is_allowed():
+    w, sensitivity = parameter(20, 60), torch.rand(20).double()
+    x = correlated_inputs(300, 60)
+    for hessian in (None, x.T @ x):
+        exponents = [
+            by_sensitivity(w, sensitivity, loss).quantize(w, hessian).exponents.int()
+            for loss in (1e-8, 1e-6, 1e-4, 1e-2)
+        ]
+        assert all((b >= a).all() and (b > a).any() for a, b in itertools.pairwise(exponents))
+
+
+def test_scaling_a_row_against_its_consumer_changes_no_code():
+    """A function's row times c has the curvature over c², and so a scale that is c times larger."""
+    w, sensitivity = parameter(20, 60), torch.rand(20).double()
+    c = torch.tensor([2.0, 0.25, 1.0, 16.0]).repeat(5)
+    scaled = torch.nn.Parameter(w.detach() * c[:, None])
+    codes = by_sensitivity(w, sensitivity).quantize(w)
+    other = by_sensitivity(scaled, sensitivity / c.double().square()).quantize(scaled)
+    assert torch.equal(codes.codes, other.codes)
+    steps = other.exponents.int() - codes.exponents.int()
+    assert torch.equal(steps, (8 * c.log2()).int())
+
+
+def test_rows_that_nothing_depends_on_and_rows_of_zeros_have_codes():
+    w, sensitivity = parameter(4, 50), torch.zeros(4).double()
+    with torch.no_grad():
+        w[1] = 0
+    for values in (sensitivity, torch.tensor([1.0, 1.0, 0.0, 0.0]).double()):
+        codes = by_sensitivity(w, values).quantize(w)
+        assert codes.exponents[1] == 0
+        assert codes.dequantize().isfinite().all()
+
+
+@pytest.mark.parametrize("with_hessian", [False, True])
+def test_no_code_is_clipped_at_the_finest_scales(with_hessian):
+    """Then each value errs by at most 0.58 scales (0.5 and the dead zone)."""
+    w = parameter(20, 60)
+    hessian = torch.eye(60) if with_hessian else None
+    codes = by_sensitivity(w, torch.ones(20).double(), 1e-30).quantize(w, hessian)
+    scales = train_gpt.row_scales(codes.exponents)
+    assert ((codes.dequantize() - w).detach().abs() <= 0.5801 * scales).all()
+    largest = codes.codes.abs().amax(1)
+    assert largest.max() < 127
+    assert largest.min() >= 100
+
+
+def packed_at(loss: float) -> train_gpt.Packed:
+    """Return an artifact of half a bit less per value at twice the loss, not below 100 bytes."""
+    size = max(100, round(4000 - 500 * np.log2(loss / 1e-8)))
+    return train_gpt.Packed(b"0" * size, {}, {}, loss)
+
+
+@pytest.mark.parametrize("target", [120, 999, 4000, 9000])
+def test_the_solver_lands_within_half_a_percent_under_the_target(target):
+    calls = []
+    packed = train_gpt.solve_for_bytes(
+        lambda loss: calls.append(loss) or packed_at(loss), target, 1e-8
+    )
+    assert 0.99 * target <= len(packed.blob) <= target
+    assert len(calls) <= 10
+
+
+def test_a_target_that_no_scale_reaches_gives_the_smallest_there_is():
+    assert len(train_gpt.solve_for_bytes(packed_at, 50, 1e-8).blob) == 100
+
+
+def test_target_bytes_are_met_by_an_export_or_refused(exported, processes):
+    _, model, h = exported
+    at_default = train_gpt.code_bytes() + len(export(h, model, processes))
+    for target in (at_default - 1500, at_default + 2000):
+        changed = train_gpt.load_settings({}, **h.as_dict() | {"target_bytes": target})
+        total = train_gpt.code_bytes() + len(export(changed, model, processes))
+        assert 0.995 * target <= total <= target
+    changed = train_gpt.load_settings({}, **h.as_dict() | {"target_bytes": 1000})
+    with pytest.raises(train_gpt.UserError, match="over TARGET_BYTES=1,000 at any scales"):
+        export(changed, model, processes)
+
+
+def test_target_bytes_need_sensitivities():
+    for other in ({"quantizer": "rms"}, {"gptq_calib_batches": 0}):
+        with pytest.raises(train_gpt.UserError, match="TARGET_BYTES needs QUANTIZER=sensitivity"):
+            tiny_settings(target_bytes=10_000, **other)
+
+
 # ---- Late quantization-aware training ------------------------------------------------------------
 
 
@@ -734,15 +904,16 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exporte
     _, tensors = train_gpt.read_artifact(blob)
     read, size = 3 * h.train_batch_tokens // h.train_seq_len, 8192 // h.train_seq_len
     rows = train_gpt.TrainingData(h).sequences(read, h.gptq_calib_batches * size)
-    quantizers = train_gpt.make_quantizers(h)
-    hessians = train_gpt.collect_hessians(model, rows[:, :-1].split(size), processes)
+    batches = list(rows[:, :-1].split(size))
+    calibration = train_gpt.calibrate(h, model, processes, batches)
+    quantizers = calibration.quantizers(h, h.loss_per_value)
     for name in ("embedding", "bigram.0", "bigram.1", "blocks.3.mlp.proj.lora"):
         module = model.get_submodule(name)
-        stored = module.quantize(quantizers, hessians.get(module))
+        stored = module.quantize(quantizers, calibration.hessians.get(module))
         assert len(stored) == (2 if name.endswith("lora") else 1), name
         for part, codes in stored.items():
             assert torch.equal(tensors[f"{name}.{part}"], codes.dequantize()), name
-    nearest = quantizers[Role.MATRIX].quantize(model.blocks[3].mlp.proj.lora.B.data).dequantize()
+    nearest = quantizers[Role.MATRIX].quantize(model.blocks[3].mlp.proj.lora.B).dequantize()
     assert not torch.equal(tensors["blocks.3.mlp.proj.lora.B"], nearest)
     assert torch.equal(tensors["skip_weights"], model.skip_weights.half().float())
 
@@ -760,7 +931,8 @@ def test_the_settings_of_bits_reach_the_codes(exported, processes, bits):
         "embed_bits": "embedding.weight",
     }
     for setting, name in quantized_as.items():
-        changed = train_gpt.load_settings({}, **h.as_dict() | {setting: bits})
+        by_rms = {"quantizer": "rms", setting: bits}
+        changed = train_gpt.load_settings({}, **h.as_dict() | by_rms)
         clip = {f"{setting.removesuffix('_bits')}_clip_sigmas": 1.0}  # so that all codes occur
         changed = train_gpt.load_settings({}, **changed.as_dict() | clip)
         _, tensors = train_gpt.read_artifact(export(changed, model, processes))
@@ -771,6 +943,7 @@ def test_the_settings_of_bits_reach_the_codes(exported, processes, bits):
 
 def test_the_setting_of_pruning_reaches_the_codes(exported, processes):
     _, model, h = exported
+    h = train_gpt.load_settings({}, **h.as_dict() | {"quantizer": "rms"})
     changed = train_gpt.load_settings({}, **h.as_dict() | {"prune_pct": 0.5})
     _, before = train_gpt.read_artifact(export(h, model, processes))
     _, pruned = train_gpt.read_artifact(export(changed, model, processes))

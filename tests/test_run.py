@@ -476,7 +476,7 @@ def test_artifact_over_the_limit_is_refused_and_the_weights_stay(over_the_limit,
         "checkpoint.pt",
         "EXPORT_ONLY=1",
         "CHECKPOINT_PATH",
-        "MATRIX_CLIP_SIGMAS",
+        "TARGET_BYTES",
         "rank",
     ):
         assert word in over_the_limit

@@ -94,6 +94,10 @@ COMPANIONS = {
     "eval_only": {"MODEL_PATH": "some.ptz"},
     "export_only": {"CHECKPOINT_PATH": "some.pt"},
     "self_distill": {"DISTILL_START_FRAC": "0.5"},
+    "matrix_bits": {"QUANTIZER": "rms"},
+    "embed_bits": {"QUANTIZER": "rms"},
+    "matrix_clip_sigmas": {"QUANTIZER": "rms"},
+    "embed_clip_sigmas": {"QUANTIZER": "rms"},
 }
 
 
