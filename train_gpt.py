@@ -688,8 +688,8 @@ class Signs(BinaryAdapter):
 @functools.lru_cache(maxsize=64)
 def shared_maps(count: int, rows: int, columns: int, seed: int) -> Tensor:
     """Return (count, rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
-    maps = [gaussian(rows, columns, seed + COMBINATION_KEY + i) for i in range(count)]
-    return torch.stack(maps).to(torch.bfloat16)
+    seeds = range(seed + COMBINATION_KEY, seed + COMBINATION_KEY + count)
+    return torch.stack([gaussian(rows, columns, each).to(torch.bfloat16) for each in seeds])
 
 
 class Combination(Adapter):
@@ -734,6 +734,16 @@ class SharedMatrices(QuantizedModule):
 
     def weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.roles]
+
+    def quantize(
+        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
+    ) -> dict[str, QuantizedTensor | Tensor]:
+        """Quantize each matrix against its own Hessian; `hessian` is (count, in, in)."""
+        hessians = [None] * len(self.roles) if hessian is None else hessian
+        return {
+            name: quantizers[role].quantize(getattr(self, name), own)
+            for (name, role), own in zip(self.roles.items(), hessians, strict=True)
+        }
 
 
 class PermutationTwist(nn.Module):
@@ -1131,6 +1141,11 @@ class MapSpec(NamedTuple):
         return self.basis in BASES
 
     @property
+    def owner(self) -> tuple[str, str]:
+        """What stores the map: its kind and basis, without the layer, where layers share it."""
+        return re.sub(r"blocks\.\d+\.", "", self.name), self.basis
+
+    @property
     def shared_count(self) -> int:
         """How many matrices all layers share for it; 0: it has its own."""
         name, _, count = self.basis.partition(":")
@@ -1340,12 +1355,14 @@ class MapTable:
             with collect_errors(self.errors, f"MAP_TWIST={h.map_twist}"):
                 if spec.twist != "none" and not spec.shared_count:
                     raise ValueError(f"{kind} is not shared and takes no twist")
-            learned = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
+            own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
+            learned = own or spec.shared_count > 1  # then its mix is learned
             with collect_errors(self.errors, f"MAP_FREEZE={h.map_freeze}"):
                 if spec.freeze and spec.basis != "learned" and not learned:
                     raise ValueError(
                         f"{kind} is {spec.basis} and has no adapter, scale or gate to freeze"
                     )
+        self.check_shared()
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
@@ -1357,6 +1374,16 @@ class MapTable:
                 f"{stride} gives two maps the same seed; choose another, such as 100"
             )
         self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
+
+    def check_shared(self) -> None:
+        """Add to `errors` layers that share a matrix but want other initial values of it."""
+        first: dict[tuple[str, str], MapSpec] = {}
+        for spec in self.specs:
+            other = first.setdefault(spec.owner, spec)
+            if spec.shared_count and (spec.gain, spec.init) != (other.gain, other.init):
+                kind = spec.owner[0]
+                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
+                self.errors.append(f"{kind} is shared: {needs}")
 
 
 def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
@@ -1553,6 +1580,8 @@ def parse_setting(f: dataclasses.Field, raw: Any) -> str | int | float:
     """
     kind, rule = type(f.default), f.metadata
     if kind is str:
+        if len(str(raw)) > 4096:  # an artifact's settings may come from anyone
+            raise ValueError("is longer than 4,096 characters")
         if raw in rule["renamed"]:
             raise ValueError(f"is called {rule['renamed'][raw]} now")
         if rule["choices"] and raw not in rule["choices"]:
@@ -1584,7 +1613,7 @@ def attention_order(h: Hyperparameters) -> list[str]:
     for name in names:
         if name not in ATTENTION_ORDER:
             raise ValueError(f"{name!r} is none of {', '.join(ATTENTION_ORDER)}")
-    if names == ["fa3"]:
+    if set(names) == {"fa3"}:
         raise ValueError("needs one of torch's kernels beside fa3, such as fa3,flash")
     return names
 
@@ -1937,8 +1966,10 @@ SDPA_BACKENDS = {
 
 def load_flash_attention_3(h: Hyperparameters) -> Callable[..., Any] | None:
     """Return FlashAttention-3's function where it is installed, allowed and the GPU can run it."""
-    can_run = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    if h.device == "cpu" or not can_run or attention_order(h)[0] != "fa3":
+    is_allowed = h.device != "cpu" and attention_order(h)[0] == "fa3"
+    if not is_allowed or h.head_dim % 8 or h.head_dim > 256:
+        return None
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         return None
     try:
         from flash_attn_interface import flash_attn_func
@@ -2064,7 +2095,8 @@ class Attention(nn.Module):
             return streaming_attention(q, k, v, context.row_shift)
         use_flash_3 = self.flash_attention_3 is not None and q.dtype is torch.bfloat16
         if use_flash_3 and q.is_cuda and context.num_queries is None:
-            return self.flash_attention_3(q, k, v, causal=True)
+            y = self.flash_attention_3(q, k, v, causal=True)
+            return y[0] if isinstance(y, tuple) else y  # older releases return the log-sum-exp, too
         return causal_attention(keep_last(q, context.num_queries), k, v)
 
     def forward(
@@ -2438,10 +2470,16 @@ def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
 
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return an estimate of the bytes that building the model takes."""
-    sizes = [spec.out_features * spec.in_features for spec in table.values()]
+    sizes = [math.prod(spec.shape) for spec in table.values()]
+    squares = [n * n for spec in table.values() if spec.twist == "orthogonal" for n in spec.shape]
     tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
-    total = 4 * (sum(sizes) + h.ensemble * tables) + 64 * max(sizes)
+    total = 4 * (sum(sizes) + h.ensemble * tables)
+    total += 64 * max(sizes + squares) + 2 * sum(squares)
+    shared = {  # stored once for all layers
+        spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
+    }
+    total += sum(shared.values())
     for spec in table.values():
         for name, size in spec.adapters().items():
             unit = ADAPTERS[name].size_unit
@@ -2449,7 +2487,7 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
             if unit == "rank":
                 total += 4 * int(size) * (spec.out_features + spec.in_features)
             else:
-                total += 2 * int(size) * numel if unit == "count" else 12 * numel
+                total += 4 * int(size) * numel if unit == "count" else 12 * numel
     return total
 
 
@@ -2520,7 +2558,8 @@ def use_cuda(h: Hyperparameters) -> bool:
         return False
     if torch.cuda.is_available():
         return True
-    if h.device == "cuda" or GPU_FILE.exists():
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")  # on purpose
+    if h.device == "cuda" or (GPU_FILE.exists() and not is_hidden):
         build = f"torch {torch.__version__} (built for CUDA {torch.version.cuda})"
         raise UserError(
             f"{build} finds no usable GPU. `nvidia-smi` names the driver's CUDA version: install a"
@@ -2556,6 +2595,20 @@ class Distributed:
             self._init_process_group()
         return self
 
+    def adopt(self, h: Hyperparameters) -> None:
+        """Use the kernels and compiler switches of settings that were read from a file.
+
+        UserError if they want another device than this process has.
+        """
+        if use_cuda(h) != self.on_cuda:
+            raise UserError(f"the run had DEVICE={h.device}; set DEVICE to what it is now")
+        self.h = h
+        self.stack.close()
+        if self.on_cuda:
+            self._configure_cuda()
+        if self.compile:
+            self._configure_inductor()
+
     def _configure_cuda(self) -> None:
         """Choose the device and the order of attention kernels for the whole run."""
         torch.cuda.set_device(self.device)
@@ -2572,6 +2625,8 @@ class Distributed:
         # gives the same sum every time.
         decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
         # Its default in torch 2.11 costs 5.9 ms of a step (PR #1420, pytorch#179494).
+        # The cache of compiled graphs on disk does not know the order of kernels otherwise.
+        torch.compiler.config.cache_key_tag = ",".join(attention_order(self.h))
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = bool(self.h.mix_order_reduction)
 
@@ -3414,6 +3469,9 @@ def collect_hessians(
             by_module |= dict.fromkeys(member.modules(), hessian)
             for shared in getattr(member, "shared_matrices", ()):  # it has inputs in every layer
                 own = hessian if member.twist is None else member.twist.untwist_hessian(hessian)
+                mix = own.new_ones(1) if member.shared_mix is None else member.shared_mix
+                # A layer that mixes a matrix in by c has c² of its error.
+                own = mix.square()[:, None, None] * own  # (count, in, in)
                 by_module[shared] = by_module.get(shared, 0) + own
     return by_module
 
@@ -3589,16 +3647,19 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def group_lengths(table: list) -> dict[str, list[int]]:
     """Return the values of each tensor in each group. ValueError for a table that cannot be."""
     lengths: dict[str, list[int]] = {}
+    total = 0  # values that are read, whatever they take in the file
     for _, shape, groups in table:
-        if not all(type(n) is int and 0 <= n < 2**26 for n in shape):
+        if len(shape) > 2 or not all(type(n) is int and 0 <= n < 2**26 for n in shape):
             raise ValueError(f"{shape} is not a valid shape")
         counts = [math.prod(shape)]
+        total += max([*counts, *shape])
         if len(groups) == 2:
-            counts.append(shape[0])  # an exponent per row
+            rows, _ = shape  # only a matrix has an exponent per row
+            counts.append(rows)
         for group, n in zip(groups, counts, strict=True):
             length = -(-n // 8) if group.endswith("bits") else n
             lengths.setdefault(group, []).append(length)
-    if sum(map(sum, lengths.values())) > 2**26:
+    if total > 2**26:
         raise ValueError("its tensors would need more than 256 MiB")
     return lengths
 
@@ -4142,7 +4203,8 @@ class Clock:
         return {"elapsed": self.elapsed, "recent": self.recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.elapsed, self.recent = state["elapsed"], state["recent"]
+        # Few, since the run may continue on a faster or slower device.
+        self.elapsed, self.recent = state["elapsed"], state["recent"][-5:]
 
 
 def learning_rate_scale(h: Hyperparameters, step: int, remaining: int, progress: float) -> float:
@@ -4377,7 +4439,7 @@ class Trainer:
 
     def enter_phase(self, progress: float) -> None:
         """Enter the phase of this progress unless it is the present one."""
-        if self.phases.boundary(progress) != self.phases.current:
+        if self.phases.boundary(progress) > self.phases.current:
             what = self.phases.enter(progress)
             self.run.log(f"phase step:{self.step} progress:{progress:.4f} {what}")
 
@@ -4530,11 +4592,17 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the weights."""
-        own = {"step": self.step, "late_qat": self.late_qat, "boundary": self.phases.current}
+        own = {
+            "step": self.step,
+            "late_qat": self.late_qat,
+            "lr_scale": self.lr_scale,
+            "boundary": self.phases.current,
+        }
         return own | {name: part.state_dict() for name, part in self.parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.late_qat = state["step"], state["late_qat"]
+        self.lr_scale = state["lr_scale"]
         self.phases.enter(state["boundary"])
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
@@ -4854,6 +4922,7 @@ def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal
         if resumed:
             saved = resumed
             h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
+    dist.adopt(h)
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     tokenizer.check_manifest(h)
     val = ValidationStream(h, tokenizer)
