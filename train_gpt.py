@@ -309,7 +309,7 @@ class Hyperparameters:
     )
     embed_clip_sigmas: float = setting(15.0, "the same for embeddings", 0.5, 100)
     loss_per_value: float = setting(
-        5e-9, "nats a token that rounding one value may cost, by sensitivity", 1e-15, 1
+        3e-9, "nats a token that rounding one value may cost, by sensitivity", 1e-15, 1
     )
     target_bytes: int = setting(0, "code and model together, in place of LOSS_PER_VALUE; 0: free")
     gptq_calib_batches: int = setting(
@@ -3790,7 +3790,8 @@ def solve_for_bytes(pack: Callable[[float], Packed], target: int, loss: float) -
         size = len(packed.blob)
         if size <= target and (best is None or size > len(best.blob)):
             best = packed
-        if 0.995 * target <= size <= target:
+        is_smallest = bool(tried) and size == tried[-1][1] > target
+        if 0.995 * target <= size <= target or is_smallest:
             break
         tried.append((math.log2(loss), size))
         slope = -len(best.blob if best else packed.blob) / 8  # a first guess, at 4 bits a value
