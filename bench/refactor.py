@@ -1,14 +1,15 @@
-"""Show that a refactoring changes no figure: train every CPU preset for 12 steps and compare the results.
+"""Show that a refactoring changes no figure: train every CPU preset for 12 steps and compare.
 
-    python bench/refactor.py --record            # before the change: write bench/results/refactor.json
-    python bench/refactor.py                     # after it: run again and compare with the record
-    python bench/refactor.py cpu/baseline mask   # these presets alone
+    python bench/refactor.py --record           # before the change: write the record
+    python bench/refactor.py                    # after it: run again and compare
+    python bench/refactor.py cpu/baseline mask  # these presets alone
 
-Each preset trains in a process of its own on one thread in float32, where sums have one order, so the same
-code gives the same figures on the same kind of machine and the same torch. Compared are the training losses
-as logged, val_bpb before and after the export to 1e-8, and the bytes of every group of the artifact. Late
-QAT, SWA, GPTQ and sliding windows are all reached within the 12 steps. Another kind of machine rounds
-otherwise: record on it first, with the script of the earlier commit (--script).
+Each preset trains in a process of its own on one thread in float32, where sums have one order. So
+the same code gives the same figures on the same kind of machine and the same torch. Compared are
+the training losses as logged, val_bpb before and after the export to 1e-8, and the bytes of every
+group of the artifact. Late QAT, SWA, GPTQ and sliding windows all occur within the 12 steps. On
+another kind of machine record first, with the script of the earlier commit (--script). The record
+is bench/results/refactor.json.
 """
 
 from __future__ import annotations
