@@ -70,7 +70,7 @@ def read_preset(name: str) -> dict[str, str]:
 
 
 def run(name: str, script: Path, folder: Path) -> dict:
-    """Train a preset (and its teacher first) and return its figures. RuntimeError if the run fails."""
+    """Train a preset, its teacher first, and return its figures. RuntimeError if it fails."""
     settings = read_preset(name)
     teacher = settings.pop("TEACHER_PRESET", None)
     if teacher:
