@@ -315,25 +315,34 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
 
 
 @pytest.mark.parametrize("twist", ["none", "permutation", "orthogonal"])
+@pytest.mark.parametrize("count", [1, 3])
 def test_the_hessian_of_a_shared_matrix_measures_the_errors_of_all_its_layers(
-    settings, random_model, processes, twist
+    settings, random_model, processes, twist, count
 ):
-    """An error D of the matrix W costs Σ ‖x twist(D)ᵀ‖² over the inputs x of every layer."""
-    h = settings(map_basis="shared", map_twist=twist, map_adapter="none")
+    """An error D of a matrix costs Σ ‖c x twist(D)ᵀ‖² over the inputs x of all layers.
+
+    c is how much of the matrix a layer mixes in.
+    """
+    h = settings(map_basis=f"shared:{count}", map_twist=twist, map_adapter="none")
     model, ids, inputs = random_model(h), tokens(6, 16), {}
     for layer, block in enumerate(model.blocks):
         block.mlp.fc.register_forward_pre_hook(
             lambda _, given, layer=layer: inputs.update({layer: given[0].flatten(0, -2).double()})
         )
     hessians = train_gpt.collect_hessians(model, [ids], processes)
-    hessian = hessians[model.blocks[0].mlp.fc.shared_matrices[0]].double()
+    found = hessians[model.blocks[0].mlp.fc.shared_matrices[0]].double()
+    assert len(found) == count
     error = torch.randn(model.blocks[0].mlp.fc.base_weight().shape).double()
-    cost = 0.0
-    for layer, block in enumerate(model.blocks):
-        in_layer = error if twist == "none" else block.mlp.fc.twist.double()(error)
-        cost += (inputs[layer] @ in_layer.T).square().sum()
-    tolerance = 2e-2 if twist == "orthogonal" else 1e-5  # its maps are rounded to bfloat16
-    torch.testing.assert_close((error @ hessian @ error.T).trace(), cost, rtol=tolerance, atol=0)
+    for i, hessian in enumerate(found):
+        cost = 0.0
+        for layer, block in enumerate(model.blocks):
+            fc = block.mlp.fc
+            c = 1.0 if fc.shared_mix is None else fc.shared_mix[i].item()
+            in_layer = error if fc.twist is None else fc.twist.double()(error)
+            cost += (c * inputs[layer] @ in_layer.T).square().sum()
+        tolerance = 2e-2 if twist == "orthogonal" else 1e-5  # its maps are rounded to bfloat16
+        by_hessian = (error @ hessian @ error.T).trace()
+        torch.testing.assert_close(by_hessian, cost, rtol=tolerance, atol=0)
 
 
 def test_products_of_bfloat16_inputs_are_exact(settings, processes):

@@ -26,6 +26,7 @@ VARIANT = TINY | {
     "VAL_LOSS_EVERY": 0,
     "SWA_INTERVAL": 1,
     "SCALAR_LR": 0.1,
+    "LOSS_PER_VALUE": 1e-12,  # hardly anything, as the few steps here have learned little
     "LATE_QAT_THRESHOLD": 0.4,
 }
 del VARIANT["MAP_ADAPTER"]  # each variant has its own
@@ -41,7 +42,7 @@ VARIANTS = {
     "system-b": PUBLISHED_B,
     "system-c": {"SELECTIVE_FREEZE": 1, "MLP_GATED": 0, "DROPOUT": 0.2},
     "system-c-gated": {"SELECTIVE_FREEZE": 1, "MLP_GATED": 1, "DROPOUT": 0.2},
-    "system-d": {"PROGRESSIVE_FREEZE_FRAC": 0.3, "GPTQ_CALIB_BATCHES": 2},
+    "system-d": {"PROGRESSIVE_FREEZE_FRAC": 0.3, "GPTQ_CALIB_BATCHES": 2, "QUANTIZER": "rms"},
     "gaussian-mlp": {"MAP_BASIS": "mlp=gaussian", "MAP_ADAPTER": "lora:8"},
     "self-distilled": {
         "MAP_ADAPTER": "lora:4",
@@ -357,15 +358,7 @@ LARGE = {
 }
 
 
-NOT_COUNTED = pytest.mark.xfail(
-    strict=True, reason="memory_of_model leaves out shared matrices and orthogonal twists"
-)
-MARKS = {"many shared matrices": [NOT_COUNTED], "large twists": [NOT_COUNTED]}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=MARKS.get(name, [])) for name in [*VARIANTS, *LARGE]]
-)
+@pytest.mark.parametrize("name", [*VARIANTS, *LARGE])
 def test_the_estimate_of_memory_covers_what_a_model_takes(described, name):
     """Else an artifact whose header asks for a model that large fills the memory."""
     is_large = name in LARGE
