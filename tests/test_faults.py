@@ -117,7 +117,7 @@ examples = hypothesis.settings(max_examples=60, database=None)
 NAMES = st.lists(
     st.text(string.ascii_lowercase + ".", min_size=1, max_size=8), unique=True, max_size=6
 )
-SHAPES = st.lists(st.integers(0, 9), max_size=3)
+SHAPES = st.lists(st.integers(0, 9), max_size=2)  # what an artifact may hold
 
 
 @st.composite
