@@ -135,8 +135,12 @@ def test_packed_script_says_the_same_to_help(packed, tmp_path):
             check=True,
         )
         texts.append(done.stdout)
-    assert texts[0] == texts[1]
-    assert "NUM_LAYERS" in texts[0]
+    ours, readable = (text.partition("Settings are environment variables") for text in texts)
+    assert ours[0].replace(submit.READ_MORE, "") == readable[0]
+    if submit.READ_MORE not in ours[0]:
+        assert ours == readable
+    names = [re.findall(r"^  ([A-Z]\w+) +(\S+)", text, re.M) for text in (ours[2], readable[2])]
+    assert names[0] == names[1] and ("NUM_LAYERS", "(11)") in names[0]
 
 
 def test_packed_script_has_source_lines_for_tracebacks_and_the_compiler(script):
@@ -185,16 +189,21 @@ class Base:
         def inner(value: int) -> int:
             return value + total
         return inner(extra) + sum(rest)
+def setting(default, meaning):
+    return default + len(meaning)
 def named(first_argument, second_argument, third_argument=3):
     return 100 * first_argument + 10 * second_argument + third_argument
 result = [
-    TITLE.split(":")[0], vars(Point(second_argument := 4)), tuple(Pair(3)), Base.kind,
+    TITLE, vars(Point(second_argument := 4)), tuple(Pair(3)), Base.kind,
     Base().scale(3, 4, 5, extra=1), named(1, second_argument=2), named(7, 8, 9),
+    setting(1, "of a setting") > 0,
 ]
 '''
-    short = submit.minify(source)
+    assert "of a setting" in submit.minify(source)
+    short = submit.minify(source, with_meanings=False)
+    assert "of a setting" not in short
     results = []
-    for text in (source.replace("\n\nContents: not for help.", ""), short):
+    for text in (source.replace("\n\nContents: not for help.", submit.READ_MORE), short):
         names = {"__name__": "shortened"}
         sys.modules["shortened"] = type(sys)("shortened")
         exec(compile(text.lstrip(), "shortened", "exec"), names)

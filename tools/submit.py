@@ -104,6 +104,11 @@ exec(compile(s,__file__,"exec"))
 """
 
 
+# Which argument of what declares a setting is its meaning in words.
+MEANING_PLACES = {"setting": 1, "model_setting": 1, "Alias": 0}
+READ_MORE = "\n\nWhat the settings mean: python train_gpt_readable.py --help"
+
+
 class Shortener(ast.NodeTransformer):
     """Prepares a script so that the minifier finds more to remove.
 
@@ -112,7 +117,8 @@ class Shortener(ast.NodeTransformer):
     positional-only. The fields of classes need annotations, but nobody reads the types.
     """
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module, with_meanings: bool) -> None:
+        self.with_meanings = with_meanings  # of settings, for --help
         nodes = list(ast.walk(tree))
         functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
         classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
@@ -126,11 +132,14 @@ class Shortener(ast.NodeTransformer):
                 self.stated[key] = self.stated.get(key, set()) | keywords
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """Write vars(x) as x.__dict__."""
+        """Write vars(x) as x.__dict__; empty the meaning of a setting."""
         self.generic_visit(node)
-        is_vars = isinstance(node.func, ast.Name) and node.func.id == "vars"
-        if is_vars and len(node.args) == 1:
+        name = getattr(node.func, "id", "")
+        if name == "vars" and len(node.args) == 1:
             return ast.Attribute(node.args[0], "__dict__", ast.Load())
+        place = MEANING_PLACES.get(name, len(node.args))
+        if place < len(node.args) and not self.with_meanings:
+            node.args[place] = ast.Constant("")
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
@@ -144,23 +153,26 @@ class Shortener(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         """Shorten a type; dataclasses look for ClassVar."""
+        self.generic_visit(node)
         if "ClassVar" not in ast.unparse(node.annotation):
             node.annotation = ast.Constant(0)
         return node
 
 
-def minify(source: str) -> str:
+def minify(source: str, with_meanings: bool = True) -> str:
     """Return a script without comments, docstrings, needless annotations and long local names.
 
     Names of globals, attributes and keyword arguments stay, and so does what --help prints of the
-    module's docstring. UserError if it is no Python.
+    module's docstring. Without the meanings of settings, --help says where they are. UserError if
+    the source is no Python.
     """
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
         raise UserError(f"the log does not begin with a Python script: {error}") from None
     help_text = (ast.get_docstring(tree, clean=False) or "").split("\n\nContents")[0]
-    tree = ast.fix_missing_locations(Shortener(tree).visit(tree))
+    help_text += "" if with_meanings else READ_MORE
+    tree = ast.fix_missing_locations(Shortener(tree, with_meanings).visit(tree))
     minified = python_minifier.minify(
         ast.unparse(tree),
         remove_annotations=python_minifier.RemoveAnnotationsOptions(
@@ -174,16 +186,21 @@ def minify(source: str) -> str:
 
 
 def pack(source: str) -> bytes:
-    """Return a script that executes `source`, minified and compressed. UserError if it is large."""
+    """Return a script that executes `source`, minified and compressed.
+
+    It has the meanings of settings for --help if there is room. UserError if it is too large.
+    """
     require(
         "b85decode" not in source,
         "the run's script is packed already; give a run of the readable script",
     )
-    compressed = brotli.compress(minify(source).encode(), quality=11, lgwin=24)
-    packed = (LOADER % base64.b85encode(compressed).decode()).encode()
-    size = len(packed)
-    require(size <= CODE_LIMIT, f"the packed script has {size:,} bytes, over {CODE_LIMIT:,}")
-    return packed
+    for with_meanings in (True, False):
+        minified = minify(source, with_meanings)
+        compressed = brotli.compress(minified.encode(), quality=11, lgwin=24)
+        packed = (LOADER % base64.b85encode(compressed).decode()).encode()
+        if len(packed) <= CODE_LIMIT:
+            return packed
+    raise UserError(f"the packed script has {len(packed):,} bytes, over {CODE_LIMIT:,}")
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
