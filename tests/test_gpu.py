@@ -99,7 +99,7 @@ def test_a_run_compiles_trains_and_scores(corpus, tmp_path):
 def test_one_process_of_torchrun_uses_nccl(corpus, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
     changes = {"OUTPUT_DIR": tmp_path, "RUN_ID": "nccl", **ON_GPU, **corpus.settings}
-    helpers.run_well(helpers.TINY | changes, launcher)
+    helpers.run_well(helpers.TINY | changes, launcher=launcher)
     assert results_of(tmp_path, "nccl")["hardware"].startswith("1 x NVIDIA")
 
 
