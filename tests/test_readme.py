@@ -1,100 +1,254 @@
-"""What the README and the folder say of the project, held to what the script is."""
+"""What the README, the pages of docs/ and the presets say, against what is there."""
 
 from __future__ import annotations
 
-import json
+import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, train_gpt
 
-
-def test_table_of_settings_is_the_scripts():
-    tool = ROOT / "tools" / "settings_table.py"
-    table = subprocess.run(
-        [sys.executable, str(tool)], capture_output=True, text=True, check=True
-    ).stdout
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_script_keeps_within_its_limits():
-    lines = (ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 1800
-    assert max(map(len, lines)) <= 110
-
-
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS, *RESULTS]
 PRESETS = ROOT / "presets"
-# What run.sh reads in a preset itself: another preset, by its path without .env.
-OF_RUN_SH = ("PRESET_BASE", "TEACHER_PRESET")
-
-
-def preset_of(name: str) -> dict[str, str]:
-    """A preset's settings, over those of the one it builds on; every line is KEY=VALUE or a comment."""
-    lines = (PRESETS / f"{name}.env").read_text(encoding="utf-8").splitlines()
-    given = dict(line.split("=", 1) for line in lines if line.strip() and not line.startswith("#"))
-    others = {key: given.pop(key) for key in OF_RUN_SH if key in given}
-    for other in others.values():
-        assert (PRESETS / f"{other}.env").is_file(), f"{name}: {other}"
-    return (preset_of(others["PRESET_BASE"]) if "PRESET_BASE" in others else {}) | given
-
-
-@pytest.mark.parametrize(
-    "name",
-    sorted(
-        path.relative_to(PRESETS).with_suffix("").as_posix()
-        for path in PRESETS.rglob("*.env")
-        if path.stem != "common"
-    ),
+ON_EVERY_PAGE = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
 )
-def test_presets_name_settings_only(name):
-    import train_gpt
-
-    preset = preset_of(name)
-    assert preset
-    h = train_gpt.Hyperparameters(environment=preset)  # misspelt names are refused too
-    assert {key.lower() for key in preset} <= set(vars(h)) | set(train_gpt.PUBLISHED)
 
 
-def test_every_preset_has_a_twin_for_the_cpu():
-    twins = {path.name for path in (PRESETS / "cpu").glob("*.env")} - {"common.env"}
-    assert twins == {path.name for path in PRESETS.glob("*.env")}
+def fenced(text: str, language: str) -> list[str]:
+    """Return the blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_submission_has_the_challenges_keys():
-    submission = json.loads((ROOT / "submission.json").read_text())
-    keys = "author github_id name blurb date val_loss val_bpb bytes_total bytes_code dataset hardware seeds"
-    assert set(keys.split()) <= set(submission)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", submission["date"])
+def inline(text: str) -> list[str]:
+    """Return what stands between single backticks outside blocks, on one line or two."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
 
 
-def test_the_readmes_new_basis_and_adapter_work(monkeypatch):
-    """The section for contributors promises one function and one row: what it shows is run as it stands."""
-    import torch
+def commands(page: Path) -> list[list[str]]:
+    """Return the commands of a page as words, those in blocks and those in a sentence."""
+    text = page.read_text(encoding="utf-8")
+    lines = "\n".join(fenced(text, "sh")).replace("\\\n", " ").splitlines()
+    lines += [code for code in inline(text) if re.search(r"\b(python|bash|ruff) ", code)]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
-    import train_gpt
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+# ---- Files, links and names ----------------------------------------------------------------------
+
+
+@ON_EVERY_PAGE
+def test_every_link_resolves(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            assert (page.parent / path).exists(), target
+            assert not anchor, f"{target}: link to a page, headings change"
+
+
+@ON_EVERY_PAGE
+def test_every_named_file_exists(page):
+    text = page.read_text(encoding="utf-8")
+    folders = r"(?<![\w/.])(?:(?:bench|data|docs|presets|tests|tools|comparison)/[\w./-]*\w"
+    named = re.findall(folders + r"|train_gpt\.py|run\.sh)", text)
+    made_by_users = ("data/datasets/", "data/tokenizers/")
+    for name in named:
+        if not name.startswith(made_by_users):
+            places = (ROOT / name, page.parent / name, ROOT / f"{name}.py", ROOT / f"{name}.env")
+            assert any(place.exists() for place in places), name
+
+
+@ON_EVERY_PAGE
+def test_no_page_names_a_place_that_users_do_not_have(page):
+    assert not re.search(r"\.\./shared|/work/", page.read_text(encoding="utf-8"))
+
+
+@ON_EVERY_PAGE
+def test_every_command_is_one_that_its_program_takes(page):
+    for words in commands(page):
+        programs = [word for word in words if re.search(r"\.(py|sh)$", word)]
+        for program in programs:
+            source = (ROOT / program).read_text(encoding="utf-8")
+            if program.startswith("bench/"):
+                source += (ROOT / "bench" / "common.py").read_text(encoding="utf-8")
+            after = words[words.index(program) + 1 :]
+            for option in after:
+                if option.startswith("--") and option != "--help":
+                    spellings = (f'"{option}"', f"{option[2:].replace('-', '_')}=", f"{option})")
+                    assert any(text in source for text in spellings), f"{program} {option}"
+            if program == "bench/gpu.sh":
+                parts = re.search(r'^parts="(.*)"$', source, re.MULTILINE).group(1).split()
+                assert set(after) <= {*parts, "--list"}, after
+
+
+@ON_EVERY_PAGE
+def test_every_expression_of_pytest_selects_tests(page):
+    for words in commands(page):
+        if "pytest" not in words or "-k" not in words:
+            continue
+        files = [word for word in words if word.startswith("tests/")]
+        source = "\n".join((ROOT / file).read_text(encoding="utf-8") for file in files)
+        tests = re.findall(r"^def (test_\w+)", source, re.MULTILINE)
+        for part in words[words.index("-k") + 1].split(" or "):
+            assert any(part in test for test in tests), f"{part} in {files}"
+
+
+# Names in capitals that belong to other programs, or stand for something of the reader's.
+OTHER_NAMES = {
+    *("BOOKS", "DIR", "FOLDER", "OUT", "PRESET", "PYTHON", "RANDMAPS", "SIGTERM"),
+    *("DENSITY", "LAYERS", "SELECTOR", "STAGE", "VALUE"),
+}
+
+
+@ON_EVERY_PAGE
+def test_every_name_in_capitals_is_a_setting_or_a_name_of_the_script(page):
+    known = {name.upper() for name in (*train_gpt.SETTINGS, *train_gpt.ALIASES)}
+    known |= {*train_gpt.UNSUPPORTED, *train_gpt.Role.__members__, *dir(train_gpt), *OTHER_NAMES}
+    for code in inline(page.read_text(encoding="utf-8")):
+        for name in re.findall(r"(?<![\w.:/{])([A-Z][A-Z0-9_]{4,})(?=[=`]|$| |:)", code):
+            assert name in known or name.startswith("MAP_"), f"{name} in `{code}`"
+
+
+def test_sections_and_names_for_contributors_are_the_scripts():
+    """The table of where things go, and every name with an underscore on any page of docs/."""
+    script = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    sections = re.findall(r"^# ---- (.*?) -+$", script, re.MULTILINE)
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    for row in re.findall(r"^\| [^|]+ \| ([A-Z][^|]*?) \| ", page, re.MULTILINE):
+        assert row in sections, row
+    for page in DOCS:
+        for name in inline(page.read_text(encoding="utf-8")):
+            if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+", name):
+                assert name in script or name in names_of(PRESETS), f"{name} in {page.name}"
+
+
+def test_the_page_of_settings_is_up_to_date():
+    tool = ROOT / "tools" / "settings_table.py"
+    subprocess.run([sys.executable, tool, "--check"], check=True, timeout=60)
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 2000
+
+
+# ---- Messages and examples -----------------------------------------------------------------------
+
+
+def texts_of_the_script() -> str:
+    """Return all texts of train_gpt.py and run.sh, those with values in them with … for a value."""
+    tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    texts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(getattr(part, "value", "…") for part in strings(node)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return "\n".join([*texts, (ROOT / "run.sh").read_text(encoding="utf-8")])
+
+
+def strings(node: ast.JoinedStr) -> list[ast.expr]:
+    """Return the parts of an f-string; a value becomes a node without text."""
+    return [part if isinstance(part, ast.Constant) else ast.Pass() for part in node.values]
+
+
+def test_every_explained_message_is_one_of_the_script():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(rows) > 20
+    texts = texts_of_the_script()
+    assert [row for row in rows if row not in texts] == []
+
+
+def test_the_examples_for_contributors_work(monkeypatch):
+    """A new basis and a new adapter, each a function or class and a line in a table."""
+    text = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
     names = dict(vars(train_gpt))
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        code, _, row = block.rpartition("\n\n")
+    added = {}
+    for block in fenced(text, "python"):
+        code, _, row = block.rpartition("\n\n\n")
         exec(code, names)
         table, key, value = re.fullmatch(r'(\w+) = \{\.\.\., "(\w+)": (\w+)\}\n', row).groups()
         monkeypatch.setitem(getattr(train_gpt, table), key, names[value])
-    sizes = {"model_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ve_layers": "1"}
-    columns = {"map_basis": "signs", "map_adapter": "combination:3+lora:2"}
-    h = train_gpt.Hyperparameters(environment={}, **sizes, **columns)
+        added[table] = key
+    words = [*train_gpt.CELL_WORDS["basis"], added["BASES"]]  # an import of the script would add it
+    monkeypatch.setitem(train_gpt.CELL_WORDS, "basis", words)
+    sizes = {"model_dim": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    adapter = f"{added['ADAPTERS']}+lora:4"
+    h = train_gpt.load_settings({}, **sizes, map_basis=added["BASES"], map_adapter=adapter)
     model = train_gpt.make_model(h)
-    before = model.fingerprint()
-    ids = torch.arange(16)[None]
-    loss = model(ids, ids)
-    loss.backward()
     layer = model.get_submodule("blocks.0.mlp.fc")
-    assert layer.combination.coefficients.grad.abs().min() > 0
-    assert "blocks.0.mlp.fc.combination.coefficients" in model.state_dict()
-    assert not any("drawn" in name for name in model.state_dict())
-    layer.combination.drawn[0, 0, 0] += 1
+    assert layer.weight.float().std().item() == pytest.approx(32**-0.5, rel=0.1)
+    nn_init = torch.nn.init
+    nn_init.normal_(model.get_submodule("blocks.0.mlp.proj.lora").A)  # else no gradient reaches fc
+    ids = torch.arange(32).view(2, 16)
+    model(ids, ids).backward()
+    name = f"blocks.0.mlp.fc.{added['ADAPTERS']}"
+    parameters = dict(model.get_submodule(name).named_parameters())
+    assert parameters and all(p.grad.abs().sum() > 0 for p in parameters.values())
+    assert all(f"{name}.{key}" in model.state_dict() for key in parameters)
+    before = model.fingerprint()
+    layer.weight[0, 0] += 1
     assert model.fingerprint() != before
+
+
+def published_commands() -> list[str]:
+    text = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
+    blocks = "\n".join(fenced(text, "sh")).replace("\\\n", " ")
+    return [line for line in blocks.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("command", published_commands())
+def test_published_runs_can_be_asked_for(command):
+    words = shlex.split(command, comments=True)
+    given = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+    preset = read_preset(given.pop("PRESET", "random_adapters"))
+    is_replaced = "MAP_BASIS" in given or "USE_RANDOM_ADAPTERS" in given
+    if is_replaced:  # as run.sh does it
+        preset = {name: value for name, value in preset.items() if not name.startswith("MAP_")}
+    train_gpt.load_settings({"WORLD_SIZE": "8"} | preset | given)
+
+
+# ---- Presets -------------------------------------------------------------------------------------
+
+
+def read_preset(name: str) -> dict[str, str]:
+    """Return a preset's settings over those of its base; every line is KEY=VALUE or a comment."""
+    lines = (PRESETS / f"{name}.env").read_text(encoding="utf-8").splitlines()
+    given = dict(line.split("=", 1) for line in lines if line.strip() and not line.startswith("#"))
+    others = {key: given.pop(key) for key in ("PRESET_BASE", "TEACHER_PRESET") if key in given}
+    for other in others.values():
+        assert (PRESETS / f"{other}.env").is_file(), f"{name}: {other}"
+    return (read_preset(others["PRESET_BASE"]) if "PRESET_BASE" in others else {}) | given
+
+
+def names_of(folder: Path) -> list[str]:
+    """Return the presets of a folder and its subfolders, by path without .env."""
+    paths = (path.relative_to(PRESETS).with_suffix("") for path in sorted(folder.rglob("*.env")))
+    return [path.as_posix() for path in paths if path.name != "common"]
+
+
+@pytest.mark.parametrize("name", names_of(PRESETS))
+def test_a_preset_has_settings_alone(name):
+    preset = read_preset(name)
+    assert preset
+    train_gpt.load_settings(preset)  # misspelled names are refused, too
+    known = {key.upper() for key in (*train_gpt.SETTINGS, *train_gpt.ALIASES)}
+    assert set(preset) <= known
+
+
+def test_every_preset_has_a_twin_for_the_cpu_and_a_row_in_the_readme():
+    names = {name for name in names_of(PRESETS) if "/" not in name}
+    assert {f"cpu/{name}" for name in names} == set(names_of(PRESETS / "cpu"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Experiments")[2].partition("A preset is")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == names
