@@ -1652,6 +1652,24 @@ def validate_model(h: Hyperparameters) -> list[str]:
     return errors
 
 
+def validate_quantizer(h: Hyperparameters) -> list[str]:
+    """Return what is wrong with settings of the quantizer: what it would not use is refused."""
+    errors: list[str] = []
+    by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
+    changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
+    require(
+        errors,
+        h.quantizer == "rms" or not changed,
+        f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
+    )
+    require(
+        errors,
+        not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),
+        "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0",
+    )
+    return errors
+
+
 def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str]:
     """Return what is wrong with settings of a run, under this launcher."""
     errors: list[str] = []
@@ -1679,18 +1697,6 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
         h.max_wallclock_seconds == 0 or h.max_wallclock_seconds > h.gptq_reserve_seconds,
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
         " MAX_WALLCLOCK_SECONDS to train",
-    )
-    by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
-    changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
-    require(
-        errors,
-        h.quantizer == "rms" or not changed,
-        f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
-    )
-    require(
-        errors,
-        not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),
-        "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0",
     )
     require(
         errors,
@@ -1764,7 +1770,7 @@ def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
         with collect_errors(errors, f"{name.upper()}={raw}"):
             values[name] = parse_setting(SETTINGS[name], raw)
     h = Hyperparameters(**values, explicit=frozenset(overrides))
-    errors += validate_model(h) + validate_run(h, environment)
+    errors += validate_model(h) + validate_quantizer(h) + validate_run(h, environment)
     errors += unsupported_variables(environment)
     if not h.allow_unknown:
         errors += misspelled_variables(environment)
