@@ -116,7 +116,8 @@ def test_packed_script_keeps_every_name_that_others_use(script):
         assert getattr(script, name)._fields == getattr(train_gpt, name)._fields
     for name, value in vars(train_gpt).items():
         if inspect.isclass(value) and value.__module__ == "train_gpt":
-            members = set(vars(value)) - {"__doc__", "__annotations__", "__static_attributes__"}
+            caches = {"__doc__", "__annotations__", "__static_attributes__", "__slotnames__"}
+            members = set(vars(value)) - caches
             assert members <= set(vars(getattr(script, name))), name
 
 
