@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import fcntl
 import html.parser
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -359,3 +361,77 @@ runpy.run_path({str(TOOL)!r}, run_name="__main__")
     )
     assert done.returncode == 1
     assert done.stderr == "error: altair is missing: pip install -r tools/requirements.txt\n"
+
+
+# ---- TensorBoard ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """Return tools/tensorboard.py, which has the name of the package that it needs."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(ROOT / "tools")])
+    pytest.importorskip("tensorboard.backend", reason="pip install -r tools/requirements.txt")
+    path = ROOT / "tools" / "tensorboard.py"
+    spec = importlib.util.spec_from_file_location("tensorboard_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def events(folder: Path) -> dict[str, dict[int, float]]:
+    """Return the scalars of an event file, by name and step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    names = found.Tags()["scalars"]
+    return {name: {e.step: e.value for e in found.Scalars(name)} for name in names}
+
+
+def test_tensorboard_reads_the_metrics(tensorboard, runs, tmp_path, capsys):
+    out = tmp_path / "events"
+    assert tensorboard.main([*map(str, runs[:2]), "--out", str(out)]) == 0
+    for run in runs[:2]:
+        found, rows = events(out / run.name), metrics(run)
+        for name in ("train_loss", "val_bpb", "lr_scale", "tokens_per_second"):
+            expected = {row["step"]: row[name] for row in rows if name in row}
+            assert found[name] == pytest.approx(expected, rel=1e-5)
+    assert "adapter_ratios/blocks.0.attention.q" in events(out / "random")
+    assert tensorboard.main([str(runs[0]), "--out", str(out)]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_tensorboard_follows_a_run(tensorboard, copied, tmp_path, capsys):
+    path = copied / "metrics.jsonl"
+    *lines, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + last[:20])
+    out = tmp_path / "events"
+    with (copied / "train.log").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert tensorboard.main([str(copied), "--out", str(out)]) == 1
+        assert "the run is still going" in capsys.readouterr().err
+        assert not out.exists()
+        arguments = [str(copied), "--out", str(out), "--follow"]
+        thread = threading.Thread(target=tensorboard.main, args=(arguments,))
+        thread.start()
+        with path.open("ab") as file:
+            file.write(last[20:])
+    thread.join(60)
+    assert not thread.is_alive()
+    assert events(out / "copy")["val_bpb"] == pytest.approx(
+        {row["step"]: row["val_bpb"] for row in metrics(copied) if "val_bpb" in row}, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"\xff\n", "line 1 is not JSON"), (b"text\n", "line 1 is not JSON"), (b"", "no metrics")],
+)
+def test_tensorboard_refuses_what_is_no_metrics(
+    tensorboard, copied, tmp_path, capsys, content, message
+):
+    (copied / "metrics.jsonl").write_bytes(content)
+    assert tensorboard.main([str(copied), "--out", str(tmp_path / "events")]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
