@@ -23,7 +23,7 @@ import torch
 from hypothesis import strategies as st
 
 import train_gpt
-from helpers import tiny_settings, write_shard
+from helpers import KeptLog, copied, tiny_settings
 
 Role = train_gpt.Role
 QUANTIZERS = [
@@ -646,67 +646,6 @@ def test_masters_come_back_when_a_step_fails(settings, random_model):
 
 
 # ---- The trainer, in this process ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data_settings(settings, tmp_path_factory):
-    """data_settings(**changes): settings of a run on two shards of random tokens.
-
-    Small numbers are the most frequent tokens.
-    """
-    folder = tmp_path_factory.mktemp("data")
-    for number in range(2):
-        ids = 64 * np.random.default_rng(number).random(3000) ** 2
-        write_shard(folder / f"fineweb_train_{number:06}.bin", ids.astype(int))
-    return lambda **changes: settings(data_path=str(folder), **changes)
-
-
-class KeptLog(train_gpt.RunLog):
-    """A log that writes nothing; at each line about a training step it copies the weights."""
-
-    def __init__(self, model: train_gpt.LanguageModel | None = None) -> None:
-        super().__init__(rank=0)
-        self.model, self.lines, self.snapshots = model, [], []
-
-    def __call__(self, text: str, console: bool = True) -> None:
-        self.lines.append(text)
-        if self.model and "train_loss" in text:
-            self.snapshots.append(copied(self.model))
-
-
-def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-@pytest.fixture
-def run_of(processes, tmp_path):
-    """run_of(h, model): a run in this process, with a tokenizer and a validation text of no use."""
-
-    def make(h, model=None):
-        val = SimpleNamespace(tokens=tokens(50), bytes=50, bits_per_byte=lambda loss: loss)
-        return train_gpt.Run(
-            h,
-            processes,
-            KeptLog(model),
-            train_gpt.StopSignal(),
-            SimpleNamespace(sha256="0" * 64),
-            val,
-            tmp_path,
-        )
-
-    return make
-
-
-@pytest.fixture
-def trainer_of(run_of):
-    """trainer_of(h): a trainer of a new model."""
-
-    def make(h):
-        torch.manual_seed(0)
-        model = train_gpt.make_model(h)
-        return train_gpt.Trainer(run_of(h, model), model, train_gpt.TrainingData(h), None)
-
-    return make
 
 
 def test_weights_go_on_learning_during_late_qat(data_settings, trainer_of):
