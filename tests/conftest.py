@@ -103,7 +103,7 @@ def data_settings(settings, tmp_path_factory):
     for number in range(2):
         ids = 64 * np.random.default_rng(number).random(3000) ** 2
         helpers.write_shard(folder / f"fineweb_train_{number:06}.bin", ids.astype(int))
-    return lambda **changes: settings(data_path=str(folder), **changes)
+    return lambda **changes: settings(**{"data_path": str(folder)} | changes)
 
 
 @pytest.fixture
