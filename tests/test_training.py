@@ -223,6 +223,27 @@ def test_a_preflight_estimates_the_export_and_the_choice(
     assert estimate == 7 + 3 * 2
 
 
+# ---- Steps ---------------------------------------------------------------------------------------
+
+
+def test_micro_batches_add_up_to_the_batch(data_settings, trainer_of):
+    """Their size is a matter of memory alone; a teacher's logits come in the same parts."""
+    losses, gradients = [], []
+    for size in (256, 64):
+        trainer = trainer_of(data_settings(micro_batch_tokens=size))
+        batches = trainer.data.micro_batches(0, trainer.dist)
+        assert len(batches) == 256 // size
+        teacher = train_gpt.make_model(trainer.h)
+        losses.append(
+            train_gpt.accumulate_gradients(
+                trainer.model, batches, lambda ids, teacher=teacher: teacher.predict(ids).detach()
+            )
+        )
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 # ---- Dropout -------------------------------------------------------------------------------------
 
 
