@@ -9,17 +9,23 @@ tests that it names fails, and survives when all pass. First these tests run wit
 they must pass. What was killed stands in the record bench/results/mutants.json and is not repeated
 unless --again asks for it; survivors are tried again. The table is bench/results/mutants.md.
 The exit code is 1 if a mutation survived for which no reason is given.
+
+Tests run in children of a process that has imported what they need: for each mutation that would
+take longer than most tests.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import itertools
 import json
 import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +40,8 @@ RECORD, TABLE = "bench/results/mutants.json", "bench/results/mutants.md"
 LINKED = (".venv", "data/datasets", "data/tokenizers")  # tests only read them
 # These fail for any change: they are about the text of the script, or about this list.
 NOT_ASKED = ("tests/test_style.py", "tests/test_mutants.py")
+IMPORTED = ("torch", "numpy", "brotli", "sentencepiece", "hypothesis.strategies", "pytest")
+times = itertools.count(int(time.time()))  # compiled files are told apart by whole seconds
 LONGEST = {"named": 900, "all": 7200}  # seconds; a mutation that lets tests hang is killed, too
 
 
@@ -62,8 +70,15 @@ class Mutant(NamedTuple):
         text = path.read_text(encoding="utf-8")
         if text.count(self.old) != 1:
             raise ValueError(f"{self.file}: {text.count(self.old)} times, not once: {self.old}")
-        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+        write(path, text.replace(self.old, self.new))
         return text
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file with a time that it never had, so that Python compiles it anew."""
+    path.write_text(text, encoding="utf-8")
+    seconds = next(times)
+    os.utime(path, (seconds, seconds))
 
 
 class Verdict(NamedTuple):
@@ -107,13 +122,13 @@ MUTANTS: dict[str, list[Mutant]] = {
             "h.num_heads, 1), h.qk_gain_init)",
             "h.num_heads, 1), 1.5)",
             "QK_GAIN_INIT does nothing",
-            "model::test_initial_values_are_the_references",
+            f"{EFFECT}[qk_gain_init]",
         ),
         Mutant(
             "d, h.tied_embed_init_std, dtype",
             "d, 0.005, dtype",
             "TIED_EMBED_INIT_STD does nothing",
-            "model::test_initial_values_are_the_references",
+            f"{EFFECT}[tied_embed_init_std]",
         ),
         Mutant(
             "betas = (h.beta1, h.beta2)",
@@ -1173,46 +1188,93 @@ def copy_repository(root: Path, folder: Path) -> Path:
     return folder
 
 
-def run_tests(folder: Path, tests: Sequence[str], asked: str) -> Verdict:
-    """Run tests of a copy until one fails."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
-    # Two mutations of one size within a second would share their compiled files.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(
-        [*command, *tests],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # so that what a hanging test started can be ended with it
-    )
-    try:
-        output, _ = process.communicate(timeout=LONGEST[asked])
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
-        return Verdict("killed", f"no test ended within {LONGEST[asked]} s", asked)
-    failed = re.findall(r"^(?:FAILED|ERROR) tests/test_(\S+)", output, re.M)
-    if process.returncode == 1 and failed:
-        return Verdict("killed", failed[0].replace(".py::", "::"), asked)
-    if process.returncode == 0:
-        return Verdict("survived", "", asked)
-    return Verdict(f"no verdict: {output[-300:]}", "", asked)
+def serve() -> None:
+    """Run pytest in a child for each line of arguments, [folder, output, seconds, *arguments]."""
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    import pytest
+
+    for line in sys.stdin:
+        folder, output, seconds, *arguments = json.loads(line)
+        child = os.fork()
+        if not child:
+            os.setsid()  # so that what a hanging test started can be ended with it
+            os.chdir(folder)
+            sys.path[0] = folder
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            os._exit(flushed(pytest.main(arguments)))
+        print(wait_for(child, seconds), flush=True)
 
 
-def try_mutant(folder: Path, mutant: Mutant, with_all: bool) -> Verdict:
-    """Return what the tests say to a mutation of a copy, which is as before afterwards."""
-    text = mutant.apply(folder)
-    try:
-        verdict = run_tests(folder, mutant.named_tests(), "named")
-        if verdict.outcome == "survived" and with_all:
-            others = [f"--ignore={name}" for name in NOT_ASKED]
-            verdict = run_tests(folder, ["tests", *others], "all")
-        return verdict
-    finally:
-        (folder / mutant.file).write_text(text, encoding="utf-8")
+def flushed(code: int) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return int(code)
+
+
+def wait_for(child: int, seconds: float) -> int:
+    """Return the exit code of a child, or -1 if it had to be ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1
+
+
+class Copy:
+    """A copy of the repository, and the process that runs its tests."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.folder = copy_repository(root, folder)
+        self.output = folder.with_suffix(".txt")
+        # Plugins are not needed, and take half a second.
+        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+
+    def run_tests(self, tests: Sequence[str], asked: str) -> Verdict:
+        """Run tests until one fails."""
+        options = ["-x", "-q", "-rfE", "-p", "no:cacheprovider"]
+        line = [str(self.folder), str(self.output), LONGEST[asked], *options, *tests]
+        print(json.dumps(line), file=self.server.stdin, flush=True)
+        code = int(self.server.stdout.readline())
+        output = self.output.read_text(encoding="utf-8", errors="replace")
+        failed = re.findall(r"^(?:FAILED|ERROR) tests/test_(\S+)", output, re.M)
+        if code == -1:
+            return Verdict("killed", f"no end within {LONGEST[asked]} s", asked)
+        if code == 1 and failed:
+            return Verdict("killed", failed[0].replace(".py::", "::"), asked)
+        if code == 0:
+            return Verdict("survived", "", asked)
+        return Verdict(f"no verdict: {output[-300:]}", "", asked)
+
+    def judge(self, mutant: Mutant, with_all: bool) -> Verdict:
+        """Return what the tests say to a mutation; the copy is as before afterwards."""
+        text = mutant.apply(self.folder)
+        try:
+            verdict = self.run_tests(mutant.named_tests(), "named")
+            if verdict.outcome == "survived" and with_all:
+                others = [f"--ignore={name}" for name in NOT_ASKED]
+                verdict = self.run_tests(["tests", *others], "all")
+            return verdict
+        finally:
+            write(self.folder / mutant.file, text)
 
 
 def try_all(
@@ -1224,22 +1286,23 @@ def try_all(
     """
     mutants = list(mutants)
     names = dict.fromkeys(name for mutant in mutants for name in mutant.named_tests())
-    with tempfile.TemporaryDirectory() as parent, ThreadPoolExecutor(jobs) as pool:
-        folders: queue.Queue[Path] = queue.Queue()
+    with contextlib.ExitStack() as closing, ThreadPoolExecutor(jobs) as pool:
+        parent = closing.enter_context(tempfile.TemporaryDirectory())
+        copies: queue.Queue[Copy] = queue.Queue()
         for i in range(jobs):
-            folders.put(copy_repository(root, Path(parent) / str(i)))
-        healthy = Verdict("survived")
-        if not trust:
-            healthy = run_tests(Path(parent) / "0", list(names), "all")
+            copy = Copy(root, Path(parent) / str(i))
+            closing.callback(copy.close)
+            copies.put(copy)
+        healthy = Verdict("survived") if trust else copy.run_tests(list(names), "all")
         if healthy.outcome != "survived":
             raise RuntimeError(f"without a mutation the tests fail: {healthy}")
 
         def judge(mutant: Mutant) -> Verdict:
-            folder = folders.get()
+            copy = copies.get()
             try:
-                return try_mutant(folder, mutant, with_all)
+                return copy.judge(mutant, with_all)
             finally:
-                folders.put(folder)
+                copies.put(copy)
 
         yield from zip(mutants, pool.map(judge, mutants), strict=True)
 
@@ -1316,7 +1379,10 @@ def main() -> None:
         "--trust", action="store_true", help="do not run the tests without a mutation first"
     )
     parser.add_argument("--jobs", type=int, default=1, help="mutations at the same time")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # its own child
     options = parser.parse_args()
+    if options.serve:
+        return serve()
     record = read_record(ROOT)
     mutants = chosen_mutants(options, record)
     began = time.monotonic()

@@ -101,6 +101,16 @@ def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+class Seconds:
+    """A clock that stands still unless a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 # ---- Corpus --------------------------------------------------------------------------------------
 
 # Text that a small vocabulary can only spell in bytes, and spaces that a tokenizer treats in its

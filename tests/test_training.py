@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import copied
+from helpers import Seconds, copied
 
 # Every state that a checkpoint must hold: optimizers, averages, dropout, a teacher, phases.
 EVERYTHING = {
@@ -33,16 +33,6 @@ EVERYTHING = {
     "recur_layers": "1",
     "recur_frac": 0.2,
 }
-
-
-class Seconds:
-    """A clock that stands still unless a test moves it."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
