@@ -1700,6 +1700,12 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
     )
     require(
         errors,
+        not h.warmdown_frac or "warmdown_iters" not in h.explicit,
+        f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of them,"
+        " or set WARMDOWN_FRAC=0",
+    )
+    require(
+        errors,
         not h.eval_only or h.model_path,
         "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate",
     )

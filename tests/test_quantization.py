@@ -1324,9 +1324,13 @@ def scale_of(step: int, remaining: int, warmdown: int) -> float:
     return train_gpt.learning_rate_scale(h, step, remaining, progress=0.0)
 
 
-def simulate(clock: train_gpt.Clock, warmdown: int, seconds_of_step) -> list[float]:
-    """Return the learning-rate scale of each step of a run whose steps take so long."""
-    h = train_gpt.load_settings({}, warmdown_iters=warmdown)
+def simulate(clock: train_gpt.Clock, warmdown: float, seconds_of_step) -> list[float]:
+    """Return the learning-rate scale of each step of a run whose steps take so long.
+
+    A warm-down below 1 is a fraction of training.
+    """
+    name = "warmdown_frac" if 0 < warmdown < 1 else "warmdown_iters"
+    h = train_gpt.load_settings({}, **{name: warmdown})
     scales = []
     while (remaining := clock.remaining(len(scales))) > 0:
         step = len(scales)
@@ -1479,3 +1483,19 @@ def test_a_warm_down_by_a_fraction_of_training_follows_the_progress():
     for progress, scale in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (0.9, 0.2), (1.0, 0.0)):
         found = train_gpt.learning_rate_scale(h, step=3, remaining=7, progress=progress)
         assert found == pytest.approx(scale)
+
+
+@pytest.mark.parametrize("steps", [180, 74])
+def test_a_warm_down_by_a_fraction_keeps_its_shape_on_a_slow_machine(steps):
+    clock = train_gpt.Clock(iterations=180, seconds=150)
+    scales = simulate(clock, 0.667, lambda step: 150 / steps)
+    assert abs(len(scales) - steps) <= 1
+    assert scales[: steps // 3] == [1.0] * (steps // 3)
+    assert scales[2 * steps // 3] == pytest.approx(0.5, abs=0.02)
+    assert scales[-1] <= 2 / steps / 0.667
+
+
+def test_two_lengths_of_the_warm_down_are_an_error():
+    with pytest.raises(train_gpt.UserError, match=r"WARMDOWN_FRAC=0\.667; unset one"):
+        train_gpt.load_settings({"WARMDOWN_ITERS": "400", "WARMDOWN_FRAC": "0.667"})
+    train_gpt.load_settings({"WARMDOWN_ITERS": "400", "WARMDOWN_FRAC": "0"})

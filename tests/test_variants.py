@@ -21,15 +21,16 @@ VARIANT = TINY | {
     "EVAL_STRIDE": 32,
     "MICRO_BATCH_TOKENS": 128,  # two micro-batches a step
     "ITERATIONS": 12,
-    "WARMDOWN_ITERS": 6,
     "GPTQ_CALIB_BATCHES": 1,
     "VAL_LOSS_EVERY": 0,
+    "WARMDOWN_FRAC": 0.5,
     "SWA_INTERVAL": 1,
     "SCALAR_LR": 0.1,
     "LOSS_PER_VALUE": 1e-12,  # hardly anything, as the few steps here have learned little
     "LATE_QAT_THRESHOLD": 0.4,
 }
 del VARIANT["MAP_ADAPTER"]  # each variant has its own
+del VARIANT["WARMDOWN_ITERS"]  # half of the training for each, by WARMDOWN_FRAC
 PUBLISHED_B = {
     "RANDOM_BASIS_ENABLED": 1,
     "LORA_RANK": 4,
