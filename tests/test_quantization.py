@@ -275,13 +275,13 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
 
     def bigrams(ids):
         hashed = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % 31
-        return model.bigram[0].weight[torch.cat([torch.full((len(ids), 1), 31), hashed], 1)]
+        return model.bigram.weight[torch.cat([torch.full((len(ids), 1), 31), hashed], 1)]
 
     def normalized(x):
         return x / x.square().mean(-1, keepdim=True).sqrt()
 
     def attention_input(ids):
-        block, added = model.blocks[0], bigrams(ids) @ model.bigram[1].weight.T
+        block, added = model.blocks[0], bigrams(ids) @ model.bigram.proj.weight.T
         x = normalized(model.embedding.weight[ids] + model.bigram_scale * added)
         return normalized(block.stream_mix * x + block.embedding_mix * x)
 
@@ -293,8 +293,8 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
         return seen[0]
 
     by_hand = {
-        model.bigram[1]: bigrams,
-        model.value_embedding[1]: lambda ids: model.value_embedding[0].weight[ids],
+        model.bigram.proj: bigrams,
+        model.value_embedding.proj: lambda ids: model.value_embedding.weight[ids],
         model.blocks[0].attention.q: attention_input,
         model.blocks[0].attention.v: attention_input,
         model.embedding: head_input,
@@ -306,10 +306,10 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
         )
     kinds = {type(module) for module in hessians}
     assert kinds == {train_gpt.Linear, train_gpt.Embedding, train_gpt.LoRA}
-    for name in model.table:  # an adapter sees what its map does
-        module = model.get_submodule(name)
+    for spec in model.random_maps():  # an adapter sees what its map does
+        module = model.get_submodule(spec.name)
         assert hessians[module.lora] is hessians[module]
-    looked_up_only = model.bigram[0], model.value_embedding[0]
+    looked_up_only = model.bigram, model.value_embedding
     assert all(module not in hessians for module in looked_up_only)
     assert len(hessians) == 2 * 6 + 3
 
@@ -459,7 +459,7 @@ def test_sensitivities_are_the_fisher_information(processes):
     model = small_model()
     ids = torch.randint(16, (4, 8), generator=torch.Generator().manual_seed(0))
     rows, _ = train_gpt.collect_sensitivities(model, [ids] * 100, processes)
-    names = ["embedding.weight", "bigram.0.weight", "bigram.1.weight"]
+    names = ["embedding.weight", "bigram.weight", "bigram.proj.weight"]
     names += ["blocks.0.mlp.fc.lora.A", "blocks.0.attention.v.lora.B"]
     parameters = [model.get_parameter(name) for name in names]
     for name, p, expected in zip(
@@ -482,7 +482,7 @@ def test_collecting_sensitivities_leaves_no_trace(settings, random_model, proces
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert set(tables) == {model.embedding, model.bigram[0], model.value_embedding[0]}
+    assert set(tables) == {model.embedding, model.bigram, model.value_embedding}
     by_seen = rows[model.embedding.weight] > 0
     assert by_seen.all(), "also what the text does not show"
 
@@ -824,7 +824,7 @@ def exported(data_settings, processes):
             if name.endswith("lora.A"):
                 p.normal_(std=0.05)
         model.embedding.weight.normal_(std=0.3)
-        model.bigram[0].weight.normal_(std=0.3)
+        model.bigram.weight.normal_(std=0.3)
     return export(h, model, processes), model, h
 
 
@@ -857,14 +857,14 @@ def test_each_parameter_has_one_role(settings, basis):
     roles = train_gpt.tensors_by_role(model)
     named = [name for group in roles.values() for name in group]
     assert sorted(named) == sorted(name for name, _ in model.named_parameters())
-    embeddings = {"embedding.weight", "bigram.0.weight", "value_embedding.0.weight"}
+    embeddings = {"embedding.weight", "bigram.weight", "value_embedding.weight"}
     assert set(roles[Role.EMBEDDING]) == embeddings
-    maps = {f"{name}.weight" for name in model.table}
-    factors = {f"{name}.lora.{factor}" for name in model.table for factor in "AB"}
-    projections = {"bigram.1.weight", "value_embedding.1.weight"}
-    is_learned = basis == "learned"
-    assert set(roles[Role.MATRIX]) == projections | (maps if is_learned else set())
-    assert set(roles[Role.FACTOR]) == (set() if is_learned else factors)
+    random = {spec.name for spec in model.random_maps()}
+    learned = set(model.table) - random
+    assert {"bigram.proj", "value_embedding.proj"} <= learned
+    assert len(random) == (24 if basis == "orthogonal" else 0)
+    assert set(roles[Role.MATRIX]) == {f"{name}.weight" for name in learned}
+    assert set(roles[Role.FACTOR]) == {f"{name}.lora.{f}" for name in random for f in "AB"}
 
 
 def test_hardly_any_learned_value_of_the_full_configuration_stays_float16():
@@ -878,7 +878,9 @@ def test_hardly_any_learned_value_of_the_full_configuration_stays_float16():
         return sum(p.numel() for p in roles[role].values())
 
     adapters = sum(
-        spec.adapters()["lora"] * (spec.in_features + spec.out_features) for spec in table.values()
+        spec.adapters()["lora"] * (spec.in_features + spec.out_features)
+        for spec in table.values()
+        if spec.is_random
     )
     assert count(Role.SCALAR) < 0.01 * (adapters + count(Role.EMBEDDING))
     assert all(name.endswith(PER_CHANNEL) for name, p in roles[Role.SCALAR].items() if p.ndim > 1)
@@ -916,7 +918,7 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exporte
     batches = list(rows[:, :-1].split(size))
     calibration = train_gpt.calibrate(h, model, processes, batches)
     quantizers = calibration.quantizers(h, h.loss_per_value)
-    for name in ("embedding", "bigram.0", "bigram.1", "blocks.3.mlp.proj.lora"):
+    for name in ("embedding", "bigram", "bigram.proj", "blocks.3.mlp.proj.lora"):
         module = model.get_submodule(name)
         stored = module.quantize(quantizers, calibration.hessians.get(module))
         assert len(stored) == (2 if name.endswith("lora") else 1), name
@@ -956,7 +958,7 @@ def test_the_setting_of_pruning_reaches_the_codes(exported, processes):
     changed = train_gpt.load_settings({}, **h.as_dict() | {"prune_pct": 0.5})
     _, before = train_gpt.read_artifact(export(h, model, processes))
     _, pruned = train_gpt.read_artifact(export(changed, model, processes))
-    for name in ("blocks.0.mlp.fc.lora.B", "blocks.3.attention.q.lora.A", "bigram.1.weight"):
+    for name in ("blocks.0.mlp.fc.lora.B", "blocks.3.attention.q.lora.A", "bigram.proj.weight"):
         assert (before[name] == 0).double().mean() < 0.25, name
         assert (pruned[name] == 0).double().mean() >= 0.5, name
     assert torch.equal(pruned["embedding.weight"], before["embedding.weight"])
