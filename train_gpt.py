@@ -3855,31 +3855,53 @@ class Packed(NamedTuple):
     loss_per_value: float  # at which the scales were chosen
 
 
-def solve_for_bytes(pack: Callable[[float], Packed], target: int, loss: float) -> Packed:
+def entropy_bytes(codes: Tensor) -> float:
+    """Return the bytes that a coder of single codes needs; brotli is within 1% of them."""
+    counts = codes.flatten().unique(return_counts=True)[1].double()
+    return (counts * (counts.sum() / counts).log2()).sum().item() / 8
+
+
+def estimate_bytes(model: LanguageModel, quantizers: Mapping[Role, Quantizer]) -> float:
+    """Return about what the codes of a model take, without GPTQ and compression."""
+    groups = tensors_by_role(model)
+    total = 0.0
+    for role, quantizer in quantizers.items():
+        codes = [quantizer.quantize(p).codes.flatten() for p in groups[role].values()]
+        total += entropy_bytes(torch.cat(codes)) if codes else 0
+    return total
+
+
+def solve_for_bytes(
+    pack: Callable[[float], Packed],
+    estimate: Callable[[float], float],
+    target: int,
+    loss: float,
+) -> Packed:
     """Return the largest artifact of up to `target` bytes, within 0.5% of it if one is.
 
     Args:
-        pack: makes the artifact at a loss per value. Twice the loss saves half a bit per value.
+        pack: makes the artifact at a loss per value; the slow part.
+        estimate: about the bytes of its codes. Twice the loss saves half a bit per value.
         target: bytes.
         loss: where the search begins.
+
+    Returns:
+        The artifact; the smallest one if all are over the target.
     """
-    best, tried = None, []
-    for _ in range(10):
-        packed = pack(loss)
-        size = len(packed.blob)
-        if size <= target and (best is None or size > len(best.blob)):
-            best = packed
-        is_smallest = bool(tried) and size == tried[-1][1] > target
-        if 0.995 * target <= size <= target or is_smallest:
+    tried: list[Packed] = []
+    percents = range(-600, 600)  # of an octave
+    for _ in range(6):
+        tried.append(pack(loss))
+        size = len(tried[-1].blob)
+        has_stopped = len(tried) > 1 and size == len(tried[-2].blob)
+        if 0.995 * target <= size <= target or has_stopped:
             break
-        tried.append((math.log2(loss), size))
-        slope = -len(best.blob if best else packed.blob) / 8  # a first guess, at 4 bits a value
-        if len(tried) > 1 and tried[-1][1] != tried[-2][1]:
-            (x0, y0), (x1, y1) = tried[-2:]
-            slope = min((y1 - y0) / (x1 - x0), 0.1 * slope)
-        change = (0.9975 * target - size) / slope
-        loss *= 2.0 ** min(max(change, -5), 5)
-    return best or packed
+        wanted = estimate(loss) * 0.9975 * target / size  # it is wrong by about the same factor
+        step = bisect.bisect(percents, -wanted, key=lambda i: -estimate(loss * 2 ** (i / 100)))
+        loss *= 2 ** ((step - 600) / 100)
+    tried.sort(key=lambda packed: len(packed.blob))
+    fitting = [packed for packed in tried if len(packed.blob) <= target]
+    return fitting[-1] if fitting else tried[0]
 
 
 def describe_codes(model: LanguageModel, packed: Packed) -> list[str]:
@@ -3890,10 +3912,10 @@ def describe_codes(model: LanguageModel, packed: Packed) -> list[str]:
         codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
         if not codes:
             continue
-        counts = torch.cat(codes).unique(return_counts=True)[1].double()
-        values = int(counts.sum())
-        bits = (counts / values * (values / counts).log2()).sum().item()
-        cells = (role.value, values, round(values * bits / 8), bits, values * packed.loss_per_value)
+        values = sum(map(len, codes))
+        size = entropy_bytes(torch.cat(codes))
+        loss = values * packed.loss_per_value
+        cells = (role.value, values, round(size), 8 * size / values, loss)
         lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
     return lines
 
@@ -3924,13 +3946,20 @@ def export(
         "tokenizer": run.tokenizer.sha256,
     }
 
+    if trial:  # what moves the loss of an untrained model says nothing about a trained one
+        calibration = calibration._replace(sensitivities=None)
+
     def pack(loss_per_value: float) -> Packed:  # QUANTIZER=rms ignores the loss
         quantizers = calibration.quantizers(h, loss_per_value)
         tensors = quantize_model(model, quantizers, calibration.hessians)
         return Packed(*write_artifact(header, tensors), tensors, loss_per_value)
 
-    if h.target_bytes:
-        packed = solve_for_bytes(pack, h.target_bytes - code_bytes(), h.loss_per_value)
+    def estimate(loss_per_value: float) -> float:
+        return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
+
+    if h.target_bytes and not trial:
+        target = h.target_bytes - code_bytes()
+        packed = solve_for_bytes(pack, estimate, target, h.loss_per_value)
     else:
         packed = pack(h.loss_per_value)
     run.log("\n".join(describe_codes(model, packed)))
@@ -4770,7 +4799,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         raise UserError(f"preflight, {stage}: {error} (nothing is trained yet)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
-    return export_seconds + choice_seconds
+    exports = 3 if h.target_bytes else 1  # solve_for_bytes packs about three times
+    return exports * export_seconds + choice_seconds
 
 
 def reserve_for_export(run: Run, estimate: float) -> float:
