@@ -193,6 +193,9 @@ class Hyperparameters:
 
     # Model
     vocab_size: int = model_setting(1024, "pieces of the tokenizer", 8, 65_536)
+    embedding_dim: int = model_setting(
+        0, "width of the token embedding, which a map widens; 0: MODEL_DIM", 0, 16_384
+    )
     num_layers: int = model_setting(11, "transformer blocks", 1, 256)
     model_dim: int = model_setting(512, "width of the residual stream", 8, 16_384)
     num_heads: int = model_setting(8, "query heads", 1, 256)
@@ -335,6 +338,11 @@ class Hyperparameters:
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
+    @property
+    def token_dim(self) -> int:
+        """The width of the token embedding."""
+        return self.embedding_dim or self.model_dim
 
     @property
     def kv_dim(self) -> int:
@@ -1031,6 +1039,13 @@ class Linear(QuantizedModule):
         """Apply the map: x (..., in) -> (..., out), as in `fused_linear`."""
         return fused_linear(x, (self,), row_scale, activation)
 
+    def transposed(self, x: Tensor) -> Tensor:
+        """Apply the transposed map without its bias: x (..., out) -> (..., in)."""
+        for factor in (self.gate, self.scale):
+            if factor is not None:
+                x = x * factor.to(x.dtype)
+        return x @ merge_weights([self.parts(x.dtype)])
+
 
 class InputGroup(nn.Module):
     """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ.
@@ -1057,22 +1072,41 @@ class FusedLinear(InputGroup):
 
 
 class Embedding(QuantizedModule):
-    """A learned table (vocabulary, dim) in float32; lookups come in `dtype`."""
+    """A learned table (vocabulary, dim) in float32, and a map that widens its rows, if any.
+
+    Lookups come in `dtype`.
+    """
 
     roles: ClassVar = {"weight": Role.EMBEDDING}
 
-    def __init__(self, vocabulary: int, dim: int, std: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        dim: int,
+        std: float,
+        dtype: torch.dtype,
+        proj: Linear | None = None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocabulary, dim) * std)
         self.dtype = dtype
+        self.proj = proj
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up rows: ids (...) -> (..., dim)."""
-        return F.embedding(ids, self.weight).to(self.dtype)
+        """Look up rows: ids (...) -> (..., d)."""
+        x = F.embedding(ids, self.weight).to(self.dtype)
+        return x if self.proj is None else self.proj(x)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """Apply the transposed map: (..., d) -> (..., dim)."""
+        return x if self.proj is None else self.proj.transposed(x)
 
 
 class TiedHead(InputGroup):
-    """Logits c·tanh(z/c) of z = x Eᵀ, with E the token embedding: (..., d) -> (..., vocabulary)."""
+    """Logits c·tanh(z/c) of z = x Eᵀ, with E the table of the token embedding.
+
+    Its shapes are (..., dim) -> (..., vocabulary); `Embedding.narrow` gives its input.
+    """
 
     def __init__(self, embedding: Embedding, softcap: float) -> None:
         super().__init__(embedding)
@@ -1141,6 +1175,11 @@ class MapSpec(NamedTuple):
         return self.basis in BASES
 
     @property
+    def kind(self) -> str:
+        """Its name without member and layer, such as mlp.fc."""
+        return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
+
+    @property
     def owner(self) -> tuple[str, str]:
         """What stores the map: its kind and basis, without the layer, where layers share it."""
         return re.sub(r"blocks\.\d+\.", "", self.name), self.basis
@@ -1192,7 +1231,8 @@ class MapRule(NamedTuple):
     """One CELL or SELECTOR=CELL of a column of the map table.
 
     A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, attention, mlp, mlp.in (the MLP without its
-    proj) or one such as attention.q.
+    proj) or one such as attention.q. The maps of embeddings are not among all: embedding.proj,
+    bigram.proj and value_embedding.proj.
     """
 
     selector: str  # as written; empty: see FOR_ALL_MAPS
@@ -1203,10 +1243,14 @@ class MapRule(NamedTuple):
 
     def selects(self, member: int, kind: str, layer: int) -> bool:
         family = "mlp.in" if kind in ("mlp.fc", "mlp.gate") else kind
-        kinds = ("all", kind.partition(".")[0], family, kind)
+        kinds = [kind.partition(".")[0], family, kind]
+        if kind not in EMBEDDING_MAPS:
+            kinds.append("all")
         return self.kind in kinds and layer in self.layers and self.member in (None, member)
 
 
+# Maps that widen the rows of an embedding. They are learned unless a selector names them.
+EMBEDDING_MAPS = ("embedding.proj", "bigram.proj", "value_embedding.proj")
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
 CELL_WORDS = {
     "basis": ["learned", "shared", *BASES],
@@ -1243,7 +1287,7 @@ def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
     rules = []
     for part in text.replace(" ", "").split(","):
         selector, _, cell = part.rpartition("=")
-        match = re.fullmatch(r"(?:m(\d+)\.)?([a-z.]+)?(?:@([\d+-]+))?", selector)
+        match = re.fullmatch(r"(?:m(\d+)\.)?([a-z._]+)?(?:@([\d+-]+))?", selector)
         if not match:
             raise ValueError(f"{selector!r} is no selector such as all, mlp.fc or attention@0-2")
         member, kind, layers = match.groups()
@@ -1269,7 +1313,7 @@ def collect_errors(errors: list[str], where: str) -> Iterator[None]:
 
 
 class MapTable:
-    """The maps of all blocks, and the only place that decides which are random, and how.
+    """All maps of the model, and the only place that decides which are random, and how.
 
     A map's seed is MAP_SEED + MAP_SEED_STRIDE · layer + the offset of its kind (PR #1113); the
     members of an ensemble are a million apart. `errors` holds everything that is wrong.
@@ -1283,6 +1327,9 @@ class MapTable:
         "mlp.fc": 10,
         "mlp.proj": 11,
         "mlp.gate": 12,
+        "embedding.proj": 20,
+        "bigram.proj": 21,
+        "value_embedding.proj": 22,
     }
 
     def __init__(self, h: Hyperparameters) -> None:
@@ -1297,12 +1344,27 @@ class MapTable:
         self.specs: list[MapSpec] = []
         if self.errors:
             return
-        for member, layer in itertools.product(range(h.ensemble), range(h.num_layers)):
-            for kind, shape in self.shapes().items():
-                self.specs.append(self.spec(member, layer, kind, shape))
+        for member in range(h.ensemble):
+            for kind, shape in self.embedding_shapes().items():
+                self.specs.append(self.spec(member, None, kind, shape))
+            for layer in range(h.num_layers):
+                for kind, shape in self.block_shapes().items():
+                    self.specs.append(self.spec(member, layer, kind, shape))
         self.check()
 
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def embedding_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return kind -> (out, in) of the maps that widen embeddings."""
+        h = self.h
+        shapes = {}
+        if h.token_dim != h.model_dim:
+            shapes["embedding.proj"] = (h.model_dim, h.token_dim)
+        if h.bigram_vocab_size > 1:
+            shapes["bigram.proj"] = (h.model_dim, h.bigram_dim)
+        if h.value_layers:
+            shapes["value_embedding.proj"] = (h.kv_dim, h.ve_dim)
+        return shapes
+
+    def block_shapes(self) -> dict[str, tuple[int, int]]:
         """Return kind -> (out, in) of the maps of a block."""
         d, kv, hidden = self.h.model_dim, self.h.kv_dim, self.h.mlp_dim
         shapes = {
@@ -1329,10 +1391,14 @@ class MapTable:
                 self.used.add((column, rule.selector))
         return chosen
 
-    def spec(self, member: int, layer: int, kind: str, shape: tuple[int, int]) -> MapSpec:
-        """Return the row of one map."""
+    def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
+        """Return the row of a map in a block, or of an embedding's map (block None)."""
         h = self.h
-        cells = self.cells("basis", member, layer, kind, False)
+        layer = block or 0
+        cells: dict[str, Any] = {}
+        if kind in ("bigram.proj", "value_embedding.proj"):
+            cells["gain"] = (2 * h.num_layers) ** -0.5  # as published (PR #1113)
+        cells |= self.cells("basis", member, layer, kind, False)
         is_seeded = cells.get("basis", "learned") != "learned"  # a random map, or a shared one
         for column in COLUMNS[1:]:
             cells |= self.cells(column, member, layer, kind, is_seeded)
@@ -1342,13 +1408,15 @@ class MapTable:
             cells["seed"] = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
         cells["depth"] = layer / max(h.num_layers - 1, 1)
         prefix = f"members.{member}." if h.ensemble > 1 else ""
-        return MapSpec(f"{prefix}blocks.{layer}.{kind}", *shape, **cells)
+        if block is not None:
+            prefix += f"blocks.{block}."
+        return MapSpec(prefix + kind, *shape, **cells)
 
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
         h = self.h
         for spec in self.specs:
-            kind = ".".join(spec.name.split(".")[-2:])
+            kind = spec.kind
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
                 if spec.adapters() and spec.basis == "learned":
                     raise ValueError(f"{kind} is learned in full and takes no adapter")
@@ -1498,7 +1566,6 @@ UNSUPPORTED = {
     "CONTROL_TENSOR_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
     "DATA_DIR": Unsupported(("./data/", "./data"), "set DATA_PATH and TOKENIZER_PATH"),
     "DDL_ENABLED": Unsupported(("0",), "DDL is not built"),
-    "EMBEDDING_DIM": Unsupported(("512",), "the embedding is as wide as MODEL_DIM"),
     "EMBED_LR": Unsupported(("0.6",), f"{UNTIED}; set TIED_EMBED_LR"),
     "EVAL_BATCH_SEQS": Unsupported(("256",), "set EVAL_BATCH_TOKENS"),
     "GPTQ_BLOCK_SIZE": Unsupported(("128",), "the block does not change the codes; it is 128"),
@@ -1697,6 +1764,12 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
         h.max_wallclock_seconds == 0 or h.max_wallclock_seconds > h.gptq_reserve_seconds,
         f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
         " MAX_WALLCLOCK_SECONDS to train",
+    )
+    require(
+        errors,
+        not h.warmdown_frac or "warmdown_iters" not in h.explicit,
+        f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of them,"
+        " or set WARMDOWN_FRAC=0",
     )
     require(
         errors,
@@ -2300,35 +2373,34 @@ class GPT(LanguageModel):
 
         self.shared = nn.ModuleDict()  # by kind of map and basis
 
-        def linear(layer: int, kind: str) -> Linear:
-            spec = self.table[f"{prefix}blocks.{layer}.{kind}"]
+        def linear(name: str) -> Linear:
+            spec = self.table[prefix + name]
             if not spec.shared_count:
                 return Linear(spec)
-            key = f"{kind}:{spec.basis}".replace(".", "_")
+            key = f"{spec.kind}:{spec.basis}".replace(".", "_")
             if key not in self.shared:
                 self.shared[key] = SharedMatrices(spec)
             return Linear(spec, shared=self.shared[key])
 
-        small = (2 * h.num_layers) ** -0.5  # gain of the projections of bigram and value embedding
-        self.embedding = Embedding(h.vocab_size, d, h.tied_embed_init_std, dtype)
+        def embedding(kind: str, vocabulary: int, dim: int, std: float) -> Embedding:
+            name = f"{kind}.proj"
+            proj = linear(name) if prefix + name in self.table else None
+            return Embedding(vocabulary, dim, std, dtype, proj)
+
+        def block(layer: int) -> Block:
+            return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
+
+        self.embedding = embedding("embedding", h.vocab_size, h.token_dim, h.tied_embed_init_std)
         self.bigram_buckets = h.bigram_vocab_size
         if h.bigram_vocab_size > 1:
-            self.bigram = nn.Sequential(
-                Embedding(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype),
-                Linear(MapSpec("bigram.1", d, h.bigram_dim, gain=small)),
-            )
+            self.bigram = embedding("bigram", h.bigram_vocab_size, h.bigram_dim, 0.0)
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
         self.value_layers = h.value_layers
         if self.value_layers:
-            self.value_embedding = nn.Sequential(
-                Embedding(h.vocab_size, h.ve_dim, 0.01, dtype),
-                Linear(MapSpec("value_embedding.1", h.kv_dim, h.ve_dim, gain=small)),
-            )
+            self.value_embedding = embedding("value_embedding", h.vocab_size, h.ve_dim, 0.01)
             self.value_scales = nn.Parameter(torch.full((len(self.value_layers),), 0.1))
-        self.blocks = nn.ModuleList(
-            Block(h, layer, functools.partial(linear, layer)) for layer in range(h.num_layers)
-        )
+        self.blocks = nn.ModuleList(map(block, range(h.num_layers)))
         self.block_orders = {False: list(range(h.num_layers)), True: h.block_order}
         self.recurs = True  # training begins without recurrence (Phases), evaluation has it
         # U-Net skips: the i-th layer of the second half adds the stream after its mirror image.
@@ -2427,7 +2499,8 @@ class GPT(LanguageModel):
         are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
         num_queries = logits_to_keep if are_few and not streaming else None
         x = self.run_blocks(x0, ids, context, num_queries)
-        return self.head(norm(keep_last(x, logits_to_keep)))
+        x = norm(keep_last(x, logits_to_keep))
+        return self.head(self.embedding.narrow(x))
 
 
 class Ensemble(LanguageModel):
@@ -2478,7 +2551,7 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return an estimate of the bytes that building the model takes."""
     sizes = [math.prod(spec.shape) for spec in table.values()]
     squares = [n * n for spec in table.values() if spec.twist == "orthogonal" for n in spec.shape]
-    tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
+    tables = h.vocab_size * (h.token_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
     total = 4 * (sum(sizes) + h.ensemble * tables)
     total += 64 * max(sizes + squares) + 2 * sum(squares)
@@ -3540,7 +3613,7 @@ def has_matrices(module: QuantizedModule) -> bool:
 
 # ---- Artifact ----------------------------------------------------------------------------------
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 3
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 4
 BLOCK_BYTES = 2**22  # a group is compressed in blocks of this size, all at the same time
 # How the values of a group of like tensors are stored, by the last word of the group's name.
 GROUP_TYPES = {
@@ -3782,31 +3855,53 @@ class Packed(NamedTuple):
     loss_per_value: float  # at which the scales were chosen
 
 
-def solve_for_bytes(pack: Callable[[float], Packed], target: int, loss: float) -> Packed:
+def entropy_bytes(codes: Tensor) -> float:
+    """Return the bytes that a coder of single codes needs; brotli is within 1% of them."""
+    counts = codes.flatten().unique(return_counts=True)[1].double()
+    return (counts * (counts.sum() / counts).log2()).sum().item() / 8
+
+
+def estimate_bytes(model: LanguageModel, quantizers: Mapping[Role, Quantizer]) -> float:
+    """Return about what the codes of a model take, without GPTQ and compression."""
+    groups = tensors_by_role(model)
+    total = 0.0
+    for role, quantizer in quantizers.items():
+        codes = [quantizer.quantize(p).codes.flatten() for p in groups[role].values()]
+        total += entropy_bytes(torch.cat(codes)) if codes else 0
+    return total
+
+
+def solve_for_bytes(
+    pack: Callable[[float], Packed],
+    estimate: Callable[[float], float],
+    target: int,
+    loss: float,
+) -> Packed:
     """Return the largest artifact of up to `target` bytes, within 0.5% of it if one is.
 
     Args:
-        pack: makes the artifact at a loss per value. Twice the loss saves half a bit per value.
+        pack: makes the artifact at a loss per value; the slow part.
+        estimate: about the bytes of its codes. Twice the loss saves half a bit per value.
         target: bytes.
         loss: where the search begins.
+
+    Returns:
+        The artifact; the smallest one if all are over the target.
     """
-    best, tried = None, []
-    for _ in range(10):
-        packed = pack(loss)
-        size = len(packed.blob)
-        if size <= target and (best is None or size > len(best.blob)):
-            best = packed
-        is_smallest = bool(tried) and size == tried[-1][1] > target
-        if 0.995 * target <= size <= target or is_smallest:
+    tried: list[Packed] = []
+    percents = range(-600, 600)  # of an octave
+    for _ in range(6):
+        tried.append(pack(loss))
+        size = len(tried[-1].blob)
+        has_stopped = len(tried) > 1 and size == len(tried[-2].blob)
+        if 0.995 * target <= size <= target or has_stopped:
             break
-        tried.append((math.log2(loss), size))
-        slope = -len(best.blob if best else packed.blob) / 8  # a first guess, at 4 bits a value
-        if len(tried) > 1 and tried[-1][1] != tried[-2][1]:
-            (x0, y0), (x1, y1) = tried[-2:]
-            slope = min((y1 - y0) / (x1 - x0), 0.1 * slope)
-        change = (0.9975 * target - size) / slope
-        loss *= 2.0 ** min(max(change, -5), 5)
-    return best or packed
+        wanted = estimate(loss) * 0.9975 * target / size  # it is wrong by about the same factor
+        step = bisect.bisect(percents, -wanted, key=lambda i: -estimate(loss * 2 ** (i / 100)))
+        loss *= 2 ** ((step - 600) / 100)
+    tried.sort(key=lambda packed: len(packed.blob))
+    fitting = [packed for packed in tried if len(packed.blob) <= target]
+    return fitting[-1] if fitting else tried[0]
 
 
 def describe_codes(model: LanguageModel, packed: Packed) -> list[str]:
@@ -3817,10 +3912,10 @@ def describe_codes(model: LanguageModel, packed: Packed) -> list[str]:
         codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
         if not codes:
             continue
-        counts = torch.cat(codes).unique(return_counts=True)[1].double()
-        values = int(counts.sum())
-        bits = (counts / values * (values / counts).log2()).sum().item()
-        cells = (role.value, values, round(values * bits / 8), bits, values * packed.loss_per_value)
+        values = sum(map(len, codes))
+        size = entropy_bytes(torch.cat(codes))
+        loss = values * packed.loss_per_value
+        cells = (role.value, values, round(size), 8 * size / values, loss)
         lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
     return lines
 
@@ -3851,13 +3946,20 @@ def export(
         "tokenizer": run.tokenizer.sha256,
     }
 
+    if trial:  # what moves the loss of an untrained model says nothing about a trained one
+        calibration = calibration._replace(sensitivities=None)
+
     def pack(loss_per_value: float) -> Packed:  # QUANTIZER=rms ignores the loss
         quantizers = calibration.quantizers(h, loss_per_value)
         tensors = quantize_model(model, quantizers, calibration.hessians)
         return Packed(*write_artifact(header, tensors), tensors, loss_per_value)
 
-    if h.target_bytes:
-        packed = solve_for_bytes(pack, h.target_bytes - code_bytes(), h.loss_per_value)
+    def estimate(loss_per_value: float) -> float:
+        return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
+
+    if h.target_bytes and not trial:
+        target = h.target_bytes - code_bytes()
+        packed = solve_for_bytes(pack, estimate, target, h.loss_per_value)
     else:
         packed = pack(h.loss_per_value)
     run.log("\n".join(describe_codes(model, packed)))
@@ -3903,7 +4005,8 @@ def rebuild_model(
     """
     with untrusted_input("the stored model"):
         # Checked before any map is generated: a forged header could ask for a huge one.
-        blocks = {name.rsplit(".", 2)[0] for name in build_map_table(h)}
+        maps = [name for name in build_map_table(h) if "blocks." in name]
+        blocks = {name.rsplit(".", 2)[0] for name in maps}
         widths = {tuple(tensors[f"{block}.mlp_scale"].shape) for block in blocks}
         if stored["model"] != h.model_settings() or widths != {(h.model_dim,)}:
             raise ValueError("its settings and tensors are not those of one model")
@@ -4696,7 +4799,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         raise UserError(f"preflight, {stage}: {error} (nothing is trained yet)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
-    return export_seconds + choice_seconds
+    exports = 3 if h.target_bytes else 1  # solve_for_bytes packs about three times
+    return exports * export_seconds + choice_seconds
 
 
 def reserve_for_export(run: Run, estimate: float) -> float:

@@ -83,6 +83,8 @@ def flops_per_window(h: t.Hyperparameters) -> float:
     length, scored, width = h.eval_seq_len, h.eval_stride, h.model_dim
     flops = 2 * width * length**2 * (h.num_layers - 1) + 4 * width * length * scored
     for spec in t.build_map_table(h).values():
+        if "blocks." not in spec.name:
+            continue
         in_last_layer = f"blocks.{h.num_layers - 1}." in spec.name
         needs_all = not in_last_layer or spec.name.endswith((".k", ".v"))
         flops += 2 * spec.out_features * spec.in_features * (length if needs_all else scored)

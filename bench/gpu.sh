@@ -66,7 +66,7 @@ run_comparison() {
     fi
     exec "$python" "$root/tools/ablate.py" --out "$out/comparison" --plan "$root/bench/comparison.plan" \
         --seeds "${SEEDS:-1}" --budget tokens=12000000 --data "$books" --jobs "${JOBS:-8}" \
-        TRAIN_BATCH_TOKENS=16384 MICRO_BATCH_TOKENS=16384 WARMDOWN_ITERS=400 COMPILE=0 EVAL_STRIDE=128 \
+        TRAIN_BATCH_TOKENS=16384 MICRO_BATCH_TOKENS=16384 WARMDOWN_ITERS=400 WARMDOWN_FRAC=0 COMPILE=0 EVAL_STRIDE=128 \
         EVAL_BATCH_TOKENS=65536 CHECKPOINT_SECONDS=0 HOLDOUT_TOKENS=262144
 }
 export -f run_main run_comparison

@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 def shapes_of(h: t.Hyperparameters) -> list[tuple[int, int, int]]:
     """Return (out, in, rank) of every map of the blocks; rank 0: no LoRA."""
-    specs = t.build_map_table(h).values()
+    specs = [spec for spec in t.build_map_table(h).values() if "blocks." in spec.name]
     return [(*spec.shape, int(spec.adapters().get("lora", 0))) for spec in specs]
 
 

@@ -951,7 +951,7 @@ def test_members_of_an_ensemble_learn_each_for_itself(ensemble, teaching):
 
 def test_members_of_an_ensemble_have_maps_and_weights_of_their_own(variant):
     model = train_gpt.make_model(variant(ensemble=3, map_adapter="lora:4"))
-    seeds = [spec.seed for spec in model.table.values()]
+    seeds = [spec.seed for spec in model.random_maps()]
     assert len(seeds) == len(set(seeds)) == 3 * 24
     for name in ("blocks.0.mlp.fc.weight", "embedding.weight", "blocks.0.mlp.fc.lora.B"):
         path, _, last = name.rpartition(".")

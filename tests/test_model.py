@@ -82,24 +82,32 @@ class Restated:
             x = x + p[f"{at}.mlp_scale"] * self.linear(f"{at}.mlp.proj", inner)
             if h.skips_enabled and layer < half:
                 waiting.append(x)
-        z = rms_normalized(x) @ p["embedding.weight"].T
+        z = self.narrow(rms_normalized(x)) @ p["embedding.weight"].T
         return h.logit_softcap * np.tanh(z / h.logit_softcap)
 
     def linear(self, name, x):
         p = self.p
-        if f"{name}.lora.A" not in p:
-            return x @ p[f"{name}.weight"].T
-        frozen = self.model.get_submodule(name).weight.numpy()
-        return x @ frozen.T + (x @ p[f"{name}.lora.B"].T) @ p[f"{name}.lora.A"].T
+        y = x @ self.model.get_submodule(name).weight.detach().numpy().T
+        if f"{name}.lora.A" in p:
+            y = y + (x @ p[f"{name}.lora.B"].T) @ p[f"{name}.lora.A"].T
+        return p[f"{name}.scale"] * y if f"{name}.scale" in p else y
+
+    def narrow(self, x):
+        """Return the transposed map of the token embedding, if it has one."""
+        if "embedding.proj" not in self.model.table:
+            return x
+        return x @ self.linear("embedding.proj", np.eye(self.h.embedding_dim)).T
 
     def embed(self, row):
         p = self.p
         x = p["embedding.weight"][row]
+        if "embedding.proj" in self.model.table:
+            x = self.linear("embedding.proj", x)
         if self.h.bigram_vocab_size:
             last = self.h.bigram_vocab_size - 1
             pairs = itertools.pairwise(row)
             hashed = [last, *(((36313 * now) ^ (27191 * before)) % last for before, now in pairs)]
-            x = x + p["bigram_scale"] * (p["bigram.0.weight"][hashed] @ p["bigram.1.weight"].T)
+            x = x + p["bigram_scale"] * self.linear("bigram.proj", p["bigram.weight"][hashed])
         x = rms_normalized(x)
         if self.h.smear_enabled:
             gate, before = sigmoid(p["smear_gate"]), np.vstack([np.zeros_like(x[:1]), x[:-1]])
@@ -112,7 +120,7 @@ class Restated:
         q, k, own_values = (self.linear(f"{at}.{name}", seen) for name in "qkv")
         v = own_values
         if layer in self.value_layers:
-            added = p["value_embedding.0.weight"][row] @ p["value_embedding.1.weight"].T
+            added = self.linear("value_embedding.proj", p["value_embedding.weight"][row])
             v = v + p["value_scales"][self.value_layers.index(layer)] * added
         if h.vrl_enabled and layer:
             v = v + sigmoid(p[f"{at}.value_gate"]) * first_values
@@ -173,6 +181,15 @@ class Restated:
         {"map_basis": "learned"},
         {"map_basis": "mlp=orthogonal"},
         {"map_basis": "attention.v@1-2=orthogonal"},
+        {"map_basis": "orthogonal,bigram=gaussian,value_embedding=orthogonal"},
+        {"embedding_dim": 24},
+        {"embedding_dim": 24, "map_basis": "orthogonal,embedding=orthogonal"},
+        {
+            "embedding_dim": 48,
+            "map_basis": "orthogonal,embedding=gaussian",
+            "map_adapter": "lora:4,embedding=lora:3",
+            "map_scale": "embedding=row",
+        },
     ],
     ids=lambda changes: "-".join(f"{name}={value}" for name, value in changes.items()) or "all-on",
 )
@@ -482,7 +499,7 @@ def test_initial_values_are_the_references(settings):
             values[f"blocks.{layer}.embedding_mix"], torch.full((64,), 1 - share)
         )
     assert values["embedding.weight"].std() == pytest.approx(0.005, rel=0.03)
-    assert values["bigram.0.weight"].abs().max() == 0
+    assert values["bigram.weight"].abs().max() == 0
     assert values["bigram_scale"].item() == pytest.approx(0.05)
     assert values["smear_gate"].abs().max() == 0
     assert values["skip_weights"].shape == (2, 64)
@@ -514,8 +531,9 @@ def test_initial_weights_follow_the_seed_and_maps_do_not(settings):
 def test_state_dict_holds_what_is_learned_and_no_frozen_map(settings):
     model = train_gpt.GPT(settings())
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
-    frozen = [name for name in model.table if f"{name}.weight" in model.state_dict()]
-    assert frozen == []
+    maps = [spec.name for spec in model.random_maps()]
+    assert len(maps) == 24
+    assert not {f"{name}.weight" for name in maps} & set(model.state_dict())
     layer = train_gpt.FrozenRandomLinearWithLoRA(8, 8, rank=2)
     assert set(layer.state_dict()) == {"lora.A", "lora.B"}
 
@@ -654,7 +672,8 @@ def test_defaults_are_system_a():
 
 def test_sizes_of_the_full_configuration():
     """No map is generated: learned maps on the meta device have all other parameters."""
-    specs = train_gpt.build_map_table(train_gpt.load_settings({})).values()
+    table = train_gpt.build_map_table(train_gpt.load_settings({}))
+    specs = [spec for spec in table.values() if spec.is_random]
     assert len(specs) == 66
     assert {spec.basis for spec in specs} == {"orthogonal"}
     assert sum(spec.out_features * spec.in_features for spec in specs) == 25_952_256
@@ -662,7 +681,7 @@ def test_sizes_of_the_full_configuration():
         model = train_gpt.GPT(train_gpt.load_settings({}, map_basis="learned"))
     trained = sum(sum(spec.shape) * spec.adapters()["lora"] for spec in specs)
     for name, p in model.named_parameters():
-        if name.removesuffix(".weight") not in model.table:
+        if name.removesuffix(".weight") not in {spec.name for spec in specs}:
             trained += p.numel()
     # PR #1113 has 23 more scalars among its gates.
     assert trained == pytest.approx(3_744_892, abs=30)

@@ -61,17 +61,17 @@ def published_model(golden: dict[str, np.ndarray], kind: str) -> train_gpt.GPT:
 
     state = {
         "embedding.weight": value("tok_emb.weight"),
-        "bigram.0.weight": value("bigram.embed.weight"),
-        "bigram.1.weight": value("bigram.proj.weight"),
+        "bigram.weight": value("bigram.embed.weight"),
+        "bigram.proj.weight": value("bigram.proj.weight"),
         "bigram_scale": value("bigram.scale").reshape(1),
         "smear_gate": value("smear.gate"),
-        "value_embedding.0.weight": value("ve_shared.embed.weight"),
+        "value_embedding.weight": value("ve_shared.embed.weight"),
         "skip_weights": value("skip_weights"),
     }
     if f"{kind}/ve_shared.proj.weight" in golden:
-        state["value_embedding.1.weight"] = value("ve_shared.proj.weight")
+        state["value_embedding.proj.weight"] = value("ve_shared.proj.weight")
     else:  # as wide as the values: the published class has no projection there
-        state["value_embedding.1.weight"] = torch.eye(h.kv_dim)
+        state["value_embedding.proj.weight"] = torch.eye(h.kv_dim)
     scales = [value(f"ve_layer_scales.{i}") for i in range(len(h.value_layers))]
     state["value_scales"] = torch.cat(scales) * value("ve_shared.scale")
     for layer in range(h.num_layers):

@@ -150,12 +150,33 @@ def test_hexadecimal_seeds(name):
     assert build_map_table(load({name: "219540062"})) == table
 
 
+def test_maps_of_embeddings_are_random_only_by_name():
+    kinds = ["embedding.proj", "bigram.proj", "value_embedding.proj"]
+    narrow = {"EMBEDDING_DIM": 128}
+    table = build_map_table(load(narrow | {"MAP_BASIS": "all=gaussian", "MAP_FREEZE": "0.5"}))
+    assert [spec.kind for spec in table.values() if spec.basis == "learned"] == kinds
+    assert {table[kind].freeze for kind in kinds} == {0.0}
+    named = "learned,embedding=orthogonal,bigram.proj=gaussian"
+    table = build_map_table(load(narrow | {"MAP_BASIS": named, "MAP_ADAPTER": "none"}))
+    assert [spec.name for spec in table.values() if spec.is_random] == kinds[:2]
+    assert table["embedding.proj"].shape == (512, 128)
+    assert {table[kind].adapter for kind in kinds} == {"none"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"EMBEDDING_DIM": 512}])
+def test_an_embedding_as_wide_as_the_model_has_no_map(settings):
+    assert "embedding.proj" not in build_map_table(load(settings))
+    with pytest.raises(train_gpt.UserError, match="embedding selects no map"):
+        load(settings | {"MAP_BASIS": "learned,embedding=orthogonal"})
+
+
 @pytest.mark.parametrize("layers", [1, 2, 6, 9, 12])
 def test_the_number_of_layers_can_be_set_alone(layers):
     """The layers of the value embedding are the last two, or the only one."""
     h = load({"NUM_LAYERS": layers})
     assert h.value_layers == list(range(layers))[-2:]
-    assert len(build_map_table(h)) == 6 * layers
+    maps = [spec for spec in build_map_table(h).values() if spec.is_random]
+    assert len(maps) == 6 * layers
 
 
 def test_layers_of_a_value_embedding_that_is_off_do_not_matter():
