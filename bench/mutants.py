@@ -125,8 +125,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             f"{EFFECT}[qk_gain_init]",
         ),
         Mutant(
-            "d, h.tied_embed_init_std, dtype",
-            "d, 0.005, dtype",
+            "h.token_dim, h.tied_embed_init_std",
+            "h.token_dim, 0.005",
             "TIED_EMBED_INIT_STD does nothing",
             f"{EFFECT}[tied_embed_init_std]",
         ),
@@ -239,7 +239,25 @@ MUTANTS: dict[str, list[Mutant]] = {
             "MAP_SCALE has no effect where a block scales its output",
             "adapters::test_a_linear_map_and_its_gradients_are_the_textbooks adapters model",
         ),
-        Mutant("if self.is_frozen:", "if False:", "MAP_FREEZE saves no time", "freeze"),
+        Mutant(
+            "x if self.proj is None else self.proj.transposed(x)",
+            "x if self.proj is None else x @ self.proj.base_weight().to(x.dtype)",
+            "the head leaves out the adapter of a narrow table's map",
+            "model",
+        ),
+        Mutant(
+            "for factor in (self.gate, self.scale):",
+            "for factor in (self.scale,):",
+            "the head leaves out the gate of a narrow table's map",
+            "model adapters",
+        ),
+        Mutant(
+            "if self.is_frozen:",
+            "if False:",
+            "MAP_FREEZE saves no time",
+            "freeze",
+            harmless="of the supported releases of torch only 2.9 keeps a graph with the gradients",
+        ),
         Mutant(
             "weight if self.twist is None else self.twist(weight)",
             "weight",
@@ -271,6 +289,12 @@ MUTANTS: dict[str, list[Mutant]] = {
             "layer in self.layers",
             "a rule of one member changes all members",
             "variants::test_members_of_an_ensemble_are_what_their_selector_says",
+        ),
+        Mutant(
+            "if kind not in EMBEDDING_MAPS:",
+            "if True:",
+            "MAP_BASIS changes the maps of embeddings, too",
+            "settings",
         ),
         Mutant(
             'in ("mlp.fc", "mlp.gate") else kind',
@@ -642,9 +666,15 @@ MUTANTS: dict[str, list[Mutant]] = {
             "safety::test_the_reserve_grows_with_what_the_export_takes",
         ),
         Mutant(
-            "return export_seconds + choice_seconds",
-            "return export_seconds",
+            "exports * export_seconds + choice_seconds",
+            "exports * export_seconds",
             "the choice of the candidate goes over the time limit",
+            "training::test_a_preflight_estimates_the_export_and_the_choice",
+        ),
+        Mutant(
+            "exports = 3 if h.target_bytes else 1",
+            "exports = 1",
+            "an export to TARGET_BYTES goes over the time limit",
             "training::test_a_preflight_estimates_the_export_and_the_choice",
         ),
         Mutant(
@@ -797,8 +827,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             f"{EFFECT}[prune_pct]",
         ),
         Mutant(
-            "h.target_bytes - code_bytes(), h.loss",
-            "h.target_bytes, h.loss",
+            "target = h.target_bytes - code_bytes()",
+            "target = h.target_bytes",
             "TARGET_BYTES leaves out the code",
             "quantization::test_target_bytes_are_met_by_an_export_or_refused",
         ),

@@ -372,6 +372,7 @@ OBSERVED = {
     "holdout_tokens": training("held-out", 64, SHORT | {"holdout_tokens": 96}),
     # Model
     "vocab_size": model("shapes", 70),
+    "embedding_dim": model("only initial shapes logits", 16),
     "num_layers": model("maps shapes logits", 3),
     "model_dim": model("maps shapes", 16),
     "num_heads": model("shapes logits", 2),
@@ -479,7 +480,7 @@ OBSERVED = {
 
 def test_every_setting_is_observed():
     """A new setting needs a line in OBSERVED."""
-    assert list(OBSERVED) == list(train_gpt.SETTINGS)
+    assert OBSERVED.keys() == train_gpt.SETTINGS.keys()
 
 
 def is_same(ours: object, theirs: object) -> bool:

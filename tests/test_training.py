@@ -208,9 +208,10 @@ def test_a_preflight_estimates_the_export_and_the_choice(
 
     monkeypatch.setattr(train_gpt, "export", slow_export)
     monkeypatch.setattr(train_gpt, "evaluate", slow_evaluation)
-    h = data_settings()
-    estimate = train_gpt.preflight(run_of(h), train_gpt.make_model(h), train_gpt.TrainingData(h))
-    assert estimate == 7 + 3 * 2
+    for target, exports in ((0, 1), (300_000, 3)):  # a target takes about three
+        h = data_settings(target_bytes=target)
+        model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
+        assert train_gpt.preflight(run_of(h), model, data) == exports * 7 + 3 * 2
 
 
 # ---- Steps ---------------------------------------------------------------------------------------
