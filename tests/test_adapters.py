@@ -624,6 +624,14 @@ def test_a_layer_starts_as_a_mix_of_the_two_nearest_matrices(count, depth):
         assert center == pytest.approx(depth)
 
 
+def test_each_layer_of_a_model_starts_as_the_mix_of_its_depth(variant):
+    """Else all layers would be one layer at first (PR #812)."""
+    model = train_gpt.GPT(variant(map_basis="shared:3", map_adapter="none", num_layers=5))
+    for layer, block in enumerate(model.blocks):
+        for part in (block.attention.q, block.mlp.fc):
+            assert torch.equal(part.shared_mix, train_gpt.depth_weights(3, layer / 4))
+
+
 @pytest.mark.parametrize("basis", ["shared", "shared:3"])
 @pytest.mark.parametrize("twist", ["none", *train_gpt.TWISTS])
 def test_layers_share_matrices_and_each_has_its_own_twist(variant, random_model, basis, twist):
