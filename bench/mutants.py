@@ -3,6 +3,7 @@
     python bench/mutants.py                  # every mutation that the record does not have
     python bench/mutants.py --only Processes # a section, or a word of a mutation or its harm
     python bench/mutants.py --all            # survivors of their own tests meet the whole suite
+    python bench/mutants.py --table          # write the table by the record, and try nothing
 
 A mutation replaces a piece of a line that occurs once in its file. It is killed when one of the
 tests that it names fails, and survives when all pass. First these tests run without any mutation:
@@ -40,7 +41,7 @@ RECORD, TABLE = "bench/results/mutants.json", "bench/results/mutants.md"
 LINKED = (".venv", "data/datasets", "data/tokenizers")  # tests only read them
 # These fail for any change: they are about the text of the script, or about this list.
 NOT_ASKED = ("tests/test_style.py", "tests/test_mutants.py")
-IMPORTED = ("torch", "numpy", "brotli", "sentencepiece", "hypothesis.strategies", "pytest")
+IMPORTED = ("torch", "numpy", "brotli", "sentencepiece", "hypothesis.strategies")
 times = itertools.count(int(time.time()))  # compiled files are told apart by whole seconds
 LONGEST = {"named": 900, "all": 7200}  # seconds; a mutation that lets tests hang is killed, too
 
@@ -312,7 +313,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             'cells["depth"] = layer / max',
             'cells["depth"] = 0 * layer / max',
             "all layers start as the same shared matrix",
-            "adapters",
+            "adapters::test_each_layer_of_a_model_starts_as_the_mix_of_its_depth",
         ),
     ],
     "Attention and transformer": [
@@ -1218,11 +1219,10 @@ def copy_repository(root: Path, folder: Path) -> Path:
     return folder
 
 
-def serve() -> None:
+def serve(imported: Sequence[str]) -> None:
     """Run pytest in a child for each line of arguments, [folder, output, seconds, *arguments]."""
-    for name in IMPORTED:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    for name in imported:
+        importlib.import_module(name)
     import pytest
 
     for line in sys.stdin:
@@ -1267,7 +1267,7 @@ class Copy:
         # Plugins are not needed, and take half a second.
         environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         self.server = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
+            [sys.executable, __file__, "--serve", *IMPORTED],
             env=environment,
             text=True,
             stdin=subprocess.PIPE,
@@ -1408,13 +1408,14 @@ def main() -> None:
     parser.add_argument(
         "--trust", action="store_true", help="do not run the tests without a mutation first"
     )
+    parser.add_argument("--table", action="store_true", help="write the table, try nothing")
     parser.add_argument("--jobs", type=int, default=1, help="mutations at the same time")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # its own child
+    parser.add_argument("--serve", nargs="*", help=argparse.SUPPRESS)  # its own child
     options = parser.parse_args()
-    if options.serve:
-        return serve()
+    if options.serve is not None:
+        return serve(options.serve)
     record = read_record(ROOT)
-    mutants = chosen_mutants(options, record)
+    mutants = [] if options.table else chosen_mutants(options, record)
     began = time.monotonic()
     given = options.jobs, options.all, options.trust
     for mutant, verdict in try_all(ROOT, mutants, *given) if mutants else ():
