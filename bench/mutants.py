@@ -494,13 +494,13 @@ MUTANTS: dict[str, list[Mutant]] = {
             "& ~self.is_control[previous]",
             "",
             "a space after a control token counts as a byte of text",
-            "data::test_counted_bytes_are_the_decoded_text_document_by_document",
+            "data::test_space_at_the_start_of_a_document_is_not_text",
         ),
         Mutant(
             "count_bytes(tokens[:-1], tokens[1:])  # all",
             "count_bytes(tokens, tokens)  # all",
             "bits per byte count bytes that are not scored",
-            "data::test_stream_counts_all_but_its_first_token",
+            "data::test_a_first_token_of_text_is_not_counted",
         ),
         Mutant(
             "mean_loss * (len(self.tokens) - 1)",
@@ -651,7 +651,10 @@ MUTANTS: dict[str, list[Mutant]] = {
             "quantization::test_the_best_candidate_is_what_the_model_holds_after_the_choice",
         ),
         Mutant(
-            "self.averages.update(self.step, lr_scale)", "pass", "averages stay empty", "training"
+            "self.averages.update(self.step, lr_scale)",
+            "pass",
+            "averages stay empty",
+            "training::test_averages_are_of_the_weights_after_each_step",
         ),
     ],
     "Preflight": [
@@ -862,7 +865,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "Calibration(hessians | tables, sensitivities)",
             "Calibration(hessians, sensitivities)",
             "tables that are only looked up are rounded to nearest",
-            "quantization::test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches",
+            "quantization::test_every_table_is_rounded_by_its_own_gradients",
         ),
         Mutant(
             "        dist.all_reduce(hessian)",
@@ -912,7 +915,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "    if position != len(body):",
             "    if False:",
             "bytes that belong to nothing are accepted",
-            "faults::test_spoiled_files_are_refused",
+            "quantization::test_bytes_that_belong_to_no_group_are_refused",
         ),
         Mutant(
             "counts = lengths.pop(group)",
@@ -924,7 +927,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             'stored["model"] != h.model_settings() or widths',
             "widths",
             "a forged header builds another model",
-            "faults::test_spoiled_files_are_refused",
+            "quantization::test_an_artifact_must_say_all_that_its_model_depends_on",
         ),
         Mutant(
             "[:, None].view(torch.uint8).t()",

@@ -487,6 +487,16 @@ def test_collecting_sensitivities_leaves_no_trace(settings, random_model, proces
     assert by_seen.all(), "also what the text does not show"
 
 
+def test_every_table_is_rounded_by_its_own_gradients(data_settings, random_model, processes):
+    """Also those that are looked up alone, and are no linear map's weights."""
+    model, batches = random_model(data_settings()), [tokens(2, 16)]
+    calibration = train_gpt.calibrate(data_settings(), model, processes, batches)
+    _, tables = train_gpt.collect_sensitivities(model, batches, processes)
+    assert len(tables) == 3
+    for module, hessian in tables.items():
+        torch.testing.assert_close(calibration.hessians[module], hessian)
+
+
 def by_sensitivity(p, sensitivity, loss=1e-6) -> train_gpt.SensitivityQuantizer:
     return train_gpt.SensitivityQuantizer(sensitivities={p: sensitivity}, loss_per_value=loss)
 
@@ -1055,6 +1065,25 @@ def test_a_group_that_stands_twice_is_refused():
     assert [name for name, _ in train_gpt.read_tensors(once, packed)] == ["a"]
     with pytest.raises(KeyError):
         dict(train_gpt.read_tensors(once | {"groups": 2 * once["groups"]}, 2 * packed))
+
+
+def test_bytes_that_belong_to_no_group_are_refused():
+    """Else an artifact could carry anything, and be larger than it says."""
+    packed = brotli.compress(bytes(8))
+    header = {"tensors": [["a", [4], ["float16"]]], "groups": [["float16", [len(packed)]]]}
+    with pytest.raises(ValueError, match="the file has"):
+        list(train_gpt.read_tensors(header, packed + b"more"))
+
+
+def test_an_artifact_must_say_all_that_its_model_depends_on(exported, processes):
+    """What it leaves out would be as the evaluator happens to have set it."""
+    blob, _, h = exported
+    header, tensors = train_gpt.read_artifact(blob)
+    for name in ("logit_softcap", "xsa_last_n"):
+        part = {key: value for key, value in header["model"].items() if key != name}
+        other, _ = train_gpt.write_artifact(header | {"model": part}, tensors, 4)
+        with pytest.raises(train_gpt.UserError, match="not those of one model"):
+            train_gpt.model_from_artifact(h, other, processes)
 
 
 def test_what_is_no_artifact_is_refused():

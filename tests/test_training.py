@@ -70,12 +70,16 @@ def test_phases_begin_by_the_clock_where_time_ends_the_run(data_settings, traine
     assert trainer.lr_scale == pytest.approx(1 / 10), "the warm-down of 10 steps ends with the time"
 
 
-def test_a_phase_that_begins_at_the_end_is_entered_before_the_choice(data_settings, trainer_of):
-    """The last step jumps over it: the exported model must have its recurrence all the same."""
-    h = data_settings(iterations=2, recur_layers="1", recur_frac=0.9)
-    trainer = trainer_of(h)
+@pytest.mark.parametrize("limit", [{"iterations": 6}, {"max_wallclock_seconds": 6.5}])
+def test_a_phase_that_begins_at_the_end_is_entered_before_the_choice(
+    data_settings, trainer_of, seconds, limit
+):
+    """No step is left for it, or no time: the export has its recurrence all the same."""
+    usual = {"iterations": 1000, "gptq_reserve_seconds": 0, "num_layers": 2}
+    trainer = trainer_of(data_settings(**usual | limit, recur_layers="1", recur_frac=0.95))
     trainer.phases.enter(0.0)
     trainer.train()
+    assert trainer.step == 6
     assert trainer.model.recurs
 
 
@@ -417,6 +421,24 @@ def test_a_loss_that_is_no_number_ends_training_and_is_never_saved(data_settings
     with pytest.raises(train_gpt.UserError, match=r"loss.* not finite"):
         trainer.train()
     assert train_gpt.Checkpoint.read_newest(trainer.run.folder).training["step"] == 0
+
+
+# ---- Averages ------------------------------------------------------------------------------------
+
+
+def test_averages_are_of_the_weights_after_each_step(data_settings, trainer_of):
+    h = data_settings(iterations=5, ema_decay=0.5, swa_interval=1, swa_threshold=1.0, num_layers=1)
+    trainer = trainer_of(h)
+    trainer.train()
+    history = [snapshot["embedding.weight"] for snapshot in trainer.run.log.snapshots]
+    assert len(history) == 5
+    place = next(i for i, p in enumerate(trainer.optimizers.params) if p.shape == history[0].shape)
+    found = {name: weights[place] for name, weights in trainer.averages.candidates().items()}
+    torch.testing.assert_close(found["last"], history[-1])
+    weights = [0.5**age for age in range(4, -1, -1)]
+    ema = sum(w * value for w, value in zip(weights, history, strict=True)) / sum(weights)
+    torch.testing.assert_close(found["ema"], ema)
+    torch.testing.assert_close(found["swa"], sum(history[1:]) / 4, msg="from the second step on")
 
 
 # ---- The end -------------------------------------------------------------------------------------
