@@ -57,6 +57,7 @@ Where to look:
 from __future__ import annotations
 
 import argparse
+import ast
 import bisect
 import contextlib
 import copy
@@ -3808,9 +3809,20 @@ def calibration_batches(
         yield data.sequences(first + i * size, size)[:, :-1].to(dist.device)
 
 
+@functools.cache
 def code_bytes() -> int:
-    """Return the bytes of this script, which the challenge counts."""
-    return Path(__file__).stat().st_size
+    """Return the bytes of this script as it ships: without comments, compressed, self-extracting.
+
+    The challenge counts them. `tools/submit.py` makes that script, with fewer bytes than these.
+    """
+    source = Path(__file__).read_bytes()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        can_have = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if can_have and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    compressed = brotli.compress(ast.unparse(tree).encode())
+    return min(len(source), len(compressed) * 5 // 4 + 500)  # base85 and what unpacks it
 
 
 class Calibration(NamedTuple):
@@ -4883,6 +4895,8 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
         f"{trained:,} trained and {frozen:,} frozen parameters; {len(maps)} of {len(model.table)}"
         f" maps are random, in 0 bytes; the rest takes {stored_bytes(model):,} bytes uncompressed"
     )
+    readable = Path(__file__).stat().st_size
+    log(f"code: {code_bytes():,} bytes as it ships, packed; {readable:,} readable")
     threads = torch.get_num_threads()
     log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
     dtype = resolve_dtype(run.h, run.dist.on_cuda)
@@ -4989,6 +5003,7 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "val_bpb": metrics["val_bpb_sliding_window"],
         "bytes_total": code_bytes() + model_bytes,
         "bytes_code": code_bytes(),
+        "bytes_code_readable": Path(__file__).stat().st_size,
         "bytes_model": model_bytes,
         **metrics,
     }

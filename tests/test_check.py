@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, SCRIPT, TINY, environment, make_corpus, run_well
+from helpers import ROOT, SCRIPT, TINY, environment, make_corpus, run_well, train_gpt
 
 TOOL = ROOT / "tools" / "check.py"
 spec = importlib.util.spec_from_file_location("check", TOOL)
@@ -103,10 +103,10 @@ def rewrite(folder: Path, **changes: tuple[str, str]) -> check.Submission:
     log = folder / "train.log"
     replace(log, SCRIPT.read_text(encoding="utf-8"), script)
     (folder / "train_gpt.py").write_text(script, encoding="utf-8")
-    code, model = len(script.encode()), (folder / "model.int6.ptz").stat().st_size
+    code, model = check.count_code(script.encode()), (folder / "model.int6.ptz").stat().st_size
     replace(
         log,
-        f"artifact code {SCRIPT.stat().st_size:,} + model {model:,}",
+        f"artifact code {train_gpt.code_bytes():,} + model {model:,}",
         f"artifact code {code:,} + model {model:,}",
     )
     claim(folder, bytes_code=code, bytes_total=code + model)
@@ -248,7 +248,7 @@ def test_falsified_claim_fails_where_it_is_checked(copied, capsys, falsify, fail
 
 
 @pytest.mark.parametrize(
-    "option, failing", [(["--size-limit", "100000"], "size"), (["--eval-limit", "0.01"], "seconds")]
+    "option, failing", [(["--size-limit", "50000"], "size"), (["--eval-limit", "0.01"], "seconds")]
 )
 def test_limits_are_the_users(honest, capsys, option, failing):
     code, found, table = verdicts(capsys, honest, *option)

@@ -104,8 +104,8 @@ exec(compile(s,__file__,"exec"))
 """
 
 
-# Which argument of what declares a setting is its meaning in words.
-MEANING_PLACES = {"setting": 1, "model_setting": 1, "Alias": 0}
+# Which argument of what declares a setting, or an unsupported variable, explains it in words.
+MEANING_PLACES = {"setting": 1, "model_setting": 1, "Alias": 0, "Unsupported": 1}
 READ_MORE = "\n\nWhat the settings mean: python train_gpt_readable.py --help"
 
 
