@@ -41,9 +41,12 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import brotli
-import numpy as np
-import sentencepiece
+try:
+    import brotli
+    import numpy as np
+    import sentencepiece
+except ImportError as missing:
+    raise SystemExit(f"error: {missing.name} is missing: pip install -r requirements.txt") from None
 
 if TYPE_CHECKING:  # a child imports torch once the examined script runs
     from torch import Tensor

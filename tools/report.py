@@ -331,6 +331,19 @@ def by_run(runs: list[Run], selection: alt.Parameter | None = None) -> dict[str,
     return {"color": color, "opacity": opacity}
 
 
+def scale_to(end: float) -> alt.Scale:
+    """Return a scale from 0 to this number, or one that fits the data if there is none."""
+    return alt.Scale(domain=[0, end], nice=False) if 0 < end < math.inf else alt.Scale()
+
+
+def scale_around(values: pd.Series) -> alt.Scale:
+    """Return a scale whose ticks tell what a value is, also where there is one value only."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return alt.Scale(domain=[low - 0.05 * abs(low), high + 0.05 * abs(low)])
+    return alt.Scale(zero=False, padding=6)
+
+
 def curve(
     frame: pd.DataFrame,
     x: str,
@@ -344,21 +357,19 @@ def curve(
     known = frame[frame[y].notna() & frame[x].notna()]
     columns = list(dict.fromkeys(["run", "step", x, y]))
     number = PLAIN if x == "seconds" else SHORT
-    chart = (
-        alt.Chart(known[columns])
-        .mark_line(point=points, interpolate="linear", clip=True)
-        .encode(
-            alt.X(f"{x}:Q", title=AXES[x], axis=alt.Axis(format=number, tickCount=5)),
-            alt.Y(f"{y}:Q", title=title, scale=alt.Scale(zero=False)),
-            tooltip=[
-                "run:N",
-                alt.Tooltip("step:Q", format=","),
-                alt.Tooltip(f"{y}:Q", format=".5~g"),
-            ],
-            **by_run(runs, selection),
-        )
-        .properties(width=300, height=230)
+    along = scale_to(frame[x].max())  # as far as the runs go: validations may be few
+    base = alt.Chart(known[columns]).encode(
+        alt.X(f"{x}:Q", title=AXES[x], scale=along, axis=alt.Axis(format=number, tickCount=5)),
+        alt.Y(f"{y}:Q", title=title, scale=scale_around(known[y])),
+        tooltip=[
+            "run:N",
+            alt.Tooltip("step:Q", format=","),
+            alt.Tooltip(f"{y}:Q", format=".5~g"),
+        ],
+        **by_run(runs, selection),
     )
+    chart = base.mark_line(point=points, interpolate="linear", clip=True)
+    chart = chart.properties(width=300, height=230)
     zoom = alt.selection_interval(bind="scales", name=f"zoom_{x}_{y}")
     return chart.add_params(zoom)
 
@@ -409,7 +420,12 @@ def bars(
     """Return horizontal bars of x for each y, with their numbers."""
     scale = SHORT if number == "," else PLAIN
     base = alt.Chart(frame).encode(
-        alt.X(f"{x}:Q", title=title, axis=alt.Axis(format=scale, tickCount=6)),
+        alt.X(
+            f"{x}:Q",
+            title=title,
+            scale=scale_to(1.1 * frame[x].max()),  # with room for the numbers
+            axis=alt.Axis(format=scale, tickCount=6),
+        ),
         alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
         tooltip=[alt.Tooltip(f"{name}:N") for name in frame.columns],
     )
@@ -457,12 +473,12 @@ def quantization_chart(runs: list[Run]) -> alt.Chart | None:
         return None
     frame = pd.DataFrame(rows)
     base = alt.Chart(frame).encode(
-        alt.X("val_bpb:Q", scale=alt.Scale(zero=False, padding=30)),
+        alt.X("val_bpb:Q", scale=alt.Scale(zero=False, padding=30), axis=alt.Axis(tickCount=6)),
         alt.Y("stage:N", title=None, sort=list(STAGES.values()), axis=alt.Axis(labelLimit=260)),
         tooltip=["run:N", "stage:N", alt.Tooltip("val_bpb:Q", format=".6f")],
         **by_run(runs),
     )
-    points = base.mark_point(size=90, filled=True)
+    points = base.mark_point(size=90, filled=True, opacity=1)
     if len(runs) > 1:
         return points.properties(width=760, height=120)
     text = base.mark_text(dy=-12, fontSize=11).encode(text=alt.Text("val_bpb:Q", format=".4f"))
