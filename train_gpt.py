@@ -1768,7 +1768,7 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
     )
     require(
         errors,
-        not h.warmdown_frac or "warmdown_iters" not in h.explicit,
+        not h.warmdown_frac or h.warmdown_iters == SETTINGS["warmdown_iters"].default,
         f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of them,"
         " or set WARMDOWN_FRAC=0",
     )

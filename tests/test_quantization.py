@@ -1514,6 +1514,14 @@ def test_a_warm_down_by_a_fraction_of_training_follows_the_progress():
         assert found == pytest.approx(scale)
 
 
+def test_a_warm_down_given_twice_is_refused_and_one_of_an_artifact_is_not():
+    """Settings of an artifact or a checkpoint come back with all their defaults."""
+    h = train_gpt.load_settings({}, warmdown_frac=0.5)
+    assert train_gpt.load_settings({}, **h.as_dict()) == h
+    with pytest.raises(train_gpt.UserError, match="WARMDOWN_ITERS has no effect"):
+        train_gpt.load_settings({}, warmdown_frac=0.5, warmdown_iters=10)
+
+
 @pytest.mark.parametrize("steps", [180, 74])
 def test_a_warm_down_by_a_fraction_keeps_its_shape_on_a_slow_machine(steps):
     clock = train_gpt.Clock(iterations=180, seconds=150)
