@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -279,7 +280,6 @@ def test_damaged_artifact_fails_the_evaluation_and_passes_nothing_that_reads_it(
     [
         ("results.json", {"untouched", "probabilities", "scoring", "bytes"}),
         ("model.int6.ptz", {"seconds", "untouched", "bytes"}),
-        ("train.log", set()),
     ],
 )
 def test_missing_part_is_said_and_does_not_pass(copied, capsys, missing, still):
@@ -311,8 +311,17 @@ def test_exit_codes_of_the_command(tmp_path):
 
     empty, absent = command(tmp_path), command(tmp_path / "absent")
     assert (empty.returncode, absent.returncode) == (1, 2), empty.stderr + absent.stderr
-    assert empty.stdout.count("not checked") == len(ALL)
-    assert "Traceback" not in empty.stderr + absent.stderr
+    assert empty.stderr == f"error: {tmp_path} has no train.log; it is not a run's folder\n"
+    assert "Traceback" not in absent.stderr
+
+
+def test_run_that_is_still_going_is_refused_in_one_line(copied, capsys):
+    with (copied / "train.log").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert check.main([str(copied)]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"error: {copied}: the run is still going; wait until it ends\n"
 
 
 # ---- Falsified scripts ---------------------------------------------------------------------------

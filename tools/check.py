@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -967,6 +968,16 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
+def is_going(log: Path) -> bool:
+    """Return whether a process is at the run of this log: it has locked the file."""
+    with log.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def parse(arguments: list[str]) -> tuple[Path, Options]:
     """Return the folder and the options of a command line."""
     parser = argparse.ArgumentParser(
@@ -1003,6 +1014,13 @@ def parse(arguments: list[str]) -> tuple[Path, Options]:
 def main(arguments: list[str]) -> int:
     """Run all checks; return the exit code."""
     submission = Submission(*parse(arguments))
+    log = submission.folder / "train.log"
+    if not log.is_file():
+        print(f"error: {log.parent} has no train.log; it is not a run's folder", file=sys.stderr)
+        return 1
+    if is_going(log):
+        print(f"error: {log.parent}: the run is still going; wait until it ends", file=sys.stderr)
+        return 1
     results = {}
     for name, check in CHECKS.items():
         print(f"checking {name} ...", file=sys.stderr)

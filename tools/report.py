@@ -18,7 +18,6 @@ import argparse
 import ast
 import base64
 import dataclasses
-import fcntl
 import functools
 import html
 import json
@@ -72,16 +71,6 @@ class UserError(Exception):
 
 
 # ---- A run ---------------------------------------------------------------------------------------
-
-
-def is_going(log: Path) -> bool:
-    """Return whether a process is at the run of this log: it has locked the file."""
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def read_text(path: Path) -> str:
@@ -283,7 +272,7 @@ def read_run(folder: Path, unfinished: bool) -> Run:
     if not log.is_file():
         raise UserError(f"{folder} has no train.log; it is not a run's folder")
     hint = "wait until it ends, or show what there is with --unfinished"
-    if is_going(log) and not unfinished:
+    if check.is_going(log) and not unfinished:
         raise UserError(f"{folder}: the run is still going; {hint}")
     if not (folder / "results.json").exists() and not unfinished:
         raise UserError(f"{folder}: the run has not ended; {hint}")

@@ -31,7 +31,6 @@ import argparse
 import ast
 import base64
 import dataclasses
-import fcntl
 import hashlib
 import json
 import re
@@ -236,22 +235,12 @@ def check_tokenizer(run: Run, script: ModuleType) -> None:
     )
 
 
-def is_going(log: Path) -> bool:
-    """Return whether a process is at the run of this log: it has locked the file."""
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def read_run(folder: Path, options: check.Options) -> Run:
     """Return the run of a folder. UserError or CannotCheck if it is not whole."""
     require(folder.is_dir(), f"{folder} is no folder; name a run's, such as runs/ID")
     log = folder / "train.log"
     require(log.is_file(), f"{folder} has no train.log; it is not a run's folder")
-    require(not is_going(log), f"{folder}: the run is still going; wait until it ends")
+    require(not check.is_going(log), f"{folder}: the run is still going; wait until it ends")
     results = folder / "results.json"
     require(
         results.exists(), f"{folder}: the run has not ended; its RUN_ID continues it to the end"
