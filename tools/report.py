@@ -209,7 +209,7 @@ class Run:
     def versions(self) -> str:
         """The versions of the packages, and the device."""
         words = self.line("versions ").removeprefix("versions ")
-        return re.sub(r'[{}"]', "", words).replace(": ", " ")
+        return re.sub(r'[{}"]', "", words).replace(": ", " ").replace(" device ", "; ")
 
     @property
     def stalls(self) -> str:
@@ -696,8 +696,13 @@ def losses_table(run: Run) -> str:
 
 def codes_table(run: Run) -> str:
     """Return what the codes of each role take and cost; empty for a log without it."""
+    if not run.codes:
+        return ""
     columns = ["codes", "values", "bytes by entropy", "bits per value", "expected loss"]
-    return table(pd.DataFrame(run.codes, columns=columns)) if run.codes else ""
+    frame = pd.DataFrame(run.codes, columns=columns)
+    for name in columns[1:]:
+        frame[name] = pd.to_numeric(frame[name].str.replace(",", ""))
+    return table(frame, {"bits per value": 2, "expected loss": 5})
 
 
 def maps_table(run: Run) -> str:
