@@ -158,12 +158,18 @@ class Shortener(ast.NodeTransformer):
         return node
 
 
-def minify(source: str, with_meanings: bool = True) -> str:
+def names_of_tools() -> list[str]:
+    """Return every word of the tools that call a script's functions."""
+    tools = (ROOT / "tools" / f"{name}.py" for name in ("check", "sample", "submit"))
+    return sorted({word for tool in tools for word in re.findall(r"\w+", tool.read_text("utf-8"))})
+
+
+def minify(source: str, with_meanings: bool = True, with_globals: bool = True) -> str:
     """Return a script without comments, docstrings, needless annotations and long local names.
 
-    Names of globals, attributes and keyword arguments stay, and so does what --help prints of the
-    module's docstring. Without the meanings of settings, --help says where they are. UserError if
-    the source is no Python.
+    Names of attributes and keyword arguments stay, and so does what --help prints of the module's
+    docstring. Without the meanings of settings, --help says where they are. Without the names of
+    globals, only those stay that a tool mentions. UserError if the source is no Python.
     """
     try:
         tree = ast.parse(source)
@@ -178,25 +184,32 @@ def minify(source: str, with_meanings: bool = True) -> str:
             remove_class_attribute_annotations=True  # except in dataclasses and named tuples
         ),
         remove_literal_statements=True,
+        rename_globals=not with_globals,
+        preserve_globals=names_of_tools(),
         hoist_literals=False,  # brotli finds repeated literals itself
         preserve_locals=["self"],  # tools/check.py looks for it on the stack
     )
     return f"{help_text!r}\n{minified}"
 
 
+def compress(minified: str) -> bytes:
+    """Return a script that unpacks and executes a minified one."""
+    compressed = brotli.compress(minified.encode(), quality=11, lgwin=24)
+    return (LOADER % base64.b85encode(compressed).decode()).encode()
+
+
 def pack(source: str) -> bytes:
     """Return a script that executes `source`, minified and compressed.
 
-    It has the meanings of settings for --help if there is room. UserError if it is too large.
+    It has the meanings of settings for --help if there is room, and the names of its globals if
+    there is room for these. UserError if it is too large.
     """
     require(
         "b85decode" not in source,
         "the run's script is packed already; give a run of the readable script",
     )
-    for with_meanings in (True, False):
-        minified = minify(source, with_meanings)
-        compressed = brotli.compress(minified.encode(), quality=11, lgwin=24)
-        packed = (LOADER % base64.b85encode(compressed).decode()).encode()
+    for kept in ((True, True), (False, True), (False, False)):
+        packed = compress(minify(source, *kept))
         if len(packed) <= CODE_LIMIT:
             return packed
     raise UserError(f"the packed script has {len(packed):,} bytes, over {CODE_LIMIT:,}")
