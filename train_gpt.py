@@ -3905,12 +3905,14 @@ def solve_for_bytes(
     for _ in range(6):
         tried.append(pack(loss))
         size = len(tried[-1].blob)
-        has_stopped = len(tried) > 1 and size == len(tried[-2].blob)
-        if 0.995 * target <= size <= target or has_stopped:
+        if 0.995 * target <= size <= target:
             break
-        wanted = estimate(loss) * 0.9975 * target / size  # it is wrong by about the same factor
+        estimated = estimate(loss)
+        wanted = estimated * 0.9975 * target / size  # the estimate is wrong by about that factor
         step = bisect.bisect(percents, -wanted, key=lambda i: -estimate(loss * 2 ** (i / 100)))
         loss *= 2 ** ((step - 600) / 100)
+        if estimate(loss) == estimated:  # no scale gives more bytes, or fewer
+            break
     tried.sort(key=lambda packed: len(packed.blob))
     fitting = [packed for packed in tried if len(packed.blob) <= target]
     return fitting[-1] if fitting else tried[0]
