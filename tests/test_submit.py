@@ -256,14 +256,16 @@ def test_script_over_the_limit_is_refused():
 
 
 def test_bytes_of_another_script_in_a_log():
-    log = """projected artifact code 1,000 + model 2,000 = 3,000 bytes, 0.0% of 16,000,000
+    log = """code: 1,000 bytes as it ships, packed; 9,000 readable
+projected artifact code 1,000 + model 2,000 = 3,000 bytes, 0.0% of 16,000,000
 artifact bytes: header 1,000, A codes 1,000
 artifact code 1,000 + model 3,000,000 = 3,001,000 bytes, 18.8% of 16,000,000
 artifact 3,001,000 bytes: code 1,000, model 3,000,000
 """
     assert (
         submit.recount(log, 500_000)
-        == """projected artifact code 500,000 + model 2,000 = 502,000 bytes, 3.1% of 16,000,000
+        == """code: 500,000 bytes as it ships, packed; 9,000 readable
+projected artifact code 500,000 + model 2,000 = 502,000 bytes, 3.1% of 16,000,000
 artifact bytes: header 1,000, A codes 1,000
 artifact code 500,000 + model 3,000,000 = 3,500,000 bytes, 21.9% of 16,000,000
 artifact 3,500,000 bytes: code 500,000, model 3,000,000

@@ -733,9 +733,11 @@ def facts(run: Run) -> dict[str, str]:
     losses, exported, ended_by = run.candidates
     chosen = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     why = f"{exported}: it has the lowest loss on held-out training text ({chosen})"
+    readable = run.result("bytes_code_readable")
     size = (
         f"code {cell(run.result('bytes_code'))} + model {cell(run.result('bytes_model'))}"
         f" = {cell(run.result('bytes_total'))} bytes"
+        + (f"; the readable code has {cell(readable)}" if math.isfinite(readable) else "")
     )
     speed = (
         f"{cell(run.result('tokens_per_second'))} tokens/s;"

@@ -310,6 +310,7 @@ def recount(record: str, code: int) -> str:
         sizes,
         record,
     )
+    record = re.sub(rf"^code: {number} bytes", f"code: {code:,} bytes", record, flags=re.M)
     return re.sub(rf"artifact {number} bytes: code {number}, model {model}", last_line, record)
 
 
