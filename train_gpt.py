@@ -384,7 +384,7 @@ SETTING_GROUPS = {
     "Map table": "map_basis",
     "Training": "iterations",
     "Optimizers": "matrix_lr",
-    "Quantization and artifact": "matrix_bits",
+    "Quantization and artifact": "quantizer",
     "Evaluation": "eval_seq_len",
 }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import zlib
+from types import SimpleNamespace
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -86,3 +88,51 @@ def processes(settings, clean_environment):
 def corpus(tmp_path_factory) -> helpers.Corpus:
     """A small corpus with its tokenizer. It is shared: tests that damage it copy it first."""
     return helpers.make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+# ---- Runs in this process ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def data_settings(settings, tmp_path_factory):
+    """data_settings(**changes): settings of a run on two shards of random tokens.
+
+    Small numbers are the most frequent tokens.
+    """
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(2):
+        ids = 64 * np.random.default_rng(number).random(3000) ** 2
+        helpers.write_shard(folder / f"fineweb_train_{number:06}.bin", ids.astype(int))
+    return lambda **changes: settings(**{"data_path": str(folder)} | changes)
+
+
+@pytest.fixture
+def run_of(processes, tmp_path):
+    """run_of(h, model): a run in this process, with a tokenizer and a validation text of no use."""
+
+    def make(h, model=None):
+        text = torch.randint(64, (50,), generator=torch.Generator().manual_seed(0))
+        val = SimpleNamespace(tokens=text, bytes=50, bits_per_byte=lambda loss: loss)
+        return train_gpt.Run(
+            h,
+            processes,
+            helpers.KeptLog(model),
+            train_gpt.StopSignal(),
+            SimpleNamespace(sha256="0" * 64),
+            val,
+            tmp_path,
+        )
+
+    return make
+
+
+@pytest.fixture
+def trainer_of(run_of):
+    """trainer_of(h): a trainer of a new model."""
+
+    def make(h):
+        torch.manual_seed(0)
+        model = train_gpt.make_model(h)
+        return train_gpt.Trainer(run_of(h, model), model, train_gpt.TrainingData(h), None)
+
+    return make

@@ -81,6 +81,36 @@ def head_input(model: train_gpt.GPT, *given: Any) -> torch.Tensor:
     return inputs[0]
 
 
+# ---- Runs in this process ------------------------------------------------------------------------
+
+
+class KeptLog(train_gpt.RunLog):
+    """A log that writes nothing; at each line about a training step it copies the weights."""
+
+    def __init__(self, model: train_gpt.LanguageModel | None = None) -> None:
+        super().__init__(rank=0)
+        self.model, self.lines, self.snapshots = model, [], []
+
+    def __call__(self, text: str, console: bool = True) -> None:
+        self.lines.append(text)
+        if self.model and "train_loss" in text:
+            self.snapshots.append(copied(self.model))
+
+
+def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+class Seconds:
+    """A clock that stands still unless a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 # ---- Corpus --------------------------------------------------------------------------------------
 
 # Text that a small vocabulary can only spell in bytes, and spaces that a tokenizer treats in its

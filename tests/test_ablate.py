@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, SCRIPT, TINY, make_corpus
+from helpers import ROOT, SCRIPT, TINY
 
 for package in ("pandas", "matplotlib", "scipy", "adjustText", "psutil", "pynvml", "rich"):
     pytest.importorskip(package, reason="an extra of tools/requirements.txt")
@@ -889,8 +889,7 @@ def test_missing_package_is_named(tmp_path):
 # ---- The real script -----------------------------------------------------------------------------
 
 
-def test_real_script(tmp_path):
-    corpus = make_corpus(tmp_path)
+def test_real_script(corpus, tmp_path):
     settings = TINY | {"NUM_LAYERS": 1, "MODEL_DIM": 16, "VE_LAYERS": 0, "EVAL_STRIDE": 32}
     settings["VOCAB_SIZE"] = corpus.settings["VOCAB_SIZE"]
     (tmp_path / "tiny.env").write_text(

@@ -296,6 +296,16 @@ def test_a_linear_map_and_its_gradients_are_the_textbooks(adapter, basis, shape)
         same_as_the_textbook(spec, bias, None if gate is None else squared)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_transposed_map_is_the_adjoint_of_the_map(adapter):
+    """<M x, y> = <x, Mᵀ y>, with every scale and gate: the head narrows what the lookup widens."""
+    x, y = normal(3, 9, seed=2), normal(3, 12, seed=3)
+    for scale, gate in itertools.product(("none", "map", "row"), (None, 0.5)):
+        spec = train_gpt.MapSpec("", 12, 9, "uniform", seed=4, shared_seed=7)
+        layer = made(spec._replace(adapter=adapter, scale=scale, gate=gate), False)
+        torch.testing.assert_close((layer(x) * y).sum(), (x * layer.transposed(y)).sum())
+
+
 @pytest.mark.parametrize("balance", [0.0, 1e9], ids=["thin", "dense"])
 @pytest.mark.parametrize(
     ("basis", "adapters"),
@@ -622,6 +632,14 @@ def test_a_layer_starts_as_a_mix_of_the_two_nearest_matrices(count, depth):
     if count > 1:
         center = (weights * torch.arange(count)).sum() / (count - 1)
         assert center == pytest.approx(depth)
+
+
+def test_each_layer_of_a_model_starts_as_the_mix_of_its_depth(variant):
+    """Else all layers would be one layer at first (PR #812)."""
+    model = train_gpt.GPT(variant(map_basis="shared:3", map_adapter="none", num_layers=5))
+    for layer, block in enumerate(model.blocks):
+        for part in (block.attention.q, block.mlp.fc):
+            assert torch.equal(part.shared_mix, train_gpt.depth_weights(3, layer / 4))
 
 
 @pytest.mark.parametrize("basis", ["shared", "shared:3"])

@@ -15,18 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, SCRIPT, TINY, environment, make_corpus, run_well, train_gpt
+from helpers import ROOT, SCRIPT, TINY, environment, run_well, train_gpt
 
 TOOL = ROOT / "tools" / "check.py"
 spec = importlib.util.spec_from_file_location("check", TOOL)
 check = sys.modules["check"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(check)
 ALL = list(check.CHECKS)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -260,6 +260,14 @@ def test_stream_counts_all_but_its_first_token(corpus, tokenizer):
     assert stream.bytes == len(stream.text)  # the first token is a BOS, of no bytes
 
 
+def test_a_first_token_of_text_is_not_counted(tokenizer, tmp_path):
+    """As in a shard that was cut from a longer one: nothing predicts its first token."""
+    tokens = tokenizer.model.encode("plain words of text")
+    first = tokenizer.model.id_to_piece(tokens[0]).removeprefix("▁")
+    stream = stream_of(tokens, tokenizer, tmp_path)
+    assert stream.bytes == len("plain words of text") - len(first)
+
+
 def twice_counted_space(tokenizer):
     tokenizer.own_bytes = tokenizer.own_bytes + tokenizer.has_space
 

@@ -65,6 +65,12 @@ def test_two_processes_of_one_run_do_not_meet(site):
     nothing_lost(faults.twice(site, 1, seed=1), 1)
 
 
+@pytest.mark.parametrize("mode", ["killed", "stopped", "restarted"])
+def test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again(site, mode):
+    """Dead, silent beyond TIMEOUT_SECONDS, and dead under torchrun's --max-restarts."""
+    nothing_lost(faults.ranks(site, 1, seed=1, modes=[mode]), 1)
+
+
 # ---- Files -------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -753,3 +754,31 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(wanted, is_there, monkeypatch, 
     with pytest.raises(train_gpt.UserError, match=r"no usable GPU.*DEVICE=cpu"):
         train_gpt.Distributed(train_gpt.load_settings({}, device=wanted))
     assert not train_gpt.Distributed(train_gpt.load_settings({}, device="cpu")).on_cuda
+
+
+# ---- Compiled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler"
+)
+def test_inductor_makes_code_that_computes_as_the_model_does(settings, random_model):
+    """Of an MLP with its norm, forward and backward: a whole model takes a minute to compile."""
+    model = random_model(settings(num_layers=1, model_dim=16))
+    mlp = model.blocks[0].mlp
+
+    def loss_of(x, scale):
+        return mlp(train_gpt.norm(x, 0.5), scale).square().mean()
+
+    def computed(function):
+        x = normal(2, 8, 16).float().requires_grad_()
+        scale = normal(16, seed=1).float().requires_grad_()
+        loss = function(x, scale)
+        learned = [p for p in mlp.parameters() if p.requires_grad]
+        return loss.detach(), torch.autograd.grad(loss, [x, scale, *learned])
+
+    torch._dynamo.reset()
+    loss, gradients = computed(torch.compile(loss_of, dynamic=False, fullgraph=True))
+    expected, expected_gradients = computed(loss_of)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)

@@ -141,7 +141,7 @@ def jsonl(documents: list[str]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
+def library(tmp_path_factory) -> Path:
     """The same documents in each form, below a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("with a space") / "my texts"
     folder.mkdir()
@@ -161,8 +161,8 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(corpus: Path) -> Path:
-    path = corpus / "small.model"
+def model(library: Path) -> Path:
+    path = library / "small.model"
     path.write_bytes(prepare.train_tokenizer(DOCUMENTS, VOCAB))
     return path
 
@@ -248,15 +248,15 @@ def test_docs_into_the_same_folder_is_refused(two_docs):
 
 
 @pytest.fixture(scope="module")
-def plain_run(corpus, model, tmp_path_factory) -> Path:
+def plain_run(library, model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("an out") / "not there yet"
-    run_well(out, "text", corpus / "book.jsonl", "--tokenizer", model)
+    run_well(out, "text", library / "book.jsonl", "--tokenizer", model)
     return out
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
-def test_text_compressed_gives_the_same_shards(corpus, model, plain_run, tmp_path, suffix):
-    run_well(tmp_path, "text", corpus / f"book.jsonl{suffix}", "--tokenizer", model)
+def test_text_compressed_gives_the_same_shards(library, model, plain_run, tmp_path, suffix):
+    run_well(tmp_path, "text", library / f"book.jsonl{suffix}", "--tokenizer", model)
     first, second = contents(plain_run), contents(tmp_path)
     manifests = [
         json.loads(each.pop(f"datasets/book_sp{VOCAB}/manifest.json")) for each in (first, second)
@@ -286,13 +286,13 @@ def test_text_can_be_read_back_from_the_shards(model, plain_run):
     assert (plain_run / "tokenizers" / f"book_{VOCAB}_bpe.model").read_bytes() == model.read_bytes()
 
 
-def test_text_with_its_own_validation_files(corpus, model, tmp_path):
+def test_text_with_its_own_validation_files(library, model, tmp_path):
     run_well(
         tmp_path,
         "text",
-        corpus / "book.jsonl",
+        library / "book.jsonl",
         "--val",
-        corpus / "others.jsonl",
+        library / "others.jsonl",
         "--tokenizer",
         model,
         "--name",
@@ -306,18 +306,20 @@ def test_text_with_its_own_validation_files(corpus, model, tmp_path):
     assert source["val_files"] == ["others.jsonl"] and source["val_fraction"] is None
 
 
-def test_text_validation_fraction(corpus, model, plain_run, tmp_path):
-    run_well(tmp_path, "text", corpus / "book.jsonl", "--val-fraction", "0.5", "--tokenizer", model)
+def test_text_validation_fraction(library, model, plain_run, tmp_path):
+    run_well(
+        tmp_path, "text", library / "book.jsonl", "--val-fraction", "0.5", "--tokenizer", model
+    )
     texts = decoded(tmp_path)
     assert 100 < len(texts["val"]) < 200
     assert not set(texts["val"]) & set(texts["train"])
     assert set(decoded(plain_run)["val"]) < set(texts["val"]), "a larger share only adds documents"
 
 
-def test_text_makes_a_tokenizer_from_plain_text(corpus, tmp_path):
+def test_text_makes_a_tokenizer_from_plain_text(library, tmp_path):
     """A short .txt is one document beside --val; the normalization makes its line ends spaces."""
     run_well(
-        tmp_path, "text", corpus / "plain.txt", "--val", corpus / "other.txt", "--vocab", VOCAB
+        tmp_path, "text", library / "plain.txt", "--val", library / "other.txt", "--vocab", VOCAB
     )
     folder, tokenizer, manifest = written(tmp_path)
     assert (
@@ -328,20 +330,20 @@ def test_text_makes_a_tokenizer_from_plain_text(corpus, tmp_path):
     assert (tmp_path / "tokenizers" / f"plain_{VOCAB}_bpe.model").exists()
 
 
-def test_text_tokenizer_sees_no_validation_text(corpus, tmp_path):
+def test_text_tokenizer_sees_no_validation_text(library, tmp_path):
     strange = tmp_path / "strange.jsonl"
     strange.write_text(json.dumps({"text": "ÿþ ÿþ ÿþ " * 500}))
-    run_well(tmp_path / "out", "text", corpus / "book.jsonl", "--val", strange, "--vocab", VOCAB)
+    run_well(tmp_path / "out", "text", library / "book.jsonl", "--val", strange, "--vocab", VOCAB)
     _, tokenizer, _ = written(tmp_path / "out")
     assert all(tokenizer.is_byte(i) for i in tokenizer.encode("ÿþ"))
 
 
-def test_text_with_a_byte_order_mark(corpus, model, tmp_path):
+def test_text_with_a_byte_order_mark(library, model, tmp_path):
     """As some editors write it, before the first line of JSON."""
     marked = tmp_path / "book.jsonl"
     marked.write_bytes(b"\xef\xbb\xbf" + jsonl(DOCUMENTS))
     run_well(
-        tmp_path / "out", "text", marked, "--val", corpus / "others.jsonl", "--tokenizer", model
+        tmp_path / "out", "text", marked, "--val", library / "others.jsonl", "--tokenizer", model
     )
     assert decoded(tmp_path / "out")["train"] == DOCUMENTS
 
@@ -395,37 +397,39 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_text_says_what_is_wrong_with_a_file(corpus, model, tmp_path, case):
+def test_text_says_what_is_wrong_with_a_file(library, model, tmp_path, case):
     name, data, said = BAD_FILES[case]
     bad, out = tmp_path / name, tmp_path / "out"
     if data is not None:
         bad.write_bytes(data)
-    result = run(out, "text", corpus / "book.jsonl", bad, "--tokenizer", model)
+    result = run(out, "text", library / "book.jsonl", bad, "--tokenizer", model)
     assert_refused(result, *said)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and not out.exists()
 
 
-def test_text_leaves_nothing_when_the_tokenizer_cannot_be_trained(tmp_path, corpus):
+def test_text_leaves_nothing_when_the_tokenizer_cannot_be_trained(tmp_path, library):
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(GOOD + b"{\n")
-    assert_refused(run(tmp_path / "out", "text", corpus / "book.jsonl", bad), "bad.jsonl, line 301")
     assert_refused(
-        run(tmp_path / "out", "text", corpus / "book.jsonl", "--vocab", 256), "--vocab 256"
+        run(tmp_path / "out", "text", library / "book.jsonl", bad), "bad.jsonl, line 301"
+    )
+    assert_refused(
+        run(tmp_path / "out", "text", library / "book.jsonl", "--vocab", 256), "--vocab 256"
     )
     (tmp_path / "empty.txt").touch()
     assert_refused(run(tmp_path / "out", "text", tmp_path / "empty.txt"), "no training text")
     assert not (tmp_path / "out").exists()
 
 
-def test_text_refuses_what_is_no_tokenizer(corpus, tmp_path):
-    for wrong in (corpus / "book.jsonl", corpus / "nowhere.model", corpus):
+def test_text_refuses_what_is_no_tokenizer(library, tmp_path):
+    for wrong in (library / "book.jsonl", library / "nowhere.model", library):
         assert_refused(
-            run(tmp_path / "out", "text", corpus / "book.jsonl", "--tokenizer", wrong), str(wrong)
+            run(tmp_path / "out", "text", library / "book.jsonl", "--tokenizer", wrong), str(wrong)
         )
     assert not (tmp_path / "out").exists()
 
 
-def test_text_without_validation_text(corpus, model, tmp_path):
+def test_text_without_validation_text(library, model, tmp_path):
     """One document of .jsonl is not cut, and cannot be on both sides."""
     one = tmp_path / "one.jsonl"
     one.write_bytes(jsonl(OTHERS[:1] * 3))
@@ -447,19 +451,19 @@ def test_text_without_validation_text(corpus, model, tmp_path):
         ["--suffix", ".md", ".gz"],
     ],
 )
-def test_text_refuses_options_out_of_range(corpus, tmp_path, option):
-    result = run(tmp_path / "out", "text", corpus / "book.jsonl", *option)
+def test_text_refuses_options_out_of_range(library, tmp_path, option):
+    result = run(tmp_path / "out", "text", library / "book.jsonl", *option)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"error: argument {option[0]}: needs " in result.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_text_keeps_what_is_there(corpus, model, plain_run, tmp_path):
+def test_text_keeps_what_is_there(library, model, plain_run, tmp_path):
     """Neither a dataset nor a tokenizer that other shards may need is replaced."""
     before = contents(plain_run)
     other = tmp_path / "book.jsonl"
     other.write_bytes(jsonl(OTHERS))
-    for args in ([other], [corpus / "book.jsonl", "--val-fraction", "0.5"]):
+    for args in ([other], [library / "book.jsonl", "--val-fraction", "0.5"]):
         result = run(plain_run, "text", *args, "--tokenizer", model)
         assert_refused(result, "is there already", "--name")
     assert contents(plain_run) == before
@@ -467,18 +471,18 @@ def test_text_keeps_what_is_there(corpus, model, plain_run, tmp_path):
     tokenizer.parent.mkdir()
     tokenizer.write_bytes(b"another")
     assert_refused(
-        run(tmp_path, "text", corpus / "book.jsonl", "--tokenizer", model), "another tokenizer"
+        run(tmp_path, "text", library / "book.jsonl", "--tokenizer", model), "another tokenizer"
     )
     assert contents(tmp_path / "tokenizers") == {tokenizer.name: b"another"}
 
 
-def test_text_again_says_where_the_dataset_lies(corpus, model, tmp_path):
+def test_text_again_says_where_the_dataset_lies(library, model, tmp_path):
     """The same text under another path is the same text; a dataset that is damaged is refused."""
     copy = tmp_path / "elsewhere" / "book.jsonl"
     copy.parent.mkdir()
     copy.write_bytes(jsonl(DOCUMENTS))
     out = tmp_path / "out"
-    first = run_well(out, "text", corpus / "book.jsonl", "--tokenizer", model)
+    first = run_well(out, "text", library / "book.jsonl", "--tokenizer", model)
     before = contents(out)
     again = run_well(out, "text", copy, "--tokenizer", model)
     folder, _, _ = written(out)
@@ -489,19 +493,19 @@ def test_text_again_says_where_the_dataset_lies(corpus, model, tmp_path):
     assert_refused(run(out, "text", copy, "--tokenizer", model), str(folder), "damaged")
 
 
-def test_text_after_a_run_that_was_killed(corpus, model, plain_run, tmp_path):
+def test_text_after_a_run_that_was_killed(library, model, plain_run, tmp_path):
     """What such a run leaves is under a name nobody reads, and goes with the next run."""
     left = tmp_path / "datasets" / f"book_sp{VOCAB}.part"
     left.mkdir(parents=True)
     (left / "fineweb_train_000007.bin").write_bytes(b"half")
-    run_well(tmp_path, "text", corpus / "book.jsonl", "--tokenizer", model)
+    run_well(tmp_path, "text", library / "book.jsonl", "--tokenizer", model)
     assert contents(tmp_path) == contents(plain_run)
 
 
-def test_out_that_is_a_file(corpus, model, tmp_path):
+def test_out_that_is_a_file(library, model, tmp_path):
     (tmp_path / "out").write_text("mine")
     assert_refused(
-        run(tmp_path / "out", "text", corpus / "book.jsonl", "--tokenizer", model), "out"
+        run(tmp_path / "out", "text", library / "book.jsonl", "--tokenizer", model), "out"
     )
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -733,13 +737,13 @@ def test_a_dataset_of_hugging_face(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "datasets", "huggingface_hub", "tqdm"])
-def test_a_missing_extra(tmp_path, corpus, model, package):
+def test_a_missing_extra(tmp_path, library, model, package):
     """It ends what needs it with how to get it; without tqdm there is no bar, nothing else."""
     needed = {
-        "pyarrow": ["text", corpus / "book.jsonl", tmp_path / "x.parquet"],
+        "pyarrow": ["text", library / "book.jsonl", tmp_path / "x.parquet"],
         "datasets": ["text", "hf:owner/data"],
         "huggingface_hub": ["fineweb"],
-        "tqdm": ["text", corpus / "book.jsonl", "--tokenizer", model],
+        "tqdm": ["text", library / "book.jsonl", "--tokenizer", model],
     }
     (tmp_path / "x.parquet").touch()
     program = (

@@ -23,7 +23,7 @@ import torch
 from hypothesis import strategies as st
 
 import train_gpt
-from helpers import tiny_settings, write_shard
+from helpers import KeptLog, copied, tiny_settings
 
 Role = train_gpt.Role
 QUANTIZERS = [
@@ -487,6 +487,16 @@ def test_collecting_sensitivities_leaves_no_trace(settings, random_model, proces
     assert by_seen.all(), "also what the text does not show"
 
 
+def test_every_table_is_rounded_by_its_own_gradients(data_settings, random_model, processes):
+    """Also those that are looked up alone, and are no linear map's weights."""
+    model, batches = random_model(data_settings()), [tokens(2, 16)]
+    calibration = train_gpt.calibrate(data_settings(), model, processes, batches)
+    _, tables = train_gpt.collect_sensitivities(model, batches, processes)
+    assert len(tables) == 3
+    for module, hessian in tables.items():
+        torch.testing.assert_close(calibration.hessians[module], hessian)
+
+
 def by_sensitivity(p, sensitivity, loss=1e-6) -> train_gpt.SensitivityQuantizer:
     return train_gpt.SensitivityQuantizer(sensitivities={p: sensitivity}, loss_per_value=loss)
 
@@ -673,67 +683,6 @@ def test_masters_come_back_when_a_step_fails(settings, random_model):
 
 
 # ---- The trainer, in this process ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def data_settings(settings, tmp_path_factory):
-    """data_settings(**changes): settings of a run on two shards of random tokens.
-
-    Small numbers are the most frequent tokens.
-    """
-    folder = tmp_path_factory.mktemp("data")
-    for number in range(2):
-        ids = 64 * np.random.default_rng(number).random(3000) ** 2
-        write_shard(folder / f"fineweb_train_{number:06}.bin", ids.astype(int))
-    return lambda **changes: settings(data_path=str(folder), **changes)
-
-
-class KeptLog(train_gpt.RunLog):
-    """A log that writes nothing; at each line about a training step it copies the weights."""
-
-    def __init__(self, model: train_gpt.LanguageModel | None = None) -> None:
-        super().__init__(rank=0)
-        self.model, self.lines, self.snapshots = model, [], []
-
-    def __call__(self, text: str, console: bool = True) -> None:
-        self.lines.append(text)
-        if self.model and "train_loss" in text:
-            self.snapshots.append(copied(self.model))
-
-
-def copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-@pytest.fixture
-def run_of(processes, tmp_path):
-    """run_of(h, model): a run in this process, with a tokenizer and a validation text of no use."""
-
-    def make(h, model=None):
-        val = SimpleNamespace(tokens=tokens(50), bytes=50, bits_per_byte=lambda loss: loss)
-        return train_gpt.Run(
-            h,
-            processes,
-            KeptLog(model),
-            train_gpt.StopSignal(),
-            SimpleNamespace(sha256="0" * 64),
-            val,
-            tmp_path,
-        )
-
-    return make
-
-
-@pytest.fixture
-def trainer_of(run_of):
-    """trainer_of(h): a trainer of a new model."""
-
-    def make(h):
-        torch.manual_seed(0)
-        model = train_gpt.make_model(h)
-        return train_gpt.Trainer(run_of(h, model), model, train_gpt.TrainingData(h), None)
-
-    return make
 
 
 def test_weights_go_on_learning_during_late_qat(data_settings, trainer_of):
@@ -1116,6 +1065,25 @@ def test_a_group_that_stands_twice_is_refused():
     assert [name for name, _ in train_gpt.read_tensors(once, packed)] == ["a"]
     with pytest.raises(KeyError):
         dict(train_gpt.read_tensors(once | {"groups": 2 * once["groups"]}, 2 * packed))
+
+
+def test_bytes_that_belong_to_no_group_are_refused():
+    """Else an artifact could carry anything, and be larger than it says."""
+    packed = brotli.compress(bytes(8))
+    header = {"tensors": [["a", [4], ["float16"]]], "groups": [["float16", [len(packed)]]]}
+    with pytest.raises(ValueError, match="the file has"):
+        list(train_gpt.read_tensors(header, packed + b"more"))
+
+
+def test_an_artifact_must_say_all_that_its_model_depends_on(exported, processes):
+    """What it leaves out would be as the evaluator happens to have set it."""
+    blob, _, h = exported
+    header, tensors = train_gpt.read_artifact(blob)
+    for name in ("logit_softcap", "xsa_last_n"):
+        part = {key: value for key, value in header["model"].items() if key != name}
+        other, _ = train_gpt.write_artifact(header | {"model": part}, tensors, 4)
+        with pytest.raises(train_gpt.UserError, match="not those of one model"):
+            train_gpt.model_from_artifact(h, other, processes)
 
 
 def test_what_is_no_artifact_is_refused():

@@ -227,6 +227,13 @@ def test_help_lists_every_setting_and_ends_well():
         assert documented[name.upper()].split(maxsplit=1) == [default, field.metadata["meaning"]]
 
 
+def test_each_group_of_help_begins_where_its_comment_stands_in_the_script():
+    source = helpers.SCRIPT.read_text(encoding="utf-8")
+    heading, other = r"^    # ([^\n:]+)(?::[^\n]*)?\n", r"(?:    # [^\n]*\n)*"
+    first_below = heading + other + r"    (\w+): \w+ = (?:model_)?setting\("
+    assert dict(re.findall(first_below, source, re.MULTILINE)) == train_gpt.SETTING_GROUPS
+
+
 @pytest.mark.parametrize("argument", ["--num-layers=3", "NUM_LAYERS=3", "config.json"])
 def test_an_argument_is_refused(argument, capsys):
     """Settings are variables; an argument that was ignored would be a run of something else."""

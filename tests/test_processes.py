@@ -1,0 +1,241 @@
+"""What the processes of a run share, with threads in their place: sums, decisions, first weights.
+
+Real processes train and evaluate together in test_run.py, and die in test_faults.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import train_gpt
+from helpers import KeptLog, tiny_settings
+
+Role = train_gpt.Role
+
+
+class Group:
+    """Stands for torch.distributed: collectives of threads, each of which is one rank."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.barrier = threading.Barrier(world_size, timeout=30)  # broken where a rank stays away
+        self.local = threading.local()
+        self.given: list[Any] = [None] * world_size
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return what every rank gave."""
+        self.given[self.local.rank] = value
+        self.barrier.wait()
+        given = list(self.given)
+        self.barrier.wait()
+        return given
+
+    def all_reduce(self, tensor: torch.Tensor, async_op: bool = False) -> SimpleNamespace:
+        tensor.copy_(torch.stack(self.exchange(tensor.clone())).sum(0))
+        return SimpleNamespace(wait=lambda: None)
+
+    def broadcast_object_list(self, box: list, source: int) -> None:
+        box[:] = self.exchange(copy.deepcopy(box))[source]
+
+    def run(self, function: Callable[[train_gpt.Distributed], Any]) -> list[Any]:
+        """Return what the function gives on each rank."""
+
+        def on_rank(rank: int) -> Any:
+            self.local.rank = rank
+            dist = train_gpt.Distributed(tiny_settings())
+            dist.rank, dist.world_size = rank, self.world_size
+            return function(dist)
+
+        with ThreadPoolExecutor(self.world_size) as pool:
+            return list(pool.map(on_rank, range(self.world_size)))
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """on_ranks(n, function): what function(dist) gives on each of n ranks."""
+
+    def run(world_size: int, function: Callable[[train_gpt.Distributed], Any]) -> list[Any]:
+        group = Group(world_size)
+        for name in ("all_reduce", "broadcast_object_list"):
+            monkeypatch.setattr(torch.distributed, name, getattr(group, name))
+        return group.run(function)
+
+    return run
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- Decisions -----------------------------------------------------------------------------------
+
+
+def test_all_processes_take_rank_0s_numbers_and_any_ones_flag(on_ranks):
+    for who in (None, 0, 2):
+        found = on_ranks(
+            3, lambda dist, who=who: dist.sync_from_rank0(dist.rank + 5, 0.1, flag=dist.rank == who)
+        )
+        assert found == [([5.0, 0.1], who is not None)] * 3
+
+
+def test_all_processes_get_rank_0s_object(on_ranks):
+    assert on_ranks(2, lambda dist: dist.broadcast_object({"rank": dist.rank})) == [{"rank": 0}] * 2
+
+
+def plan_on(dist: train_gpt.Distributed, h: train_gpt.Hyperparameters) -> train_gpt.StepPlan:
+    """Return the plan of a process whose clock is an hour ahead of rank 0's for each rank."""
+    clock = train_gpt.Clock(100, 50.0)
+    clock.elapsed, clock.recent = 10.0 + 3600 * dist.rank, [2.0] * 5
+    stop = SimpleNamespace(requested=dist.rank == 1)
+    trainer = SimpleNamespace(h=h, dist=dist, clock=clock, step=7, saved_at=0.0, save_seconds=0.0)
+    trainer.run = SimpleNamespace(stop=stop)
+    return train_gpt.Trainer.plan_step(trainer)
+
+
+def test_all_processes_plan_a_step_by_rank_0s_clock(on_ranks, settings):
+    plans = on_ranks(2, lambda dist: plan_on(dist, settings(checkpoint_seconds=20)))
+    assert plans == [train_gpt.StepPlan(20, 0.2, save=False, stop=True, validate=False)] * 2
+
+
+def test_processes_start_from_rank_0s_weights_and_must_agree_on_the_maps(on_ranks, data_settings):
+    h = data_settings(num_layers=1)
+
+    def start(dist, seed_of_map=0):
+        own = train_gpt.load_settings({}, **h.as_dict() | {"map_seed": 7 + seed_of_map * dist.rank})
+        run = train_gpt.Run(own, dist, KeptLog(), train_gpt.StopSignal(), None, None)
+        return train_gpt.prepare_model(run, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        initial_weight = train_gpt.initial_weight  # another on each machine, in the last bits
+        patch.setattr(
+            train_gpt,
+            "initial_weight",
+            lambda spec: initial_weight(spec) + 1e-3 * threading.get_ident() % 1,
+        )
+        ours, theirs = on_ranks(2, start)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[name]), name
+    with pytest.raises(train_gpt.UserError, match="generate different random maps"):
+        on_ranks(2, lambda dist: start(dist, seed_of_map=1))
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def stepped(dist: train_gpt.Distributed, gradients: list[dict]) -> dict[Role, torch.Tensor]:
+    """Return one parameter of each role, and two more matrices, after a step on a rank."""
+    torch_parameters = {
+        role: {f"{role.value}{i}": torch.nn.Parameter(torch.ones(4, 6)) for i in range(3)}
+        for role in Role
+    }
+    optimizers = train_gpt.Optimizers(torch_parameters, tiny_settings(), dist)
+    for group in torch_parameters.values():
+        for name, p in group.items():
+            p.grad = gradients[dist.rank][name].clone()
+    norms = optimizers.step(1, 1.0)
+    values = {name: p.detach() for group in torch_parameters.values() for name, p in group.items()}
+    return values | {f"norm of {name}": norm for name, norm in norms.items()}
+
+
+def test_a_step_of_several_processes_is_one_on_their_mean_gradients(on_ranks, processes):
+    names = [f"{role.value}{i}" for role in Role for i in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    gradients = [{n: torch.randn(4, 6, generator=generator) for n in names} for _ in range(2)]
+    mean = {name: (gradients[0][name] + gradients[1][name]) / 2 for name in names}
+    expected = stepped(processes, [mean])
+    for found in on_ranks(2, lambda dist: stepped(dist, gradients)):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_the_logged_loss_is_the_mean_of_all_processes(on_ranks):
+    logged = []
+
+    def log(dist):
+        trainer = SimpleNamespace(
+            h=tiny_settings(), step=1, dist=dist, log=logged.append, lr_scale=1.0
+        )
+        trainer.finite = SimpleNamespace(gradient_norm=lambda: 1.0)
+        trainer.log_metrics = lambda **_: None
+        train_gpt.Trainer.log_loss(trainer, torch.tensor(2.0 + dist.rank))
+
+    on_ranks(2, log)
+    assert logged == ["train_loss:2.5000"] * 2
+
+
+# ---- Calibration and evaluation ------------------------------------------------------------------
+
+
+def test_processes_calibrate_on_the_batches_of_one(on_ranks, data_settings, processes):
+    """Each on its own share; where they do not divide evenly, on a few more."""
+    h = data_settings(gptq_calib_batches=3)
+    data = train_gpt.TrainingData(h)
+    alone = list(train_gpt.calibration_batches(h, processes, data, 2))
+    parts = on_ranks(2, lambda dist: list(train_gpt.calibration_batches(h, dist, data, 2)))
+    assert [len(part) for part in parts] == [2, 2]
+    interleaved = [parts[0][0], parts[1][0], parts[0][1]]
+    assert len(alone) == 3
+    assert all(torch.equal(*pair) for pair in zip(alone, interleaved, strict=True))
+
+
+def test_hessians_are_summed_over_the_processes(on_ranks, settings, random_model, processes):
+    model = random_model(settings(num_layers=1))
+    batches = [tokens(2, 16, seed=rank) for rank in range(2)]
+    expected = train_gpt.collect_hessians(model, batches, processes)
+
+    def collect(dist):
+        own = copy.deepcopy(model)
+        found = train_gpt.collect_hessians(own, [batches[dist.rank]], dist)
+        return {name: found[module] for name, module in own.named_modules() if module in found}
+
+    for found in on_ranks(2, collect):
+        by_name = {name: expected[m] for name, m in model.named_modules() if m in expected}
+        assert found.keys() == by_name.keys()
+        for name, hessian in by_name.items():
+            torch.testing.assert_close(found[name], hessian, rtol=1e-4, atol=1e-3, msg=name)
+
+
+def test_sensitivities_are_of_the_text_of_all_processes(on_ranks, settings, random_model):
+    """The mean of what each finds alone, as both read as many tokens; each draws its own labels."""
+    model = random_model(settings(num_layers=1))
+
+    def collect(dist):
+        own = copy.deepcopy(model)
+        ids = tokens(2, 16, seed=dist.rank)
+        rows, tables = train_gpt.collect_sensitivities(own, [ids], dist)
+        by_name = {name: rows[p] for name, p in own.named_parameters() if p in rows}
+        return by_name | {name: tables[m] for name, m in own.named_modules() if m in tables}
+
+    def alone(rank):
+        dist = train_gpt.Distributed(tiny_settings())
+        dist.rank = rank
+        return collect(dist)
+
+    first, second = alone(0), alone(1)
+    for found in on_ranks(2, collect):
+        assert found.keys() == first.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, (first[name] + second[name]) / 2, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["exact", "streaming"])
+def test_an_evaluation_is_shared_whatever_the_number_of_processes(
+    on_ranks, settings, random_model, processes, mode
+):
+    h = settings(num_layers=1, eval_batch_tokens=64, eval_mode=mode)
+    model, stream = random_model(h), tokens(500)
+    expected = train_gpt.evaluate(model, stream, h, processes, 8)
+    for count in (2, 3):
+        losses = on_ranks(
+            count,
+            lambda dist: train_gpt.evaluate(copy.deepcopy(model), stream, h, dist, 8),
+        )
+        assert losses == pytest.approx([expected] * count, abs=1e-6)

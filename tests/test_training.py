@@ -1,0 +1,475 @@
+"""The training loop in this process: the time limit, phases, dropout, checkpoints, the end.
+
+Time is made up, so that no test depends on how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_gpt
+from helpers import Seconds, copied
+
+# Every state that a checkpoint must hold: optimizers, averages, dropout, a teacher, phases.
+EVERYTHING = {
+    "num_layers": 2,
+    "iterations": 8,
+    "warmdown_iters": 8,
+    "swa_interval": 1,
+    "swa_threshold": 1.0,
+    "late_qat_threshold": 0.7,
+    "map_basis": "orthogonal,mlp.fc=learned",
+    "map_freeze": "mlp.fc=0.5",
+    "dropout": 0.1,
+    "self_distill": 1,
+    "distill_start_frac": 0.3,
+    "recur_layers": "1",
+    "recur_frac": 0.2,
+}
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """The time of the process; each training step takes one second of it."""
+    clock, train_step = Seconds(), train_gpt.Trainer.train_step
+
+    def one_second(self, plan):
+        loss = train_step(self, plan)
+        clock.now += 1.0
+        return loss
+
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(train_gpt.Trainer, "train_step", one_second)
+    return clock
+
+
+def lines_of(trainer: train_gpt.Trainer, begin: str) -> list[str]:
+    return [line for line in trainer.run.log.lines if line.startswith(begin)]
+
+
+# ---- The time limit ------------------------------------------------------------------------------
+
+
+def test_phases_begin_by_the_clock_where_time_ends_the_run(data_settings, trainer_of, seconds):
+    """20 s of training in steps of 1 s, far from the end of ITERATIONS."""
+    phases = {"map_freeze": "mlp.fc=0.5", "recur_layers": "1", "recur_frac": 0.25, "num_layers": 2}
+    limit = {"max_wallclock_seconds": 25, "gptq_reserve_seconds": 5}
+    trainer = trainer_of(data_settings(iterations=1000, **limit, **phases))
+    trainer.train()
+    assert trainer.step == 20
+    recurs, freezes = lines_of(trainer, "phase ")
+    assert recurs.startswith("phase step:5 progress:0.2500 frozen_maps:0 recurrence:True")
+    assert freezes.startswith("phase step:10 progress:0.5000 frozen_maps:2")
+    assert trainer.lr_scale == pytest.approx(1 / 10), "the warm-down of 10 steps ends with the time"
+
+
+@pytest.mark.parametrize("limit", [{"iterations": 6}, {"max_wallclock_seconds": 6.5}])
+def test_a_phase_that_begins_at_the_end_is_entered_before_the_choice(
+    data_settings, trainer_of, seconds, limit
+):
+    """No step is left for it, or no time: the export has its recurrence all the same."""
+    usual = {"iterations": 1000, "gptq_reserve_seconds": 0, "num_layers": 2}
+    trainer = trainer_of(data_settings(**usual | limit, recur_layers="1", recur_frac=0.95))
+    trainer.phases.enter(0.0)
+    trainer.train()
+    assert trainer.step == 6
+    assert trainer.model.recurs
+
+
+def test_a_continued_run_has_what_is_left_of_the_time(data_settings, trainer_of, seconds):
+    """Stopped after 8 of 20 s, and continued an hour later."""
+    limit = {"max_wallclock_seconds": 25, "gptq_reserve_seconds": 5}
+    h = data_settings(iterations=1000, num_layers=1, **limit)
+    first = trainer_of(h)
+    stop_after(first, 8)
+    with pytest.raises(train_gpt.UserError, match="stopped as a signal asked"):
+        first.train()
+    seconds.now += 3600
+    second = continued(first, trainer_of(h))
+    second.train()
+    assert (first.step, second.step) == (8, 20)
+    assert second.clock.elapsed == 20.0
+
+
+def test_validation_and_nothing_else_stops_the_clock(data_settings, trainer_of, seconds):
+    h = data_settings(iterations=4, val_loss_every=1)
+    trainer = trainer_of(h)
+    validate, save = trainer.validate, trainer.save
+
+    def slow_validation():
+        seconds.now += 100
+        return validate()
+
+    def slow_save():
+        seconds.now += 10
+        save()
+
+    trainer.validate, trainer.save = slow_validation, slow_save
+    trainer.train()
+    assert trainer.clock.elapsed == 4 + 10
+
+
+def test_the_time_of_the_export_is_kept_back(data_settings, run_of, monkeypatch):
+    """Training ends that much earlier, as the preflight measured it."""
+    h = data_settings(iterations=2, max_wallclock_seconds=100, gptq_reserve_seconds=5)
+    limits = []
+
+    def stop(self):
+        limits.append(self.clock.seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt, "preflight", lambda *_: 20.0)
+    monkeypatch.setattr(train_gpt.Trainer, "train", stop)
+    model = train_gpt.make_model(h)
+    with pytest.raises(KeyboardInterrupt):
+        train_gpt.train_model(run_of(h), model, train_gpt.TrainingData(h), None)
+    assert limits == [100 - 1.25 * 20]
+
+
+@pytest.mark.parametrize(("trained", "is_over"), [(6.9, False), (7.1, True)])
+def test_a_run_over_its_time_says_so(data_settings, run_of, trained, is_over):
+    """Training and export together."""
+    run = run_of(data_settings(max_wallclock_seconds=10, gptq_reserve_seconds=1))
+    metrics = {"train_seconds": trained, "export_seconds": 3.0}
+    assert train_gpt.time_limit_exceeded(run, metrics) is is_over
+    said = any("over MAX_WALLCLOCK_SECONDS=10" in line for line in run.log.lines)
+    assert said is is_over
+    free = run_of(data_settings(max_wallclock_seconds=0))
+    assert not train_gpt.time_limit_exceeded(free, metrics)
+
+
+def test_the_export_counts_from_the_end_of_training(data_settings, run_of, monkeypatch, seconds):
+    """The choice of the candidate, which is neither training nor export, and the artifact."""
+    run = run_of(data_settings())
+
+    def export(*_):
+        seconds.now += 5
+        return b"an artifact"
+
+    monkeypatch.setattr(train_gpt, "export", export)
+    trained = {"steps": 0, "choice_seconds": 2.0, "train_seconds": 1.0}
+    monkeypatch.setattr(train_gpt, "train_model", lambda *_: trained)
+    monkeypatch.setattr(train_gpt, "log_start", lambda *_: {})
+    _, metrics = train_gpt.train_and_export(run, None)
+    assert metrics["export_seconds"] == 7.0
+
+
+# ---- Warm-up and preflight -----------------------------------------------------------------------
+
+
+def test_a_warm_up_leaves_no_trace(data_settings, trainer_of):
+    """In weights, phases, and the state of the optimizers that then train."""
+    trainer = trainer_of(data_settings(**EVERYTHING, warmup_steps=3))
+    trainer.phases.enter(0.0)
+    before = copy.deepcopy((trainer.model.state_dict(), without_times(trainer)))
+    trained = [p.requires_grad for p in trainer.model.parameters()]
+    trainer.warm_up()
+    after = without_times(trainer)
+    del before[1]["teacher"], after["teacher"]  # its weights are copied anew when it begins
+    assert_same((trainer.model.state_dict(), after), before)
+    assert [p.requires_grad for p in trainer.model.parameters()] == trained
+    assert trainer.model.recurs is False
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "value", "says"),
+    [
+        ("evaluation from the artifact", "evaluate", float("nan"), "loss is not finite"),
+        ("disk", "disk_usage", SimpleNamespace(free=1000), "needs .* bytes free"),
+    ],
+)
+def test_a_preflight_finds_what_would_fail_at_the_end(
+    data_settings, run_of, monkeypatch, stage, name, value, says
+):
+    h = data_settings()
+    model = train_gpt.make_model(h)
+    owner = train_gpt.shutil if name == "disk_usage" else train_gpt
+    monkeypatch.setattr(owner, name, lambda *_, **__: value)
+    with pytest.raises(train_gpt.UserError, match=f"preflight, {stage}: .*{says}"):
+        train_gpt.preflight(run_of(h), model, train_gpt.TrainingData(h))
+
+
+def test_a_preflight_estimates_the_export_and_the_choice(
+    data_settings, run_of, monkeypatch, seconds
+):
+    """An export of 7 s, and three candidates at 2 s each; the evaluation of the score is apart."""
+    export, evaluate = train_gpt.export, train_gpt.evaluate
+
+    def slow_export(*args, **options):
+        seconds.now += 7
+        return export(*args, **options)
+
+    def slow_evaluation(*args, trial=False):
+        seconds.now += 100 if trial else 2
+        return evaluate(*args, trial=trial)
+
+    monkeypatch.setattr(train_gpt, "export", slow_export)
+    monkeypatch.setattr(train_gpt, "evaluate", slow_evaluation)
+    for target, exports in ((0, 1), (300_000, 3)):  # a target takes about three
+        h = data_settings(target_bytes=target)
+        model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
+        assert train_gpt.preflight(run_of(h), model, data) == exports * 7 + 3 * 2
+
+
+# ---- Steps ---------------------------------------------------------------------------------------
+
+
+def test_micro_batches_add_up_to_the_batch(data_settings, trainer_of):
+    """Their size is a matter of memory alone; a teacher's logits come in the same parts."""
+    losses, gradients = [], []
+    for size in (256, 64):
+        trainer = trainer_of(data_settings(micro_batch_tokens=size))
+        batches = trainer.data.micro_batches(0, trainer.dist)
+        assert len(batches) == 256 // size
+        teacher = train_gpt.make_model(trainer.h)
+        losses.append(
+            train_gpt.accumulate_gradients(
+                trainer.model, batches, lambda ids, teacher=teacher: teacher.predict(ids).detach()
+            )
+        )
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+# ---- Dropout -------------------------------------------------------------------------------------
+
+
+def test_each_step_of_each_process_drops_out_units_of_its_own(
+    data_settings, trainer_of, monkeypatch
+):
+    """Also after a validation, and wherever a run was continued."""
+    seeds, manual_seed = [], torch.manual_seed
+    h = data_settings(iterations=3, dropout=0.2, val_loss_every=2, seed=100)
+    for rank in range(2):
+        trainer = trainer_of(h)
+        trainer.dist = SimpleNamespace(
+            rank=rank,
+            world_size=2,
+            device=torch.device("cpu"),
+            on_cuda=False,
+            compile=False,
+            all_reduce=lambda tensor: tensor,
+            sync_from_rank0=trainer.dist.sync_from_rank0,
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed)
+            )
+            trainer.train()
+    assert sorted(seeds) == [100 + i for i in range(6)]
+
+
+def test_steps_train_with_dropout_after_a_validation_too(data_settings, trainer_of):
+    """A validation turns it off in the model; the next step must turn it on again."""
+    results = []
+    for every in (0, 1):
+        trainer = trainer_of(data_settings(iterations=3, dropout=0.3, val_loss_every=every))
+        trainer.train()
+        results.append(copied(trainer.model))
+    assert_same(results[0], results[1])
+    trainer = trainer_of(data_settings(iterations=3, dropout=0.0))
+    trainer.train()
+    embeddings = [result["embedding.weight"] for result in (results[0], copied(trainer.model))]
+    assert not torch.equal(*embeddings)
+
+
+def test_the_temperature_of_masks_halves_in_training(data_settings, trainer_of):
+    trainer = trainer_of(data_settings(iterations=4, map_adapter="mask"))
+    found, temperature = [], trainer.model.blocks[0].mlp.fc.mask.temperature
+    set_temperature = trainer.model.set_temperature
+
+    def watched(value):
+        set_temperature(value)
+        found.append(temperature.item())
+
+    trainer.model.set_temperature = watched
+    trainer.train()
+    assert found == [1.0, 0.875, 0.75, 0.625]
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def assert_same(ours: object, theirs: object, where: str = "") -> None:
+    """Compare values in nested dicts and lists exactly; tensors by their values."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{where}.{i}")
+    else:
+        assert ours == theirs, where
+
+
+def stop_after(trainer: train_gpt.Trainer, steps: int) -> None:
+    """Let a signal ask for the end of training after so many steps."""
+    train_step, stop = trainer.train_step, trainer.run.stop
+
+    def step(plan):
+        loss = train_step(plan)
+        if trainer.step == steps:
+            stop.requested_at = 1.0
+        return loss
+
+    trainer.train_step = step
+
+
+def continued(first: train_gpt.Trainer, second: train_gpt.Trainer) -> train_gpt.Trainer:
+    """Return a new trainer with the state of the checkpoint that the first one wrote."""
+    saved = train_gpt.Checkpoint.read_newest(first.run.folder)
+    second.model.load_state_dict(saved.weights)
+    second.load_state_dict(saved.training)
+    return second
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_a_continued_run_is_the_one_that_was_not_stopped(data_settings, trainer_of, steps):
+    """To the bit, and in all that is saved, wherever it was stopped."""
+    h = data_settings(**EVERYTHING)
+    whole, first = trainer_of(h), trainer_of(h)
+    whole.warm_up()
+    whole.train()
+    first.warm_up()
+    stop_after(first, steps)
+    with pytest.raises(train_gpt.UserError, match="stopped as a signal asked"):
+        first.train()
+    first.run.stop.requested_at = 0.0
+    again = trainer_of(h)
+    again.warm_up()
+    second = continued(first, again)
+    assert (second.step, second.late_qat) == (steps, first.late_qat)
+    assert_same(without_times(second), without_times(first))
+    second.train()
+    assert_same(second.model.state_dict(), whole.model.state_dict())
+    assert_same(without_times(second), without_times(whole))
+    assert second.lr_scale == whole.lr_scale
+
+
+def without_times(trainer: train_gpt.Trainer) -> dict:
+    """Return the state of a trainer but for what its clock measured."""
+    return {name: value for name, value in trainer.state_dict().items() if name != "clock"}
+
+
+def test_the_checkpoint_before_is_kept_and_read_where_the_last_is_damaged(
+    data_settings, trainer_of
+):
+    trainer = trainer_of(data_settings(iterations=3))
+    folder = trainer.run.folder
+    trainer.save()
+    trainer.step = 1
+    trainer.save()
+    assert train_gpt.Checkpoint.read_newest(folder).training["step"] == 1
+    (folder / "checkpoint.pt").write_bytes(b"a part of it")
+    assert train_gpt.Checkpoint.read_newest(folder).training["step"] == 0
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """Else a power failure leaves an empty file where the checkpoint was."""
+    calls, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr(
+        Path, "replace", lambda path, to: calls.append(f"to {to.name}") or replace(path, to)
+    )
+    (tmp_path / "new").write_bytes(b"old")
+    train_gpt.write_file(tmp_path / "new", b"new", tmp_path / "kept")
+    assert calls == ["fsync", "to kept", "to new"]
+    assert (tmp_path / "new").read_bytes() == b"new"
+    assert (tmp_path / "kept").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(("asked", "save_seconds", "every"), [(5, 0.0, 5), (5, 0.08, 8), (0, 0, 0)])
+def test_checkpoints_come_as_often_as_asked_and_take_a_hundredth_at_most(
+    data_settings, trainer_of, seconds, asked, save_seconds, every
+):
+    trainer = trainer_of(data_settings(iterations=17, checkpoint_seconds=asked, num_layers=1))
+    trainer.save_seconds, saved = save_seconds, []
+
+    def save():
+        saved.append(trainer.step)
+        trainer.saved_at = trainer.clock.elapsed
+
+    trainer.save = save
+    trainer.train()
+    assert saved == [*range(every or 17, 17, every or 17), 17]
+
+
+def test_a_loss_that_is_no_number_ends_training_and_is_never_saved(data_settings, trainer_of):
+    trainer = trainer_of(data_settings(iterations=5))
+    trainer.save()
+    train_step = trainer.train_step
+
+    def spoil(plan):
+        if trainer.step == 2:
+            with torch.no_grad():
+                trainer.model.embedding.weight[0, 0] = torch.nan
+        return train_step(plan)
+
+    trainer.train_step = spoil
+    with pytest.raises(train_gpt.UserError, match=r"loss.* not finite"):
+        trainer.train()
+    assert train_gpt.Checkpoint.read_newest(trainer.run.folder).training["step"] == 0
+
+
+# ---- Averages ------------------------------------------------------------------------------------
+
+
+def test_averages_are_of_the_weights_after_each_step(data_settings, trainer_of):
+    h = data_settings(iterations=5, ema_decay=0.5, swa_interval=1, swa_threshold=1.0, num_layers=1)
+    trainer = trainer_of(h)
+    trainer.train()
+    history = [snapshot["embedding.weight"] for snapshot in trainer.run.log.snapshots]
+    assert len(history) == 5
+    place = next(i for i, p in enumerate(trainer.optimizers.params) if p.shape == history[0].shape)
+    found = {name: weights[place] for name, weights in trainer.averages.candidates().items()}
+    torch.testing.assert_close(found["last"], history[-1])
+    weights = [0.5**age for age in range(4, -1, -1)]
+    ema = sum(w * value for w, value in zip(weights, history, strict=True)) / sum(weights)
+    torch.testing.assert_close(found["ema"], ema)
+    torch.testing.assert_close(found["swa"], sum(history[1:]) / 4, msg="from the second step on")
+
+
+# ---- The end -------------------------------------------------------------------------------------
+
+
+def test_the_end_changes_the_weights_alone_and_its_figures_add_up(
+    data_settings, trainer_of, monkeypatch
+):
+    """Of three made-up candidates the best goes on; nothing that trained is touched."""
+    trainer = trainer_of(data_settings(iterations=2, swa_interval=1, swa_threshold=1.0))
+    trainer.train()
+    own = [p.detach().clone() for p in trainer.optimizers.params]
+    shifted = [[w + shift for w in own] for shift in (0.5, 0.001, 0.2)]
+    candidates = dict(zip(("last", "ema", "swa"), shifted, strict=True))
+    monkeypatch.setattr(trainer.averages, "candidates", lambda: candidates)
+    optimizers = copy.deepcopy((trainer.optimizers.muon.state_dict(), trainer.step))
+    adam = copy.deepcopy(trainer.optimizers.adam.state_dict())
+    averages = copy.deepcopy(trainer.averages.state_dict())
+    buffers = {name: value.clone() for name, value in trainer.model.named_buffers()}
+    metrics = trainer.finish()
+    assert_same((trainer.optimizers.muon.state_dict(), trainer.step), optimizers)
+    assert_same(trainer.optimizers.adam.state_dict(), adam)
+    assert_same(trainer.averages.state_dict(), averages)
+    assert_same(dict(trainer.model.named_buffers()), buffers)
+    assert_same([p.detach() for p in trainer.optimizers.params], shifted[1])
+    assert metrics["steps"] == 2
+    losses = [metrics[f"holdout_loss_{name}"] for name in candidates]
+    assert min(losses) == metrics["holdout_loss_ema"]
+    assert metrics["val_loss_before"] == trainer.loss_on(trainer.run.val.tokens)
+    seconds = max(trainer.clock.elapsed, 1e-9)
+    tokens_per_second = 2 * trainer.h.train_batch_tokens / seconds
+    assert metrics["tokens_per_second"] == pytest.approx(tokens_per_second, abs=1)
+    (line,) = lines_of(trainer, "average ")
+    assert "exported:ema ended_by:ITERATIONS lr_scale:0.500" in line
