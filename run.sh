@@ -67,6 +67,41 @@ refuse_unused_gpu() {
         "older into $venv (see pytorch.org), or a newer driver. DEVICE=cpu trains on the CPU."
 }
 
+# Run the training, then say what can be done with its folder. SIGTERM and SIGHUP go on to it; Ctrl-C
+# reaches it from the terminal.
+train() {
+    local status interrupted=1 child folder
+    # The script would choose this name itself. RESUME=1 asks for the name of a run.
+    [ -n "${RUN_ID:-}${RESUME:-}" ] || export RUN_ID=$(date +%Y%m%d-%H%M%S)
+    trap 'interrupted=1' INT
+    trap 'interrupted=1; kill -TERM "$child"' TERM
+    trap 'interrupted=1; kill -HUP "$child"' HUP
+    (trap - INT TERM HUP && exec "$@") &
+    child=$!
+    while [ $interrupted = 1 ]; do # a signal interrupts `wait`
+        interrupted=0 status=0
+        wait "$child" || status=$?
+    done
+    folder=$OUTPUT_DIR/${RUN_ID:-}
+    if [[ $status = 0 && ${EVAL_ONLY:-0} != 1 && -f $folder/results.json ]]; then
+        say_what_is_next "$folder"
+    fi
+    exit "$status"
+}
+
+say_what_is_next() { # FOLDER
+    local python tools folder
+    printf -v python %q "$venv/bin/python"
+    printf -v tools %q "$root/tools"
+    printf -v folder %q "$1"
+    cat <<END
+
+$python -m pip install -r $tools/requirements.txt  # once
+$python $tools/report.py $folder --out report.html  # curves and tables on one page
+$python $tools/sample.py $folder "PROMPT"  # text that the model writes
+END
+}
+
 if [ "${1:-}" = test ]; then
     setup "$root/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
@@ -152,9 +187,9 @@ echo "data    $DATA_PATH"
 
 if [ "$gpus" -gt 0 ]; then
     echo "device  $gpus CUDA GPU(s), one process per GPU"
-    exec "$venv/bin/python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
+    train "$venv/bin/python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
         "$root/train_gpt.py"
 fi
 echo "device  CPU, $(nproc) cores"
 load "$root/tools/memory.env" '*'
-exec "$venv/bin/python" "$root/train_gpt.py"
+train "$venv/bin/python" "$root/train_gpt.py"

@@ -19,11 +19,11 @@ Contents, in the order in which the data flows:
     Attention              rotation, norm, causal and streaming attention
     Transformer            blocks, GPT, ensembles
     Processes and log      process group, stop signals, log, files
-    Data                   shards, training sequences, tokenizer, validation stream
+    Data                   shards, training sequences, tokenizer, bits per byte
     Optimizers             Muon, AdamW, averages of the weights
-    Quantization           scales, codes, GPTQ, late QAT
-    Artifact               the file format, export, reading back
-    Evaluation             sliding windows, streaming, bits per byte
+    Quantization           scales, codes, GPTQ, sensitivities, late QAT
+    Artifact               the file format, export, TARGET_BYTES, reading back
+    Evaluation             sliding windows, streaming
     Checkpoints            what a run needs to continue
     Training               clock, phases, the training loop
     Main                   preflight, train and export, evaluate from the artifact
@@ -48,15 +48,18 @@ Where to look:
     A map's seed: MapTable.spec adds MAP_SEED, MAP_SEED_STRIDE * layer, SEED_OFFSETS[kind] and
         1,000,000 * ensemble member. generate_map turns the seed into the matrix.
     A LoRA factor (Role.FACTOR): Muon updates it (Optimizers), WeightAverages averages it,
-        Trainer.choose_candidate picks the average, LoRA.quantize rounds it by GPTQ,
-        write_artifact compresses the codes.
+        Trainer.choose_candidate keeps its last value or an average, Calibration.quantizers says
+        how its scales are chosen, LoRA.quantize rounds it by GPTQ, write_artifact compresses it.
     What a window scores: plan_windows. The first window scores all of its tokens, every later one
         only those that no earlier window scored: EVAL_STRIDE of them, or what is left at the end.
+        With EVAL_MODE=streaming a window is a row of the stream, and all of it is scored once
+        (streaming_batches).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import bisect
 import contextlib
 import copy
@@ -265,7 +268,7 @@ class Hyperparameters:
     max_wallclock_seconds: float = setting(
         600.0, "seconds for training and export together; 0: no limit"
     )
-    gptq_reserve_seconds: float = setting(45.0, "seconds of these kept for the export, at least")
+    gptq_reserve_seconds: float = setting(45.0, "least seconds of these kept for the export")
     val_loss_every: int = setting(4000, "steps between validations; 0: at the end only")
     train_log_every: int = setting(200, "steps between log lines; 0: none")
 
@@ -302,7 +305,7 @@ class Hyperparameters:
     # Quantization and artifact
     quantizer: str = setting(
         "sensitivity",
-        "a row's scale by what the loss pays for it, or, with the next four, by its RMS",
+        "what sets a row's scale: how much the loss feels it, or its RMS (next four)",
         choices=("sensitivity", "rms"),
     )
     matrix_bits: int = setting(6, "bits of a matrix's code", 2, 8)
@@ -312,9 +315,9 @@ class Hyperparameters:
     )
     embed_clip_sigmas: float = setting(15.0, "the same for embeddings", 0.5, 100)
     loss_per_value: float = setting(
-        3e-9, "nats a token that rounding one value may cost, by sensitivity", 1e-15, 1
+        3e-9, "nats per token that rounding one value may cost", 1e-15, 1
     )
-    target_bytes: int = setting(0, "code and model together, in place of LOSS_PER_VALUE; 0: free")
+    target_bytes: int = setting(0, "bytes of code and model; sets LOSS_PER_VALUE; 0: off")
     gptq_calib_batches: int = setting(
         8, "calibration batches of 8,192 training tokens; 0: neither GPTQ nor sensitivity"
     )
@@ -414,7 +417,7 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
 
 # Philox keys have 128 bits: the seed is at the bottom, the epoch of the data order from bit 64 on.
-# Each use beside the maps has its own high bits, so that no two draw the same numbers.
+# Adapters and twists have high bits of their own, so that none repeats the numbers of a map.
 SHARED_FACTOR_KEY, SPARSE_KEY, COMBINATION_KEY, PERMUTATION_KEY, LEFT_KEY, RIGHT_KEY = (
     n << 96 for n in range(1, 7)
 )
@@ -561,7 +564,10 @@ class Adapter(QuantizedModule):
 
 
 class LoRA(Adapter):
-    """ΔW = A B (arXiv:2106.09685): A (out, rank) starts at zero, B (rank, in) normal, std 1/√in."""
+    """ΔW = A B: A (out, rank) starts at zero, B (rank, in) normal, std 1/√in.
+
+    In the paper (arXiv:2106.09685) their names are exchanged; these are those of PR #1113.
+    """
 
     size_unit = "rank"
     roles: ClassVar = {"B": Role.FACTOR, "A": Role.FACTOR}
@@ -951,8 +957,8 @@ class Linear(QuantizedModule):
     """One map of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
     W (out, in) is one of three: a float32 parameter; a frozen random map, a bfloat16 buffer that is
-    never in a state_dict; or a mix of shared matrices, twisted by free random maps. ΔW is the sum
-    of its adapters.
+    never in a state_dict; or a mix of shared matrices, which a random twist makes different in each
+    layer. ΔW is the sum of its adapters.
     """
 
     roles: ClassVar = {"weight": Role.MATRIX}
@@ -1027,7 +1033,7 @@ class Linear(QuantizedModule):
 
     @property
     def members(self) -> tuple[QuantizedModule, ...]:
-        """This module alone reads its input; see InputGroup."""
+        """The modules that read its input, as in an InputGroup: this one alone."""
         return (self,)
 
     def forward(
@@ -1072,9 +1078,9 @@ class FusedLinear(InputGroup):
 
 
 class Embedding(QuantizedModule):
-    """A learned table (vocabulary, dim) in float32, and a map that widens its rows, if any.
+    """A learned table (vocabulary, dim) in float32; `proj`, if any, maps a row from dim to out.
 
-    Lookups come in `dtype`.
+    Lookups come in `dtype`. Without `proj`, out is dim.
     """
 
     roles: ClassVar = {"weight": Role.EMBEDDING}
@@ -1093,12 +1099,12 @@ class Embedding(QuantizedModule):
         self.proj = proj
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up rows: ids (...) -> (..., d)."""
+        """Look up rows: ids (...) -> (..., out)."""
         x = F.embedding(ids, self.weight).to(self.dtype)
         return x if self.proj is None else self.proj(x)
 
     def narrow(self, x: Tensor) -> Tensor:
-        """Apply the transposed map: (..., d) -> (..., dim)."""
+        """Apply the transposed `proj`: x (..., out) -> (..., dim), the input of TiedHead."""
         return x if self.proj is None else self.proj.transposed(x)
 
 
@@ -1155,7 +1161,7 @@ class MapSpec(NamedTuple):
     in_features: int
     basis: str = "learned"  # shared or shared:N, or a key of BASES for a frozen random map
     init: str = "orthogonal"  # initial value of what is learned of W: orthogonal or zero
-    twist: str = "none"  # or a key of TWISTS: how a layer makes a shared map its own
+    twist: str = "none"  # or a key of TWISTS: what makes a shared map differ by layer
     depth: float = 0.0  # of its layer, from 0 to 1
     seed: int = 0  # of what is random in this map
     shared_seed: int = 0  # of what adapters generate once for all maps of one shape
@@ -1186,12 +1192,12 @@ class MapSpec(NamedTuple):
 
     @property
     def shared_count(self) -> int:
-        """How many matrices all layers share for it; 0: it has its own."""
+        """How many matrices the layers share for this kind of map; 0: it is not shared."""
         name, _, count = self.basis.partition(":")
         return int(count or 1) if name == "shared" else 0
 
     def adapters(self) -> dict[str, float]:
-        """Return name -> size. ValueError for what is no adapter or does not fit the map."""
+        """Return name -> size. ValueError for an unknown adapter or a wrong size."""
         sizes: dict[str, float] = {}
         for part in self.adapter.split("+"):
             if part == "none":
@@ -1204,7 +1210,7 @@ class MapSpec(NamedTuple):
         return sizes
 
     def _adapter_size(self, part: str, unit: str, text: str) -> float:
-        """Return the size of one adapter. ValueError if it is no number that fits this map."""
+        """Return the size of one adapter. ValueError if it is not a number that fits."""
         if not unit:
             if text or part.endswith(":"):
                 raise ValueError(f"{part!r} takes no size")
@@ -1231,8 +1237,8 @@ class MapRule(NamedTuple):
     """One CELL or SELECTOR=CELL of a column of the map table.
 
     A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, attention, mlp, mlp.in (the MLP without its
-    proj) or one such as attention.q. The maps of embeddings are not among all: embedding.proj,
-    bigram.proj and value_embedding.proj.
+    proj) or one such as attention.q. The maps of embeddings are not in all; embedding, bigram and
+    value_embedding, or these with .proj, select them.
     """
 
     selector: str  # as written; empty: see FOR_ALL_MAPS
@@ -1289,7 +1295,7 @@ def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
         selector, _, cell = part.rpartition("=")
         match = re.fullmatch(r"(?:m(\d+)\.)?([a-z._]+)?(?:@([\d+-]+))?", selector)
         if not match:
-            raise ValueError(f"{selector!r} is no selector such as all, mlp.fc or attention@0-2")
+            raise ValueError(f"{selector!r} is not a selector such as all, mlp.fc or attention@0-2")
         member, kind, layers = match.groups()
         rules.append(
             MapRule(
@@ -1340,7 +1346,7 @@ class MapTable:
             text = getattr(h, f"map_{column}")
             with collect_errors(self.errors, f"MAP_{column.upper()}={text}"):
                 self.rules[column] = parse_column(column, text, h.num_layers)
-        self.used = {(column, "") for column in COLUMNS}  # selectors that selected a map
+        self.used = {(column, "") for column in COLUMNS}  # selectors that select a map
         self.specs: list[MapSpec] = []
         if self.errors:
             return
@@ -1712,21 +1718,21 @@ def validate_model(h: Hyperparameters) -> list[str]:
     require(errors, h.mlp_dim >= 1, f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit")
     with collect_errors(errors, f"ATTENTION_BACKEND={h.attention_backend}"):
         attention_order(h)
-    for name in ("ve_layers", "recur_layers"):
-        text = getattr(h, name) if h.ve_enabled or name != "ve_layers" else ""
-        with collect_errors(errors, f"{name.upper()}={text}"):
-            parse_layers(text, h.num_layers)
+    with collect_errors(errors, f"VE_LAYERS={h.ve_layers}"):
+        _ = h.value_layers
+    with collect_errors(errors, f"RECUR_LAYERS={h.recur_layers}"):
+        parse_layers(h.recur_layers, h.num_layers)
     return errors
 
 
 def validate_quantizer(h: Hyperparameters) -> list[str]:
-    """Return what is wrong with settings of the quantizer: what it would not use is refused."""
+    """Return what is wrong with settings of the quantizer, such as RMS settings without a use."""
     errors: list[str] = []
     by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
     changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
     require(
         errors,
-        h.quantizer == "rms" or not changed,
+        h.quantizer == "rms" or not (h.gptq_calib_batches and changed) or h.late_qat_threshold,
         f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
     )
     require(
@@ -1756,7 +1762,7 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
     require(
         errors,
         h.eval_only or h.train_batch_tokens % (h.train_seq_len * world_size) == 0,
-        f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is no multiple of"
+        f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is not a multiple of"
         f" TRAIN_SEQ_LEN={h.train_seq_len} times {world_size} processes",
     )
     require(
@@ -1767,7 +1773,7 @@ def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str
     )
     require(
         errors,
-        not h.warmdown_frac or "warmdown_iters" not in h.explicit,
+        not h.warmdown_frac or h.warmdown_iters == SETTINGS["warmdown_iters"].default,
         f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of them,"
         " or set WARMDOWN_FRAC=0",
     )
@@ -2093,7 +2099,8 @@ def streaming_attention(
         t = 3   . . . . | x x x x       one key more.
 
     Two passes of flash attention give both halves; their log-sum-exps weigh the two results. On a
-    CPU with AMX a layer of 8 x 2,048 tokens takes 57 ms, where 16 masked parts take 84.
+    CPU with AMX a layer of 8 x 2,048 tokens takes 57 ms this way, and 84 ms in 16 masked blocks.
+    Without a flash kernel, block_attention computes both halves at once.
 
     Args:
         q: (B, T, H, D).
@@ -2421,7 +2428,7 @@ class GPT(LanguageModel):
     def embed_bigrams(self, ids: Tensor) -> Tensor:
         """Return the bigram embedding of ids (B, T), (B, T, d).
 
-        The bucket is a hash of two tokens; the last one is for a position without a previous token.
+        The bucket is a hash of two tokens; the last bucket is for the first position.
         """
         last = self.bigram_buckets - 1
         buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
@@ -2548,7 +2555,7 @@ def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
-    """Return an estimate of the bytes that building the model takes."""
+    """Return about how many bytes of memory building the model takes."""
     sizes = [math.prod(spec.shape) for spec in table.values()]
     squares = [n * n for spec in table.values() if spec.twist == "orthogonal" for n in spec.shape]
     tables = h.vocab_size * (h.token_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
@@ -2562,11 +2569,13 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     for spec in table.values():
         for name, size in spec.adapters().items():
             unit = ADAPTERS[name].size_unit
-            numel = spec.out_features * spec.in_features
+            numel = math.prod(spec.shape)
             if unit == "rank":
-                total += 4 * int(size) * (spec.out_features + spec.in_features)
-            else:
-                total += 4 * int(size) * numel if unit == "count" else 12 * numel
+                total += 4 * int(size) * sum(spec.shape)
+            elif unit == "count":
+                total += 4 * int(size) * numel
+            else:  # positions of sparse values, or scores of masks and signs
+                total += 12 * numel
     return total
 
 
@@ -2662,14 +2671,14 @@ class Distributed:
         if self.on_cuda:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             self.device_name = torch.cuda.get_device_name(self.device)
-        self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
         self.stack = contextlib.ExitStack()
 
+    @property
+    def compile(self) -> bool:
+        return self.on_cuda if self.h.compile == "auto" else self.h.compile == "1"
+
     def __enter__(self) -> Distributed:
-        if self.on_cuda:
-            self._configure_cuda()
-        if self.compile:
-            self._configure_inductor()
+        self._configure()
         if self.world_size > 1:
             self._init_process_group()
         return self
@@ -2683,6 +2692,10 @@ class Distributed:
             raise UserError(f"the run had DEVICE={h.device}; set DEVICE to what it is now")
         self.h = h
         self.stack.close()
+        self._configure()
+
+    def _configure(self) -> None:
+        """Set attention kernels and compiler switches as the settings say."""
         if self.on_cuda:
             self._configure_cuda()
         if self.compile:
@@ -2703,9 +2716,9 @@ class Distributed:
         # Inductor's gradient of an embedding adds atomically, in any order; torch's own kernel
         # gives the same sum every time.
         decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
-        # Its default in torch 2.11 costs 5.9 ms of a step (PR #1420, pytorch#179494).
         # The cache of compiled graphs on disk does not know the order of kernels otherwise.
         torch.compiler.config.cache_key_tag = ",".join(attention_order(self.h))
+        # This pass, on by default in torch 2.11, costs 5.9 ms of a step (PR #1420, pytorch#179494).
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = bool(self.h.mix_order_reduction)
 
@@ -2880,7 +2893,7 @@ def read_shards(folder: str, split: str) -> list[np.ndarray]:
     """Return the tokens of each shard of a split, memory-mapped, (n,) uint16.
 
     A shard is a header of 256 little-endian int32 (magic, version, number of tokens), then
-    little-endian uint16 tokens. UserError if there is none, or one is not whole.
+    little-endian uint16 tokens. UserError if there is none, or one is incomplete.
     """
     paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
     if not paths:
@@ -2920,7 +2933,7 @@ def epoch_order(order: str, seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 class TrainingData:
-    """The training shards as sequences, the last of them held out.
+    """The training shards as sequences; the last ones, at most 2%, are held out.
 
     It has no state: seed and step say which sequences a step reads.
     """
@@ -3348,6 +3361,12 @@ def row_scales(exponents: Tensor) -> Tensor:
     return scales.where(exponents > 0, 0.0)[..., None]
 
 
+def scale_exponents(scale: Tensor) -> Tensor:
+    """Return the exponents of scales, uint8; 0 for a scale of 0."""
+    exponent = (160 + 8 * scale.log2()).round().clamp(1, 255)
+    return torch.where(scale > 0, exponent, 0).to(torch.uint8)
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
     """Symmetric quantization: the largest code of a row stands for `clip_sigmas` times its RMS."""
@@ -3423,7 +3442,7 @@ class Quantizer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SensitivityQuantizer(Quantizer):
-    """Quantization where rounding any value costs the loss the same, `loss_per_value` nats a token.
+    """Quantization in which rounding costs the same for every value: `loss_per_value` nats a token.
 
     An error is uniform within a scale s and costs s²/24 times the curvature of the loss. One bit
     less makes it cost four times as much, for every value alike: so at a given number of bytes
@@ -3451,17 +3470,12 @@ class SensitivityQuantizer(Quantizer):
         return codes.clamp_(-self.largest, self.largest)
 
 
-def scale_exponents(scale: Tensor) -> Tensor:
-    """Return the exponents of scales, uint8; 0 for a scale of 0."""
-    exponent = (160 + 8 * scale.log2()).round().clamp(1, 255)
-    return torch.where(scale > 0, exponent, 0).to(torch.uint8)
-
-
 def gptq_factor(hessian: Tensor) -> tuple[Tensor, float]:
-    """Return U, upper triangular, with Uᵀ U the inverse of a damped Hessian (columns, columns).
+    """Return (U, gain) of a Hessian (columns, columns), damped by 1% of its mean diagonal.
 
-    1 / U_jj² is the curvature of column j once the later columns make up for its error. The second
-    value is how much of the mean curvature that is.
+    U is upper triangular, with Uᵀ U the inverse of the damped Hessian. 1 / U_jj² is the curvature
+    of column j once later columns make up for its error; gain is the mean of these over the mean
+    of the diagonal.
     """
     damped = hessian.clone()
     damped.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-12)
@@ -3486,7 +3500,7 @@ def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
 def weights_as_stored(
     groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Mapping[Role, Quantizer]
 ) -> Iterator[None]:
-    """Hold the nearest quantized values in tensors that are stored as codes (late QAT).
+    """Hold rounded values in tensors that are stored as codes: the nearest codes (late QAT).
 
     The float32 masters return after the block and take the step (straight-through gradients).
     """
@@ -3503,6 +3517,13 @@ def weights_as_stored(
         yield
     finally:
         torch._foreach_copy_(stored, masters)
+
+
+def has_matrices(module: QuantizedModule) -> bool:
+    """Return whether GPTQ has something to do in a module, or in matrices that it shares."""
+    groups = tensors_by_role(module)
+    has_own = groups[Role.MATRIX] or groups[Role.FACTOR] or groups[Role.EMBEDDING]
+    return bool(has_own or getattr(module, "shared_matrices", ()))
 
 
 @torch.no_grad()
@@ -3533,8 +3554,7 @@ def collect_hessians(
     # Maps inside a FusedLinear are hooked, too, but never called: their hooks add nothing.
     hooks = []
     for group in model.modules():
-        members = getattr(group, "members", ())
-        if isinstance(group, (InputGroup, Linear)) and any(map(has_matrices, members)):
+        if isinstance(group, (InputGroup, Linear)) and any(map(has_matrices, group.members)):
             hooks.append(group.register_forward_pre_hook(add))
     for ids in batches:
         model.predict(ids)
@@ -3545,7 +3565,8 @@ def collect_hessians(
     for group, hessian in hessians.items():
         dist.all_reduce(hessian)
         for member in group.members:
-            by_module |= dict.fromkeys(member.modules(), hessian)
+            adapters = [each for each in member.children() if isinstance(each, Adapter)]
+            by_module |= dict.fromkeys([member, *adapters], hessian)
             for shared in getattr(member, "shared_matrices", ()):  # it has inputs in every layer
                 own = hessian if member.twist is None else member.twist.untwist_hessian(hessian)
                 mix = own.new_ones(1) if member.shared_mix is None else member.shared_mix
@@ -3558,11 +3579,11 @@ def collect_hessians(
 def collect_sensitivities(
     model: LanguageModel, batches: Iterable[Tensor], dist: Distributed
 ) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Module, Tensor]]:
-    """Return the Fisher information of what is stored as codes, in nats a token per squared unit.
+    """Return the Fisher information of what is stored as codes.
 
-    Labels are drawn from the model's own predictions. So gradients of unlike positions are
-    uncorrelated, and a batch's squared gradient is an unbiased estimate of the sum of theirs
-    (arXiv:1412.1193).
+    Its unit is nats per token and squared unit of a value. Labels are drawn from the model's own
+    predictions. Gradients of different positions are then uncorrelated, and a batch's squared
+    gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193).
 
     Args:
         model: the model to calibrate.
@@ -3570,10 +3591,10 @@ def collect_sensitivities(
         dist: the processes, over which the estimates are summed.
 
     Returns:
-        For each parameter the mean over each row's values, (rows,) float64; a row of a table gets
-        5% of the table's mean besides, since the text may not show it. For each embedding Σ g gᵀ
-        (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian, by lookups and by
-        the tied head together.
+        For each parameter the mean over each row's values, (rows,) float64; a row of a table has
+        5% of the table's mean added, since the calibration text may lack its token. For each
+        embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian,
+        by lookups and by the tied head together.
     """
     groups = tensors_by_role(model)
     params = [p for role in CODED_ROLES for p in groups[role].values()]
@@ -3586,7 +3607,7 @@ def collect_sensitivities(
     for module in frozen:
         module.set_frozen(False)
     for ids in batches:
-        for part in ids.split(max(1, len(ids) // 8)):  # each gives one square
+        for part in ids.split(max(1, len(ids) // 8)):  # one squared gradient per part
             logits = model.predict(part).flatten(0, 1)
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
             loss = F.cross_entropy(logits, labels[:, 0], reduction="sum")
@@ -3604,11 +3625,48 @@ def collect_sensitivities(
     return rows, {module: dist.all_reduce(total) / tokens for module, total in hessians.items()}
 
 
-def has_matrices(module: QuantizedModule) -> bool:
-    """Return whether GPTQ has something to do in a module, or in matrices that it shares."""
-    groups = tensors_by_role(module)
-    has_own = groups[Role.MATRIX] or groups[Role.FACTOR] or groups[Role.EMBEDDING]
-    return bool(has_own or getattr(module, "shared_matrices", ()))
+def calibration_batches(
+    h: Hyperparameters, dist: Distributed, data: TrainingData, step: int
+) -> Iterator[Tensor]:
+    """Yield this process's calibration tokens (n, T), which training would have read next."""
+    size = max(1, 8192 // h.train_seq_len)  # sequences of a batch
+    first = step * (h.train_batch_tokens // h.train_seq_len)
+    rounds = -(-h.gptq_calib_batches // dist.world_size)
+    for i in range(dist.rank, rounds * dist.world_size, dist.world_size):
+        yield data.sequences(first + i * size, size)[:, :-1].to(dist.device)
+
+
+class Calibration(NamedTuple):
+    """What the quantizers know of a model, from calibration text."""
+
+    hessians: dict[nn.Module, Tensor]  # of each module's inputs, or of an embedding's rows
+    sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
+
+    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> dict[Role, Quantizer]:
+        """Return how each role is stored as codes."""
+        quantizers = make_quantizers(h)
+        if self.sensitivities is None:
+            return quantizers
+        return {
+            role: SensitivityQuantizer(
+                prune_fraction=quantizer.prune_fraction,
+                sensitivities=self.sensitivities,
+                loss_per_value=loss_per_value,
+            )
+            for role, quantizer in quantizers.items()
+        }
+
+
+def calibrate(
+    h: Hyperparameters, model: LanguageModel, dist: Distributed, batches: list[Tensor]
+) -> Calibration:
+    """Return the calibration by this process's batches (B, T) and those of the others."""
+    hessians = collect_hessians(model, batches, dist)
+    if h.quantizer == "rms" or not batches:
+        return Calibration(hessians, None)
+    some = batches[: -(-len(batches) // 4)]  # a gradient takes three times as long
+    sensitivities, tables = collect_sensitivities(model, some, dist)
+    return Calibration(hessians | tables, sensitivities)
 
 
 # ---- Artifact ----------------------------------------------------------------------------------
@@ -3687,7 +3745,9 @@ def write_artifact(
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
     body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed])
     sizes = {group: sum(blocks) for group, blocks in lengths.items()}
-    return body + hashlib.sha256(body).digest(), {"header": len(text) + 48} | sizes
+    return body + hashlib.sha256(body).digest(), {
+        "header": len(text) + 48
+    } | sizes  # 48: magic, two numbers, SHA-256
 
 
 def decompress(packed: bytes, limit: int) -> bytearray:
@@ -3724,7 +3784,10 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def group_lengths(table: list) -> dict[str, list[int]]:
-    """Return the values of each tensor in each group. ValueError for a table that cannot be."""
+    """Return how many elements each tensor has in each group (bits: bytes).
+
+    ValueError for an impossible table.
+    """
     lengths: dict[str, list[int]] = {}
     total = 0  # values that are read, whatever they take in the file
     for _, shape, groups in table:
@@ -3797,56 +3860,25 @@ def quantize_model(
     return tensors
 
 
-def calibration_batches(
-    h: Hyperparameters, dist: Distributed, data: TrainingData, step: int
-) -> Iterator[Tensor]:
-    """Yield this process's calibration tokens (n, T), which training would have read next."""
-    size = max(1, 8192 // h.train_seq_len)  # sequences of a batch
-    first = step * (h.train_batch_tokens // h.train_seq_len)
-    rounds = -(-h.gptq_calib_batches // dist.world_size)
-    for i in range(dist.rank, rounds * dist.world_size, dist.world_size):
-        yield data.sequences(first + i * size, size)[:, :-1].to(dist.device)
-
-
+@functools.cache
 def code_bytes() -> int:
-    """Return the bytes of this script, which the challenge counts."""
-    return Path(__file__).stat().st_size
+    """Return how many bytes this script takes at most as it ships: compressed, self-extracting.
+
+    It ships without comments and docstrings. The challenge counts what `tools/submit.py` writes,
+    which is smaller still.
+    """
+    source = Path(__file__).read_bytes()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if may_have_one and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    compressed = brotli.compress(ast.unparse(tree).encode())
+    # base85 makes 5 bytes of 4; a script that is packed already ships as it is.
+    return min(len(source), len(compressed) * 5 // 4 + 500)
 
 
-class Calibration(NamedTuple):
-    """What the quantizers know of a model, from calibration text."""
-
-    hessians: dict[nn.Module, Tensor]  # of each module's inputs, or of an embedding's rows
-    sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
-
-    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> dict[Role, Quantizer]:
-        """Return how each role is stored as codes."""
-        quantizers = make_quantizers(h)
-        if self.sensitivities is None:
-            return quantizers
-        return {
-            role: SensitivityQuantizer(
-                prune_fraction=quantizer.prune_fraction,
-                sensitivities=self.sensitivities,
-                loss_per_value=loss_per_value,
-            )
-            for role, quantizer in quantizers.items()
-        }
-
-
-def calibrate(
-    h: Hyperparameters, model: LanguageModel, dist: Distributed, batches: list[Tensor]
-) -> Calibration:
-    """Return the calibration by this process's batches (B, T) and those of the others."""
-    hessians = collect_hessians(model, batches, dist)
-    if h.quantizer == "rms" or not batches:
-        return Calibration(hessians, None)
-    some = batches[: -(-len(batches) // 4)]  # a gradient takes three times as long
-    sensitivities, tables = collect_sensitivities(model, some, dist)
-    return Calibration(hessians | tables, sensitivities)
-
-
-class Packed(NamedTuple):
+class Artifact(NamedTuple):
     """An artifact, and what it is made of."""
 
     blob: bytes
@@ -3862,7 +3894,7 @@ def entropy_bytes(codes: Tensor) -> float:
 
 
 def estimate_bytes(model: LanguageModel, quantizers: Mapping[Role, Quantizer]) -> float:
-    """Return about what the codes of a model take, without GPTQ and compression."""
+    """Return about the bytes of a model's codes: the nearest ones, by their entropy."""
     groups = tensors_by_role(model)
     total = 0.0
     for role, quantizer in quantizers.items():
@@ -3872,49 +3904,56 @@ def estimate_bytes(model: LanguageModel, quantizers: Mapping[Role, Quantizer]) -
 
 
 def solve_for_bytes(
-    pack: Callable[[float], Packed],
+    build: Callable[[float], Artifact],
     estimate: Callable[[float], float],
     target: int,
     loss: float,
-) -> Packed:
-    """Return the largest artifact of up to `target` bytes, within 0.5% of it if one is.
+) -> Artifact:
+    """Return the largest artifact found of up to `target` bytes, else the smallest one found.
+
+    The search ends within 0.5% under the target, after six artifacts, or where other scales give
+    the same codes.
 
     Args:
-        pack: makes the artifact at a loss per value; the slow part.
-        estimate: about the bytes of its codes. Twice the loss saves half a bit per value.
-        target: bytes.
-        loss: where the search begins.
-
-    Returns:
-        The artifact; the smallest one if all are over the target.
+        build: makes an artifact at a loss per value, in seconds to minutes.
+        estimate: about the bytes of its codes, fast. Twice the loss saves half a bit per value.
+        target: bytes of the artifact.
+        loss: loss per value (nats per token) at which the search begins.
     """
-    tried: list[Packed] = []
-    percents = range(-600, 600)  # of an octave
+    tried: list[Artifact] = []
+    octaves = [i / 100 for i in range(-600, 600)]
     for _ in range(6):
-        tried.append(pack(loss))
+        tried.append(build(loss))
         size = len(tried[-1].blob)
-        has_stopped = len(tried) > 1 and size == len(tried[-2].blob)
-        if 0.995 * target <= size <= target or has_stopped:
+        if 0.995 * target <= size <= target:
             break
-        wanted = estimate(loss) * 0.9975 * target / size  # it is wrong by about the same factor
-        step = bisect.bisect(percents, -wanted, key=lambda i: -estimate(loss * 2 ** (i / 100)))
-        loss *= 2 ** ((step - 600) / 100)
-    tried.sort(key=lambda packed: len(packed.blob))
-    fitting = [packed for packed in tried if len(packed.blob) <= target]
+        estimated = estimate(loss)
+        # Aim at the middle of the interval; the ratio of estimate and size hardly changes.
+        wanted = estimated * 0.9975 * target / size
+        # More loss means fewer bytes, and bisect needs a rising key: hence the minus signs.
+        step = bisect.bisect(octaves, -wanted, key=lambda octave: -estimate(loss * 2**octave))
+        loss *= 2 ** (step / 100 - 6)
+        if estimate(loss) == estimated:
+            break
+    tried.sort(key=lambda artifact: len(artifact.blob))
+    fitting = [artifact for artifact in tried if len(artifact.blob) <= target]
     return fitting[-1] if fitting else tried[0]
 
 
-def describe_codes(model: LanguageModel, packed: Packed) -> list[str]:
-    """Return a table of what each role's codes take, by their order-0 entropy, and may cost."""
+def describe_codes(model: LanguageModel, artifact: Artifact) -> list[str]:
+    """Return a table by role: values, bytes and bits per value (order-0 entropy), and nats.
+
+    Nats per token are what rounding may cost; scales by RMS do not know it (nan).
+    """
     lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
     for role, group in tensors_by_role(model).items():
-        stored = [packed.tensors.get(name) for name in group]
+        stored = [artifact.tensors.get(name) for name in group]
         codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
         if not codes:
             continue
         values = sum(map(len, codes))
         size = entropy_bytes(torch.cat(codes))
-        loss = values * packed.loss_per_value
+        loss = values * artifact.loss_per_value
         cells = (role.value, values, round(size), 8 * size / values, loss)
         lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
     return lines
@@ -3930,7 +3969,7 @@ def export(
         model: the model to export.
         data: training text for the calibration.
         step: the training steps that are done; calibration text comes after theirs.
-        trial: for the preflight; the limit of bytes does not apply.
+        trial: for the preflight; scales by RMS, and the limit of bytes does not apply.
 
     Raises:
         UserError: the artifact is over ARTIFACT_LIMIT_BYTES or TARGET_BYTES.
@@ -3946,42 +3985,44 @@ def export(
         "tokenizer": run.tokenizer.sha256,
     }
 
-    if trial:  # what moves the loss of an untrained model says nothing about a trained one
+    if trial:  # what the loss feels before training says nothing about what it feels later
         calibration = calibration._replace(sensitivities=None)
 
-    def pack(loss_per_value: float) -> Packed:  # QUANTIZER=rms ignores the loss
+    def build(loss_per_value: float) -> Artifact:  # scales by RMS ignore the loss
         quantizers = calibration.quantizers(h, loss_per_value)
         tensors = quantize_model(model, quantizers, calibration.hessians)
-        return Packed(*write_artifact(header, tensors), tensors, loss_per_value)
+        return Artifact(*write_artifact(header, tensors), tensors, loss_per_value)
 
     def estimate(loss_per_value: float) -> float:
         return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
 
+    start = h.loss_per_value if calibration.sensitivities else math.nan
     if h.target_bytes and not trial:
         target = h.target_bytes - code_bytes()
-        packed = solve_for_bytes(pack, estimate, target, h.loss_per_value)
+        artifact = solve_for_bytes(build, estimate, target, start)
     else:
-        packed = pack(h.loss_per_value)
-    run.log("\n".join(describe_codes(model, packed)))
-    log_sizes(run, packed, trial)
-    return dist.broadcast_object(packed.blob)
+        artifact = build(start)
+    run.log("\n".join(describe_codes(model, artifact)))
+    log_sizes(run, artifact, trial)
+    return dist.broadcast_object(artifact.blob)
 
 
-def log_sizes(run: Run, packed: Packed, trial: bool) -> None:
+def log_sizes(run: Run, artifact: Artifact, trial: bool) -> None:
     """Log what the artifact's parts take. UserError if it is over a limit, except in a trial."""
     h = run.h
-    total = code_bytes() + len(packed.blob)
+    total = code_bytes() + len(artifact.blob)
     limit = h.artifact_limit_bytes
     kind = "projected artifact" if trial else "artifact"
-    text = f"code {code_bytes():,} + model {len(packed.blob):,} = {total:,} bytes"
-    parts = ", ".join(f"{name} {size:,}" for name, size in packed.sizes.items())
+    text = f"code {code_bytes():,} + model {len(artifact.blob):,} = {total:,} bytes"
+    parts = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
     run.log(f"{kind} bytes: {parts}")
     run.log(f"{kind} {text}, {total / limit:.1%} of {limit:,}")
     if trial:
         return
     if h.target_bytes and total > h.target_bytes:
         raise UserError(
-            f"{text}, over TARGET_BYTES={h.target_bytes:,} at any scales; a smaller rank or width"
+            f"{text}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
+            " use a smaller rank or width"
         )
     if total > limit:
         raise UserError(
@@ -4014,7 +4055,7 @@ def rebuild_model(
         here, there = model.fingerprint(), stored["fingerprint"]
         if here != there:
             raise UserError(
-                f"the maps generated here are not the artifact's ({here[:16]}, not {there[:16]}):"
+                f"the maps generated here are not the stored ones ({here[:16]}, not {there[:16]}):"
                 f" it is of {stored['versions']}, this is {VERSIONS}; use the same versions"
             )
         model.load_state_dict(tensors)
@@ -4032,13 +4073,13 @@ def model_from_artifact(h: Hyperparameters, blob: bytes, dist: Distributed) -> L
 # ---- Evaluation --------------------------------------------------------------------------------
 
 
-def plan_windows(targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+def plan_windows(num_targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Return where each window of `length` tokens starts, and how many tokens it scores.
 
     A window scores those of its last positions that no earlier window scored: the first window all
     of them, later ones `stride`, the last one what is left.
     """
-    starts = np.append(np.arange(0, targets - length, stride), targets - length)
+    starts = np.append(np.arange(0, num_targets - length, stride), num_targets - length)
     return starts, np.diff(starts + length, prepend=0)
 
 
@@ -4049,21 +4090,21 @@ class EvalBatch(NamedTuple):
     counts: np.ndarray  # (n,) how many of its last positions it scores
 
 
-def sliding_batches(targets: int, length: int, stride: int, per_batch: int) -> list[EvalBatch]:
+def sliding_batches(num_targets: int, length: int, stride: int, per_batch: int) -> list[EvalBatch]:
     """Return batches of windows, each of which is computed for itself."""
-    starts, counts = plan_windows(targets, length, stride)
+    starts, counts = plan_windows(num_targets, length, stride)
     cuts = range(per_batch, len(starts), per_batch)
     pairs = zip(np.split(starts, cuts), np.split(counts, cuts), strict=True)
     return [EvalBatch(*pair) for pair in pairs]
 
 
-def streaming_batches(targets: int, length: int, warm: int, per_batch: int) -> list[EvalBatch]:
+def streaming_batches(num_targets: int, length: int, warm: int, per_batch: int) -> list[EvalBatch]:
     """Return batches of consecutive rows of a stream.
 
     Rows at the start of a batch lack the rows above them. Batches therefore overlap: all but the
     first score nothing in their first `warm` rows, and each row is scored once, as a whole.
     """
-    rows = -(-targets // length)
+    rows = -(-num_targets // length)
     per_batch = min(max(per_batch, 4 * warm), rows)  # at most about a quarter is warm-up
     row = np.arange(per_batch)
     # A batch is a window over rows.
@@ -4076,7 +4117,7 @@ def streaming_batches(targets: int, length: int, warm: int, per_batch: int) -> l
 
 
 def gather_windows(
-    tokens: Tensor, starts: Tensor, counts: Tensor, offsets: Tensor, tail: int, targets: int
+    tokens: Tensor, starts: Tensor, counts: Tensor, offsets: Tensor, tail: int, num_targets: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return inputs (n, T), targets (n, tail) and is_scored (n, tail) of n windows.
 
@@ -4085,7 +4126,7 @@ def gather_windows(
     positions = starts[:, None] + offsets  # (n, T + 1)
     rows = tokens[positions]
     is_new = offsets[:tail] >= tail - counts[:, None]  # no earlier window scored it
-    exists = positions[:, -tail:] <= targets  # the stream is padded at its end
+    exists = positions[:, -tail:] <= num_targets  # the stream is padded at its end
     return rows[:, :-1], rows[:, -tail:], is_new & exists
 
 
@@ -4094,10 +4135,10 @@ def gather_windows(
 COMPILED_BATCHES = {"cpu": 24, "cuda": 200}
 
 
-def is_streaming(h: Hyperparameters, stride: int, targets: int) -> bool:
+def is_streaming(h: Hyperparameters, stride: int, num_targets: int) -> bool:
     """Return whether an evaluation streams: its windows overlap, and there are several."""
-    length = min(h.eval_seq_len, targets)
-    return h.eval_mode == "streaming" and stride < length < targets
+    length = min(h.eval_seq_len, num_targets)
+    return h.eval_mode == "streaming" and stride < length < num_targets
 
 
 @torch.no_grad()
@@ -4123,15 +4164,15 @@ def evaluate(
             whether the losses are finite.
     """
     model.eval()
-    targets = len(tokens) - 1
-    length = min(h.eval_seq_len, targets)
+    num_targets = len(tokens) - 1
+    length = min(h.eval_seq_len, num_targets)
     per_batch = max(1, h.eval_batch_tokens // length)
-    streaming = is_streaming(h, stride, targets)
+    streaming = is_streaming(h, stride, num_targets)
     if streaming:
         warm = len(h.block_order) + 1  # a row for each block, and one for bigrams and smear
-        batches, usual_tail = streaming_batches(targets, length, warm, per_batch), length
+        batches, usual_tail = streaming_batches(num_targets, length, warm, per_batch), length
     else:
-        batches, usual_tail = sliding_batches(targets, length, stride, per_batch), stride
+        batches, usual_tail = sliding_batches(num_targets, length, stride, per_batch), stride
     # Batches of this shape alone are compiled; the first and the last one may have another.
     usual_shape = (len(batches[0].starts), usual_tail)
     pays = dist.compile and len(batches) > COMPILED_BATCHES[dist.device.type] * dist.world_size
@@ -4155,11 +4196,13 @@ def evaluate(
     total = torch.zeros((), dtype=torch.float64, device=dist.device)
     for batch, starts, counts in zip(mine, all_starts, all_counts, strict=True):
         tail = int(batch.counts.max())
-        inputs, wanted, is_scored = gather_windows(tokens, starts, counts, offsets, tail, targets)
+        inputs, targets, is_scored = gather_windows(
+            tokens, starts, counts, offsets, tail, num_targets
+        )
         score = compiled if (len(inputs), tail) == usual_shape else model.token_losses
-        losses = score(inputs, wanted, streaming)  # (n, tail)
+        losses = score(inputs, targets, streaming)  # (n, tail)
         total += losses.double().masked_fill(~is_scored, 0.0).sum()
-    return dist.all_reduce(total).item() / targets
+    return dist.all_reduce(total).item() / num_targets
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------
@@ -4318,7 +4361,7 @@ class Clock:
 
 
 def learning_rate_scale(h: Hyperparameters, step: int, remaining: int, progress: float) -> float:
-    """Return 1, then a linear fall to MIN_LR over the last steps or the last part of training."""
+    """Return 1, then a linear fall towards 0 that stops at MIN_LR, by steps or by progress."""
     if h.warmdown_frac:
         scale = (1 - progress) / h.warmdown_frac
     else:
@@ -4466,11 +4509,10 @@ class Trainer:
         h, dist = run.h, run.dist
         self.run, self.h, self.dist, self.model, self.data = run, h, dist, model, data
         self.groups = tensors_by_role(model)
-        self.quantizers = make_quantizers(h)
+        self.quantizers = make_quantizers(h)  # of late QAT, by RMS
         self.phases = Phases(h, model, teacher, dist.compile)
-        torch._dynamo.config.recompile_limit = 8 + 2 * len(
-            self.phases.boundaries
-        )  # two graphs per phase
+        graphs = 2 * len(self.phases.boundaries)  # two per phase
+        torch._dynamo.config.recompile_limit = 8 + graphs
         self.forward = torch.compile(model, dynamic=False, fullgraph=True, disable=not dist.compile)
         self.optimizers = Optimizers(self.groups, h, dist)
         self.averages = WeightAverages(self.optimizers.params, h)
@@ -4513,7 +4555,7 @@ class Trainer:
                 self.save()
             if plan.stop:
                 continues = f"the same RUN_ID continues from {self.last_save}"
-                raise UserError(f"stopped as a signal asked; {continues}")
+                raise UserError(f"stopped by a signal; {continues}")
             self.enter_phase(plan.progress)
             if plan.done:
                 break
@@ -4540,11 +4582,11 @@ class Trainer:
         (remaining, progress, save), stop = self.dist.sync_from_rank0(*mine, flag=stop_here)
         every = h.val_loss_every
         return StepPlan(
-            int(remaining),
-            progress if remaining > 0 else 1.0,
-            bool(save),
-            stop,
-            bool(every) and self.step > 0 and self.step % every == 0,
+            remaining=int(remaining),
+            progress=progress if remaining > 0 else 1.0,
+            save=bool(save),
+            stop=stop,
+            validate=bool(every) and self.step > 0 and self.step % every == 0,
         )
 
     def enter_phase(self, progress: float) -> None:
@@ -4761,10 +4803,10 @@ def open_folder(
 
 
 def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
-    """Try everything that comes after training with a copy of the untrained model.
+    """Try everything that comes after training, with a copy of the model as it is now.
 
     It exports, reads back and evaluates on the shapes that will be used, and so compiles them.
-    UserError names the stage that fails; nothing is trained yet then.
+    UserError names the stage that fails, before any step of this start.
 
     Returns:
         An estimate of the seconds from the end of training to the artifact.
@@ -4784,7 +4826,7 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         for stride in (h.eval_seq_len, h.eval_stride):
             loss = evaluate(rebuilt, run.val.tokens, h, dist, stride, trial=True)
             if not math.isfinite(loss):
-                raise UserError("the untrained model's loss is not finite; lower the initial gains")
+                raise UserError("the model's loss is not finite; lower the initial gains")
         stage = "choice of the candidate"
         start = time.perf_counter()
         evaluate(rebuilt, data.held_out_stream(), h, dist, h.eval_seq_len)
@@ -4796,17 +4838,18 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         if dist.rank == 0 and shutil.disk_usage(run.folder).free < need:
             raise UserError(f"{run.folder} needs {need:,} bytes free; make room, or set OUTPUT_DIR")
     except (UserError, RuntimeError, OSError) as error:
-        raise UserError(f"preflight, {stage}: {error} (nothing is trained yet)") from error
+        raise UserError(f"preflight, {stage}: {error} (before training)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
-    exports = 3 if h.target_bytes else 1  # solve_for_bytes packs about three times
+    exports = 3 if h.target_bytes else 1  # solve_for_bytes makes two or three, at most six
     return exports * export_seconds + choice_seconds
 
 
 def reserve_for_export(run: Run, estimate: float) -> float:
     """Return the seconds kept for the export: GPTQ_RESERVE_SECONDS, or more if it takes longer.
 
-    Training keeps half of the time in any case; a run that then takes too long says so at its end.
+    Training keeps half of the time unless GPTQ_RESERVE_SECONDS takes more; a run that then takes
+    too long says so at its end.
     """
     h = run.h
     (estimate,), _ = run.dist.sync_from_rank0(estimate)
@@ -4849,7 +4892,7 @@ def prepare_model(run: Run, saved: Checkpoint | None) -> LanguageModel:
 
 
 def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.dtype) -> str:
-    """Return the name of the kernel that causal attention runs, for the log."""
+    """Return what computes causal attention, as text for the log."""
     if not dist.on_cuda:
         longest = PLAIN_ATTENTION[HAS_AMX, True]
         return f"plain products up to {longest} tokens in training, else torch's fused kernel"
@@ -4883,6 +4926,8 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
         f"{trained:,} trained and {frozen:,} frozen parameters; {len(maps)} of {len(model.table)}"
         f" maps are random, in 0 bytes; the rest takes {stored_bytes(model):,} bytes uncompressed"
     )
+    readable = Path(__file__).stat().st_size
+    log(f"code: {code_bytes():,} bytes as it ships, packed; {readable:,} readable")
     threads = torch.get_num_threads()
     log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
     dtype = resolve_dtype(run.h, run.dist.on_cuda)
@@ -4924,7 +4969,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     _, stop = run.dist.sync_from_rank0(flag=run.stop.requested)
     if stop:
         continues = f"the same RUN_ID exports {run.folder}/checkpoint.pt"
-        raise UserError(f"stopped as a signal asked; {continues}")
+        raise UserError(f"stopped by a signal; {continues}")
     began = time.perf_counter()
     blob = export(run, model, data, metrics["steps"])
     if run.dist.rank == 0:
@@ -4956,8 +5001,8 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
         start = time.perf_counter()
-        targets = len(run.val.tokens) - 1
-        mode = "streaming" if is_streaming(h, stride, targets) else "exact"
+        streams = is_streaming(h, stride, len(run.val.tokens) - 1)
+        mode = "streaming" if streams else "exact"
         loss = evaluate(model, run.val.tokens, h, run.dist, stride)
         bpb = run.val.bits_per_byte(loss)
         seconds = time.perf_counter() - start
@@ -4989,6 +5034,7 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "val_bpb": metrics["val_bpb_sliding_window"],
         "bytes_total": code_bytes() + model_bytes,
         "bytes_code": code_bytes(),
+        "bytes_code_readable": Path(__file__).stat().st_size,
         "bytes_model": model_bytes,
         **metrics,
     }

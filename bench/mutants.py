@@ -838,8 +838,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             "quantization::test_target_bytes_are_met_by_an_export_or_refused",
         ),
         Mutant(
-            "packed = pack(h.loss_per_value)",
-            "packed = pack(3e-9)",
+            "start = h.loss_per_value if calibration.sensitivities else math.nan",
+            "start = 3e-9 if calibration.sensitivities else math.nan",
             "LOSS_PER_VALUE does nothing",
             f"{EFFECT}[loss_per_value]",
         ),
@@ -950,8 +950,8 @@ MUTANTS: dict[str, list[Mutant]] = {
     ],
     "Evaluation": [
         Mutant(
-            "np.arange(0, targets - length, stride)",
-            "np.arange(0, targets - length, length)",
+            "np.arange(0, num_targets - length, stride)",
+            "np.arange(0, num_targets - length, length)",
             "EVAL_STRIDE does nothing",
             "data::test_windows_score_every_token_once",
         ),
@@ -968,8 +968,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             "streaming::test_every_token_is_scored_once",
         ),
         Mutant(
-            "dist.all_reduce(total).item() / targets",
-            "total.item() / targets",
+            "dist.all_reduce(total).item() / num_targets",
+            "total.item() / num_targets",
             "several processes report the loss of a part",
             "processes",
         ),
@@ -986,8 +986,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             "run::test_log_has_the_lines_that_others_look_for",
         ),
         Mutant(
-            "stride < length < targets",
-            "length < targets",
+            "stride < length < num_targets",
+            "length < num_targets",
             "EVAL_MODE=streaming streams the roundtrip, too",
             "run::test_log_says_how_each_figure_was_scored",
         ),

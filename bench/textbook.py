@@ -51,14 +51,15 @@ class CastLinear(nn.Linear):
 
 
 class CastEmbedding(nn.Embedding):
-    """A float32 table whose rows are looked up in `dtype`."""
+    """A float32 table whose rows are looked up in `dtype`; a map widens them to `width`, if any."""
 
-    def __init__(self, count: int, dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, count: int, dim: int, dtype: torch.dtype, width: int = 0) -> None:
         super().__init__(count, dim)
         self.dtype = dtype
+        self.proj = CastLinear(dim, width) if width else nn.Identity()
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids).to(self.dtype)
+        return self.proj(super().forward(ids).to(self.dtype))
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -196,15 +197,10 @@ class Textbook(nn.Module):
         self.h, self.dtype = h, dtype
         kinds = {"attention": ("q", "k", "v", "proj"), "mlp": ("fc", "proj")}
         self.embedding = CastEmbedding(h.vocab_size, h.model_dim, dtype)
-        self.bigram = nn.Sequential(
-            CastEmbedding(h.bigram_vocab_size, h.bigram_dim, dtype),
-            CastLinear(h.bigram_dim, h.model_dim),
-        )
+        self.bigram = CastEmbedding(h.bigram_vocab_size, h.bigram_dim, dtype, h.model_dim)
         self.bigram_scale = nn.Parameter(torch.zeros(1))
         self.smear_gate = nn.Parameter(torch.zeros(h.model_dim))
-        self.value_embedding = nn.Sequential(
-            CastEmbedding(h.vocab_size, h.ve_dim, dtype), CastLinear(h.ve_dim, h.kv_dim)
-        )
+        self.value_embedding = CastEmbedding(h.vocab_size, h.ve_dim, dtype, h.kv_dim)
         self.value_scales = nn.Parameter(torch.zeros(len(h.value_layers)))
         self.skips = h.num_layers // 2
         self.skip_weights = nn.Parameter(torch.zeros(self.skips, h.model_dim))

@@ -43,14 +43,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NamedTuple, TextIO
 
-import numpy as np
-import sentencepiece
+try:
+    import numpy as np
+    import sentencepiece
+except ImportError as missing:
+    raise SystemExit(f"error: {missing.name} is missing: pip install -r requirements.txt") from None
 
 try:
     from tqdm import tqdm
-except (
-    ImportError
-):  # an extra, like the others in data/requirements.txt: without it there is no bar
+except ImportError:  # an extra of data/requirements.txt: without it there is no bar
     tqdm = None
 
 SHARD_MAGIC = 20240520

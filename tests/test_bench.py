@@ -12,7 +12,18 @@ import torch
 from bench import common, textbook
 from helpers import ROOT, train_gpt
 
-PROGRAMS = ("cpu", "memory", "kernels", "step", "roofline", "eval", "export", "start", "scaling")
+PROGRAMS = (
+    "cpu",
+    "memory",
+    "kernels",
+    "step",
+    "roofline",
+    "eval",
+    "export",
+    "start",
+    "scaling",
+    "target",
+)
 
 
 def textbook_name(name: str) -> str:
@@ -94,6 +105,6 @@ def test_program_runs_and_prints_its_table(program):
     assert result.returncode == 0, result.stderr
     assert f"# {program}.py: smoke run" in result.stdout
     assert f"torch {torch.__version__}" in result.stdout
-    first = "part" if program == "roofline" else "what"
+    first = {"roofline": "part", "target": "preset"}.get(program, "what")
     table = result.stdout[result.stdout.index(f"| {first} |") :].split("\n\n")[0]
     assert len(table.splitlines()) >= 4  # header, rule, and some rows

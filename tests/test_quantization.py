@@ -314,6 +314,22 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(settings, random_model,
     assert len(hessians) == 2 * 6 + 3
 
 
+def test_the_map_of_an_embedding_has_the_hessian_of_its_lookups(settings, random_model, processes):
+    """The tied head reads the same table, and its inputs are as wide."""
+    basis = {
+        "map_basis": "orthogonal,embedding=orthogonal",
+        "map_adapter": "lora:4,embedding=lora:3",
+    }
+    model, ids = random_model(settings(embedding_dim=24, **basis)), tokens(2, 16)
+    hessians = train_gpt.collect_hessians(model, [ids], processes)
+    looked_up = model.embedding.weight[ids].flatten(0, 1).detach()
+    proj = model.embedding.proj
+    torch.testing.assert_close(hessians[proj], looked_up.T @ looked_up, rtol=1e-4, atol=1e-3)
+    assert hessians[proj.lora] is hessians[proj]
+    assert hessians[model.embedding].shape == (24, 24)
+    assert not torch.allclose(hessians[model.embedding], hessians[proj])
+
+
 @pytest.mark.parametrize("twist", ["none", "permutation", "orthogonal"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_hessian_of_a_shared_matrix_measures_the_errors_of_all_its_layers(
@@ -566,10 +582,10 @@ def test_no_code_is_clipped_at_the_finest_scales(with_hessian):
     assert largest.min() >= 100
 
 
-def packed_at(loss: float) -> train_gpt.Packed:
+def packed_at(loss: float) -> train_gpt.Artifact:
     """Return an artifact of half a bit less per value at twice the loss, not below 100 bytes."""
     size = max(100, round(4000 - 500 * np.log2(loss / 1e-8)))
-    return train_gpt.Packed(b"0" * size, {}, {}, loss)
+    return train_gpt.Artifact(b"0" * size, {}, {}, loss)
 
 
 def estimate(loss: float) -> float:
@@ -592,7 +608,7 @@ def test_a_target_that_no_scale_reaches_gives_the_smallest_there_is():
 
 
 def test_a_target_that_no_scale_fills_gives_the_largest_there_is():
-    def pack(loss: float) -> train_gpt.Packed:
+    def pack(loss: float) -> train_gpt.Artifact:
         return packed_at(max(loss, 1e-9))
 
     packed = train_gpt.solve_for_bytes(pack, lambda loss: len(pack(loss).blob), 99_000, 1e-8)
@@ -1480,6 +1496,14 @@ def test_a_warm_down_by_a_fraction_of_training_follows_the_progress():
     for progress, scale in ((0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (0.9, 0.2), (1.0, 0.0)):
         found = train_gpt.learning_rate_scale(h, step=3, remaining=7, progress=progress)
         assert found == pytest.approx(scale)
+
+
+def test_a_warm_down_given_twice_is_refused_and_one_of_an_artifact_is_not():
+    """Settings of an artifact or a checkpoint come back with all their defaults."""
+    h = train_gpt.load_settings({}, warmdown_frac=0.5)
+    assert train_gpt.load_settings({}, **h.as_dict()) == h
+    with pytest.raises(train_gpt.UserError, match="WARMDOWN_ITERS has no effect"):
+        train_gpt.load_settings({}, warmdown_frac=0.5, warmdown_iters=10)
 
 
 @pytest.mark.parametrize("steps", [180, 74])

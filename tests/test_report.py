@@ -149,7 +149,7 @@ def test_text_has_the_facts_of_the_run(runs, pages):
 def test_map_table_is_that_of_the_log(pages):
     (table,) = (table for table in Page(pages[0]).tables if table[0][0] == "map")
     rows = {row[0]: row for row in table[1:]}
-    assert len(rows) == 4 * 6
+    assert len(rows) == 4 * 6 + 2  # those of the blocks, and of two embeddings
     assert rows["blocks.0.attention.q"][1:5] == ["32x32", "1·hadamard", "12345", "lora:4"]
     assert rows["blocks.3.mlp.fc"][2] == "1·gaussian" and rows["blocks.3.mlp.fc"][7] == "0.8"
     assert rows["blocks.0.attention.v"][2] == "1·learned"
@@ -194,6 +194,20 @@ def test_scatter_has_a_line_through_the_learned_networks(runs, pages):
     heading, *rows = page.tables[0]
     by_run = {row[0]: dict(zip(heading, row, strict=True)) for row in rows}
     assert by_run["larger"]["val_bpb"] == "1.25000" and by_run["larger"]["bytes"] == "999,999"
+
+
+def test_a_single_validation_is_shown_for_what_it_is(copied, tmp_path):
+    """Where it lies among the steps, on an axis whose ticks tell its value."""
+    path = copied / "metrics.jsonl"
+    *first, last = [row for row in metrics(copied) if "val_bpb" in row]
+    rows = [row for row in metrics(copied) if row not in first]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "page.html"
+    assert report.main([str(copied), "--out", str(out)]) == 0
+    chart = Page(out).charts["validation"]["hconcat"][0]["layer"][0]["encoding"]
+    low, high = chart["y"]["scale"]["domain"]
+    assert low < last["val_bpb"] < high < 1.2 * low
+    assert chart["x"]["scale"]["domain"] == pytest.approx([0, 6], rel=0.05)
 
 
 def test_command_repeats_the_run(runs):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
+import shlex
 import shutil
+import signal
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,7 +164,8 @@ def test_results_agree_with_the_log_and_the_files(trained, base):
     loss, bpb = final(log_of(trained))
     assert results["val_loss"] == pytest.approx(loss, abs=1e-8)
     assert results["val_bpb"] == pytest.approx(bpb, abs=1e-8)
-    assert results["bytes_code"] == SCRIPT.stat().st_size
+    assert results["bytes_code"] == train_gpt.code_bytes() < results["bytes_code_readable"]
+    assert results["bytes_code_readable"] == SCRIPT.stat().st_size
     assert results["bytes_model"] == len(artifact_of(trained))
     assert results["bytes_total"] == results["bytes_code"] + results["bytes_model"]
     assert results["dataset"] == base["DATA_PATH"].name
@@ -360,6 +365,74 @@ def test_run_sh_evaluates_and_exports_what_its_preset_did_not_make(
         )
         assert process.returncode == 0, process.stderr
         assert final(process.stdout) == pytest.approx(final(log_of(trained)), abs=1e-6)
+        assert ("tools/report.py" in process.stdout) == (settings is not eval_only)
+
+
+# In place of the interpreter of .venv: it makes a run's folder, and says when a signal ends it.
+INTERPRETER = f"""#!{sys.executable}
+import os, pathlib, signal, sys, time
+if sys.argv[1] == "-W": sys.exit(print("0 without CUDA\\n"))
+if sys.argv[1] == "-m": sys.exit()  # pip
+def leave(number, frame): sys.exit(print("saved") or 5)
+signal.signal(getattr(signal, os.environ.get("STOP", "SIGTERM")), leave)
+print("started", flush=True)
+time.sleep(20 * ("STOP" in os.environ))
+folder = pathlib.Path(os.environ["OUTPUT_DIR"], os.environ["RUN_ID"])
+folder.mkdir(parents=True)
+(folder / "results.json").write_text("")
+"""
+
+
+@pytest.fixture
+def start_run_sh(tmp_path):
+    """Return a function that starts a run.sh whose script only makes a folder."""
+    root = tmp_path / "a project"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    shutil.copytree(ROOT / "presets", root / "presets")
+    for name in ("run.sh", "requirements.txt", "tools/memory.env"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    python = root / ".venv" / "bin" / "python"
+    python.write_text(INTERPRETER)
+    python.chmod(0o755)
+
+    def start_it(**settings) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", root / "run.sh"],
+            env=environment({"DATA_PATH": tmp_path, **settings}),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    return start_it
+
+
+def test_run_sh_says_at_its_end_how_to_see_the_run(start_run_sh, tmp_path):
+    """With paths that a shell reads as they are; and without RUN_ID it chooses the script's."""
+    out = finish(start_run_sh(RUN_ID="mine")).stdout
+    (line,) = (line for line in out.splitlines() if "report.py" in line)
+    words = shlex.split(line, comments=True)
+    assert words[1:] == [
+        f"{tmp_path}/a project/tools/report.py",
+        f"{tmp_path}/a project/runs/mine",
+        "--out",
+        "report.html",
+    ]
+    assert re.search(r"report\.py .*project/runs/\d{8}-\d{6} ", finish(start_run_sh()).stdout)
+
+
+@pytest.mark.parametrize("number, send", [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
+def test_signals_reach_the_script_through_run_sh(start_run_sh, number, send):
+    """SIGTERM to run.sh alone, Ctrl-C to all: run.sh waits for the script and ends as it does."""
+    process = start_run_sh(STOP=number.name, RUN_ID="mine")
+    while process.stdout.readline() != "started\n":
+        assert process.poll() is None, process.stderr.read()
+    send(process.pid, number)
+    result = finish(process)
+    assert result.returncode == 5
+    assert "saved" in result.stdout and "report.py" not in result.stdout
 
 
 def test_damaged_artifact_ends_a_process_with_a_message(trained, eval_only, tmp_path):
@@ -470,7 +543,7 @@ def over_the_limit(base, runs) -> str:
 
 
 def test_artifact_over_the_limit_is_refused_and_the_weights_stay(over_the_limit, trained, runs):
-    size = SCRIPT.stat().st_size + len(artifact_of(trained))
+    size = train_gpt.code_bytes() + len(artifact_of(trained))
     for word in (
         f"{size:,} bytes",
         "1,000",

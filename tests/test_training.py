@@ -89,7 +89,7 @@ def test_a_continued_run_has_what_is_left_of_the_time(data_settings, trainer_of,
     h = data_settings(iterations=1000, num_layers=1, **limit)
     first = trainer_of(h)
     stop_after(first, 8)
-    with pytest.raises(train_gpt.UserError, match="stopped as a signal asked"):
+    with pytest.raises(train_gpt.UserError, match="stopped by a signal"):
         first.train()
     seconds.now += 3600
     second = continued(first, trainer_of(h))
@@ -367,7 +367,7 @@ def test_a_continued_run_is_the_one_that_was_not_stopped(data_settings, trainer_
     whole.train()
     first.warm_up()
     stop_after(first, steps)
-    with pytest.raises(train_gpt.UserError, match="stopped as a signal asked"):
+    with pytest.raises(train_gpt.UserError, match="stopped by a signal"):
         first.train()
     first.run.stop.requested_at = 0.0
     again = trainer_of(h)

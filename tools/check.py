@@ -17,7 +17,9 @@ must be read.
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -40,8 +42,12 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import sentencepiece
+try:
+    import brotli
+    import numpy as np
+    import sentencepiece
+except ImportError as missing:
+    raise SystemExit(f"error: {missing.name} is missing: pip install -r requirements.txt") from None
 
 if TYPE_CHECKING:  # a child imports torch once the examined script runs
     from torch import Tensor
@@ -319,9 +325,20 @@ def run_child(task: str, folder: Path, settings: dict[str, str], timeout: float)
 # ---- The checks, in the order of the table -------------------------------------------------------
 
 
+def count_code(script: bytes) -> int:
+    """Return the bytes of a script as it ships; the same count as the script's `code_bytes`."""
+    tree = ast.parse(script)
+    for node in ast.walk(tree):
+        is_documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if is_documented and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    compressed = brotli.compress(ast.unparse(tree).encode())
+    return min(len(script), len(compressed) * 5 // 4 + 500)
+
+
 def check_size(s: Submission) -> Result:
-    """Count the bytes of code and model."""
-    code, model = len(s.script), len(s.artifact)
+    """Count the bytes of code and model; code counts as it ships."""
+    code, model = count_code(s.script), len(s.artifact)
     problems = []
     if code + model > s.options.size_limit:
         problems.append(f"{code + model - s.options.size_limit:,} bytes over the limit")
@@ -557,7 +574,8 @@ def check_agreement(s: Submission) -> Result:
         for name, logged in zip(("val_loss", "val_bpb"), s.final(), strict=True)
     ]
     (*_, sizes) = s.found(r"artifact code ([\d,]+) \+ model ([\d,]+) = .*", "the artifact's bytes")
-    pairs += [("bytes in the log", sizes, (f"{len(s.script):,}", f"{len(s.artifact):,}"))]
+    counted = (f"{count_code(s.script):,}", f"{len(s.artifact):,}")
+    pairs += [("bytes in the log", sizes, counted)]
     claims = json.loads(s.part(RESULTS))
     pairs += [
         ("seed", claims.get("seed"), s.setting("SEED")),
@@ -950,6 +968,16 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
+def is_going(log: Path) -> bool:
+    """Return whether a process is at the run of this log: it has locked the file."""
+    with log.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def parse(arguments: list[str]) -> tuple[Path, Options]:
     """Return the folder and the options of a command line."""
     parser = argparse.ArgumentParser(
@@ -986,6 +1014,13 @@ def parse(arguments: list[str]) -> tuple[Path, Options]:
 def main(arguments: list[str]) -> int:
     """Run all checks; return the exit code."""
     submission = Submission(*parse(arguments))
+    log = submission.folder / "train.log"
+    if not log.is_file():
+        print(f"error: {log.parent} has no train.log; it is not a run's folder", file=sys.stderr)
+        return 1
+    if is_going(log):
+        print(f"error: {log.parent}: the run is still going; wait until it ends", file=sys.stderr)
+        return 1
     results = {}
     for name, check in CHECKS.items():
         print(f"checking {name} ...", file=sys.stderr)

@@ -18,7 +18,6 @@ import argparse
 import ast
 import base64
 import dataclasses
-import fcntl
 import functools
 import html
 import json
@@ -48,11 +47,14 @@ except ImportError as missing:
 import check
 
 MOST_POINTS = 2000  # of one curve of one run
+MOST_LABELS = 6  # of points in one chart
+LONG = 30  # characters of a cell that may be broken into lines
 # Settings that say where a run is written, not what it computes.
 PLACES = ("RUN_ID", "OUTPUT_DIR", "RESUME")
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 MAP_HEADING = "map shape basis seed adapter scale gate freeze learned frozen bytes"
 MAP_COLUMNS = MAP_HEADING.split()
+MAP_NUMBERS = ("learned", "frozen", "bytes")
 BASIS_COLORS = {
     "learned": "#4c78a8",
     "orthogonal": "#f58518",
@@ -69,16 +71,6 @@ class UserError(Exception):
 
 
 # ---- A run ---------------------------------------------------------------------------------------
-
-
-def is_going(log: Path) -> bool:
-    """Return whether a process is at the run of this log: it has locked the file."""
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def read_text(path: Path) -> str:
@@ -184,7 +176,7 @@ class Run:
             cells = [line.split() for line in tables[-1][1].strip().splitlines()]
             rows = [row for row in cells if len(row) == len(MAP_COLUMNS)]
         frame = pd.DataFrame(rows, columns=MAP_COLUMNS)
-        for name in ("learned", "frozen", "bytes"):
+        for name in MAP_NUMBERS:
             numbers = frame[name].str.replace(",", "")
             frame[name] = pd.to_numeric(numbers, errors="coerce").fillna(0).astype(int)
         # A basis is written as 1·orthogonal, or 1·shared:2·permutation with a twist.
@@ -212,6 +204,18 @@ class Run:
         heading = r"codes +values +bytes +bits +loss"
         tables = self.found(heading + r"((?:\n\w+(?: +[\d.,]+){4})+)")
         return [line.split() for line in tables[-1][1].strip().splitlines()] if tables else []
+
+    @property
+    def versions(self) -> str:
+        """The versions of the packages, and the device."""
+        words = self.line("versions ").removeprefix("versions ")
+        return re.sub(r'[{}"]', "", words).replace(": ", " ").replace(" device ", "; ")
+
+    @property
+    def stalls(self) -> str:
+        """How often training waited for data, and how long."""
+        words = self.line("data_stalls:")
+        return re.sub(r"data_stalls:(\d+) seconds:(\S+)", r"\1, in all \2 s", words)
 
     @property
     def phases(self) -> list[tuple[int, str]]:
@@ -268,7 +272,7 @@ def read_run(folder: Path, unfinished: bool) -> Run:
     if not log.is_file():
         raise UserError(f"{folder} has no train.log; it is not a run's folder")
     hint = "wait until it ends, or show what there is with --unfinished"
-    if is_going(log) and not unfinished:
+    if check.is_going(log) and not unfinished:
         raise UserError(f"{folder}: the run is still going; {hint}")
     if not (folder / "results.json").exists() and not unfinished:
         raise UserError(f"{folder}: the run has not ended; {hint}")
@@ -331,6 +335,19 @@ def by_run(runs: list[Run], selection: alt.Parameter | None = None) -> dict[str,
     return {"color": color, "opacity": opacity}
 
 
+def scale_to(end: float) -> alt.Scale:
+    """Return a scale from 0 to this number, or one that fits the data if there is none."""
+    return alt.Scale(domain=[0, end], nice=False) if 0 < end < math.inf else alt.Scale()
+
+
+def scale_around(values: pd.Series) -> alt.Scale:
+    """Return a scale whose ticks tell what a value is, also where there is one value only."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return alt.Scale(domain=[low - 0.05 * abs(low), high + 0.05 * abs(low)])
+    return alt.Scale(zero=False, padding=6)
+
+
 def curve(
     frame: pd.DataFrame,
     x: str,
@@ -344,21 +361,22 @@ def curve(
     known = frame[frame[y].notna() & frame[x].notna()]
     columns = list(dict.fromkeys(["run", "step", x, y]))
     number = PLAIN if x == "seconds" else SHORT
-    chart = (
-        alt.Chart(known[columns])
-        .mark_line(point=points, interpolate="linear", clip=True)
-        .encode(
-            alt.X(f"{x}:Q", title=AXES[x], axis=alt.Axis(format=number, tickCount=5)),
-            alt.Y(f"{y}:Q", title=title, scale=alt.Scale(zero=False)),
-            tooltip=[
-                "run:N",
-                alt.Tooltip("step:Q", format=","),
-                alt.Tooltip(f"{y}:Q", format=".5~g"),
-            ],
-            **by_run(runs, selection),
-        )
-        .properties(width=300, height=230)
+    along = scale_to(1.02 * frame[x].max())  # as far as the runs go: validations may be few
+    base = alt.Chart(known[columns]).encode(
+        alt.X(f"{x}:Q", title=AXES[x], scale=along, axis=alt.Axis(format=number, tickCount=5)),
+        alt.Y(f"{y}:Q", title=title, scale=scale_around(known[y])),
+        tooltip=[
+            "run:N",
+            alt.Tooltip("step:Q", format=","),
+            alt.Tooltip(f"{y}:Q", format=".5~g"),
+        ],
+        **by_run(runs, selection),
     )
+    chart = base.mark_line(point=points, interpolate="linear", clip=True)
+    if points and len(runs) == 1 and len(known) <= MOST_LABELS:
+        label = alt.Text(f"{y}:Q", format=".4f")
+        chart += base.mark_text(align="right", dy=-10, clip=True).encode(text=label)
+    chart = chart.properties(width=300, height=230)
     zoom = alt.selection_interval(bind="scales", name=f"zoom_{x}_{y}")
     return chart.add_params(zoom)
 
@@ -409,7 +427,12 @@ def bars(
     """Return horizontal bars of x for each y, with their numbers."""
     scale = SHORT if number == "," else PLAIN
     base = alt.Chart(frame).encode(
-        alt.X(f"{x}:Q", title=title, axis=alt.Axis(format=scale, tickCount=6)),
+        alt.X(
+            f"{x}:Q",
+            title=title,
+            scale=scale_to(1.1 * frame[x].max()),  # with room for the numbers
+            axis=alt.Axis(format=scale, tickCount=6),
+        ),
         alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
         tooltip=[alt.Tooltip(f"{name}:N") for name in frame.columns],
     )
@@ -457,12 +480,12 @@ def quantization_chart(runs: list[Run]) -> alt.Chart | None:
         return None
     frame = pd.DataFrame(rows)
     base = alt.Chart(frame).encode(
-        alt.X("val_bpb:Q", scale=alt.Scale(zero=False, padding=30)),
+        alt.X("val_bpb:Q", scale=alt.Scale(zero=False, padding=30), axis=alt.Axis(tickCount=6)),
         alt.Y("stage:N", title=None, sort=list(STAGES.values()), axis=alt.Axis(labelLimit=260)),
         tooltip=["run:N", "stage:N", alt.Tooltip("val_bpb:Q", format=".6f")],
         **by_run(runs),
     )
-    points = base.mark_point(size=90, filled=True)
+    points = base.mark_point(size=90, filled=True, opacity=1)
     if len(runs) > 1:
         return points.properties(width=760, height=120)
     text = base.mark_text(dy=-12, fontSize=11).encode(text=alt.Text("val_bpb:Q", format=".4f"))
@@ -470,22 +493,20 @@ def quantization_chart(runs: list[Run]) -> alt.Chart | None:
 
 
 def group_chart(runs: list[Run]) -> alt.Chart | None:
-    """Compressed bytes by group of like tensors, and the code."""
-    frames = []
-    for run in runs:
-        code = pd.DataFrame([("code", run.result("bytes_code"))], columns=["group", "bytes"])
-        frames.append(pd.concat([code, run.groups]).assign(run=run.name))
-    frame = pd.concat(frames).dropna(subset="bytes")
+    """Compressed bytes by group of like tensors; and, of one run, the code."""
+    if len(runs) == 1:
+        code = pd.DataFrame([("code", runs[0].result("bytes_code"))], columns=["group", "bytes"])
+        frame = pd.concat([code, runs[0].groups]).dropna(subset="bytes")
+        color = alt.value("#4c78a8")
+        return None if frame.empty else bars(frame, "bytes", "group", "bytes", color)
+    frame = pd.concat([run.groups.assign(run=run.name) for run in runs])
     if frame.empty:
         return None
-    if len(runs) == 1:
-        color = alt.value("#4c78a8")
-        return bars(frame.drop(columns="run"), "bytes", "group", "bytes", color)
     return (
         alt.Chart(frame)
         .mark_bar()
         .encode(
-            alt.X("bytes:Q", axis=alt.Axis(format=SHORT)),
+            alt.X("bytes:Q", title="bytes of the model file", axis=alt.Axis(format=SHORT)),
             alt.Y("run:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
             alt.Color("group:N", title=None, scale=alt.Scale(scheme="tableau20"), sort=None),
             order=alt.Order("bytes:Q", sort="descending"),
@@ -555,7 +576,7 @@ def scatter_chart(runs: list[Run]) -> alt.Chart | None:
     )
     points = (
         alt.Chart(frame)
-        .mark_point(size=110, filled=True)
+        .mark_point(size=110, filled=True, opacity=1)
         .encode(
             x,
             y,
@@ -640,7 +661,9 @@ def cell(value: Any, digits: int = 0) -> str:
 def table(frame: pd.DataFrame, digits: dict[str, int] | None = None) -> str:
     """Return a table that sorts by a click on a heading."""
     lines = ["<table class=sortable><thead><tr>"]
-    lines += [f"<th>{html.escape(str(name))}</th>" for name in frame.columns]
+    for name, column in frame.items():
+        kind = " class=number" if pd.api.types.is_numeric_dtype(column) else ""
+        lines.append(f"<th{kind}>{html.escape(str(name))}</th>")
     lines.append("</tr></thead><tbody>")
     for row in frame.to_dict("records"):
         lines.append("<tr>")
@@ -648,6 +671,7 @@ def table(frame: pd.DataFrame, digits: dict[str, int] | None = None) -> str:
             text = html.escape(cell(value, (digits or {}).get(name, 0)))
             is_number = isinstance(value, (int, float))
             kind = f" class=number data-value={value}" if is_number else ""
+            kind = " class=long" if len(text) > LONG else kind
             lines.append(f"<td{kind}>{text}</td>")
         lines.append("</tr>")
     lines.append("</tbody></table>")
@@ -672,15 +696,22 @@ def losses_table(run: Run) -> str:
 
 def codes_table(run: Run) -> str:
     """Return what the codes of each role take and cost; empty for a log without it."""
+    if not run.codes:
+        return ""
     columns = ["codes", "values", "bytes by entropy", "bits per value", "expected loss"]
-    return table(pd.DataFrame(run.codes, columns=columns)) if run.codes else ""
+    frame = pd.DataFrame(run.codes, columns=columns)
+    for name in columns[1:]:
+        frame[name] = pd.to_numeric(frame[name].str.replace(",", ""))
+    return table(frame, {"bits per value": 2, "expected loss": 5})
 
 
 def maps_table(run: Run) -> str:
     """Return the map table, with the color of each basis."""
     lines = ["<table class=sortable><thead><tr>"]
     columns = [*MAP_COLUMNS, "adapter ratio"]
-    lines += [f"<th>{name}</th>" for name in columns]
+    for name in columns:
+        kind = " class=number" if name in (*MAP_NUMBERS, columns[-1]) else ""
+        lines.append(f"<th{kind}>{name}</th>")
     lines.append("</tr></thead><tbody>")
     for row in run.maps.to_dict("records"):
         color = BASIS_COLORS.get(row["family"], "#bab0ac")
@@ -702,9 +733,11 @@ def facts(run: Run) -> dict[str, str]:
     losses, exported, ended_by = run.candidates
     chosen = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
     why = f"{exported}: it has the lowest loss on held-out training text ({chosen})"
+    readable = run.result("bytes_code_readable")
     size = (
         f"code {cell(run.result('bytes_code'))} + model {cell(run.result('bytes_model'))}"
         f" = {cell(run.result('bytes_total'))} bytes"
+        + (f"; the readable code has {cell(readable)}" if math.isfinite(readable) else "")
     )
     speed = (
         f"{cell(run.result('tokens_per_second'))} tokens/s;"
@@ -722,11 +755,11 @@ def facts(run: Run) -> dict[str, str]:
         "Parameters": f"{cell(run.result('trained_parameters'))} trained,"
         f" {cell(run.result('frozen_parameters'))} frozen",
         "Speed": speed,
-        "Data stalls": run.line("data_stalls:"),
-        "Phases": phases or "one",
+        "Waits for data": run.stalls,
+        "Phases": phases or "one: nothing changes during training",
         "Dataset": str(run.results.get("dataset", "")),
         "Hardware": str(run.results.get("hardware", "")),
-        "Versions": run.line("versions ").removeprefix("versions "),
+        "Versions": run.versions,
         "Attention": run.line("attention: ").removeprefix("attention: "),
         "Date": str(run.results.get("date", "")),
         "Folder": str(run.folder),
@@ -745,9 +778,10 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180p
        padding: 0 1rem; color: #222; background: #fff; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: 13px; margin: .6rem 0; }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left;
+th, td { padding: .2rem .5rem; border-bottom: 1px solid #ddd; text-align: left;
          white-space: nowrap; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { font-variant-numeric: tabular-nums; } .number { text-align: right; }
+td.long { white-space: normal; min-width: 12rem; overflow-wrap: anywhere; }
 table.sortable th { cursor: pointer; background: #f4f4f4; position: sticky; top: 0; }
 th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::after { content: " ▼"; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin: .6rem 0; }
@@ -756,15 +790,15 @@ pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; font-size: 13px; }
 figure { margin: 1.6rem 0; overflow-x: auto; }
 figcaption { font-weight: 600; margin-bottom: .5rem; }
 img { max-width: 100%; } .wide { overflow-x: auto; }
-details { border-top: 2px solid #ddd; padding: .6rem 0; } summary { cursor: pointer;
-          font-size: 1.2rem; font-weight: 600; }
+details.run { border-top: 2px solid #ddd; padding: .6rem 0; }
+details.run > summary { cursor: pointer; font-size: 1.2rem; font-weight: 600; }
 </style>
 </head>
 <body>
 <h1>{{ title }}</h1>
 {% if runs|length > 1 %}
-<p>{{ runs|length }} runs. A click on a heading sorts the table; in charts, drag and scroll to move
-and zoom, and click names in the legend.</p>
+<p>A click on a heading sorts the table; in charts, drag and scroll to move and zoom, and click
+names in the legend.</p>
 {% else %}
 <p>In charts, drag and scroll to move and zoom.</p>
 {% endif %}
@@ -780,7 +814,7 @@ and zoom, and click names in the legend.</p>
 {% endmacro %}
 {% for figure in figures if not figure.name.startswith("maps") %}{{ show(figure) }}{% endfor %}
 {% for run in runs %}
-<details {% if runs|length == 1 %}open{% endif %}>
+<details class="run" {% if runs|length == 1 %}open{% endif %}>
 <summary>{{ run.name }}</summary>
 <dl>
 {% for name, text in facts(run).items() %}<dt>{{ name }}</dt><dd>{{ text }}</dd>

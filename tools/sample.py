@@ -30,9 +30,12 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import check
-import torch
-from torch import Tensor
+try:
+    import check
+    import torch
+    from torch import Tensor
+except ImportError as missing:
+    raise SystemExit(f"error: {missing.name} is missing: pip install -r requirements.txt") from None
 
 import train_gpt
 from train_gpt import UserError

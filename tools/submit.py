@@ -31,7 +31,6 @@ import argparse
 import ast
 import base64
 import dataclasses
-import fcntl
 import hashlib
 import json
 import re
@@ -104,8 +103,8 @@ exec(compile(s,__file__,"exec"))
 """
 
 
-# Which argument of what declares a setting is its meaning in words.
-MEANING_PLACES = {"setting": 1, "model_setting": 1, "Alias": 0}
+# Which argument of what declares a setting, or an unsupported variable, explains it in words.
+MEANING_PLACES = {"setting": 1, "model_setting": 1, "Alias": 0, "Unsupported": 1}
 READ_MORE = "\n\nWhat the settings mean: python train_gpt_readable.py --help"
 
 
@@ -159,12 +158,18 @@ class Shortener(ast.NodeTransformer):
         return node
 
 
-def minify(source: str, with_meanings: bool = True) -> str:
+def names_of_tools() -> list[str]:
+    """Return every word of the tools that call a script's functions."""
+    tools = (ROOT / "tools" / f"{name}.py" for name in ("check", "sample", "submit"))
+    return sorted({word for tool in tools for word in re.findall(r"\w+", tool.read_text("utf-8"))})
+
+
+def minify(source: str, with_meanings: bool = True, with_globals: bool = True) -> str:
     """Return a script without comments, docstrings, needless annotations and long local names.
 
-    Names of globals, attributes and keyword arguments stay, and so does what --help prints of the
-    module's docstring. Without the meanings of settings, --help says where they are. UserError if
-    the source is no Python.
+    Names of attributes and keyword arguments stay, and so does what --help prints of the module's
+    docstring. Without the meanings of settings, --help says where they are. Without the names of
+    globals, only those stay that a tool mentions. UserError if the source is no Python.
     """
     try:
         tree = ast.parse(source)
@@ -179,25 +184,32 @@ def minify(source: str, with_meanings: bool = True) -> str:
             remove_class_attribute_annotations=True  # except in dataclasses and named tuples
         ),
         remove_literal_statements=True,
+        rename_globals=not with_globals,
+        preserve_globals=names_of_tools(),
         hoist_literals=False,  # brotli finds repeated literals itself
         preserve_locals=["self"],  # tools/check.py looks for it on the stack
     )
     return f"{help_text!r}\n{minified}"
 
 
+def compress(minified: str) -> bytes:
+    """Return a script that unpacks and executes a minified one."""
+    compressed = brotli.compress(minified.encode(), quality=11, lgwin=24)
+    return (LOADER % base64.b85encode(compressed).decode()).encode()
+
+
 def pack(source: str) -> bytes:
     """Return a script that executes `source`, minified and compressed.
 
-    It has the meanings of settings for --help if there is room. UserError if it is too large.
+    It has the meanings of settings for --help if there is room, and the names of its globals if
+    there is room for these. UserError if it is too large.
     """
     require(
         "b85decode" not in source,
         "the run's script is packed already; give a run of the readable script",
     )
-    for with_meanings in (True, False):
-        minified = minify(source, with_meanings)
-        compressed = brotli.compress(minified.encode(), quality=11, lgwin=24)
-        packed = (LOADER % base64.b85encode(compressed).decode()).encode()
+    for kept in ((True, True), (False, True), (False, False)):
+        packed = compress(minify(source, *kept))
         if len(packed) <= CODE_LIMIT:
             return packed
     raise UserError(f"the packed script has {len(packed):,} bytes, over {CODE_LIMIT:,}")
@@ -236,22 +248,12 @@ def check_tokenizer(run: Run, script: ModuleType) -> None:
     )
 
 
-def is_going(log: Path) -> bool:
-    """Return whether a process is at the run of this log: it has locked the file."""
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def read_run(folder: Path, options: check.Options) -> Run:
     """Return the run of a folder. UserError or CannotCheck if it is not whole."""
     require(folder.is_dir(), f"{folder} is no folder; name a run's, such as runs/ID")
     log = folder / "train.log"
     require(log.is_file(), f"{folder} has no train.log; it is not a run's folder")
-    require(not is_going(log), f"{folder}: the run is still going; wait until it ends")
+    require(not check.is_going(log), f"{folder}: the run is still going; wait until it ends")
     results = folder / "results.json"
     require(
         results.exists(), f"{folder}: the run has not ended; its RUN_ID continues it to the end"
@@ -308,6 +310,7 @@ def recount(record: str, code: int) -> str:
         sizes,
         record,
     )
+    record = re.sub(rf"^code: {number} bytes", f"code: {code:,} bytes", record, flags=re.M)
     return re.sub(rf"artifact {number} bytes: code {number}, model {model}", last_line, record)
 
 

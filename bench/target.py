@@ -1,0 +1,59 @@
+"""Export the network of every CPU preset at several TARGET_BYTES, and say how near they are met.
+
+    python bench/target.py                       # all presets of presets/cpu
+    python bench/target.py --presets mask vera   # these alone
+
+The learned tensors are random, since the search does not depend on what they learned. The targets
+are the bytes of the export without one, times --factors. The bar is 0.5% under, never over.
+"""
+
+from __future__ import annotations
+
+import torch
+from refactor import presets, read_preset
+
+import common
+from common import t
+
+BAR = 0.005
+
+
+def network(h: t.Hyperparameters, dist: t.Distributed) -> t.LanguageModel:
+    """Return a model with no tensor at its initial zero: small gains stay near their values."""
+    model = common.new_model(h, dist).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.3 * p.size(-1) ** -0.5 if p.ndim > 1 else 0.02)
+    return model
+
+
+def main() -> None:
+    factors = {"type": float, "nargs": "+", "default": [0.8, 1.0, 1.2], "help": "of the bytes"}
+    names = {"nargs": "*", "default": [], "help": "presets of presets/cpu"}
+    options = common.begin(__doc__, factors=factors, presets=names)
+    text, _ = common.text_of(options)
+    common.print_header(__file__, options, "float32")
+    lines, misses = [], 0
+    for name in options.presets or (["baseline", "mask"] if options.smoke else presets()):
+        preset = read_preset(name if "/" in name else f"cpu/{name}")
+        given = {key.lower(): value for key, value in preset.items() if key != "TEACHER_PRESET"}
+        given |= common.SMOKE_SIZE if options.smoke else {"gptq_calib_batches": 1}
+        free = common.settings(given, text, target_bytes=0)
+        with t.Distributed(free) as dist:
+            model, data = network(free, dist), t.TrainingData(free)
+            size = len(common.export(free, dist, model, data))
+            for factor in options.factors:
+                target = t.code_bytes() + round(factor * size)
+                h = common.settings(given, text, target_bytes=target)
+                total = t.code_bytes() + len(common.export(h, dist, model, data))
+                under = 1 - total / target
+                is_met = 0 <= under <= BAR
+                misses += not is_met
+                cells = [name, f"{target:,}", f"{total:,}", f"{under:.2%}"]
+                lines.append([*cells, "yes" if is_met else "no"])
+    common.print_table(["preset", "TARGET_BYTES", "code and model", "under", "met"], lines)
+    raise SystemExit(bool(misses) and not options.smoke)
+
+
+if __name__ == "__main__":
+    main()

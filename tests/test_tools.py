@@ -1,0 +1,45 @@
+"""All tools: what each says where a package is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT, environment
+
+# A tool, a package that it needs, and the file that names this package.
+NEEDED = [
+    ("data/prepare.py", "sentencepiece", "requirements.txt"),
+    ("tools/ablate.py", "rich.live", "tools/requirements.txt"),
+    ("tools/check.py", "numpy", "requirements.txt"),
+    ("tools/report.py", "jinja2", "tools/requirements.txt"),
+    ("tools/report.py", "sentencepiece", "requirements.txt"),
+    ("tools/sample.py", "torch", "requirements.txt"),
+    ("tools/submit.py", "brotli", "tools/requirements.txt"),
+    ("tools/tensorboard.py", "torch", "tools/requirements.txt"),
+    ("train_gpt.py", "brotli", "requirements.txt"),
+]
+
+
+@pytest.mark.parametrize("tool, package, file", NEEDED)
+def test_missing_package_is_said_in_one_line(tool, package, file, tmp_path):
+    program = (
+        f"import runpy, sys; sys.modules[{package!r}] = None;"
+        f" sys.argv = ['tool', 'runs/x', '--out', 'out'];"
+        f" runpy.run_path({str(ROOT / tool)!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment({}),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert package in done.stderr
+    assert done.stderr.endswith(f"pip install -r {file}\n")
+    assert not any(tmp_path.iterdir())
