@@ -1119,7 +1119,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             "blob = export(run, model, data, metrics",
             "blob = export(run, model, data, 0 * metrics",
             "calibration reads text that was trained on",
-            "training",
+            "training::test_the_export_counts_from_the_end_of_training",
         ),
         Mutant(
             'raise SystemExit(f"error: {error}") from None',
@@ -1131,7 +1131,7 @@ MUTANTS: dict[str, list[Mutant]] = {
             'raise UserError(f"DISTILL_FROM={path}: the teacher has another tokenizer")',
             "pass",
             "a teacher of another vocabulary spoils the student",
-            "training",
+            "training::test_a_teacher_with_another_tokenizer_is_refused",
         ),
     ],
     "run.sh": [

@@ -52,6 +52,7 @@ def streaming(windows):
     "changes",
     [
         {},
+        {"num_layers": 1},  # whose bigrams and smear reach beyond the row above
         {"recur_layers": "1-2", "recur_times": 2},
         {"mlp_gated": 1, "num_kv_heads": 4, "parallel_from": 2},
     ],
@@ -134,16 +135,16 @@ def test_processes_share_the_rows(streaming, random_model, processes):
 
 @pytest.mark.parametrize("count", [17, 18, 32, 33, 48, 49, 1000])
 def test_every_token_is_scored_once(streaming, processes, count):
-    """Each token's loss is its place squared."""
+    """Each token's loss is its place squared, from 2 on: padding is a token, too, and not free."""
 
     class Ledger(torch.nn.Module):
         def token_losses(self, ids, targets, streaming):
             assert streaming == (count > WINDOW + 1)  # else there is one window
             assert torch.equal(ids[:, 1:], targets[:, :-1])  # whole rows, in order
-            return targets.double() ** 2
+            return (targets.double() + 1) ** 2
 
     loss = train_gpt.evaluate(Ledger(), torch.arange(count), streaming(), processes, 4)
-    assert loss * (count - 1) == pytest.approx(sum(i**2 for i in range(1, count)), rel=1e-12)
+    assert loss * (count - 1) == pytest.approx(sum(i**2 for i in range(2, count + 1)), rel=1e-12)
 
 
 def test_what_comes_later_changes_nothing(streaming, random_model, processes, monkeypatch):

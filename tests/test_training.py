@@ -149,16 +149,20 @@ def test_the_export_counts_from_the_end_of_training(data_settings, run_of, monke
     """The choice of the candidate, which is neither training nor export, and the artifact."""
     run = run_of(data_settings())
 
-    def export(*_):
+    steps = []
+
+    def export(run, model, data, step):
+        steps.append(step)  # calibration reads the text that comes after theirs
         seconds.now += 5
         return b"an artifact"
 
     monkeypatch.setattr(train_gpt, "export", export)
-    trained = {"steps": 0, "choice_seconds": 2.0, "train_seconds": 1.0}
+    trained = {"steps": 9, "choice_seconds": 2.0, "train_seconds": 1.0}
     monkeypatch.setattr(train_gpt, "train_model", lambda *_: trained)
     monkeypatch.setattr(train_gpt, "log_start", lambda *_: {})
     _, metrics = train_gpt.train_and_export(run, None)
     assert metrics["export_seconds"] == 7.0
+    assert steps == [9]
 
 
 # ---- Warm-up and preflight -----------------------------------------------------------------------
@@ -237,6 +241,25 @@ def test_micro_batches_add_up_to_the_batch(data_settings, trainer_of):
         gradients.append([p.grad for p in trainer.model.parameters()])
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(data_settings, run_of, tmp_path):
+    """Its logits would be about other pieces of text."""
+    path = tmp_path / "teacher.ptz"
+    run = run_of(data_settings(distill_from=str(path), num_layers=1))
+    teacher = train_gpt.make_model(run.h)
+    for tokenizer, is_same in (("0" * 64, True), ("1" * 64, False)):
+        header = {
+            "model": run.h.model_settings(),
+            "fingerprint": teacher.fingerprint(),
+            "tokenizer": tokenizer,
+        }
+        path.write_bytes(train_gpt.write_artifact(header, teacher.state_dict(), 4)[0])
+        if is_same:
+            assert train_gpt.load_teacher(run).fingerprint() == teacher.fingerprint()
+            continue
+        with pytest.raises(train_gpt.UserError, match="the teacher has another tokenizer"):
+            train_gpt.load_teacher(run)
 
 
 # ---- Dropout -------------------------------------------------------------------------------------
@@ -355,6 +378,7 @@ def test_a_continued_run_is_the_one_that_was_not_stopped(data_settings, trainer_
     second.train()
     assert_same(second.model.state_dict(), whole.model.state_dict())
     assert_same(without_times(second), without_times(whole))
+    assert_same(second.averages.candidates(), whole.averages.candidates())
     assert second.lr_scale == whole.lr_scale
 
 
