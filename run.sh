@@ -121,7 +121,7 @@ names = train_gpt.expand_aliases({name: text for name, text in given.items() if 
 names |= {"map_*": ""} if "map_basis" in names else {}
 built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
 print(torch.cuda.device_count() if torch.cuda.is_available() else 0, built)
-print("|".join(names).upper())')
+print("|".join(names).upper())') || fail "$venv/bin/python cannot use torch and $root/train_gpt.py"
 [ "${DEVICE:-}" != cpu ] || gpus=0
 [ "$gpus" -gt 0 ] || refuse_unused_gpu "$built"
 

@@ -456,7 +456,7 @@ def test_other_maps_than_the_artifacts_are_refused(trained, processes, change):
     changes = {"fingerprint": {"fingerprint": "0" * 64}, "seed": {"model": other_seed}}[change]
     h = tiny_settings()
     train_gpt.model_from_artifact(h, rewritten(trained), processes)
-    with pytest.raises(train_gpt.UserError, match="maps generated here are not the artifact's"):
+    with pytest.raises(train_gpt.UserError, match="maps generated here are not the stored ones"):
         train_gpt.model_from_artifact(h, rewritten(trained, **changes), processes)
 
 
