@@ -64,9 +64,13 @@ TINY = {
 
 
 def tiny_settings(**changes: Any) -> train_gpt.Hyperparameters:
-    """Return the tiny settings with changes by lower-case name; the environment is not read."""
-    tiny = {name.lower(): value for name, value in TINY.items()}
-    return train_gpt.load_settings({}, **(tiny | changes))
+    """Return the tiny settings with changes by lower-case name; the environment is not read.
+
+    None stands for the default.
+    """
+    values = {name.lower(): value for name, value in TINY.items()} | changes
+    given = {name: value for name, value in values.items() if value is not None}
+    return train_gpt.load_settings({}, **given)
 
 
 def head_input(model: train_gpt.GPT, *given: Any) -> torch.Tensor:

@@ -415,7 +415,7 @@ OBSERVED = {
     "iterations": training("steps lr", 5),
     "warmup_steps": training("only warm-up", 2),
     "warmdown_iters": training("lr weights", 3),
-    "warmdown_frac": training("lr weights", 0.5),
+    "warmdown_frac": training("lr weights", 0.5, SHORT | {"warmdown_iters": None}),
     "min_lr": training("lr weights", 0.5),
     "dropout": training("only weights", 0.2),
     "recur_frac": training("phases", 0.6, SHORT | {"recur_layers": "1"}),
