@@ -70,7 +70,7 @@ refuse_unused_gpu() {
 # Run the training, then say what can be done with its folder. SIGTERM and SIGHUP go on to it; Ctrl-C
 # reaches it from the terminal.
 train() {
-    local status interrupted=1 child folder
+    local status=0 code interrupted=1 child folder
     # The script would choose this name itself. RESUME=1 asks for the name of a run.
     [ -n "${RUN_ID:-}${RESUME:-}" ] || export RUN_ID=$(date +%Y%m%d-%H%M%S)
     trap 'interrupted=1' INT
@@ -79,8 +79,9 @@ train() {
     (trap - INT TERM HUP && exec "$@") &
     child=$!
     while [ $interrupted = 1 ]; do # a signal interrupts `wait`
-        interrupted=0 status=0
-        wait "$child" || status=$?
+        interrupted=0 code=0
+        wait "$child" || code=$?
+        [ $code = 127 ] || status=$code # 127: the signal came when the status was known already
     done
     folder=$OUTPUT_DIR/${RUN_ID:-}
     if [[ $status = 0 && ${EVAL_ONLY:-0} != 1 && -f $folder/results.json ]]; then
@@ -120,7 +121,7 @@ names = train_gpt.expand_aliases({name: text for name, text in given.items() if 
 names |= {"map_*": ""} if "map_basis" in names else {}
 built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
 print(torch.cuda.device_count() if torch.cuda.is_available() else 0, built)
-print("|".join(names).upper())')
+print("|".join(names).upper())') || fail "$venv/bin/python cannot use torch and $root/train_gpt.py"
 [ "${DEVICE:-}" != cpu ] || gpus=0
 [ "$gpus" -gt 0 ] || refuse_unused_gpu "$built"
 

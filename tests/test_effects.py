@@ -324,7 +324,7 @@ def observe_misspelling(h: train_gpt.Hyperparameters) -> Parts:
 
 ONE_LAYER = {"num_layers": 1}
 # Six steps of a second each, in which learning rates fall from the first on.
-SHORT = {"num_layers": 2, "iterations": 6, "warmdown_iters": 6, "late_qat_threshold": 0.0}
+SHORT = {"num_layers": 2, "iterations": 6, "warmdown_iters": 3500, "late_qat_threshold": 0.0}
 TEACHING = SHORT | {"self_distill": 1, "distill_start_frac": 0.4}
 LEARNED = {"map_basis": "learned"}
 MIXED = {"map_basis": "orthogonal,mlp.fc=learned", "map_adapter": "lora:4+sparse:0.2"}

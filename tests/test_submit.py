@@ -292,7 +292,7 @@ def test_whole_command_with_two_seeds(honest, packed, tmp_path, capsys, monkeypa
     model = (out / "model.int6.ptz").stat().st_size
     assert (facts["author"], facts["github_id"]) == ("A. Nonymous", "nobody")
     assert (facts["bytes_code"], facts["bytes_total"]) == (size, size + model)
-    assert facts["bytes_code_readable"] == results["bytes_code"]
+    assert facts["bytes_code_readable"] == results["bytes_code_readable"]
     assert facts["seeds"] == [42, 43]
     scores = [results["val_bpb"], results["val_bpb"] - 1]
     assert facts["val_bpb"] == pytest.approx(statistics.fmean(scores))
@@ -303,7 +303,13 @@ def test_whole_command_with_two_seeds(honest, packed, tmp_path, capsys, monkeypa
     source = (out / "train_gpt_readable.py").read_bytes()
     assert (honest / "train.log").read_bytes().startswith(source)
     readme = (out / "README.md").read_text(encoding="utf-8")
-    for fact in (f"{size:,}", f"{results['bytes_code']:,}", "A. Nonymous", "NUM_LAYERS=4", "±"):
+    for fact in (
+        f"{size:,}",
+        f"{results['bytes_code_readable']:,}",
+        "A. Nonymous",
+        "NUM_LAYERS=4",
+        "±",
+    ):
         assert fact in readme
     assert re.search(r"10 steps of both scripts give the same losses", readme)
     assert readme.count(" pass ") == len(check.CHECKS)
