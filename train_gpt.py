@@ -4160,8 +4160,7 @@ def evaluate(
         h: EVAL_SEQ_LEN, EVAL_MODE and EVAL_BATCH_TOKENS.
         dist: the processes.
         stride: new tokens that each window scores.
-        trial: compute two batches and the last one only; the result then shows no more than
-            whether the losses are finite.
+        trial: compute three batches only; the result shows whether losses are finite.
     """
     model.eval()
     num_targets = len(tokens) - 1

@@ -7,8 +7,10 @@ torch.compile's own generator writes the code for an H100 from tensors that have
 values, and says what each kernel reads and writes; a buffer of which a kernel reads a slice counts
 whole. The time is that of the bytes at an H100's measured copy rate (bench/results/gpu.md).
 Products and attention are library calls, whose time does not follow from their bytes: they are left
-out. This needs a CUDA build of torch, as pip installs it on Linux, and no GPU. It uses torch's
-internals, so a new version may need another program: no test runs it.
+out. The peak counts the buffers of the generated code in its order, with inputs and what the
+forward pass keeps, but no temporary memory of library calls. This needs a CUDA build of torch, as
+pip installs it on Linux, and no GPU. It uses torch's internals, so a new version may need another
+program: no test runs it.
 """
 
 from __future__ import annotations
@@ -24,12 +26,14 @@ import memory
 import torch
 import torch._inductor.scheduler
 from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import memory as planning
 from torch._inductor.compile_fx import _recursive_post_grad_passes
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._ordered_set import OrderedSet
 
 import common
 
@@ -111,8 +115,40 @@ class Kernel(NamedTuple):
     operations: str
 
 
-def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[Kernel]:
-    """Return the kernels that are generated for this graph."""
+class Generated(NamedTuple):
+    """What is counted of a generated graph."""
+
+    kernels: list[Kernel]
+    peak: int  # bytes
+
+
+def peak_of(lowered: GraphLowering, graph: torch.fx.GraphModule) -> int:
+    """Return the largest sum of live buffers and inputs over the nodes of the generated code."""
+    nodes, outputs = lowered.scheduler.nodes, OrderedSet(lowered.get_output_names())
+    _, freeable = planning.prepare_planning_info(
+        nodes,
+        lowered.scheduler.name_to_buf,
+        lowered.scheduler.name_to_fused_node,
+        OrderedSet(lowered.graph_inputs),
+        outputs,
+    )
+    _, buffers = planning.estimate_peak_memory(nodes, freeable, outputs)
+    last_use = {dep.name: i for i, node in enumerate(nodes) for dep in node.read_writes.reads}
+    inputs: dict[int, tuple[int, int]] = {}  # storage -> bytes, last node that reads it
+    given = graph.graph.find_nodes(op="placeholder")
+    for node, name in zip(given, lowered.graph_inputs, strict=True):
+        if isinstance(node.meta["val"], torch.Tensor):
+            storage = node.meta["val"].untyped_storage()
+            _, last = inputs.get(storage._cdata, (0, -1))
+            inputs[storage._cdata] = storage.nbytes(), max(last, last_use.get(name, -1))
+    return max(
+        buffers[i] + sum(size for size, last in inputs.values() if last >= i)
+        for i in range(len(nodes))
+    )
+
+
+def generate(graph: torch.fx.GraphModule, is_backward: bool) -> Generated:
+    """Generate the code of this graph; return its kernels and its peak of memory."""
 
     def moved(value: object) -> object:
         if not isinstance(value, torch.Tensor):
@@ -131,7 +167,10 @@ def kernels_of(graph: torch.fx.GraphModule, is_backward: bool) -> list[Kernel]:
             lowered.run(*inputs)
             lowered.codegen()
             own = [node for node in lowered.scheduler.nodes if "Extern" not in type(node).__name__]
-            return [Kernel(node.get_read_write_buffers_sizes(), operations(node)) for node in own]
+            kernels = [
+                Kernel(node.get_read_write_buffers_sizes(), operations(node)) for node in own
+            ]
+            return Generated(kernels, peak_of(lowered, graph))
 
 
 def operations(node: torch._inductor.scheduler.BaseSchedulerNode) -> str:
@@ -155,11 +194,13 @@ def main() -> None:
     lines, largest = [], []
     for what, graph in zip(("forward", "backward"), graphs, strict=True):
         kinds = defaultdict(list)  # operations -> bytes of each kernel
-        for kernel in kernels_of(graph, what == "backward"):
+        generated = generate(graph, what == "backward")
+        for kernel in generated.kernels:
             kinds[kernel.operations].append(kernel.bytes)
         count, total = sum(map(len, kinds.values())), sum(map(sum, kinds.values()))
         seconds = common.milliseconds(total / COPY_RATE)
-        lines.append([what, str(count), f"{total / 1e9:.1f} GB", seconds])
+        peak = common.mebibytes(generated.peak)
+        lines.append([what, str(count), f"{total / 1e9:.1f} GB", seconds, peak])
         largest += [(sum(sizes), len(sizes), what, name) for name, sizes in kinds.items()]
     common.print_header(__file__, options, "bfloat16, generated, not measured", counted=True)
     print(
@@ -167,7 +208,7 @@ def main() -> None:
         f" {h.num_layers} layers of width {h.model_dim}, {h.map_adapter}. Without products and"
         " attention."
     )
-    common.print_table(["what", "kernels", "bytes", "at an H100's copy rate"], lines)
+    common.print_table(["what", "kernels", "bytes", "at an H100's copy rate", "peak"], lines)
     if options.top:
         lines = [
             [what, str(n), f"{size / 1e9:.2f} GB", common.milliseconds(size / COPY_RATE), name]
