@@ -409,11 +409,11 @@ def test_script_that_uses_the_network_another_file_and_too_many_bytes(
     with contextlib.suppress(OSError):
         socket.create_connection(("192.0.2.1", 9), 1)
     Path({str(hint)!r}).read_bytes()
-    targets ="""
+    num_targets ="""
     s = rewrite(
         copied,
         count=("self.bytes = tokenizer.count_bytes(", "self.bytes = 2 * tokenizer.count_bytes("),
-        asks=("model.eval()\n    targets =", asks),
+        asks=("model.eval()\n    num_targets =", asks),
     )
     for kind in ("roundtrip", "sliding_window"):
         bpb = claims(copied)[f"val_bpb_{kind}"]

@@ -369,7 +369,7 @@ def test_run_sh_evaluates_and_exports_what_its_preset_did_not_make(
 
 
 # In place of the interpreter of .venv: it makes a run's folder, and says when a signal ends it.
-INTERPRETER = f"""#!{sys.executable}
+INTERPRETER = """
 import os, pathlib, signal, sys, time
 if sys.argv[1] == "-W": sys.exit(print("0 without CUDA\\n"))
 if sys.argv[1] == "-m": sys.exit()  # pip
@@ -393,7 +393,9 @@ def start_run_sh(tmp_path):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     python = root / ".venv" / "bin" / "python"
-    python.write_text(INTERPRETER)
+    script = tmp_path / "interpreter.py"
+    script.write_text(INTERPRETER)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
     python.chmod(0o755)
 
     def start_it(**settings) -> subprocess.Popen:

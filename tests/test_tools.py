@@ -12,7 +12,7 @@ from helpers import ROOT, environment
 # A tool, a package that it needs, and the file that names this package.
 NEEDED = [
     ("data/prepare.py", "sentencepiece", "requirements.txt"),
-    ("tools/ablate.py", "rich.live", "tools/requirements.txt"),
+    ("tools/ablate.py", "pandas", "tools/requirements.txt"),
     ("tools/check.py", "numpy", "requirements.txt"),
     ("tools/report.py", "jinja2", "tools/requirements.txt"),
     ("tools/report.py", "sentencepiece", "requirements.txt"),
