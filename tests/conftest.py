@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import zlib
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ import torch
 import helpers
 from helpers import train_gpt
 
-# Tiny models gain nothing from threads, and wait long for them on shared cores.
+# Tiny models gain nothing from threads, and wait long for them on shared cores: here, and in the
+# processes that tools start for tests.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Every run tries the same examples, however slow the machine is.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
