@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,3 +251,32 @@ def refusal(settings: dict, **options: Any) -> str:
     assert result.stderr.startswith("error: "), result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr
+
+
+def tool_refusal(capsys: Any, main: Callable[[list[str]], int], *arguments: object) -> str:
+    """Return the one line of a tool's call that must fail and write nothing."""
+    code = main([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    assert code == 1 and shown.out == ""
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    return shown.err
+
+
+def run_without(
+    package: str, tool: Path, folder: Path, *arguments: str
+) -> subprocess.CompletedProcess:
+    """Run a tool in a folder, in a process that cannot import a package."""
+    code = (
+        f"import runpy, sys; sys.modules[{package!r}] = None;"
+        f" sys.argv = {[tool.name, *arguments]!r};"
+        f" runpy.run_path({str(tool)!r}, run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment({}),
+        cwd=folder,
+        timeout=100,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

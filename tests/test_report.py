@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, SCRIPT, TINY, run_well, train_gpt
+from helpers import ROOT, SCRIPT, TINY, run_well, run_without, tool_refusal, train_gpt
 
 for package in ("altair", "vl_convert"):
     pytest.importorskip(package, reason="pip install -r tools/requirements.txt")
@@ -113,12 +113,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def refusal(capsys, *arguments: object) -> str:
-    """Return the one line of a call that must fail."""
-    code = report.main([str(argument) for argument in arguments])
-    shown = capsys.readouterr()
-    assert code == 1 and shown.out == ""
-    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
-    return shown.err
+    return tool_refusal(capsys, report.main, *arguments)
 
 
 # ---- What the page says --------------------------------------------------------------------------
@@ -359,20 +354,7 @@ def test_other_bad_input(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         report.main([])
     assert ended.value.code == 2
-    code = f"""
-import runpy, sys
-sys.modules["altair"] = None
-sys.argv = ["report.py", "runs/x"]
-runpy.run_path({str(TOOL)!r}, run_name="__main__")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        timeout=100,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_without("altair", TOOL, tmp_path, "runs/x")
     assert done.returncode == 1
     assert done.stderr == "error: altair is missing: pip install -r tools/requirements.txt\n"
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT, TINY, environment, run_well, tiny_settings, train_gpt
+from helpers import ROOT, TINY, environment, run_well, tiny_settings, tool_refusal, train_gpt
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -54,12 +54,7 @@ def write(capsys, *arguments: object) -> tuple[str, str]:
 
 
 def refusal(capsys, *arguments: object) -> str:
-    """Return the one line of a call that must fail and write nothing."""
-    code = sample.main([str(argument) for argument in arguments])
-    shown = capsys.readouterr()
-    assert code == 1 and shown.out == ""
-    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
-    return shown.err
+    return tool_refusal(capsys, sample.main, *arguments)
 
 
 # ---- Probabilities -------------------------------------------------------------------------------

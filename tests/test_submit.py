@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, SCRIPT, TINY, environment, run_well, tiny_settings, train_gpt
+from helpers import ROOT, SCRIPT, TINY, environment, run_well, run_without, tiny_settings, train_gpt
 
 pytest.importorskip("python_minifier", reason="pip install -r tools/requirements.txt")
 sys.path.insert(0, str(ROOT / "tools"))
@@ -422,20 +422,7 @@ def test_unusable_arguments_and_missing_package(tmp_path):
         with pytest.raises(SystemExit) as ended:
             submit.main(arguments)
         assert ended.value.code == 2
-    code = f"""
-import runpy, sys
-sys.modules["python_minifier"] = None
-sys.argv = ["submit.py", "runs/x", "--out", "y"]
-runpy.run_path({str(TOOL)!r}, run_name="__main__")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        timeout=100,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_without("python_minifier", TOOL, tmp_path, "runs/x", "--out", "y")
     assert done.returncode == 1
     expected = "error: python_minifier is missing: pip install -r tools/requirements.txt\n"
     assert done.stderr == expected

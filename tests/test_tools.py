@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from helpers import ROOT, environment
+from helpers import ROOT, run_without
 
 # A tool, a package that it needs, and the file that names this package.
 NEEDED = [
@@ -25,19 +22,7 @@ NEEDED = [
 
 @pytest.mark.parametrize("tool, package, file", NEEDED)
 def test_missing_package_is_said_in_one_line(tool, package, file, tmp_path):
-    program = (
-        f"import runpy, sys; sys.modules[{package!r}] = None;"
-        f" sys.argv = ['tool', 'runs/x', '--out', 'out'];"
-        f" runpy.run_path({str(ROOT / tool)!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment({}),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = run_without(package, ROOT / tool, tmp_path, "runs/x", "--out", "out")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert package in done.stderr

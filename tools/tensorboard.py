@@ -12,7 +12,6 @@ The exit code is 0, or 1 with one line that says what is wrong, or 2 for unusabl
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import re
 import shutil
@@ -33,21 +32,14 @@ except ImportError as missing:
     name = (missing.name or "tensorboard").partition(".")[0]
     raise SystemExit(f"error: {name} is missing: pip install -r tools/requirements.txt") from None
 
+sys.path.append(str(HERE))  # behind the packages
+import check
+
 NOT_SCALARS = ("step", "tokens", "seconds", "adapter_ratios")
 
 
 class UserError(Exception):
     """A problem that a person can fix. The message says what is wrong, where, and what to do."""
-
-
-def is_going(log: Path) -> bool:
-    """Return whether a process is at the run of this log: it has locked the file."""
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def check_run(folder: Path, follow: bool) -> None:
@@ -57,7 +49,7 @@ def check_run(folder: Path, follow: bool) -> None:
     for name in ("train.log", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; it is not a run's folder")
-    if is_going(folder / "train.log") and not follow:
+    if check.is_going(folder / "train.log") and not follow:
         raise UserError(f"{folder}: the run is still going; wait until it ends, or use --follow")
 
 
@@ -76,7 +68,7 @@ def read_rows(folder: Path, follow: bool) -> Iterator[dict[str, Any]]:
     number = 0
     with path.open("rb") as file:
         while True:
-            going = follow and is_going(folder / "train.log")
+            going = follow and check.is_going(folder / "train.log")
             start = file.tell()
             line = file.readline()
             if line.endswith(b"\n"):
