@@ -3342,23 +3342,27 @@ class WeightAverages:
 
 
 class QuantizedTensor(NamedTuple):
-    """A quantized matrix: value = code · scale of the row.
+    """A quantized matrix: value = code · scale of the row · scale of the column.
 
-    A row's scale is 2^((exponent - 160) / 8); exponent 0 is a row of zeros.
+    A scale is 2^((exponent - 160) / 8); exponent 0 is a scale of 0.
     """
 
     codes: Tensor  # (rows, columns) int8
     exponents: Tensor  # (rows,) uint8
+    column_exponents: Tensor | None = None  # (columns,) uint8; None: every column's scale is 1
 
     def dequantize(self) -> Tensor:
         """Return the values, (rows, columns) float32."""
-        return (self.codes * row_scales(self.exponents)).float()
+        values = self.codes * scales_of(self.exponents)[..., None]
+        if self.column_exponents is not None:
+            values *= scales_of(self.column_exponents)
+        return values.float()
 
 
-def row_scales(exponents: Tensor) -> Tensor:
-    """Return the scale of each row, (rows,) uint8 -> (rows, 1) float64."""
+def scales_of(exponents: Tensor) -> Tensor:
+    """Return the scales that exponents stand for, uint8 -> float64 of the same shape."""
     scales = torch.exp2((exponents.double() - 160) / 8)
-    return scales.where(exponents > 0, 0.0)[..., None]
+    return scales.where(exponents > 0, 0.0)
 
 
 def scale_exponents(scale: Tensor) -> Tensor:
@@ -3379,10 +3383,24 @@ class Quantizer:
     def largest(self) -> int:
         return 2 ** (self.bits - 1) - 1
 
-    def exponents(self, w: Tensor, gain: float = 1.0) -> Tensor:
+    def column_exponents(self, rows: int, curvature: Tensor) -> Tensor | None:
+        """Return the exponents of scales for the columns, or None for none.
+
+        Args:
+            rows: of the matrix.
+            curvature: (columns,) of gptq_factor.
+        """
+        return None
+
+    def exponents(
+        self, w: Tensor, column_scales: Tensor | float = 1.0, gain: float = 1.0
+    ) -> Tensor:
         """Return the exponent of each row's scale, (..., rows, columns) -> (..., rows) uint8.
 
-        `gain` is what GPTQ leaves of the mean curvature of a row's values.
+        Args:
+            w: the values.
+            column_scales: (columns,), by which the values will be divided.
+            gain: what they and GPTQ leave of the mean curvature of a row's values.
         """
         rms = w.double().square().mean(-1).sqrt()
         return scale_exponents(rms * self.clip_sigmas / self.largest)
@@ -3406,24 +3424,31 @@ class Quantizer:
         With `hessian` Σ x xᵀ (columns, columns) the codes keep w x near (GPTQ, arXiv:2210.17323),
         for one matrix; without it they are the nearest ones.
         """
-        gain = 1.0
-        if hessian is not None:
-            order = hessian.diagonal().argsort(descending=True)  # the most important columns first
-            factor, gain = gptq_factor(hessian.double()[order][:, order])
-        exponents = self.exponents(w, gain)
         kept = self.prune(w) != 0
-        in_scales = w.double() / row_scales(exponents).clamp(min=1e-30)
         if hessian is None:
+            exponents = self.exponents(w)
+            in_scales = w.double() / scales_of(exponents)[..., None].clamp(min=1e-30)
             codes = self.nearest(in_scales) * kept
-        else:
-            codes = self._gptq(in_scales[:, order], kept[:, order], factor)[:, order.argsort()]
-        return QuantizedTensor(codes.to(torch.int8), exponents)
+            return QuantizedTensor(codes.to(torch.int8), exponents)
+        order = hessian.diagonal().argsort(descending=True)  # the most important columns first
+        back = order.argsort()
+        factor, curvature = gptq_factor(hessian.double()[order][:, order])
+        column_exponents = self.column_exponents(len(w), curvature[back])
+        column_scales = torch.ones_like(curvature)
+        if column_exponents is not None:
+            column_scales = scales_of(column_exponents)
+        gain = (curvature[back] * column_scales.square()).mean().item()
+        exponents = self.exponents(w, column_scales, gain)
+        in_scales = w.double() / column_scales / scales_of(exponents)[:, None].clamp(min=1e-30)
+        factor = factor / column_scales[order]  # the factor of the inputs times their scales
+        codes = self._gptq(in_scales[:, order], kept[:, order], factor)[:, back]
+        return QuantizedTensor(codes.to(torch.int8), exponents, column_exponents)
 
     def _gptq(self, w: Tensor, kept: Tensor, factor: Tensor, block: int = 128) -> Tensor:
         """Round column by column; the columns that are left make up for each error.
 
         Args:
-            w: (rows, columns) float64 in units of the rows' scales.
+            w: (rows, columns) float64 in units of the scales.
             kept: (rows, columns) bool, False where a code must be 0.
             factor: (columns, columns) float64 of gptq_factor.
         """
@@ -3454,13 +3479,26 @@ class SensitivityQuantizer(Quantizer):
     sensitivities: Mapping[nn.Parameter, Tensor] = dataclasses.field(default_factory=dict)
     loss_per_value: float = 0.0
 
-    DEAD_ZONE: ClassVar = 0.08  # of a scale; bench/results/quantize.md
+    # Both are measured in bench/results/quantize.md.
+    DEAD_ZONE: ClassVar = 0.08  # of a scale
+    # 0.5 would make every column cost the same, if its curvature were known exactly.
+    COLUMN_POWER: ClassVar = 0.35
 
-    def exponents(self, w: Tensor, gain: float = 1.0) -> Tensor:
+    def column_exponents(self, rows: int, curvature: Tensor) -> Tensor | None:
+        """Return coarser scales for columns that matter less, if they save more than they take."""
+        relative = curvature / curvature.log().mean().exp()
+        bits = relative.mean().log2() / 2  # that equal costs save, per value
+        if rows * bits < 8:  # an exponent has 8 bits
+            return None
+        return scale_exponents(relative**-self.COLUMN_POWER)
+
+    def exponents(
+        self, w: Tensor, column_scales: Tensor | float = 1.0, gain: float = 1.0
+    ) -> Tensor:
         """Return the exponents of the rows of a parameter w (rows, columns), (rows,) uint8."""
         curvature = gain * self.sensitivities[w].double()
         scale = (24 * self.loss_per_value / curvature.clamp(min=1e-30)).sqrt()
-        largest = w.double().abs().amax(-1)
+        largest = (w.double() / column_scales).abs().amax(-1)
         finest = 1.2 * largest / self.largest  # nothing is clipped, whatever GPTQ adds to it
         return scale_exponents(scale.maximum(finest) * (largest > 0))
 
@@ -3470,19 +3508,18 @@ class SensitivityQuantizer(Quantizer):
         return codes.clamp_(-self.largest, self.largest)
 
 
-def gptq_factor(hessian: Tensor) -> tuple[Tensor, float]:
-    """Return (U, gain) of a Hessian (columns, columns), damped by 1% of its mean diagonal.
+def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (U, curvature) of a Hessian (columns, columns), damped by 1% of its mean diagonal.
 
     U is upper triangular, with Uᵀ U the inverse of the damped Hessian. 1 / U_jj² is the curvature
-    of column j once later columns make up for its error; gain is the mean of these over the mean
-    of the diagonal.
+    of column j once later columns make up for its error; `curvature` (columns,) is that over the
+    mean of the diagonal.
     """
     damped = hessian.clone()
     damped.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    left = factor.diagonal().pow(-2).mean() / damped.diagonal().mean()
-    return factor, left.item()
+    return factor, factor.diagonal().pow(-2) / damped.diagonal().mean()
 
 
 # Roles that are stored as codes; a SCALAR is float16, a MASK is bits.
@@ -3671,12 +3708,13 @@ def calibrate(
 
 # ---- Artifact ----------------------------------------------------------------------------------
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 4
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 5
 BLOCK_BYTES = 2**22  # a group is compressed in blocks of this size, all at the same time
 # How the values of a group of like tensors are stored, by the last word of the group's name.
 GROUP_TYPES = {
     "codes": torch.int8,
     "exponents": torch.uint8,
+    "columns": torch.uint8,  # their exponents
     "float16": torch.float16,
     "bits": torch.uint8,
 }
@@ -3691,7 +3729,14 @@ VERSIONS = {
 def stored_parts(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
     """Return group name -> values of one tensor; `kind` is the last part of its name."""
     if isinstance(tensor, QuantizedTensor):
-        return {f"{kind} codes": tensor.codes, f"{kind} exponents": tensor.exponents}
+        codes, exponents, column_exponents = tensor
+        # Codes of like spread lie together, which brotli compresses 2% better.
+        codes = codes[exponents.argsort(stable=True)]
+        parts = {f"{kind} exponents": exponents}
+        if column_exponents is not None:
+            codes = codes[:, column_exponents.argsort(stable=True)]
+            parts[f"{kind} columns"] = column_exponents
+        return {f"{kind} codes": codes} | parts
     if tensor.dtype is torch.bool:
         bits = np.packbits(tensor.cpu().numpy())
         return {f"{kind} bits": torch.from_numpy(bits)}
@@ -3795,9 +3840,9 @@ def group_lengths(table: list) -> dict[str, list[int]]:
             raise ValueError(f"{shape} is not a valid shape")
         counts = [math.prod(shape)]
         total += max([*counts, *shape])
-        if len(groups) == 2:
-            rows, _ = shape  # only a matrix has an exponent per row
-            counts.append(rows)
+        if len(groups) > 1:
+            rows, columns = shape  # only a matrix has exponents
+            counts += [rows, columns][: len(groups) - 1]
         for group, n in zip(groups, counts, strict=True):
             length = -(-n // 8) if group.endswith("bits") else n
             lengths.setdefault(group, []).append(length)
@@ -3830,6 +3875,16 @@ def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tenso
     return parts
 
 
+def restore_codes(
+    stored: Tensor, exponents: Tensor, column_exponents: Tensor | None = None
+) -> QuantizedTensor:
+    """Undo the order in which `stored_parts` stores codes (rows, columns)."""
+    codes = stored[exponents.argsort(stable=True).argsort()]
+    if column_exponents is not None:
+        codes = codes[:, column_exponents.argsort(stable=True).argsort()]
+    return QuantizedTensor(codes, exponents, column_exponents)
+
+
 def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Tensor]]:
     """Yield name and values of every tensor of an artifact, in float32."""
     parts = read_groups(header, body)
@@ -3840,7 +3895,7 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
             values = torch.from_numpy(bits)
         values = values.view(shape)
         if exponents:
-            values = QuantizedTensor(values, *exponents).dequantize()
+            values = restore_codes(values, *exponents).dequantize()
         if not values.isfinite().all():
             raise ValueError(f"{name} is not finite")
         yield name, values.float()

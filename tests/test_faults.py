@@ -138,7 +138,11 @@ def stored(draw):
             rows, columns = draw(st.integers(0, 9)), draw(st.integers(0, 9))
             codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
             exponents = torch.randint(0, 256, (rows,), generator=generator, dtype=torch.uint8)
-            tensors[name] = train_gpt.QuantizedTensor(codes, exponents)
+            column_exponents = torch.randint(0, 256, (columns,), generator=generator).byte()
+            has_columns = draw(st.booleans())
+            tensors[name] = train_gpt.QuantizedTensor(
+                codes, exponents, column_exponents if has_columns else None
+            )
         elif kind == "mask":
             tensors[name] = torch.rand(shape, generator=generator) < 0.5
         else:
@@ -192,7 +196,7 @@ def test_quantizer_errs_by_half_a_scale_and_once(seed, rows, columns, scale, bit
     w = 2.0**scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     w[0] *= not zero
     codes = quantizer.quantize(w)
-    scales = train_gpt.row_scales(codes.exponents)
+    scales = train_gpt.scales_of(codes.exponents)[:, None]
     inside = w.double().abs() <= largest * scales
     error = (codes.dequantize().double() - w.double()).abs()
     assert (error <= 0.500001 * scales)[inside].all()

@@ -69,7 +69,7 @@ def restated_nearest(quantizer: train_gpt.Quantizer, w: torch.Tensor) -> torch.T
 
     What is pruned is zero.
     """
-    scales = train_gpt.row_scales(quantizer.exponents(w)).numpy()
+    scales = train_gpt.scales_of(quantizer.exponents(w))[:, None].numpy()
     largest = 2 ** (quantizer.bits - 1) - 1
     codes = np.clip(np.rint(w.double().numpy() / np.maximum(scales, 1e-30)), -largest, largest)
     return torch.from_numpy(codes * scales * (quantizer.prune(w) != 0).numpy()).float()
@@ -93,7 +93,7 @@ def test_ties_go_to_even_codes():
     """They are rare, about one in 4 million values."""
     torch.manual_seed(0)
     quantizer, w = QUANTIZERS[0], torch.randn(64, 512)
-    scales = train_gpt.row_scales(quantizer.exponents(w))
+    scales = train_gpt.scales_of(quantizer.exponents(w))[:, None]
     tied = (((w / scales).floor() + 0.5) * scales).float()
     tied = torch.where(torch.arange(512) % 8 == 0, tied, w)
     assert torch.equal(quantizer.quantize(tied).dequantize(), restated_nearest(quantizer, tied))
@@ -114,7 +114,7 @@ def test_rounding_errs_by_half_a_scale_where_nothing_is_clipped(
     quantizer, generator = QUANTIZERS[which], torch.Generator().manual_seed(seed)
     w = 2.0**scale * torch.randn(rows, columns, generator=generator) ** tail
     codes = quantizer.quantize(w)
-    scales, largest = train_gpt.row_scales(codes.exponents), 2 ** (quantizer.bits - 1) - 1
+    scales, largest = train_gpt.scales_of(codes.exponents)[:, None], 2 ** (quantizer.bits - 1) - 1
     assert codes.codes.dtype is torch.int8
     assert codes.exponents.dtype is torch.uint8
     assert codes.codes.abs().max() <= largest
@@ -130,7 +130,7 @@ def test_the_largest_code_stands_for_so_many_root_mean_squares(quantizer):
     """Scales are powers of 2^(1/8), so the span is right to 2^(1/16)."""
     torch.manual_seed(0)
     w = torch.randn(50, 60) * torch.logspace(-3, 3, 50)[:, None]
-    span = train_gpt.row_scales(quantizer.exponents(w))[:, 0] * (2 ** (quantizer.bits - 1) - 1)
+    span = train_gpt.scales_of(quantizer.exponents(w)) * (2 ** (quantizer.bits - 1) - 1)
     wanted = quantizer.clip_sigmas * w.double().square().mean(1).sqrt()
     assert (span / wanted).log2().abs().max() <= 1 / 16 + 1e-9
 
@@ -138,7 +138,7 @@ def test_the_largest_code_stands_for_so_many_root_mean_squares(quantizer):
 def test_an_exponent_is_an_eighth_of_an_octave_and_zero_is_a_zero_row():
     exponents = torch.tensor([0, 1, 152, 160, 168, 255], dtype=torch.uint8)
     expected = [0, 2 ** (-159 / 8), 0.5, 1, 2, 2 ** (95 / 8)]
-    assert train_gpt.row_scales(exponents)[:, 0].tolist() == pytest.approx(expected, rel=1e-15)
+    assert train_gpt.scales_of(exponents).tolist() == pytest.approx(expected, rel=1e-15)
 
 
 @each_quantizer
@@ -171,13 +171,18 @@ def test_a_matrix_of_one_row_or_column_is_quantized_like_any_other():
 
 
 def plain_gptq(
-    w: np.ndarray, hessian: np.ndarray, quantizer: train_gpt.Quantizer, scales: np.ndarray
+    w: np.ndarray,
+    hessian: np.ndarray,
+    quantizer: train_gpt.Quantizer,
+    scales: np.ndarray,
+    column_scales: np.ndarray | float = 1.0,
 ) -> np.ndarray:
     """Return the codes by GPTQ's definition: after each column, the best change of the free ones.
 
     Every inverse is computed anew.
     """
-    w, columns, largest = w.astype(np.float64).copy(), w.shape[1], 2 ** (quantizer.bits - 1) - 1
+    w, columns = w.astype(np.float64).copy(), w.shape[1]
+    column_scales = np.broadcast_to(column_scales, columns)
     order = sorted(range(columns), key=lambda j: -hessian[j, j])
     damped = hessian.astype(np.float64)
     damped = damped + np.eye(columns) * (0.01 * np.trace(damped) / columns + 1e-12)
@@ -185,8 +190,9 @@ def plain_gptq(
     for place, j in enumerate(order):
         free = order[place:]
         inverse = np.linalg.inv(damped[np.ix_(free, free)])
-        codes[:, j] = np.clip(np.round(w[:, j] / scales), -largest, largest)
-        error = w[:, j] - codes[:, j] * scales
+        steps = scales * column_scales[j]
+        codes[:, j] = quantizer.nearest(torch.from_numpy(w[:, j] / steps)).numpy()
+        error = w[:, j] - codes[:, j] * steps
         w[:, free] -= error[:, None] / inverse[0, 0] * inverse[0]
     return codes
 
@@ -198,7 +204,7 @@ def test_gptq_is_the_definition_computed_plainly(quantizer, columns):
     x = correlated_inputs(600, max(columns, 4))[:, :columns]
     w, hessian = torch.randn(20, columns), x.T @ x
     found = quantizer.quantize(w, hessian)
-    scales = train_gpt.row_scales(found.exponents)[:, 0].numpy()
+    scales = train_gpt.scales_of(found.exponents).numpy()
     expected = plain_gptq(w.numpy(), hessian.numpy(), quantizer, scales)
     assert np.array_equal(found.codes.numpy(), expected)
     assert torch.equal(found.exponents, quantizer.quantize(w).exponents)
@@ -530,7 +536,7 @@ def test_a_row_that_matters_more_gets_a_finer_scale_until_it_costs_the_same():
     codes = by_sensitivity(w, sensitivity, loss).quantize(w)
     exponents = codes.exponents.int()
     assert (exponents.diff() <= 0).all()
-    scales = train_gpt.row_scales(codes.exponents)[:, 0]
+    scales = train_gpt.scales_of(codes.exponents)
     assert (sensitivity * scales.square() / 24 / loss).log2().abs().max() < 0.2
     cost = (codes.dequantize() - w).detach().double().square().mean(1) * sensitivity / 2
     assert (cost[15:] / loss - 1).abs().max() < 0.3, "an error is uniform within a scale"
@@ -575,11 +581,62 @@ def test_no_code_is_clipped_at_the_finest_scales(with_hessian):
     w = parameter(20, 60)
     hessian = torch.eye(60) if with_hessian else None
     codes = by_sensitivity(w, torch.ones(20).double(), 1e-30).quantize(w, hessian)
-    scales = train_gpt.row_scales(codes.exponents)
+    scales = train_gpt.scales_of(codes.exponents)[:, None]
     assert ((codes.dequantize() - w).detach().abs() <= 0.5801 * scales).all()
     largest = codes.codes.abs().amax(1)
     assert largest.max() < 127
     assert largest.min() >= 100
+
+
+def test_columns_that_matter_less_get_coarser_scales():
+    """The codes are those of GPTQ's definition at these scales."""
+    w, sensitivity = parameter(40, 60), torch.rand(40).double()
+    x = correlated_inputs(300, 60) * torch.logspace(-1, 1, 60)
+    hessian = x.T @ x
+    quantizer = by_sensitivity(w, sensitivity, 1e-4)
+    found = quantizer.quantize(w, hessian)
+    column_scales = train_gpt.scales_of(found.column_exponents)
+    assert column_scales[:20].log2().mean() > column_scales[40:].log2().mean() + 1
+    scales = train_gpt.scales_of(found.exponents).numpy()
+    values = w.detach().double().numpy()
+    expected = plain_gptq(values, hessian.numpy(), quantizer, scales, column_scales.numpy())
+    assert np.array_equal(found.codes.numpy(), expected)
+    by_hand = expected * scales[:, None] * column_scales.numpy()
+    np.testing.assert_allclose(found.dequantize().numpy(), by_hand, rtol=1e-6)
+
+
+def test_scales_of_columns_save_bytes_at_the_same_cost(monkeypatch):
+    """Rows matter unlike, so that the steps between scales make no difference on average."""
+    torch.manual_seed(0)
+    w, sensitivity = torch.nn.Parameter(torch.randn(200, 60)), torch.logspace(0, 1, 200).double()
+    x = correlated_inputs(2000, 60) * torch.logspace(-1, 1, 60)
+
+    def cost_and_bytes() -> tuple[float, float]:
+        codes = by_sensitivity(w, sensitivity, 1e-3).quantize(w, x.T @ x)
+        errors = (x @ (codes.dequantize() - w).detach().double().T).square().sum(0)
+        return (sensitivity * errors).sum().item(), train_gpt.entropy_bytes(codes.codes)
+
+    cost, size = cost_and_bytes()
+    monkeypatch.setattr(
+        train_gpt.SensitivityQuantizer, "column_exponents", train_gpt.Quantizer.column_exponents
+    )
+    other_cost, larger_size = cost_and_bytes()
+    assert size < 0.95 * larger_size
+    assert cost < 1.05 * other_cost
+
+
+def test_columns_have_no_scales_where_these_would_not_pay():
+    """In a matrix of few rows, with columns that matter alike, and by root mean squares."""
+    x = correlated_inputs(300, 60) * torch.logspace(-1, 1, 60)
+    for rows, hessian, pays in (
+        (2, x.T @ x, False),
+        (40, torch.eye(60), False),
+        (40, x.T @ x, True),
+    ):
+        w = parameter(rows, 60)
+        codes = by_sensitivity(w, torch.ones(rows).double()).quantize(w, hessian)
+        assert (codes.column_exponents is not None) == pays
+        assert QUANTIZERS[0].quantize(w, hessian).column_exponents is None
 
 
 def packed_at(loss: float) -> train_gpt.Artifact:
@@ -969,6 +1026,11 @@ def sample_tensors() -> dict:
         "a.lora.B": quantizer.quantize(torch.randn(3, 90)),
         "gain": torch.randn(4, 1),
         "table.weight": quantizer.quantize(torch.randn(60, 8)),
+        "columns.weight": train_gpt.QuantizedTensor(
+            torch.arange(-30, 30).view(10, 6).to(torch.int8),
+            torch.tensor([150, 0, 160, 150, 161, 149, 160, 255, 1, 0], dtype=torch.uint8),
+            torch.tensor([160, 170, 0, 150, 160, 1], dtype=torch.uint8),
+        ),
         "one": torch.tensor([0.05]).half(),
         "point": torch.tensor(-2.5),
         "blocks.0.mix": torch.randn(33),
@@ -1010,6 +1072,7 @@ def test_the_bytes_are_accounted_for_and_the_same_each_time(sample):
         "B exponents",
         "weight codes",
         "weight exponents",
+        "weight columns",
         "scores bits",
         "float16",
     }
@@ -1019,9 +1082,10 @@ def test_groups_are_byte_planes_packed_by_brotli():
     """Read by the documented layout."""
     torch.manual_seed(0)
     codes = torch.randn(30, 20).round().to(torch.int8)
-    exponents = torch.full((30,), 99, dtype=torch.uint8)
+    exponents = torch.randint(90, 99, (30,), dtype=torch.uint8)
+    columns = torch.randint(150, 170, (20,), dtype=torch.uint8)
     halves = torch.randn(200)
-    tensors = {"x.walk": train_gpt.QuantizedTensor(codes, exponents), "x": halves}
+    tensors = {"x.walk": train_gpt.QuantizedTensor(codes, exponents, columns), "x": halves}
     blob, _ = train_gpt.write_artifact({}, tensors)
     assert blob[:8] == b"RANDMAPS"
     version, size = np.frombuffer(blob[8:16], "<u4").tolist()
@@ -1034,10 +1098,13 @@ def test_groups_are_byte_planes_packed_by_brotli():
             place += length
     assert place == len(blob) - 32
     pairs = np.frombuffer(halves.half().numpy().tobytes(), np.uint8).reshape(-1, 2)
+    by_row = sorted(range(30), key=lambda i: exponents[i])
+    by_column = sorted(range(20), key=lambda j: columns[j])
     assert raw == {
         "float16": pairs.T.tobytes(),
-        "walk codes": codes.numpy().tobytes(),
+        "walk codes": codes.numpy()[np.ix_(by_row, by_column)].tobytes(),
         "walk exponents": exponents.numpy().tobytes(),
+        "walk columns": columns.numpy().tobytes(),
     }
 
 
