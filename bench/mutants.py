@@ -862,6 +862,24 @@ MUTANTS: dict[str, list[Mutant]] = {
             "quantization::test_a_factor_pair_is_quantized_each_against_its_own_inputs",
         ),
         Mutant(
+            "if rows * bits < 8:",
+            "if True:",
+            "columns get no scales, and artifacts are larger",
+            "quantization::test_columns_have_no_scales_where_these_would_not_pay",
+        ),
+        Mutant(
+            "factor = factor / column_scales[order]",
+            "factor = factor * 1",
+            "errors are carried on as if all columns had one scale",
+            "quantization::test_columns_that_matter_less_get_coarser_scales",
+        ),
+        Mutant(
+            "(curvature[back] * column_scales.square()).mean()",
+            "curvature.mean()",
+            "rows get scales as if columns had none",
+            "quantization::test_scales_of_columns_save_bytes_at_the_same_cost",
+        ),
+        Mutant(
             "Calibration(hessians | tables, sensitivities)",
             "Calibration(hessians, sensitivities)",
             "tables that are only looked up are rounded to nearest",
@@ -916,6 +934,12 @@ MUTANTS: dict[str, list[Mutant]] = {
             "    if False:",
             "bytes that belong to nothing are accepted",
             "quantization::test_bytes_that_belong_to_no_group_are_refused",
+        ),
+        Mutant(
+            "codes = stored[exponents.argsort(stable=True).argsort()]",
+            "codes = stored",
+            "the rows of a matrix come back in another order",
+            "quantization::test_artifacts_give_back_every_value",
         ),
         Mutant(
             "counts = lengths.pop(group)",
