@@ -216,22 +216,26 @@ class Attempt:
         launcher: Sequence[str] = (),
         wrap: Sequence[str] = (),
         file_limit: int = 0,
+        fresh: bool = False,
     ) -> None:
         number = next(site.numbers)
         self.paths = [site.folder / f"process-{number}.{kind}" for kind in ("out", "err")]
         self.log = Path(settings["OUTPUT_DIR"]) / settings["RUN_ID"] / "train.log"
         self.log_began = self.log.stat().st_size if self.log.exists() else 0
-        script = [*launcher, str(helpers.SCRIPT)]
-        if fault:
-            script = [__file__, "--fault", *map(str, fault)]
+        script = [__file__, "--fault", *map(str, fault)] if fault else [str(helpers.SCRIPT)]
+        environment = helpers.environment(settings)
+        self.began = time.monotonic()
+        if site.forks and not (launcher or wrap or fresh):
+            server = helpers.fork_server()
+            self.process = server.start(script, environment, site.folder, self.paths, file_limit)
+            return
         limit = functools.partial(
             resource.setrlimit, resource.RLIMIT_FSIZE, (file_limit, file_limit)
         )
-        self.began = time.monotonic()
         with self.paths[0].open("w") as out, self.paths[1].open("w") as err:
             self.process = subprocess.Popen(
-                [*wrap, sys.executable, *script],
-                env=helpers.environment(settings),
+                [*wrap, sys.executable, *launcher, *script],
+                env=environment,
                 cwd=site.folder,
                 stdout=out,
                 stderr=err,
@@ -308,9 +312,15 @@ def descendants(pid: int) -> list[int]:
 
 
 class Site:
-    """A folder with a corpus, the undisturbed runs that others must end like, and all the rest."""
+    """A folder with a corpus, the undisturbed runs that others must end like, and all the rest.
 
-    def __init__(self, folder: Path, corpus: helpers.Corpus | None = None) -> None:
+    Processes are forks of one that has imported torch, if `forks` says so: that takes less time.
+    """
+
+    def __init__(
+        self, folder: Path, corpus: helpers.Corpus | None = None, forks: bool = False
+    ) -> None:
+        self.forks = forks
         self.folder, self.runs, self.numbers = folder, folder / "runs", itertools.count()
         folder.mkdir(parents=True, exist_ok=True)
         self.corpus = corpus or helpers.make_corpus(folder)
@@ -745,7 +755,7 @@ def packages(site: Site, count: int, seed: int) -> Tally:
         folder.mkdir(exist_ok=True)  # found first, it stands where the package would be
         problem = f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
         (folder / f"{name}.py").write_text(problem)
-        attempt = site.start(site.settings(USUAL) | {"PYTHONPATH": folder})
+        attempt = site.start(site.settings(USUAL) | {"PYTHONPATH": folder}, fresh=True)
         problems = clear_error(attempt, attempt.end(), name, "pip install")
         problems += ["a folder was made"] if attempt.log.parent.exists() else []
         tally.add(name, problems, attempt.seconds)

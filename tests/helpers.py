@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import forking
 import prepare
 
 import train_gpt
@@ -204,14 +207,28 @@ def environment(settings: dict) -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"} | given
 
 
+@functools.cache
+def fork_server() -> forking.ForkServer:
+    """Return the server of this process, which ends with it."""
+    server = forking.ForkServer()
+    atexit.register(server.close)
+    return server
+
+
 def start(
     settings: dict,
     launcher: Sequence = (),
     script: Path = SCRIPT,
     cwd: Path | None = None,
     arguments: Sequence[str] = (),
-) -> subprocess.Popen:
-    """Start a process of the script, or of a launcher of it, and do not wait for it."""
+    fresh: bool = False,
+) -> subprocess.Popen | forking.ForkedProcess:
+    """Start a process of the script, or of a launcher of it, and do not wait for it.
+
+    It is a fork of one that has imported torch, unless a launcher or `fresh` wants an interpreter.
+    """
+    if not launcher and not fresh:
+        return fork_server().start([script, *arguments], environment(settings), cwd)
     return subprocess.Popen(
         [sys.executable, *launcher, str(script), *arguments],
         env=environment(settings),
@@ -223,7 +240,7 @@ def start(
     )
 
 
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+def finish(process: subprocess.Popen | forking.ForkedProcess) -> subprocess.CompletedProcess:
     """Return what the process gave; one that hangs is ended, since a hang is a failure too."""
     try:
         out, err = process.communicate(timeout=100)

@@ -25,7 +25,7 @@ LARGER = 0.1  # fraction of the campaign behind the marker
 @pytest.fixture(scope="module")
 def site(corpus, tmp_path_factory):
     """Where the runs lie; the undisturbed run, and one killed in training, are made once."""
-    return faults.Site(tmp_path_factory.mktemp("faults"), corpus)
+    return faults.Site(tmp_path_factory.mktemp("faults"), corpus, forks=True)
 
 
 def nothing_lost(tally: faults.Tally, injected: int) -> None:

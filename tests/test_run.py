@@ -196,7 +196,8 @@ def test_run_into_an_old_folder_is_refused(trained, base):
 
 
 def test_same_seed_gives_the_same_bytes(trained, base, runs):
-    run_well(base | {"RUN_ID": "again"})
+    """Of two interpreters: each has an order of its own for a set of strings."""
+    run_well(base | {"RUN_ID": "again"}, fresh=True)
     assert artifact_of(runs / "again") == artifact_of(trained)
     assert losses_of(log_of(runs / "again")) == losses_of(log_of(trained))
 
@@ -252,7 +253,7 @@ def eval_only(trained, validation_only, corpus) -> dict:
 
 def test_artifact_alone_repeats_the_score(trained, eval_only, tmp_path):
     script = Path(shutil.copy(SCRIPT, tmp_path))
-    out = run_well(eval_only, script=script, cwd=tmp_path)
+    out = run_well(eval_only, script=script, cwd=tmp_path, fresh=True)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-6)
     assert final(out, "roundtrip") == pytest.approx(final(log_of(trained), "roundtrip"), abs=1e-6)
     assert list(tmp_path.iterdir()) == [script]  # an evaluation writes nothing
@@ -697,7 +698,7 @@ def test_nothing_compiles_in_the_timed_region(trained, base, tmp_path):
         "EVAL_BATCH_TOKENS": 128,
         "VAL_LOSS_EVERY": 5,
     }
-    out = run_well(settings, launcher=(str(driver),), script=ROOT)
+    out = run_well(settings, script=driver, arguments=[str(ROOT)])
     lines = out.splitlines()
     (compiled,) = [i for i, line in enumerate(lines) if line == "compiled training"]
     assert "compiled evaluation" in lines
@@ -735,7 +736,7 @@ def test_compiled_gradients_of_embeddings_add_up_in_order(tmp_path):
     """Inductor would add by atomic operations, whose order and so last bits differ in each run."""
     driver = tmp_path / "driver.py"
     driver.write_text(IN_ORDER)
-    traced = run_well({}, launcher=(str(driver),), script=ROOT).split()
+    traced = run_well({}, script=driver, arguments=[str(ROOT)]).split()
     assert any("embedding_dense_backward" in name for name in traced)
     assert not any("index_put" in name for name in traced)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -24,9 +22,9 @@ train_gpt.main()
 
 def die_in(owner: str, name: str, settings: dict) -> None:
     """Run with a function that kills its process."""
-    code = DIE_IN.format(root=str(ROOT), owner=owner, name=name)
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=helpers.environment(settings), capture_output=True)
+    driver = settings["OUTPUT_DIR"] / "driver.py"
+    driver.write_text(DIE_IN.format(root=str(ROOT), owner=owner, name=name))
+    result = helpers.run(settings, script=driver)
     assert result.returncode == 9, result.stderr
 
 

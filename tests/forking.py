@@ -1,0 +1,185 @@
+"""A server that runs scripts in forks of a process that has imported torch, for the tests.
+
+Most of what a tiny run takes is its imports. A fork of a process that has done them needs a
+fraction of that, and else is a process like any other: with its own environment, arguments, folder,
+output, signals, limits and exit code. What only a fresh interpreter shows needs one: missing
+packages, variables that libraries read while they are loaded, another order of a set of strings.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+IMPORTED = (
+    "torch",
+    "torch._dynamo",  # the first optimizer imports it
+    "brotli",
+    "numpy",
+    "sentencepiece",
+    "train_gpt",
+)
+
+
+class ForkedProcess:
+    """A script that runs in a fork: the part of subprocess.Popen that tests use."""
+
+    def __init__(self, server: ForkServer, pid: int, args: list[str], outputs: list[Path]) -> None:
+        self.server, self.pid, self.args, self.outputs = server, pid, args, outputs
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit code, -N after signal N; None while the process runs."""
+        if self.returncode is None:
+            self.returncode = self.server.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float = float("inf")) -> int:
+        """Return the exit code; subprocess.TimeoutExpired if that takes too long."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, timeout: float = float("inf")) -> tuple[str, str]:
+        """Wait for the end; return what the process wrote to standard output and error."""
+        self.wait(timeout)
+        out, err = (path.read_text(encoding="utf-8") for path in self.outputs)
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkServer:
+    """The process that forks, and a folder for what its children write."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="forks-")
+        self.count = 0
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # also of the libraries it imports
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+        self.folder.cleanup()
+
+    def ask(self, request: Mapping) -> int | None:
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def start(
+        self,
+        command: Sequence[object],
+        env: Mapping[str, str],
+        cwd: object = None,
+        outputs: Sequence[Path] = (),
+        file_limit: int = 0,
+    ) -> ForkedProcess:
+        """Start a script with its arguments.
+
+        Args:
+            command: the script, and its arguments.
+            env: all variables of its environment.
+            cwd: its folder; this process's if there is none.
+            outputs: files for standard output and error, instead of some of this server.
+            file_limit: bytes that a file it writes may have; 0 is no limit.
+        """
+        self.count += 1
+        own = [Path(self.folder.name, f"{self.count}.{kind}") for kind in ("out", "err")]
+        paths = list(outputs) or own
+        words = [str(word) for word in command]
+        request = {
+            "command": words,
+            "env": dict(env),
+            "cwd": str(cwd or Path.cwd()),
+            "outputs": [str(path) for path in paths],
+            "file_limit": file_limit,
+        }
+        return ForkedProcess(self, self.ask(request), [sys.executable, *words], paths)
+
+
+# ---- In the server -------------------------------------------------------------------------------
+
+
+def serve() -> dict:
+    """Answer requests; return one in a child that is to fulfil it, None when there are no more."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            ended, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        else:
+            answer = os.fork()
+            if not answer:
+                return request
+        print(json.dumps(answer), flush=True)
+    os._exit(0)  # without the second that tearing down torch takes
+
+
+def become(request: Mapping) -> None:
+    """Give this process what a new interpreter has that was started so."""
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    for number, path in enumerate(["/dev/null", *request["outputs"]]):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC * (number > 0), 0o666)
+        os.dup2(file, number)
+        os.close(file)
+    if limit := request["file_limit"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.stdin = io.StringIO()  # of the server, it may hold the next request
+    sys.argv = request["command"]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    random.seed()
+
+
+def main_module(path: str) -> tuple[types.CodeType, dict]:
+    """Return the code of a script, and the variables of a new module __main__ to run it with."""
+    module = types.ModuleType("__main__")
+    module.__file__ = path
+    sys.modules["__main__"] = module
+    return compile(Path(path).read_bytes(), path, "exec"), vars(module)
+
+
+def prepare() -> None:
+    """Do what each run would do again: import, and pack the script to learn its size."""
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    brotli = sys.modules["brotli"]
+    brotli.compress = functools.cache(brotli.compress)
+    sys.modules["train_gpt"].code_bytes()
+
+
+if __name__ == "__main__":
+    prepare()
+    become(serve())
+    # At the outermost level, so that errors and exits end this process as they end any other.
+    exec(*main_module(sys.argv[0]))
