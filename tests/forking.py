@@ -8,7 +8,9 @@ packages, variables that libraries read while they are loaded, another order of 
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import importlib
 import io
 import json
@@ -19,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections.abc import Mapping, Sequence
@@ -140,7 +143,7 @@ def serve() -> dict:
             if not answer:
                 return request
         print(json.dumps(answer), flush=True)
-    os._exit(0)  # without the second that tearing down torch takes
+    leave(0)
 
 
 def become(request: Mapping) -> None:
@@ -160,12 +163,31 @@ def become(request: Mapping) -> None:
     random.seed()
 
 
-def main_module(path: str) -> tuple[types.CodeType, dict]:
-    """Return the code of a script, and the variables of a new module __main__ to run it with."""
-    module = types.ModuleType("__main__")
+def run_script() -> int:
+    """Run the script as the module __main__; return its exit code, with what Python says to it."""
+    path = sys.argv[0]
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
     module.__file__ = path
-    sys.modules["__main__"] = module
-    return compile(Path(path).read_bytes(), path, "exec"), vars(module)
+    try:
+        exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+            return 1
+        return ended.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
+
+
+def leave(code: int) -> None:
+    """End this process as multiprocessing ends its own: taking torch apart would take a second."""
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def prepare() -> None:
@@ -176,10 +198,10 @@ def prepare() -> None:
     brotli = sys.modules["brotli"]
     brotli.compress = functools.cache(brotli.compress)
     sys.modules["train_gpt"].code_bytes()
+    gc.freeze()  # else collections in a child would write to, and so copy, all of its memory
 
 
 if __name__ == "__main__":
     prepare()
     become(serve())
-    # At the outermost level, so that errors and exits end this process as they end any other.
-    exec(*main_module(sys.argv[0]))
+    leave(run_script())
