@@ -872,21 +872,17 @@ def verdict_of(read: Callable[[object], str], spoiled: object) -> tuple[str, str
         return "lost", f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def judged(tally: Tally, kind: str, folder: Path, count: int, seed: int) -> Tally:
+def judged(site: Site, tally: Tally, kind: str, folder: Path, count: int, seed: int) -> Tally:
     """In the parent: have `count` spoiled files read, in a new child after each that ended one."""
     first = 0
     while first < count:
         arguments = ["--judge", kind, str(first), str(count), str(seed), str(folder)]
-        child = subprocess.run(
-            [sys.executable, __file__, *arguments],
-            capture_output=True,
-            text=True,
-            env=helpers.environment({}),
-        )
-        lines = [json.loads(line) for line in child.stdout.splitlines()]
+        child = helpers.start({}, script=__file__, arguments=arguments, fresh=not site.forks)
+        out, err = child.communicate()
+        lines = [json.loads(line) for line in out.splitlines()]
         if not lines:
-            raise RuntimeError(f"the child failed: {child.stderr}")
-        crash = f"the process ended with {child.returncode}: {child.stderr[-600:]}"
+            raise RuntimeError(f"the child failed: {err}")
+        crash = f"the process ended with {child.returncode}: {err[-600:]}"
         died = {"verdict": "lost", "seconds": 0.0, "memory": 0, "problem": crash}
         for began, ended in itertools.zip_longest(lines[::2], lines[1::2], fillvalue=died):
             where = f"{began['name']} (number {began['began']}, seed {seed})"
@@ -1266,7 +1262,7 @@ def spoil_block(container: Container, way: str, draw: random.Random) -> tuple[st
 
 def artifacts(site: Site, count: int, seed: int) -> Tally:
     """Read artifacts cut, mutated and forged, with and without a right checksum."""
-    return judged(Tally("artifact"), "artifact", site.undisturbed(), count, seed)
+    return judged(site, Tally("artifact"), "artifact", site.undisturbed(), count, seed)
 
 
 def spoil_shard(data: bytes, draw: random.Random) -> tuple[str, bytes]:
@@ -1365,7 +1361,7 @@ def shards(site: Site, count: int, seed: int) -> Tally:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(site.corpus.folder, folder / "shards")
     shutil.copy(site.corpus.tokenizer, folder / "tokenizer.model")
-    return judged(Tally("shard"), "shard", folder, count, seed)
+    return judged(site, Tally("shard"), "shard", folder, count, seed)
 
 
 class Executes:
@@ -1494,7 +1490,7 @@ def checkpoints(site: Site, count: int, seed: int) -> Tally:
     folder = site.folder / "judged-checkpoints"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(site.interrupted(), folder)
-    tally = judged(Tally("checkpoint"), "checkpoint", folder, count, seed)
+    tally = judged(site, Tally("checkpoint"), "checkpoint", folder, count, seed)
     weights = {"embedding.weight": torch.zeros(3)}
     others = {
         "weights alone": weights,

@@ -443,14 +443,14 @@ MUTANTS: dict[str, list[Mutant]] = {
             "PrefixStore(restart, store)",
             'PrefixStore("0", store)',
             "a restart by torchrun meets the keys of the dead run",
-            "faults::test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again[restarted]",
+            "ranks::test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again[restarted]",
             harmless="torch 2.14 makes a new store for each attempt by itself",
         ),
         Mutant(
             "            timeout=self.timeout,",
             "",
             "TIMEOUT_SECONDS does nothing: a hung process costs half an hour of all GPUs",
-            "faults::test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again[stopped]",
+            "ranks::test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again[stopped]",
         ),
         Mutant(
             "torch.distributed.broadcast_object_list(box, 0)",

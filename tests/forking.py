@@ -9,6 +9,7 @@ packages, variables that libraries read while they are loaded, another order of 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import gc
 import importlib
@@ -35,6 +36,7 @@ IMPORTED = (
     "sentencepiece",
     "train_gpt",
 )
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # of Linux's sched.h
 
 
 class ForkedProcess:
@@ -104,6 +106,7 @@ class ForkServer:
         cwd: object = None,
         outputs: Sequence[Path] = (),
         file_limit: int = 0,
+        offline: bool = False,
     ) -> ForkedProcess:
         """Start a script with its arguments.
 
@@ -113,6 +116,7 @@ class ForkServer:
             cwd: its folder; this process's if there is none.
             outputs: files for standard output and error, instead of some of this server.
             file_limit: bytes that a file it writes may have; 0 is no limit.
+            offline: whether it finds no network, as under `unshare --map-root-user --net`.
         """
         self.count += 1
         own = [Path(self.folder.name, f"{self.count}.{kind}") for kind in ("out", "err")]
@@ -124,6 +128,7 @@ class ForkServer:
             "cwd": str(cwd or Path.cwd()),
             "outputs": [str(path) for path in paths],
             "file_limit": file_limit,
+            "offline": offline,
         }
         return ForkedProcess(self, self.ask(request), [sys.executable, *words], paths)
 
@@ -148,6 +153,7 @@ def serve() -> dict:
 
 def become(request: Mapping) -> None:
     """Give this process what a new interpreter has that was started so."""
+    os.setsid()  # so that it can be ended with all that it starts
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
@@ -157,10 +163,26 @@ def become(request: Mapping) -> None:
         os.close(file)
     if limit := request["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if request["offline"]:
+        leave_network()
     sys.stdin = io.StringIO()  # of the server, it may hold the next request
     sys.argv = request["command"]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     random.seed()
+    tempfile.tempdir = None  # is found anew
+
+
+def leave_network() -> None:
+    """Go on in namespaces of its own: without network interfaces, as the same user."""
+    user, group = os.getuid(), os.getgid()
+    if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET):
+        raise OSError("the system lets no user leave the network")
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"0 {user} 1"),
+        ("gid_map", f"0 {group} 1"),
+    ):
+        Path("/proc/self", name).write_text(text)
 
 
 def run_script() -> int:

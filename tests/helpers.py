@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,6 +240,18 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def fork_children(check: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Let the children of tools/check.py be forks: without a network, as it starts them itself."""
+
+    def popen(command: list[str], cwd: Path, env: dict, stdout: Any, stderr: Any, **_: Any) -> Any:
+        words = command[command.index("-B") + 1 :]  # behind the interpreter
+        outputs = [Path(stdout.name), Path(stderr.name)]
+        offline = bool(check.namespace())
+        return fork_server().start(words, env, cwd, outputs, offline=offline)
+
+    patch.setattr(check, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
 
 
 def finish(process: subprocess.Popen | forking.ForkedProcess) -> subprocess.CompletedProcess:

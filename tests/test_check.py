@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, SCRIPT, TINY, environment, run_well, train_gpt
+from helpers import ROOT, SCRIPT, TINY, environment, fork_children, run_well, train_gpt
 
 TOOL = ROOT / "tools" / "check.py"
 spec = importlib.util.spec_from_file_location("check", TOOL)
@@ -70,8 +70,9 @@ def remembered(tmp_path_factory):
 
 
 @pytest.fixture
-def copied(honest, tmp_path) -> Path:
-    """Return a copy to falsify."""
+def copied(honest, tmp_path, monkeypatch) -> Path:
+    """Return a copy to falsify. Its children are forks; those of the honest run are not."""
+    fork_children(check, monkeypatch)
     return Path(shutil.copytree(honest, tmp_path / "copy"))
 
 

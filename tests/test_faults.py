@@ -1,7 +1,7 @@
 """Tests by a small sample of bench/faults.py, and properties of what a run stores.
 
 The program injects faults into real processes. `pytest -m campaign tests/test_faults.py` takes more
-of them, `python bench/faults.py` all.
+of them, `python bench/faults.py` all. Those of two ranks are in test_ranks.py.
 """
 
 from __future__ import annotations
@@ -63,12 +63,6 @@ def test_not_a_number_is_found_and_the_last_checkpoint_exports(site):
 
 def test_two_processes_of_one_run_do_not_meet(site):
     nothing_lost(faults.twice(site, 1, seed=1), 1)
-
-
-@pytest.mark.parametrize("mode", ["killed", "stopped", "restarted"])
-def test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again(site, mode):
-    """Dead, silent beyond TIMEOUT_SECONDS, and dead under torchrun's --max-restarts."""
-    nothing_lost(faults.ranks(site, 1, seed=1, modes=[mode]), 1)
 
 
 # ---- Files -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What the processes of a run share, with threads in their place: sums, decisions, first weights.
 
-Real processes train and evaluate together in test_run.py, and die in test_faults.py.
+Real processes train and evaluate together in test_run.py, and die in test_ranks.py.
 """
 
 from __future__ import annotations

@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import ROOT, SCRIPT, TINY, environment, run_well, run_without, tiny_settings, train_gpt
+from helpers import (
+    ROOT,
+    SCRIPT,
+    TINY,
+    environment,
+    fork_children,
+    run_well,
+    run_without,
+    tiny_settings,
+    train_gpt,
+)
 
 pytest.importorskip("python_minifier", reason="pip install -r tools/requirements.txt")
 sys.path.insert(0, str(ROOT / "tools"))
@@ -38,6 +48,12 @@ FILES = {
     "train_seed42.log",
     "train_seed43.log",
 }
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Let the children that execute scripts be forks."""
+    fork_children(check, monkeypatch)
 
 
 @pytest.fixture(scope="module")
