@@ -242,14 +242,19 @@ def start(
     )
 
 
-def fork_children(check: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    """Let the children of tools/check.py be forks: without a network, as it starts them itself."""
+def fork_children(check: ModuleType, patch: pytest.MonkeyPatch, fresh: Sequence[str] = ()) -> None:
+    """Let children of tools/check.py be forks, without a network as those that it starts.
 
-    def popen(command: list[str], cwd: Path, env: dict, stdout: Any, stderr: Any, **_: Any) -> Any:
+    Those with a task in `fresh` remain new interpreters.
+    """
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen | forking.ForkedProcess:
+        if command[-1] in fresh:
+            return subprocess.Popen(command, **options)
         words = command[command.index("-B") + 1 :]  # behind the interpreter
-        outputs = [Path(stdout.name), Path(stderr.name)]
+        outputs = [Path(options[name].name) for name in ("stdout", "stderr")]
         offline = bool(check.namespace())
-        return fork_server().start(words, env, cwd, outputs, offline=offline)
+        return fork_server().start(words, options["env"], options["cwd"], outputs, offline=offline)
 
     patch.setattr(check, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
 
