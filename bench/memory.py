@@ -106,7 +106,8 @@ def main() -> None:
     options = common.begin(
         __doc__, list={"action": "store_true", "help": "list what is kept, largest first"}
     )
-    h = common.settings(common.SMOKE_SIZE if options.smoke else common.FULL_SIZE, compile="1")
+    smoke_size = common.SMOKE_SIZE | {"num_layers": 1}  # a layer takes seconds to trace
+    h = common.settings(smoke_size if options.smoke else common.FULL_SIZE, compile="1")
     activations = {
         "with the activation computed again, as on CUDA": activation_on_cuda,
         "with all that it computes kept": ON_CPU,

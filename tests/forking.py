@@ -8,6 +8,7 @@ packages, variables that libraries read while they are loaded, another order of 
 
 from __future__ import annotations
 
+import ast
 import atexit
 import ctypes
 import functools
@@ -213,12 +214,15 @@ def leave(code: int) -> None:
 
 
 def prepare() -> None:
-    """Do what each run would do again: import, and pack the script to learn its size."""
+    """Do what each run would do again: import, and pack the script to learn its size.
+
+    Children find its text parsed, written and compressed, each by the identity of what was given.
+    """
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     for name in IMPORTED:
         importlib.import_module(name)
-    brotli = sys.modules["brotli"]
-    brotli.compress = functools.cache(brotli.compress)
+    for module, function in ((ast, "parse"), (ast, "unparse"), (sys.modules["brotli"], "compress")):
+        setattr(module, function, functools.cache(getattr(module, function)))
     sys.modules["train_gpt"].code_bytes()
     gc.freeze()  # else collections in a child would write to, and so copy, all of its memory
 

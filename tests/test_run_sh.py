@@ -1,7 +1,7 @@
 """run.sh as a person uses it: presets, variables, text, teachers, and the default run cut short.
 
 It runs in a copy of the folder. In most tests a stand-in takes the place of the training and keeps
-what it was told; the default run is a real one.
+what it was told, and another that of torch; the default run is a real one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import NOT_INHERITED, ROOT
+from helpers import NOT_INHERITED, ROOT, SCRIPT, train_gpt
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".venv" / ".installed").exists(), reason="run.sh would have to set up first"
@@ -26,17 +26,26 @@ STAND_IN = """
 import importlib.util, json, os, sys
 from pathlib import Path
 spec = importlib.util.spec_from_file_location("real", {script!r})
-if __name__ != "__main__":
+ALIASES = {aliases!r}
+def expand_aliases(given, notes):
+    if not given:
+        return {{}}
     real = importlib.util.module_from_spec(spec)
     sys.modules["real"] = real
     spec.loader.exec_module(real)
-    ALIASES, expand_aliases = real.ALIASES, real.expand_aliases
-else:
+    return real.expand_aliases(given, notes)
+if __name__ == "__main__":
     folder = Path(os.environ["OUTPUT_DIR"]) / os.environ.get("RUN_ID", "unnamed")
     folder.mkdir(parents=True)
     for name in ("model.int6.ptz", "results.json"):
         (folder / name).touch()
     (folder / "told.json").write_text(json.dumps(dict(os.environ)))
+"""
+# All that run.sh asks torch itself; the tests train on the CPU. The real one takes a second.
+TORCH = """
+from types import SimpleNamespace
+cuda = SimpleNamespace(is_available=lambda: False)
+version = SimpleNamespace(cuda=None)
 """
 
 
@@ -50,7 +59,9 @@ def place(tmp_path, corpus) -> Path:
     for name in ("presets", "tools"):
         shutil.copytree(ROOT / name, root / name)
     (root / ".venv").symlink_to(ROOT / ".venv")
-    (root / "train_gpt.py").write_text(STAND_IN.format(script=str(ROOT / "train_gpt.py")))
+    script = STAND_IN.format(script=str(SCRIPT), aliases=list(train_gpt.ALIASES))
+    (root / "train_gpt.py").write_text(script)
+    (root / "torch.py").write_text(TORCH)
     (root / "data").mkdir()
     for name in ("datasets", "tokenizers"):
         shutil.copytree(corpus.folder.parents[1] / name, root / "data" / name)
@@ -109,6 +120,7 @@ def test_a_preset_by_its_name_or_its_file(place):
 
 def test_published_variables_replace_the_map_table_of_the_preset(place):
     """A preset's other columns would be about other maps."""
+    (place / "torch.py").unlink()  # the real script says what they stand for
     got = told(place, PRESET="partial_random", SELECTIVE_FREEZE=1)
     assert not [name for name in got if name.startswith("MAP_")]
     assert got["SELECTIVE_FREEZE"] == "1"
@@ -179,7 +191,8 @@ def test_what_is_wrong_is_said_in_one_line(place):
 
 def test_the_default_run_cut_short(place):
     """The real script: it trains, exports and scores, and the log says by which settings."""
-    shutil.copy(ROOT / "train_gpt.py", place)
+    shutil.copy(SCRIPT, place)
+    (place / "torch.py").unlink()
     tiny = {
         "NUM_LAYERS": 2,
         "TRAIN_BATCH_TOKENS": 512,
