@@ -174,7 +174,7 @@ def become(request: Mapping) -> None:
 
 
 def leave_network() -> None:
-    """Go on in namespaces of its own: without network interfaces, as the same user."""
+    """Go on in namespaces of its own: without network interfaces, as root of the namespace."""
     user, group = os.getuid(), os.getgid()
     if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET):
         raise OSError("the system lets no user leave the network")
@@ -198,8 +198,11 @@ def run_script() -> int:
             print(ended.code, file=sys.stderr)
             return 1
         return ended.code or 0
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
         return 1
     return 0
 
