@@ -20,7 +20,7 @@ from typing import NamedTuple
 from common import t
 
 FACTORS = (1.4, 1.0, 0.7)  # divide both clip sigmas: a scale becomes finer
-LOSSES = (1.5e-9, 3e-9, 5e-9, 8e-9, 12e-9)
+LOSSES = (1e-9, 1.5e-9, 3e-9, 5e-9, 8e-9, 12e-9)
 
 
 class Point(NamedTuple):
