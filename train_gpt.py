@@ -1137,7 +1137,10 @@ def tensors_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Return the bytes that a module's learned tensors take in the artifact before compression."""
+    """Return the bytes that a module's learned tensors take in the artifact before compression.
+
+    Scales of columns are not counted: calibration decides which matrices have them.
+    """
     total = 0
     for role, tensors in tensors_by_role(module).items():
         for p in tensors.values():
