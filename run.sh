@@ -105,7 +105,7 @@ END
 }
 
 if [ "${1:-}" = test ]; then
-    setup "$root/requirements.txt" "$root/tests/requirements.txt"
+    setup "$root/requirements.txt" "$root/tools/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
     # Two at a time; tests of one file share what they need, so one process runs the whole file. The
     # files whose tests wait for processes of their own come first (tests/conftest.py).
