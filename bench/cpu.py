@@ -100,13 +100,10 @@ def time_step(options: argparse.Namespace, dtype: str) -> None:
 
 
 def step_seconds(options: argparse.Namespace, sides: Mapping[str, Process]) -> dict[str, float]:
-    """Return side -> median seconds of a step; the sides' processes take turns.
-
-    In a smoke run the last side stands for all: a process takes seconds to start.
-    """
+    """Return side -> median seconds of a step; the sides' processes take turns."""
     times = {name: [] for name in sides}
     for _ in range(1 if options.smoke else 3):
-        for name, side in list(sides.items())[-1 if options.smoke else 0 :]:
+        for name, side in sides.items():
             command = f"import argparse, cpu; cpu.time_step(argparse.{options}, {side.dtype!r})"
             output = subprocess.check_output(
                 [sys.executable, "-c", command],
@@ -115,7 +112,7 @@ def step_seconds(options: argparse.Namespace, sides: Mapping[str, Process]) -> d
                 cwd=common.ROOT / "bench",
             )
             times[name].append(float(output))
-    return {name: statistics.median(times[name] or times[[*sides][-1]]) for name in sides}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def allocator(options: argparse.Namespace) -> list[Row]:
