@@ -596,8 +596,8 @@ def disturb_rank(site: Site, mode: str, step: int, rank: int) -> tuple[str, list
     elif mode != "restarted" and (code == 0 or "error: " not in said or has_trace):
         problems.append(f"exit code {code}, and says: {said}")
     problems += loads(folder)
-    if not is_finished:  # one process may go on where two had been
-        problems += ends_by_itself(site, settings, () if mode == "stopped" else launcher)
+    if not is_finished:
+        problems += ends_by_itself(site, settings, launcher)
     return f"rank {rank} {mode}", problems or scores_near(site, folder), seconds
 
 
@@ -612,10 +612,7 @@ def workers_of(attempt: Attempt) -> list[int]:
 
 
 def ends_by_itself(site: Site, settings: dict, launcher: Sequence[str]) -> list[str]:
-    """Continue a run of several processes; return a problem if it fails.
-
-    Without a launcher, one process does.
-    """
+    """Continue a run of several processes; return a problem if it fails."""
     again = site.start(settings, launcher=launcher)
     code = again.end()
     return [f"continuing it ended with {code}: {again.errors[-600:]}"] if code else []

@@ -289,6 +289,12 @@ def refusal(settings: dict, **options: Any) -> str:
     return result.stderr
 
 
+def nothing_lost(tally: Any, injected: int) -> None:
+    """Assert that so many faults at least of a faults.Tally were injected, and all survived."""
+    assert tally.lost == []
+    assert tally.survived == tally.injected >= injected
+
+
 def tool_refusal(capsys: Any, main: Callable[[list[str]], int], *arguments: object) -> str:
     """Return the one line of a tool's call that must fail and write nothing."""
     code = main([str(argument) for argument in arguments])

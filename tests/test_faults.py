@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from bench import faults
+from helpers import nothing_lost
 
 LARGER = 0.1  # fraction of the campaign behind the marker
 
@@ -26,11 +27,6 @@ LARGER = 0.1  # fraction of the campaign behind the marker
 def site(corpus, tmp_path_factory):
     """Where the runs lie; the undisturbed run, and one killed in training, are made once."""
     return faults.Site(tmp_path_factory.mktemp("faults"), corpus, forks=True)
-
-
-def nothing_lost(tally: faults.Tally, injected: int) -> None:
-    assert tally.lost == []
-    assert tally.survived == tally.injected >= injected
 
 
 # ---- Processes ---------------------------------------------------------------------------------

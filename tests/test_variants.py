@@ -600,7 +600,7 @@ def test_a_fresh_process_evaluates_an_artifact_from_its_bytes(trained, evaluator
     ],
 )
 def test_a_fresh_process_refuses_an_artifact_of_another_variant(evaluator, name, other, named):
-    message = refusal(evaluator(name) | other)
+    message = refusal(evaluator(name) | other, fresh=True)
     for word in ["has other settings", *named]:
         assert word in message
 
