@@ -3501,6 +3501,8 @@ class SensitivityQuantizer(Quantizer):
         """Return the exponents of the rows of a parameter w (rows, columns), (rows,) uint8."""
         curvature = gain * self.sensitivities[w].double()
         scale = (24 * self.loss_per_value / curvature.clamp(min=1e-30)).sqrt()
+        # Rows that matter alike take the next exponent one by one: the bytes change smoothly.
+        scale = scale * torch.exp2((0.618 * torch.arange(len(w), device=w.device) % 1 - 0.5) / 8)
         largest = (w.double() / column_scales).abs().amax(-1)
         finest = 1.2 * largest / self.largest  # nothing is clipped, whatever GPTQ adds to it
         return scale_exponents(scale.maximum(finest) * (largest > 0))
@@ -3752,7 +3754,8 @@ def byte_planes(parts: list[Tensor]) -> bytes:
 
 
 def compress(block: bytes, quality: int) -> bytes:
-    return brotli.compress(block, quality=quality, lgwin=24)
+    # With blocks of 1 MiB, not brotli's choice, like codes take like bytes: TARGET_BYTES needs it.
+    return brotli.compress(block, quality=quality, lgwin=24, lgblock=20)
 
 
 def write_artifact(
@@ -3980,18 +3983,22 @@ def solve_for_bytes(
     """
     tried: list[Artifact] = []
     octaves = [i / 100 for i in range(-600, 600)]
+    estimated = estimate(loss)
     for _ in range(6):
-        tried.append(build(loss))
-        size = len(tried[-1].blob)
+        artifact = build(loss)
+        tried.append(artifact)
+        size = len(artifact.blob)
         if 0.995 * target <= size <= target:
             break
-        estimated = estimate(loss)
-        # Aim at the middle of the interval; the ratio of estimate and size hardly changes.
-        wanted = estimated * 0.9975 * target / size
+        # Aim at the middle of the interval. Scales change the bytes of codes alone, and these
+        # stay in proportion to their estimate.
+        codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
+        wanted = estimated * (1 + (0.9975 * target - size) / codes)
         # More loss means fewer bytes, and bisect needs a rising key: hence the minus signs.
         step = bisect.bisect(octaves, -wanted, key=lambda octave: -estimate(loss * 2**octave))
         loss *= 2 ** (step / 100 - 6)
-        if estimate(loss) == estimated:
+        before, estimated = estimated, estimate(loss)
+        if estimated == before:
             break
     tried.sort(key=lambda artifact: len(artifact.blob))
     fitting = [artifact for artifact in tried if len(artifact.blob) <= target]

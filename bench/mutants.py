@@ -909,6 +909,18 @@ MUTANTS: dict[str, list[Mutant]] = {
             "late QAT trains no quantized weights",
             f"{EFFECT}[late_qat_threshold]",
         ),
+        Mutant(
+            "estimated * (1 + (0.9975 * target - size) / codes)",
+            "estimated * 0.9975 * target / size",
+            "TARGET_BYTES is missed where most bytes are bits",
+            "quantization::test_the_solver_lands_within_half_a_percent_under_the_target",
+        ),
+        Mutant(
+            "(0.618 * torch.arange(len(w), device=w.device) % 1 - 0.5)",
+            "(0 * torch.arange(len(w), device=w.device))",
+            "bytes jump from one scale to the next, and TARGET_BYTES is missed",
+            "quantization::test_rows_that_matter_alike_take_the_next_scale_one_by_one",
+        ),
     ],
     "Artifact": [
         Mutant(
