@@ -3972,7 +3972,7 @@ def solve_for_bytes(
 ) -> Artifact:
     """Return the largest artifact found of up to `target` bytes, else the smallest one found.
 
-    The search ends within 0.5% under the target, after six artifacts, or where other scales give
+    The search ends within 0.5% under the target, after eight artifacts, or where other scales give
     the same codes.
 
     Args:
@@ -3983,13 +3983,18 @@ def solve_for_bytes(
     """
     tried: list[Artifact] = []
     octaves = [i / 100 for i in range(-600, 600)]
+    too_low, high_enough = 0.0, math.inf  # losses, by the artifacts that are tried
     estimated = estimate(loss)
-    for _ in range(6):
+    for _ in range(8):
         artifact = build(loss)
         tried.append(artifact)
         size = len(artifact.blob)
         if 0.995 * target <= size <= target:
             break
+        if size > target:
+            too_low = loss
+        else:
+            high_enough = loss
         # Aim at the middle of the interval. Scales change the bytes of codes alone, and these
         # stay in proportion to their estimate.
         codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
@@ -3997,6 +4002,8 @@ def solve_for_bytes(
         # More loss means fewer bytes, and bisect needs a rising key: hence the minus signs.
         step = bisect.bisect(octaves, -wanted, key=lambda octave: -estimate(loss * 2**octave))
         loss *= 2 ** (step / 100 - 6)
+        if 0 < too_low < high_enough < math.inf and not too_low < loss < high_enough:
+            loss = math.sqrt(too_low * high_enough)
         before, estimated = estimated, estimate(loss)
         if estimated == before:
             break

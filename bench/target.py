@@ -34,7 +34,7 @@ def main() -> None:
     factors = {
         "type": float,
         "nargs": "+",
-        "default": [0.8, 1.0, 1.2],
+        "default": [0.8, 0.9, 1.1, 1.2],
         "help": "of the codes' bytes",
     }
     names = {"nargs": "*", "default": [], "help": "presets of presets/cpu"}

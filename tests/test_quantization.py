@@ -662,6 +662,20 @@ def test_the_solver_lands_within_half_a_percent_under_the_target(target, bits):
     assert len(calls) <= 4
 
 
+def jumping(loss: float) -> train_gpt.Artifact:
+    """Return an artifact that takes 150 bytes more if rounding costs less than 1e-8."""
+    smooth = packed_at(loss)
+    codes = smooth.sizes["weight codes"] + 150 * (loss < 1e-8)
+    return smooth._replace(blob=b"0" * codes, sizes={"weight codes": codes})
+
+
+@pytest.mark.parametrize("target", [3990, 4010, 4155, 4175])
+@pytest.mark.parametrize("begin", [1e-9, 0.999e-8, 1.001e-8, 1e-7])
+def test_the_solver_meets_a_target_beside_a_jump_of_the_bytes(target, begin):
+    packed = train_gpt.solve_for_bytes(jumping, estimate, target, begin)
+    assert 0.995 * target <= len(packed.blob) <= target
+
+
 def test_a_target_that_no_scale_reaches_gives_the_smallest_there_is():
     assert len(train_gpt.solve_for_bytes(packed_at, estimate, 50, 1e-8).blob) == 100
 
