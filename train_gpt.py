@@ -319,7 +319,7 @@ class Hyperparameters:
     )
     target_bytes: int = setting(0, "bytes of code and model; sets LOSS_PER_VALUE; 0: off")
     gptq_calib_batches: int = setting(
-        8, "calibration batches of 8,192 training tokens; 0: neither GPTQ nor sensitivity"
+        5, "calibration batches of 8,192 training tokens; 0: neither GPTQ nor sensitivity"
     )
     prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
     artifact_limit_bytes: int = setting(16_000_000, "most bytes of code and model together", 1)
