@@ -3983,7 +3983,7 @@ def solve_for_bytes(
     """
     tried: list[Artifact] = []
     octaves = [i / 100 for i in range(-600, 600)]
-    too_low, high_enough = 0.0, math.inf  # losses, by the artifacts that are tried
+    low, high = 0.0, math.inf  # losses between which the answer lies
     estimated = estimate(loss)
     for _ in range(8):
         artifact = build(loss)
@@ -3992,9 +3992,9 @@ def solve_for_bytes(
         if 0.995 * target <= size <= target:
             break
         if size > target:
-            too_low = loss
+            low = loss
         else:
-            high_enough = loss
+            high = loss
         # Aim at the middle of the interval. Scales change the bytes of codes alone, and these
         # stay in proportion to their estimate.
         codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
@@ -4002,8 +4002,8 @@ def solve_for_bytes(
         # More loss means fewer bytes, and bisect needs a rising key: hence the minus signs.
         step = bisect.bisect(octaves, -wanted, key=lambda octave: -estimate(loss * 2**octave))
         loss *= 2 ** (step / 100 - 6)
-        if 0 < too_low < high_enough < math.inf and not too_low < loss < high_enough:
-            loss = math.sqrt(too_low * high_enough)
+        if low and high < math.inf and not low < loss < high:  # the bytes jump between them
+            loss = math.sqrt(low * high)
         before, estimated = estimated, estimate(loss)
         if estimated == before:
             break
