@@ -4912,7 +4912,7 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         raise UserError(f"preflight, {stage}: {error} (before training)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
-    exports = 3 if h.target_bytes else 1  # solve_for_bytes makes two or three, at most six
+    exports = 3 if h.target_bytes else 1  # solve_for_bytes makes two to five, at most eight
     return exports * export_seconds + choice_seconds
 
 
