@@ -4912,7 +4912,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         raise UserError(f"preflight, {stage}: {error} (before training)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
-    exports = 3 if h.target_bytes else 1  # solve_for_bytes makes two to five, at most eight
+    # solve_for_bytes makes two to five artifacts, at most eight, but they share one calibration.
+    exports = 3 if h.target_bytes else 1
     return exports * export_seconds + choice_seconds
 
 

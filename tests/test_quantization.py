@@ -690,11 +690,11 @@ def test_a_target_that_no_scale_fills_gives_the_largest_there_is():
 
 def test_rows_that_matter_alike_take_the_next_scale_one_by_one():
     w = parameter(64, 8)
-    sizes = []
+    sums = []
     for loss in np.logspace(-3, -2.9, 9):
         quantizer = by_sensitivity(w, torch.ones(64).double(), loss)
-        sizes.append(quantizer.exponents(w).sum().item())
-    steps = np.diff(sizes)
+        sums.append(quantizer.exponents(w).sum().item())
+    steps = np.diff(sums)
     assert (steps > 0).all()
     assert (steps < 32).all()
 
