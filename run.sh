@@ -17,7 +17,8 @@ fail() {
     exit 1
 }
 
-# Install requirement files into .venv, again only when their content has changed.
+# Install requirement files into .venv, again only when their content has changed. Python compiles a
+# module when it imports it: to compile all that is installed would take half a minute.
 setup() {
     local stamp=$venv/.installed python=${PYTHON:-python3} file key
     if [ ! -x "$venv/bin/python" ]; then
@@ -30,8 +31,8 @@ setup() {
         key=$(cksum <"$file")
         if ! grep -qsxF "$key" "$stamp"; then
             echo "installing $file"
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file" ||
-                fail "cannot install $file; is the package index reachable?"
+            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+                -r "$file" || fail "cannot install $file; is the package index reachable?"
             echo "$key" >>"$stamp"
         fi
     done

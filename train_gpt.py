@@ -319,7 +319,7 @@ class Hyperparameters:
     )
     target_bytes: int = setting(0, "bytes of code and model; sets LOSS_PER_VALUE; 0: off")
     gptq_calib_batches: int = setting(
-        5, "calibration batches of 8,192 training tokens; 0: neither GPTQ nor sensitivity"
+        5, "calibration batches of up to 8,192 training tokens; 0: neither GPTQ nor sensitivity"
     )
     prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
     artifact_limit_bytes: int = setting(16_000_000, "most bytes of code and model together", 1)
@@ -3671,7 +3671,7 @@ def calibration_batches(
     h: Hyperparameters, dist: Distributed, data: TrainingData, step: int
 ) -> Iterator[Tensor]:
     """Yield this process's calibration tokens (n, T), which training would have read next."""
-    size = max(1, 8192 // h.train_seq_len)  # sequences of a batch
+    size = max(1, min(8192, h.train_batch_tokens) // h.train_seq_len)  # sequences of a batch
     first = step * (h.train_batch_tokens // h.train_seq_len)
     rounds = -(-h.gptq_calib_batches // dist.world_size)
     for i in range(dist.rank, rounds * dist.world_size, dist.world_size):

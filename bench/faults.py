@@ -85,7 +85,6 @@ VARIANTS = {
 }
 USUAL = "everything"  # what is used where one is enough
 MODEL_BUILT = r"^\S+ trained and "  # a line of the log
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @dataclasses.dataclass
@@ -225,9 +224,10 @@ class Attempt:
         script = [__file__, "--fault", *map(str, fault)] if fault else [str(helpers.SCRIPT)]
         environment = helpers.environment(settings)
         self.began = time.monotonic()
-        if site.forks and not (launcher or wrap or fresh):
+        if site.forks and not (wrap or fresh):
             server = helpers.fork_server()
-            self.process = server.start(script, environment, site.folder, self.paths, file_limit)
+            words = helpers.forked_words(launcher, script)
+            self.process = server.start(words, environment, site.folder, self.paths, file_limit)
             return
         limit = functools.partial(
             resource.setrlimit, resource.RLIMIT_FSIZE, (file_limit, file_limit)
@@ -573,7 +573,7 @@ def ranks(
 
 def disturb_rank(site: Site, mode: str, step: int, rank: int) -> tuple[str, list[str], float]:
     """Disturb one of two processes after a step; return what, the problems, and seconds."""
-    launcher = TWO_PROCESSES + (("--max-restarts=1",) if mode == "restarted" else ())
+    launcher = helpers.TWO_PROCESSES + (("--max-restarts=1",) if mode == "restarted" else ())
     settings = site.settings(USUAL) | {"TIMEOUT_SECONDS": 10}
     folder = site.runs / settings["RUN_ID"]
     attempt = site.start(settings, launcher=launcher)
@@ -606,7 +606,8 @@ def workers_of(attempt: Attempt) -> list[int]:
     workers = []
     for pid in sorted(descendants(attempt.process.pid)):
         with contextlib.suppress(OSError):
-            if b"train_gpt.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"train_gpt.py" in command or b"forking.py" in command:  # forks keep its command
                 workers.append(pid)
     return workers
 

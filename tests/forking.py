@@ -32,6 +32,7 @@ from pathlib import Path
 IMPORTED = (
     "torch",
     "torch._dynamo",  # the first optimizer imports it
+    "torch.distributed.run",
     "brotli",
     "numpy",
     "sentencepiece",

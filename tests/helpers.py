@@ -217,6 +217,16 @@ def fork_server() -> forking.ForkServer:
     return server
 
 
+TORCHRUN = ("-m", "torch.distributed.run")
+TWO_PROCESSES = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+
+
+def forked_words(launcher: Sequence[str], words: Sequence[object]) -> list[object]:
+    """Return what the fork server runs in place of a launcher of a script with its arguments."""
+    assert launcher[:2] in ((), TORCHRUN), launcher
+    return [ROOT / "tests" / "torchrun.py", *launcher[2:], *words] if launcher else [*words]
+
+
 def start(
     settings: dict,
     launcher: Sequence = (),
@@ -227,10 +237,12 @@ def start(
 ) -> subprocess.Popen | forking.ForkedProcess:
     """Start a process of the script, or of a launcher of it, and do not wait for it.
 
-    It is a fork of one that has imported torch, unless a launcher or `fresh` wants an interpreter.
+    It is a fork of one that has imported torch, as are a launcher's workers, unless `fresh` wants
+    new interpreters.
     """
-    if not launcher and not fresh:
-        return fork_server().start([script, *arguments], environment(settings), cwd)
+    if not fresh:
+        words = forked_words(launcher, [script, *arguments])
+        return fork_server().start(words, environment(settings), cwd)
     return subprocess.Popen(
         [sys.executable, *launcher, str(script), *arguments],
         env=environment(settings),

@@ -986,10 +986,14 @@ def test_a_rebuilt_model_has_a_table_of_angles_as_long_as_this_runs_windows(
 
 
 def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exported, processes):
-    """Their text is what training would have read next, here after 3 steps."""
+    """Their text is what training would have read next, here after 3 steps.
+
+    A batch has as many tokens as a training batch, up to 8,192.
+    """
     blob, model, h = exported
     _, tensors = train_gpt.read_artifact(blob)
-    read, size = 3 * h.train_batch_tokens // h.train_seq_len, 8192 // h.train_seq_len
+    size = h.train_batch_tokens // h.train_seq_len
+    read = 3 * size
     rows = train_gpt.TrainingData(h).sequences(read, h.gptq_calib_batches * size)
     batches = list(rows[:, :-1].split(size))
     calibration = train_gpt.calibrate(h, model, processes, batches)
@@ -1003,6 +1007,15 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exporte
     nearest = quantizers[Role.MATRIX].quantize(model.blocks[3].mlp.proj.lora.B).dequantize()
     assert not torch.equal(tensors["blocks.3.mlp.proj.lora.B"], nearest)
     assert torch.equal(tensors["skip_weights"], model.skip_weights.half().float())
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(256, 256), (16_384, 8192)])
+def test_a_calibration_batch_is_no_larger_than_a_training_batch(
+    data_settings, processes, tokens, expected
+):
+    h = data_settings(train_batch_tokens=tokens, gptq_calib_batches=2)
+    batches = [*train_gpt.calibration_batches(h, processes, train_gpt.TrainingData(h), 0)]
+    assert [batch.numel() for batch in batches] == [expected] * 2
 
 
 def levels(values: torch.Tensor) -> int:

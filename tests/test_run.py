@@ -28,6 +28,8 @@ from helpers import (
     ROOT,
     SCRIPT,
     TINY,
+    TORCHRUN,
+    TWO_PROCESSES,
     environment,
     finish,
     read_shard,
@@ -38,8 +40,6 @@ from helpers import (
     write_shard,
 )
 
-TORCHRUN = ("-m", "torch.distributed.run")
-TWO_PROCESSES = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 LOSSES = re.compile(
     r"^step:(\d+)/(\d+) train_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:\d+\.\d+ms$", re.M
 )
@@ -499,7 +499,7 @@ def test_two_processes_train_as_one(base, runs):
     """
     exact = base | {"LATE_QAT_THRESHOLD": 0}
     run_well(exact | {"RUN_ID": "one"})
-    run_well(exact | {"RUN_ID": "two"}, launcher=TWO_PROCESSES)
+    run_well(exact | {"RUN_ID": "two"}, launcher=TWO_PROCESSES, fresh=True)
     same_training(runs / "two", runs / "one", steps=20)
     ours, theirs = weights_of(runs / "two"), weights_of(runs / "one")
     for name, weight in theirs.items():

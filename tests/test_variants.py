@@ -14,7 +14,7 @@ import torch
 
 import train_gpt
 from bench.faults import Container
-from helpers import TINY, refusal, run_well
+from helpers import TINY, TWO_PROCESSES, refusal, run_well
 
 VARIANT = TINY | {
     "NUM_LAYERS": 3,
@@ -607,8 +607,8 @@ def test_a_fresh_process_refuses_an_artifact_of_another_variant(evaluator, name,
 
 def test_two_processes_freeze_as_one(trained, described, tmp_path):
     """Each takes one of the two micro-batches of a step: sums of two, in any order."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    run_well(described("system-d") | {"OUTPUT_DIR": tmp_path, "RUN_ID": "two"}, launcher=launcher)
+    own = {"OUTPUT_DIR": tmp_path, "RUN_ID": "two"}
+    run_well(described("system-d") | own, launcher=TWO_PROCESSES)
     assert "frozen_maps:3" in (tmp_path / "two" / "train.log").read_text(encoding="utf-8")
     blob = (tmp_path / "two" / "model.int6.ptz").read_bytes()
     assert stored_groups(blob) == stored_groups(trained("system-d").blob)

@@ -1,0 +1,34 @@
+"""torchrun whose workers are forks of it, for a fork of tests/forking.py, which has imported torch.
+
+Everything else is torchrun: arguments, rendezvous, restarts, signals, exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import forking
+from torch.distributed import run
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def work(*words: str) -> None:
+    """Run the script in a worker; `words` are what torchrun would give to a new interpreter."""
+    sys.argv = [word for word in words if word != "-u"]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    leave_at_once, os._exit = os._exit, sys.exit  # torchrun waits for what this function returns
+    code = forking.run_script()
+    os._exit = leave_at_once
+    if code:
+        sys.exit(code)
+
+
+def launch(config: LaunchConfig, entrypoint: str) -> elastic_launch:
+    config.start_method = "fork"
+    return elastic_launch(config, work)
+
+
+run.elastic_launch = launch
+run.main()
