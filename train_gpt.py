@@ -48,8 +48,8 @@ Where to look:
     A map's seed: MapTable.spec adds MAP_SEED, MAP_SEED_STRIDE * layer, SEED_OFFSETS[kind] and
         1,000,000 * ensemble member. generate_map turns the seed into the matrix.
     A LoRA factor (Role.FACTOR): Muon updates it (Optimizers), WeightAverages averages it,
-        Trainer.choose_candidate keeps its last value or an average, Calibration.quantizers says
-        how its scales are chosen, LoRA.quantize rounds it by GPTQ, write_artifact compresses it.
+        Calibration.quantizers says how its scales are chosen, LoRA.quantize rounds it by GPTQ,
+        write_artifact compresses it, and export_best keeps its last value or an average.
     What a window scores: plan_windows. The first window scores all of its tokens, every later one
         only those that no earlier window scored: EVAL_STRIDE of them, or what is left at the end.
         With EVAL_MODE=streaming a window is a row of the stream, and all of it is scored once
@@ -4028,23 +4028,54 @@ def describe_codes(model: LanguageModel, artifact: Artifact) -> list[str]:
         loss = values * artifact.loss_per_value
         cells = (role.value, values, round(size), 8 * size / values, loss)
         lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
-    return lines
+    parts = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
+    return [*lines, f"artifact bytes: {parts}"]
+
+
+def describe_size(size: int) -> str:
+    """Return as text what code and a model of `size` bytes take together."""
+    return f"code {code_bytes():,} + model {size:,} = {code_bytes() + size:,} bytes"
+
+
+def log_size(run: Run, kind: str, size: int) -> None:
+    """Log what code and a model of `size` bytes take, as a part of the limit, too."""
+    limit = run.h.artifact_limit_bytes
+    share = (code_bytes() + size) / limit
+    run.log(f"{kind} {describe_size(size)}, {share:.1%} of {limit:,}")
+
+
+def largest_model(h: Hyperparameters) -> int:
+    """Return the most bytes that a model may take beside the code."""
+    limit = h.artifact_limit_bytes
+    return min(h.target_bytes or limit, limit) - code_bytes()
+
+
+def check_size(h: Hyperparameters, size: int) -> None:
+    """Raise UserError if code and a model of `size` bytes are over TARGET_BYTES or the limit."""
+    if size <= largest_model(h):
+        return
+    if h.target_bytes and code_bytes() + size > h.target_bytes:
+        raise UserError(
+            f"{describe_size(size)}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
+            " use a smaller rank or width"
+        )
+    raise UserError(
+        f"{describe_size(size)}, over the limit of {h.artifact_limit_bytes:,}; EXPORT_ONLY=1"
+        " CHECKPOINT_PATH=…/checkpoint.pt and TARGET_BYTES, or a smaller rank or width"
+    )
 
 
 def export(
     run: Run, model: LanguageModel, data: TrainingData, step: int, trial: bool = False
-) -> bytes:
-    """Return the artifact of the model, on every process.
+) -> tuple[bytes, str]:
+    """Return the artifact of the model and a description of its parts, on every process.
 
     Args:
         run: settings, processes, log and tokenizer.
         model: the model to export.
         data: training text for the calibration.
         step: the training steps that are done; calibration text comes after theirs.
-        trial: for the preflight; scales by RMS, and the limit of bytes does not apply.
-
-    Raises:
-        UserError: the artifact is over ARTIFACT_LIMIT_BYTES or TARGET_BYTES.
+        trial: for the preflight; scales by RMS, without TARGET_BYTES.
     """
     h, dist = run.h, run.dist
     batches = list(calibration_batches(h, dist, data, step))
@@ -4070,37 +4101,10 @@ def export(
 
     start = h.loss_per_value if calibration.sensitivities else math.nan
     if h.target_bytes and not trial:
-        target = h.target_bytes - code_bytes()
-        artifact = solve_for_bytes(build, estimate, target, start)
+        artifact = solve_for_bytes(build, estimate, largest_model(h), start)
     else:
         artifact = build(start)
-    run.log("\n".join(describe_codes(model, artifact)))
-    log_sizes(run, artifact, trial)
-    return dist.broadcast_object(artifact.blob)
-
-
-def log_sizes(run: Run, artifact: Artifact, trial: bool) -> None:
-    """Log what the artifact's parts take. UserError if it is over a limit, except in a trial."""
-    h = run.h
-    total = code_bytes() + len(artifact.blob)
-    limit = h.artifact_limit_bytes
-    kind = "projected artifact" if trial else "artifact"
-    text = f"code {code_bytes():,} + model {len(artifact.blob):,} = {total:,} bytes"
-    parts = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
-    run.log(f"{kind} bytes: {parts}")
-    run.log(f"{kind} {text}, {total / limit:.1%} of {limit:,}")
-    if trial:
-        return
-    if h.target_bytes and total > h.target_bytes:
-        raise UserError(
-            f"{text}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
-            " use a smaller rank or width"
-        )
-    if total > limit:
-        raise UserError(
-            f"{text}, over the limit of {limit:,}; EXPORT_ONLY=1 CHECKPOINT_PATH=…/checkpoint.pt"
-            " and TARGET_BYTES, or a smaller rank or width"
-        )
+    return dist.broadcast_object((artifact.blob, "\n".join(describe_codes(model, artifact))))
 
 
 def rebuild_model(
@@ -4287,7 +4291,7 @@ class Checkpoint:
     model: dict[str, Any]  # the settings that the model depends on
     fingerprint: str  # of its random maps
     weights: dict[str, Tensor]
-    training: dict[str, Any]  # state of the trainer; empty once training is finished
+    training: dict[str, Any]  # state of the trainer; once training is finished, the candidates
     metrics: dict[str, Any]  # of the finished training
     finished: bool
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: VERSIONS)
@@ -4758,11 +4762,12 @@ class Trainer:
         self.log_metrics(val_loss=loss, val_bpb=bpb, adapter_ratios=ratios)
         return {"val_loss_before": loss, "val_bpb_before": bpb}
 
-    def choose_candidate(self) -> dict[str, float]:
-        """Leave in the model the candidate that does best on held-out training text.
+    def rank_candidates(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+        """Score the candidates on held-out training text, and leave the best in the model.
 
         Returns:
-            The loss of each candidate. UserError if none is finite.
+            Candidate -> parameter name -> values, the best candidate first, without those whose
+            loss is not finite; and the loss of each. UserError if none is finite.
         """
         params = [p.detach() for p in self.optimizers.params]
         candidates = self.averages.candidates()
@@ -4771,26 +4776,28 @@ class Trainer:
         for name, weights in candidates.items():
             torch._foreach_copy_(params, weights)
             losses[name] = self.loss_on(tokens)
-        best = min(losses, key=lambda name: (math.isnan(losses[name]), losses[name]))
-        if not math.isfinite(losses[best]):
+        ranked = sorted(filter(lambda name: math.isfinite(losses[name]), losses), key=losses.get)
+        if not ranked:
             problem = f"the trained weights' loss is not finite: {losses}"
             raise UserError(f"{problem}; lower the learning rates")
-        torch._foreach_copy_(params, candidates[best])
+        torch._foreach_copy_(params, candidates[ranked[0]])
         text = " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items())
         by_steps = self.step >= self.clock.iterations
         ended_by = "ITERATIONS" if by_steps else "MAX_WALLCLOCK_SECONDS"
         end = f"ended_by:{ended_by} lr_scale:{self.lr_scale:.3f}"
-        self.run.log(f"average {text} exported:{best} {end}")
-        return losses
+        self.run.log(f"average {text} best:{ranked[0]} {end}")
+        names = self.optimizers.names.values()
+        by_name = {name: dict(zip(names, candidates[name], strict=True)) for name in ranked}
+        return by_name, losses
 
-    def finish(self) -> dict[str, Any]:
-        """Choose what is exported, validate it, and return the metrics of the training."""
+    def finish(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Rank the candidates and validate the best; return metrics, and rank_candidates' own."""
         seconds = self.clock.elapsed
         tokens = self.h.train_batch_tokens * self.step
         began = time.perf_counter()
-        losses = self.choose_candidate()
+        candidates, losses = self.rank_candidates()
         choice_seconds = time.perf_counter() - began
-        return {
+        metrics = {
             "steps": self.step,
             "train_seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / max(seconds, 1e-9)),
@@ -4798,6 +4805,7 @@ class Trainer:
             **self.validate(),
             **{f"holdout_loss_{name}": loss for name, loss in losses.items()},
         }
+        return metrics, candidates
 
     # -- Saving and restoring
 
@@ -4890,7 +4898,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
             nn.init.normal_(p, std=0.02)  # codes of zeros would compress to nothing
     stage = "export"
     try:
-        blob = export(run, trial, data, 0, trial=True)
+        blob, _ = export(run, trial, data, 0, trial=True)
+        log_size(run, "projected artifact", len(blob))
         export_seconds = time.perf_counter() - began
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
@@ -4901,7 +4910,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         stage = "choice of the candidate"
         start = time.perf_counter()
         evaluate(rebuilt, data.held_out_stream(), h, dist, h.eval_seq_len)
-        choice_seconds = 3 * (time.perf_counter() - start)  # there are up to three
+        # There are up to three candidates, and the artifact of one.
+        choice_seconds = 4 * (time.perf_counter() - start)
         stage = "disk"
         # Per value: weight 4, optimizer up to 8, EMA 4, SWA 4 bytes, and 4 of a teacher.
         value_bytes = 20 + 4 * h.self_distill
@@ -5009,8 +5019,8 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
 
 def train_model(
     run: Run, model: LanguageModel, data: TrainingData, saved: Checkpoint | None
-) -> dict[str, Any]:
-    """Train the model, or the rest of what a checkpoint began; return the metrics."""
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Train the model, or the rest of what a checkpoint began; return Trainer.finish's result."""
     teacher = None if run.h.export_only else load_teacher(run)
     trainer = Trainer(run, model, data, teacher)
     if not run.h.export_only:
@@ -5027,27 +5037,82 @@ def train_model(
     return trainer.finish()
 
 
+def export_best(
+    run: Run,
+    model: LanguageModel,
+    data: TrainingData,
+    candidates: Mapping[str, Mapping[str, Tensor]],
+    step: int,
+    seconds: float,
+) -> tuple[bytes, dict[str, Any]]:
+    """Return the artifact whose loss on held-out training text is the least, and its metrics.
+
+    Rounding to few bits harms averages of the weights less than the last ones
+    (bench/results/quantize.md), so the order of the candidates may change.
+
+    Args:
+        run: settings, processes, log and tokenizer.
+        model: receives the values of each candidate, and keeps those of the last artifact.
+        data: training text, for calibration and held-out.
+        candidates: candidate -> parameter name -> values. The first is exported in any case.
+        step: the training steps that are done.
+        seconds: what all exports may take.
+    """
+    tokens = data.held_out_stream()
+    exported: dict[str, tuple[bytes, str]] = {}
+    scores: dict[str, tuple[bool, bool, float]] = {}  # too large, not finite, held-out loss
+    for name, weights in candidates.items():
+        began = time.perf_counter()
+        with untrusted_input(f"the candidate {name}"):
+            model.load_state_dict(weights)
+        exported[name] = blob, _ = export(run, model, data, step)
+        model.load_state_dict(read_artifact(blob)[1])
+        loss = evaluate(model, tokens, run.h, run.dist, run.h.eval_seq_len)
+        scores[name] = len(blob) > largest_model(run.h), not math.isfinite(loss), loss
+        run.log(f"quantized {name}:{loss:.4f} model {len(blob):,} bytes")
+        (took,), _ = run.dist.sync_from_rank0(time.perf_counter() - began)
+        seconds -= took
+        if seconds < 1.25 * took:  # the next one may take a little longer
+            break
+    best = min(scores, key=scores.get)
+    blob, parts = exported[best]
+    run.log(f"exported:{best}\n{parts}")
+    log_size(run, "artifact", len(blob))
+    check_size(run.h, len(blob))
+    losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
+    return blob, {"candidate": best, **losses}
+
+
 def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[str, Any]]:
     """Return the artifact of a new model or of a checkpoint, and the run's metrics."""
-    data = TrainingData(run.h)
+    h = run.h
+    data = TrainingData(h)
     model = prepare_model(run, saved)
     counts = log_start(run, model)
     is_finished = saved is not None and saved.finished
-    metrics = saved.metrics if is_finished else counts | train_model(run, model, data, saved)
+    if is_finished:
+        metrics = saved.metrics
+        candidates = saved.training.get("candidates", {"last": saved.weights})
+    else:
+        metrics, candidates = train_model(run, model, data, saved)
+        metrics = counts | metrics
     # EXPORT_ONLY may have read a finished checkpoint from another folder.
     if not is_finished or not (run.folder / "checkpoint.pt").exists():
-        save_checkpoint(run, model, model.fingerprint(), {}, metrics)
+        save_checkpoint(run, model, model.fingerprint(), {"candidates": candidates}, metrics)
     run.stop.can_save = False
     _, stop = run.dist.sync_from_rank0(flag=run.stop.requested)
     if stop:
         continues = f"the same RUN_ID exports {run.folder}/checkpoint.pt"
         raise UserError(f"stopped by a signal; {continues}")
     began = time.perf_counter()
-    blob = export(run, model, data, metrics["steps"])
+    time_left = math.inf
+    if h.max_wallclock_seconds and not h.export_only:
+        time_left = h.max_wallclock_seconds - metrics["train_seconds"] - metrics["choice_seconds"]
+    blob, choice = export_best(run, model, data, candidates, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)
     seconds = time.perf_counter() - began + metrics["choice_seconds"]
-    return blob, metrics | {"export_seconds": round(seconds, 3)}
+    return blob, metrics | choice | {"export_seconds": round(seconds, 3)}
 
 
 def time_limit_exceeded(run: Run, metrics: Mapping[str, Any]) -> bool:

@@ -633,15 +633,15 @@ MUTANTS: dict[str, list[Mutant]] = {
             "quantization::test_swa_is_the_plain_mean_of_late_weights",
         ),
         Mutant(
-            "best = min(losses,",
-            "best = max(losses,",
-            "the worst of the averages is exported",
+            "losses), key=losses.get)",
+            "losses), key=lambda name: -losses[name])",
+            "the worst of the averages is validated, and exported first",
             "quantization::test_the_best_candidate_is_what_the_model_holds_after_the_choice",
         ),
         Mutant(
-            "        torch._foreach_copy_(params, candidates[best])",
+            "        torch._foreach_copy_(params, candidates[ranked[0]])",
             "        pass",
-            "the last average that was tried is exported, not the best",
+            "the last average that was tried is validated, not the best",
             "quantization::test_the_best_candidate_is_what_the_model_holds_after_the_choice",
         ),
         Mutant(
@@ -673,7 +673,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant(
             "exports * export_seconds + choice_seconds",
             "exports * export_seconds",
-            "the choice of the candidate goes over the time limit",
+            "the ranking of the candidates goes over the time limit",
             "training::test_a_preflight_estimates_the_export_and_the_choice",
         ),
         Mutant(
@@ -832,8 +832,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             f"{EFFECT}[prune_pct]",
         ),
         Mutant(
-            "target = h.target_bytes - code_bytes()",
-            "target = h.target_bytes",
+            "h.target_bytes or limit, limit) - code_bytes()",
+            "h.target_bytes or limit, limit)",
             "TARGET_BYTES leaves out the code",
             "quantization::test_target_bytes_are_met_by_an_export_or_refused",
         ),
@@ -972,16 +972,22 @@ MUTANTS: dict[str, list[Mutant]] = {
             "quantization::test_groups_are_byte_planes_packed_by_brotli",
         ),
         Mutant(
-            "    if total > limit:",
-            "    if False:",
+            "    check_size(run.h, len(blob))",
+            "    pass",
             "an artifact over the limit is submitted",
             "run::test_artifact_over_the_limit_is_refused_and_the_weights_stay",
         ),
         Mutant(
-            "if h.target_bytes and total > h.target_bytes:",
-            "if False:",
+            "h.target_bytes or limit, limit",
+            "limit, limit",
             "an artifact over TARGET_BYTES is written",
             "quantization::test_target_bytes_are_met_by_an_export_or_refused",
+        ),
+        Mutant(
+            "min(8192, h.train_batch_tokens) //",
+            "8192 //",
+            "the calibration of a small run takes longer than its training",
+            "quantization::test_a_calibration_batch_is_no_larger_than_a_training_batch",
         ),
     ],
     "Evaluation": [
@@ -1136,8 +1142,45 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant(
             ' + metrics["choice_seconds"]',
             "",
-            "the choice of the candidate is not counted",
+            "the ranking of the candidates is not counted",
             "training::test_the_export_counts_from_the_end_of_training",
+        ),
+        Mutant(
+            "best = min(scores, key=scores.get)",
+            "best = next(iter(scores))",
+            "at few bits the artifact is not the best that there is",
+            "quantization::test_the_best_artifact_is_exported_whatever_came_first"
+            " training::test_the_export_counts_from_the_end_of_training",
+        ),
+        Mutant(
+            "model.load_state_dict(read_artifact(blob)[1])",
+            "pass",
+            "candidates are compared as they are before quantization",
+            "quantization::test_the_best_artifact_is_exported_whatever_came_first",
+        ),
+        Mutant(
+            "if seconds < 1.25 * took:",
+            "if False:",
+            "the export of all candidates goes over the time limit",
+            "training::test_candidates_are_exported_while_there_is_time",
+        ),
+        Mutant(
+            "scores[name] = len(blob) > largest_model(run.h), not math.isfinite(loss), loss",
+            "scores[name] = False, not math.isfinite(loss), loss",
+            "a run ends without an artifact though one fits",
+            "training::test_an_artifact_that_is_too_large_or_not_finite_is_the_last_choice",
+        ),
+        Mutant(
+            ' - metrics["train_seconds"] - metrics["choice_seconds"]',
+            "",
+            "the export of all candidates goes over the time limit",
+            "training::test_candidates_are_exported_while_there_is_time",
+        ),
+        Mutant(
+            '{"candidates": candidates}, metrics)',
+            "{}, metrics)",
+            "an export after a fault has fewer candidates",
+            "training::test_a_finished_checkpoint_holds_its_candidates",
         ),
         Mutant(
             'metrics["val_bpb_sliding_window"]',
@@ -1152,8 +1195,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             "run::test_results_agree_with_the_log_and_the_files",
         ),
         Mutant(
-            "blob = export(run, model, data, metrics",
-            "blob = export(run, model, data, 0 * metrics",
+            "data, candidates, metrics[",
+            "data, candidates, 0 * metrics[",
             "calibration reads text that was trained on",
             "training::test_the_export_counts_from_the_end_of_training",
         ),

@@ -37,7 +37,7 @@ def test_a_kill_during_the_choice_of_the_candidate_costs_no_training(corpus, tmp
     whole = run_settings(corpus, tmp_path, "whole")
     killed = run_settings(corpus, tmp_path, "killed")
     helpers.run_well(whole)
-    die_in("train_gpt.Trainer", "choose_candidate", killed)
+    die_in("train_gpt.Trainer", "rank_candidates", killed)
     helpers.run_well(killed)
     log = (tmp_path / "killed" / "train.log").read_text()
     assert "continued after step 20" in log

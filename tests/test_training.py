@@ -6,6 +6,7 @@ Time is made up, so that no test depends on how fast the machine is.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from pathlib import Path
@@ -145,24 +146,87 @@ def test_a_run_over_its_time_says_so(data_settings, run_of, trained, is_over):
     assert not train_gpt.time_limit_exceeded(free, metrics)
 
 
-def test_the_export_counts_from_the_end_of_training(data_settings, run_of, monkeypatch, seconds):
-    """The choice of the candidate, which is neither training nor export, and the artifact."""
-    run = run_of(data_settings())
+@pytest.fixture
+def ended_with(data_settings, run_of, monkeypatch, seconds):
+    """ended_with(**settings): artifact, metrics and steps of a training of 9 steps and 50 seconds.
 
-    steps = []
+    Ranking the candidates takes 2 seconds, each export 5. `losses` are those of the artifacts.
+    """
 
-    def export(run, model, data, step):
-        steps.append(step)  # calibration reads the text that comes after theirs
-        seconds.now += 5
-        return b"an artifact"
+    def end(losses=(2.0, 1.0, 1.5), sizes=(3, 2, 1), **settings):
+        run, steps, left = run_of(data_settings(**settings)), [], [*losses]
+        lengths = [*sizes]
 
-    monkeypatch.setattr(train_gpt, "export", export)
-    trained = {"steps": 9, "choice_seconds": 2.0, "train_seconds": 1.0}
-    monkeypatch.setattr(train_gpt, "train_model", lambda *_: trained)
-    monkeypatch.setattr(train_gpt, "log_start", lambda *_: {})
-    _, metrics = train_gpt.train_and_export(run, None)
-    assert metrics["export_seconds"] == 7.0
-    assert steps == [9]
+        def export(run, model, data, step):
+            steps.append(step)  # calibration reads the text that comes after theirs
+            seconds.now += 5
+            return bytes(lengths.pop(0)), "its parts"
+
+        def trained(run, model, data, saved):
+            figures = {"steps": 9, "choice_seconds": 2.0, "train_seconds": 50.0}
+            return figures, dict.fromkeys(("last", "ema", "swa"), model.state_dict())
+
+        def values_of_model(blob):
+            return {}, train_gpt.make_model(run.h).state_dict()
+
+        monkeypatch.setattr(train_gpt, "export", export)
+        monkeypatch.setattr(train_gpt, "read_artifact", values_of_model)
+        monkeypatch.setattr(train_gpt, "evaluate", lambda *_: left.pop(0))
+        monkeypatch.setattr(train_gpt, "train_model", trained)
+        monkeypatch.setattr(train_gpt, "log_start", lambda *_: {})
+        blob, metrics = train_gpt.train_and_export(run, None)
+        return blob, metrics, steps
+
+    return end
+
+
+def test_the_export_counts_from_the_end_of_training(ended_with):
+    """The ranking of candidates, which is neither training nor export, and the artifacts."""
+    blob, metrics, steps = ended_with()
+    assert metrics["export_seconds"] == 2 + 3 * 5
+    assert steps == [9, 9, 9]
+    assert (metrics["candidate"], len(blob)) == ("ema", 2)
+
+
+@pytest.mark.parametrize(
+    ("limit", "exports"), [(0, 3), (100, 3), (68.5, 3), (68, 2), (63.5, 2), (63, 1), (53, 1)]
+)
+def test_candidates_are_exported_while_there_is_time(ended_with, limit, exports):
+    """After 52 seconds: 5 for each, and the next one may take a quarter longer."""
+    _, metrics, steps = ended_with(max_wallclock_seconds=limit, gptq_reserve_seconds=1)
+    assert len(steps) == exports
+    assert len([name for name in metrics if name.startswith("holdout_loss_quantized_")]) == exports
+    assert metrics["candidate"] == ("last" if exports == 1 else "ema")
+
+
+@pytest.mark.parametrize(
+    ("losses", "sizes", "best"),
+    [
+        ((math.nan, 2.0, 3.0), (1, 1, 1), "ema"),
+        ((2.0, 1.0, 1.5), (1, 10_001, 1), "swa"),
+        ((math.nan, 1.0, 2.0), (1, 10_001, 10_001), "last"),
+    ],
+)
+def test_an_artifact_that_is_too_large_or_not_finite_is_the_last_choice(
+    ended_with, losses, sizes, best
+):
+    limit = train_gpt.code_bytes() + 10_000
+    _, metrics, _ = ended_with(losses, sizes, artifact_limit_bytes=limit)
+    assert metrics["candidate"] == best
+
+
+def test_no_artifact_that_is_too_large_is_exported(ended_with):
+    limit = train_gpt.code_bytes() + 10_000
+    with pytest.raises(train_gpt.UserError, match="over the limit of"):
+        ended_with(sizes=(10_001,) * 3, artifact_limit_bytes=limit)
+
+
+def test_a_finished_checkpoint_holds_its_candidates(ended_with, data_settings, run_of):
+    """What is exported again after a fault is chosen from the same."""
+    ended_with()
+    saved = train_gpt.Checkpoint.read_newest(run_of(data_settings()).folder)
+    assert saved.finished
+    assert list(saved.training["candidates"]) == ["last", "ema", "swa"]
 
 
 # ---- Warm-up and preflight -----------------------------------------------------------------------
@@ -203,7 +267,7 @@ def test_a_preflight_finds_what_would_fail_at_the_end(
 def test_a_preflight_estimates_the_export_and_the_choice(
     data_settings, run_of, monkeypatch, seconds
 ):
-    """An export of 7 s, and three candidates at 2 s each; the evaluation of the score is apart."""
+    """An export of 7 s; three candidates and an artifact at 2 s each; the score is apart."""
     export, evaluate = train_gpt.export, train_gpt.evaluate
 
     def slow_export(*args, **options):
@@ -219,7 +283,7 @@ def test_a_preflight_estimates_the_export_and_the_choice(
     for target, exports in ((0, 1), (300_000, 3)):  # a target takes about three
         h = data_settings(target_bytes=target)
         model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
-        assert train_gpt.preflight(run_of(h), model, data) == exports * 7 + 3 * 2
+        assert train_gpt.preflight(run_of(h), model, data) == exports * 7 + 4 * 2
 
 
 # ---- Steps ---------------------------------------------------------------------------------------
@@ -482,7 +546,8 @@ def test_the_end_changes_the_weights_alone_and_its_figures_add_up(
     adam = copy.deepcopy(trainer.optimizers.adam.state_dict())
     averages = copy.deepcopy(trainer.averages.state_dict())
     buffers = {name: value.clone() for name, value in trainer.model.named_buffers()}
-    metrics = trainer.finish()
+    metrics, ranked = trainer.finish()
+    assert list(ranked) == ["ema", "swa", "last"]
     assert_same((trainer.optimizers.muon.state_dict(), trainer.step), optimizers)
     assert_same(trainer.optimizers.adam.state_dict(), adam)
     assert_same(trainer.averages.state_dict(), averages)
@@ -496,4 +561,4 @@ def test_the_end_changes_the_weights_alone_and_its_figures_add_up(
     tokens_per_second = 2 * trainer.h.train_batch_tokens / seconds
     assert metrics["tokens_per_second"] == pytest.approx(tokens_per_second, abs=1)
     (line,) = lines_of(trainer, "average ")
-    assert "exported:ema ended_by:ITERATIONS lr_scale:0.500" in line
+    assert "best:ema ended_by:ITERATIONS lr_scale:0.500" in line

@@ -5,6 +5,7 @@ Each variant is trained in this process, exported, read back, and told from the 
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -89,10 +90,11 @@ class Trained(train_gpt.RunLog):
         super().__init__(rank=0)
         self.h = h
         self.specs = list(train_gpt.build_map_table(h).values())
-        self.model: train_gpt.LanguageModel = None  # as it stands after the export
+        self.model: train_gpt.LanguageModel = None  # as training left it
         self.phases: train_gpt.Phases = None
         self.blob = b""
-        self.exported: dict = {}  # what the export handed to the artifact
+        self.quantized: dict = {}  # what an export handed to its artifact, the last one so far
+        self.exports: dict[str, dict] = {}  # that of each candidate
         self.lines: list[str] = []  # of the console
         self.lr_scales: list[float] = []  # of all steps, warm-up included
         self.taught: list[bool] = []  # whether a teacher spoke, of each batch
@@ -101,9 +103,17 @@ class Trained(train_gpt.RunLog):
     def __call__(self, text: str, console: bool = True) -> None:
         """Keep a line, and what a phase finds when it begins."""
         self.lines += [text] if console else []
+        if text.startswith("quantized "):
+            self.exports[text.split()[1].partition(":")[0]] = self.quantized
         if text.startswith("phase "):
             teacher = self.phases.teacher
             self.snapshots.append((text, copied(self.model), copied(teacher) if teacher else {}))
+
+    @property
+    def exported(self) -> dict:
+        """What the artifact was made of."""
+        (text,) = (line for line in self.lines if line.startswith("exported:"))
+        return self.exports[text.split()[0].removeprefix("exported:")]
 
     def losses(self) -> list[float]:
         lines = [line for line in self.lines if " train_loss:" in line]
@@ -159,6 +169,7 @@ def train_here(processes, tmp_path_factory):
 def watch(trained: Trained, patch: pytest.MonkeyPatch) -> None:
     """Keep what some functions of the script are given, and what they return."""
     prepare_model, quantize_model = train_gpt.prepare_model, train_gpt.quantize_model
+    export_best = train_gpt.export_best
     step, teacher_logits = train_gpt.Optimizers.step, train_gpt.Phases.teacher_logits
 
     def watched_prepare(*args):
@@ -166,8 +177,15 @@ def watch(trained: Trained, patch: pytest.MonkeyPatch) -> None:
         return trained.model
 
     def watched_quantize(*args):
-        trained.exported = quantize_model(*args)
-        return trained.exported
+        tensors = quantize_model(*args)
+        trained.quantized = copy.deepcopy(tensors)  # some are the model's own
+        return tensors
+
+    def watched_export(run, model, *args):
+        before = copied(model)
+        found = export_best(run, model, *args)
+        model.load_state_dict(before)
+        return found
 
     def watched_step(self, number, lr_scale):
         trained.lr_scales.append(lr_scale)
@@ -181,6 +199,7 @@ def watch(trained: Trained, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(train_gpt, "prepare_model", watched_prepare)
     patch.setattr(train_gpt, "quantize_model", watched_quantize)
+    patch.setattr(train_gpt, "export_best", watched_export)
     patch.setattr(train_gpt.Optimizers, "step", watched_step)
     patch.setattr(train_gpt.Phases, "teacher_logits", watched_logits)
 
@@ -665,7 +684,7 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
         "MAP_ADAPTER": "attention=outer,mlp=left+outer",
         "MAP_SCALE": "row",
     }
-    environment = described("learned")
+    environment = described("learned") | {"EMA_DECAY": "0", "SWA_ENABLED": "0"}
     del environment["USE_RANDOM_ADAPTERS"]
     run = train_here(environment | asked)
     assert np.mean(run.losses()[-2:]) < run.losses()[0] - 0.05

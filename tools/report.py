@@ -226,13 +226,25 @@ class Run:
         return sorted({*phases, *late})
 
     @property
-    def candidates(self) -> tuple[dict[str, float], str, str]:
-        """The held-out loss of each candidate, the exported one, and what ended the training."""
-        found = self.found(r"average (.*?) exported:(\S+) ended_by:(\S+).*")
-        if not found:
-            return {}, "", ""
-        pairs = [pair.split(":") for pair in found[-1][1].split()]
-        return {name: float(loss) for name, loss in pairs}, found[-1][2], found[-1][3]
+    def candidates(self) -> dict[str, dict[str, float]]:
+        """The held-out loss of each candidate, `before` quantization and `quantized`."""
+        before = self.line("average ").partition(" best:")[0].split()[1:]
+        quantized = [match[1] for match in self.found(r"quantized (\S+) model .*")]
+        return {
+            stage: {name: float(loss) for name, loss in (pair.split(":") for pair in pairs)}
+            for stage, pairs in (("before", before), ("quantized", quantized))
+        }
+
+    @property
+    def exported(self) -> str:
+        """The candidate that was exported; empty if none was yet."""
+        return self.line("exported:").removeprefix("exported:")
+
+    @property
+    def ended_by(self) -> str:
+        """What ended the training; empty if nothing did."""
+        found = self.found(r"average .* ended_by:(\S+).*")
+        return found[-1][1] if found else ""
 
     def line(self, pattern: str) -> str:
         """Return the last line of the log that begins so; empty without one."""
@@ -442,19 +454,24 @@ def bars(
 
 
 def candidate_chart(runs: list[Run]) -> alt.Chart | None:
-    """Held-out loss of what could be exported."""
-    rows = []
-    for run in runs:
-        losses, exported, _ = run.candidates
-        for name, loss in losses.items():
-            choice = "exported" if name == exported else "not exported"
-            rows.append({"run": run.name, "candidate": name, "loss": loss, "choice": choice})
+    """Held-out loss of what could be exported, before and after quantization."""
+    rows = [
+        {
+            "run": run.name,
+            "candidate": f"{name}, {stage}",
+            "loss": loss,
+            "choice": "exported" if (name, stage) == (run.exported, "quantized") else "others",
+        }
+        for run in runs
+        for stage, losses in run.candidates.items()
+        for name, loss in losses.items()
+    ]
     if not rows:
         return None
     frame = pd.DataFrame(rows)
     frame["label"] = frame["run"] + " · " + frame["candidate"] if len(runs) > 1 else ""
     frame["label"] = frame["label"].where(frame["label"] != "", frame["candidate"])
-    domain = ["exported", "not exported"]
+    domain = ["exported", "others"]
     scale = alt.Scale(domain=domain, range=["#f58518", "#bab0ac"])
     color = alt.Color("choice:N", title=None, scale=scale)
     title = "loss on held-out training text"
@@ -730,9 +747,8 @@ def maps_table(run: Run) -> str:
 
 def facts(run: Run) -> dict[str, str]:
     """Return what a reader asks of a run, in words."""
-    losses, exported, ended_by = run.candidates
-    chosen = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-    why = f"{exported}: it has the lowest loss on held-out training text ({chosen})"
+    scores = ", ".join(f"{name} {loss:.4f}" for name, loss in run.candidates["quantized"].items())
+    why = f"{run.exported}: quantized, it has the lowest loss on held-out training text ({scores})"
     readable = run.result("bytes_code_readable")
     size = (
         f"code {cell(run.result('bytes_code'))} + model {cell(run.result('bytes_model'))}"
@@ -749,8 +765,8 @@ def facts(run: Run) -> dict[str, str]:
     stated = {
         "Score": f"val_bpb {cell(run.result('val_bpb'), 8)},"
         f" val_loss {cell(run.result('val_loss'), 8)}",
-        "Exported": why if exported else "nothing yet",
-        "Training ended by": ended_by,
+        "Exported": why if run.exported else "nothing yet",
+        "Training ended by": run.ended_by,
         "Bytes": size,
         "Parameters": f"{cell(run.result('trained_parameters'))} trained,"
         f" {cell(run.result('frozen_parameters'))} frozen",
