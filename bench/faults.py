@@ -62,6 +62,7 @@ BASE = helpers.TINY | {
     "ITERATIONS": 30,
     "EVAL_STRIDE": 32,
     "SWA_INTERVAL": 3,
+    "EMA_DECAY": 0.9,
     "LATE_QAT_THRESHOLD": 0.4,
     "CHECKPOINT_SECONDS": 0.01,
     "VAL_LOSS_EVERY": 20,

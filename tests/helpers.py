@@ -62,6 +62,7 @@ TINY = {
     "WARMUP_STEPS": 1,
     "WARMDOWN_ITERS": 10,
     "LATE_QAT_THRESHOLD": 0.15,
+    "EMA_DECAY": 0,  # each candidate is exported
     "GPTQ_CALIB_BATCHES": 2,
     "MAX_WALLCLOCK_SECONDS": 0,
     "TRAIN_LOG_EVERY": 1,
@@ -254,15 +255,10 @@ def start(
     )
 
 
-def fork_children(check: ModuleType, patch: pytest.MonkeyPatch, fresh: Sequence[str] = ()) -> None:
-    """Let children of tools/check.py be forks, without a network as those that it starts.
+def fork_children(check: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Let children of tools/check.py be forks, without a network as those that it starts."""
 
-    Those with a task in `fresh` remain new interpreters.
-    """
-
-    def popen(command: list[str], **options: Any) -> subprocess.Popen | forking.ForkedProcess:
-        if command[-1] in fresh:
-            return subprocess.Popen(command, **options)
+    def popen(command: list[str], **options: Any) -> forking.ForkedProcess:
         words = command[command.index("-B") + 1 :]  # behind the interpreter
         outputs = [Path(options[name].name) for name in ("stdout", "stderr")]
         offline = bool(check.namespace())

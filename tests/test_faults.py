@@ -65,7 +65,7 @@ def test_two_processes_of_one_run_do_not_meet(site):
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("artifacts", 40), ("shards", 40), ("checkpoints", 30)]
+    ("kind", "count"), [("artifacts", 20), ("shards", 40), ("checkpoints", 20)]
 )
 def test_spoiled_files_are_refused(site, kind, count):
     tally = getattr(faults, kind)(site, count, seed=1)

@@ -1442,17 +1442,17 @@ def test_averages_that_are_off_or_empty_are_no_candidates(settings):
 def test_an_export_considers_the_averages_that_it_is_asked_for(settings):
     """EXPORT_ONLY with EMA_DECAY=0, of a checkpoint that has one."""
     p = torch.nn.Parameter(torch.ones(3))
-    trained = train_gpt.WeightAverages([p], settings(swa_interval=1))
+    trained = train_gpt.WeightAverages([p], settings(ema_decay=0.9, swa_interval=1))
     trained.update(0, 0.1)
-    for changes, expected in (({}, {"last", "ema", "swa"}), ({"ema_decay": 0.0}, {"last", "swa"})):
-        averages = train_gpt.WeightAverages([p], settings(**changes))
+    for decay, expected in ((0.9, {"last", "ema", "swa"}), (0.0, {"last", "swa"})):
+        averages = train_gpt.WeightAverages([p], settings(ema_decay=decay))
         averages.load_state_dict(trained.state_dict())
         assert set(averages.candidates()) == expected
 
 
 def test_candidates_do_not_change_with_the_weights(settings):
     p = torch.nn.Parameter(torch.ones(3))
-    averages = train_gpt.WeightAverages([p], settings(swa_interval=1))
+    averages = train_gpt.WeightAverages([p], settings(ema_decay=0.9, swa_interval=1))
     averages.update(0, 0.1)
     found = averages.candidates()
     with torch.no_grad():

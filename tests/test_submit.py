@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -21,7 +20,6 @@ from helpers import (
     ROOT,
     SCRIPT,
     TINY,
-    environment,
     fork_children,
     run_well,
     run_without,
@@ -166,15 +164,7 @@ def test_packed_script_says_the_same_to_help(packed, tmp_path):
     assert len(packed) <= submit.CODE_LIMIT
     texts = []
     for file in (path, SCRIPT):
-        done = subprocess.run(
-            [sys.executable, str(file), "--help"],
-            env=environment({}),
-            timeout=100,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        texts.append(done.stdout)
+        texts.append(run_well({}, script=file, arguments=["--help"], fresh=file == path))
     ours, readable = (text.partition("Settings are environment variables") for text in texts)
     assert ours[0].replace(submit.READ_MORE, "") == readable[0]
     if submit.READ_MORE not in ours[0]:

@@ -40,7 +40,7 @@ PUBLISHED_B = {
     "WARMDOWN_FRAC": 0.667,
 }
 VARIANTS = {
-    "system-a": {"USE_RANDOM_ADAPTERS": 1, "RANDOM_ADAPTER_RANK": 4},
+    "system-a": {"USE_RANDOM_ADAPTERS": 1, "RANDOM_ADAPTER_RANK": 4, "EMA_DECAY": 0.9},
     "system-b": PUBLISHED_B,
     "system-c": {"SELECTIVE_FREEZE": 1, "MLP_GATED": 0, "DROPOUT": 0.2},
     "system-c-gated": {"SELECTIVE_FREEZE": 1, "MLP_GATED": 1, "DROPOUT": 0.2},
@@ -684,7 +684,7 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
         "MAP_ADAPTER": "attention=outer,mlp=left+outer",
         "MAP_SCALE": "row",
     }
-    environment = described("learned") | {"EMA_DECAY": "0", "SWA_ENABLED": "0"}
+    environment = described("learned") | {"SWA_ENABLED": "0"}
     del environment["USE_RANDOM_ADAPTERS"]
     run = train_here(environment | asked)
     assert np.mean(run.losses()[-2:]) < run.losses()[0] - 0.05
