@@ -61,7 +61,7 @@ SLOWEST_TO_LEAVE = 20.0  # seconds that a process may take to leave after a sign
 BASE = helpers.TINY | {
     "ITERATIONS": 30,
     "EVAL_STRIDE": 32,
-    "SWA_INTERVAL": 3,
+    "SWA_ENABLED": 0,
     "EMA_DECAY": 0.9,
     "LATE_QAT_THRESHOLD": 0.4,
     "CHECKPOINT_SECONDS": 0.01,

@@ -42,7 +42,7 @@ def main() -> None:
     text, _ = common.text_of(options)
     common.print_header(__file__, options, "float32")
     lines, misses = [], 0
-    for name in options.presets or (["baseline", "mask"] if options.smoke else presets()):
+    for name in options.presets or (["mask"] if options.smoke else presets()):
         preset = read_preset(name if "/" in name else f"cpu/{name}")
         given = {key.lower(): value for key, value in preset.items() if key != "TEACHER_PRESET"}
         given |= common.SMOKE_SIZE if options.smoke else {"gptq_calib_batches": 1}
