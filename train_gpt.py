@@ -5074,6 +5074,8 @@ def export_best(
         seconds -= took
         if seconds < 1.25 * took:  # the next one may take a little longer
             break
+    if left_out := [name for name in candidates if name not in exported]:
+        run.log(f"no time is left to export {', '.join(left_out)}")
     best = min(scores, key=scores.get)
     blob, parts = exported[best]
     run.log(f"exported:{best}\n{parts}")

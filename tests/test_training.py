@@ -148,9 +148,10 @@ def test_a_run_over_its_time_says_so(data_settings, run_of, trained, is_over):
 
 @pytest.fixture
 def ended_with(data_settings, run_of, monkeypatch, seconds):
-    """ended_with(**settings): artifact, metrics and steps of a training of 9 steps and 50 seconds.
+    """ended_with(**settings): artifact, metrics with the log, and steps that exports were told.
 
-    Ranking the candidates takes 2 seconds, each export 5. `losses` are those of the artifacts.
+    Training takes 9 steps and 50 seconds, ranking the candidates 2, each export 5. `losses` are
+    those of the artifacts.
     """
 
     def end(losses=(2.0, 1.0, 1.5), sizes=(3, 2, 1), **settings):
@@ -175,7 +176,7 @@ def ended_with(data_settings, run_of, monkeypatch, seconds):
         monkeypatch.setattr(train_gpt, "train_model", trained)
         monkeypatch.setattr(train_gpt, "log_start", lambda *_: {})
         blob, metrics = train_gpt.train_and_export(run, None)
-        return blob, metrics, steps
+        return blob, metrics | {"lines": run.log.lines}, steps
 
     return end
 
@@ -195,6 +196,9 @@ def test_candidates_are_exported_while_there_is_time(ended_with, limit, exports)
     """After 52 seconds: 5 for each, and the next one may take a quarter longer."""
     _, metrics, steps = ended_with(max_wallclock_seconds=limit, gptq_reserve_seconds=1)
     assert len(steps) == exports
+    left_out = {3: [], 2: ["swa"], 1: ["ema, swa"]}[exports]
+    said = [line for line in metrics["lines"] if line.startswith("no time is left")]
+    assert said == [f"no time is left to export {names}" for names in left_out]
     assert len([name for name in metrics if name.startswith("holdout_loss_quantized_")]) == exports
     assert metrics["candidate"] == ("last" if exports == 1 else "ema")
 
