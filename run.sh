@@ -82,8 +82,8 @@ train() {
     while [ $interrupted = 1 ]; do # a signal interrupts `wait`
         interrupted=0 code=0
         wait "$child" || code=$?
-        # 127 and 255: the script ended as the signal came, and bash has lost its status.
-        [[ $code == @(127|255) ]] || status=$code
+        # -1, 127 and 255: the script ended as the signal came, and bash has lost its status.
+        [[ $code == @(-1|127|255) ]] || status=$code
     done
     folder=$OUTPUT_DIR/${RUN_ID:-}
     if [[ $status = 0 && ${EVAL_ONLY:-0} != 1 && -f $folder/results.json ]]; then
