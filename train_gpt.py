@@ -4052,23 +4052,23 @@ def largest_model(h: Hyperparameters) -> int:
 
 def check_size(h: Hyperparameters, size: int) -> None:
     """Raise UserError if code and a model of `size` bytes are over TARGET_BYTES or the limit."""
-    if size <= largest_model(h):
-        return
-    if h.target_bytes and code_bytes() + size > h.target_bytes:
+    total = code_bytes() + size
+    if h.target_bytes and total > h.target_bytes:
         raise UserError(
             f"{describe_size(size)}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
             " use a smaller rank or width"
         )
-    raise UserError(
-        f"{describe_size(size)}, over the limit of {h.artifact_limit_bytes:,}; EXPORT_ONLY=1"
-        " CHECKPOINT_PATH=…/checkpoint.pt and TARGET_BYTES, or a smaller rank or width"
-    )
+    if total > h.artifact_limit_bytes:
+        raise UserError(
+            f"{describe_size(size)}, over the limit of {h.artifact_limit_bytes:,}; EXPORT_ONLY=1"
+            " CHECKPOINT_PATH=…/checkpoint.pt and TARGET_BYTES, or a smaller rank or width"
+        )
 
 
 def export(
     run: Run, model: LanguageModel, data: TrainingData, step: int, trial: bool = False
-) -> tuple[bytes, str]:
-    """Return the artifact of the model and a description of its parts, on every process.
+) -> Artifact:
+    """Return the artifact of the model; on processes other than rank 0 only its bytes.
 
     Args:
         run: settings, processes, log and tokenizer.
@@ -4081,7 +4081,7 @@ def export(
     batches = list(calibration_batches(h, dist, data, step))
     calibration = calibrate(h, model, dist, batches)
     if dist.rank:
-        return dist.broadcast_object(None)
+        return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
     header = {
         "model": h.model_settings(),
         "fingerprint": model.fingerprint(),
@@ -4104,7 +4104,8 @@ def export(
         artifact = solve_for_bytes(build, estimate, largest_model(h), start)
     else:
         artifact = build(start)
-    return dist.broadcast_object((artifact.blob, "\n".join(describe_codes(model, artifact))))
+    dist.broadcast_object(artifact.blob)
+    return artifact
 
 
 def rebuild_model(
@@ -4561,6 +4562,10 @@ class FiniteCheck:
         return [name for name, finite in zip(self.names, is_finite, strict=True) if not finite]
 
 
+# Candidate -> parameter name -> values; the best candidate before quantization is first.
+Candidates = dict[str, dict[str, Tensor]]
+
+
 class StepPlan(NamedTuple):
     """What happens around the next step; the same on every process."""
 
@@ -4762,12 +4767,11 @@ class Trainer:
         self.log_metrics(val_loss=loss, val_bpb=bpb, adapter_ratios=ratios)
         return {"val_loss_before": loss, "val_bpb_before": bpb}
 
-    def rank_candidates(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    def rank_candidates(self) -> tuple[Candidates, dict[str, float]]:
         """Score the candidates on held-out training text, and leave the best in the model.
 
         Returns:
-            Candidate -> parameter name -> values, the best candidate first, without those whose
-            loss is not finite; and the loss of each. UserError if none is finite.
+            The candidates whose loss is finite, and the loss of each. UserError if none is finite.
         """
         params = [p.detach() for p in self.optimizers.params]
         candidates = self.averages.candidates()
@@ -4776,7 +4780,8 @@ class Trainer:
         for name, weights in candidates.items():
             torch._foreach_copy_(params, weights)
             losses[name] = self.loss_on(tokens)
-        ranked = sorted(filter(lambda name: math.isfinite(losses[name]), losses), key=losses.get)
+        finite = [name for name, loss in losses.items() if math.isfinite(loss)]
+        ranked = sorted(finite, key=losses.get)
         if not ranked:
             problem = f"the trained weights' loss is not finite: {losses}"
             raise UserError(f"{problem}; lower the learning rates")
@@ -4790,8 +4795,8 @@ class Trainer:
         by_name = {name: dict(zip(names, candidates[name], strict=True)) for name in ranked}
         return by_name, losses
 
-    def finish(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-        """Rank the candidates and validate the best; return metrics, and rank_candidates' own."""
+    def finish(self) -> tuple[dict[str, Any], Candidates]:
+        """Rank the candidates and validate the best; return the metrics and the candidates."""
         seconds = self.clock.elapsed
         tokens = self.h.train_batch_tokens * self.step
         began = time.perf_counter()
@@ -4898,7 +4903,7 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
             nn.init.normal_(p, std=0.02)  # codes of zeros would compress to nothing
     stage = "export"
     try:
-        blob, _ = export(run, trial, data, 0, trial=True)
+        blob = export(run, trial, data, 0, trial=True).blob
         log_size(run, "projected artifact", len(blob))
         export_seconds = time.perf_counter() - began
         stage = "evaluation from the artifact"
@@ -5019,7 +5024,7 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
 
 def train_model(
     run: Run, model: LanguageModel, data: TrainingData, saved: Checkpoint | None
-) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+) -> tuple[dict[str, Any], Candidates]:
     """Train the model, or the rest of what a checkpoint began; return Trainer.finish's result."""
     teacher = None if run.h.export_only else load_teacher(run)
     trainer = Trainer(run, model, data, teacher)
@@ -5041,7 +5046,7 @@ def export_best(
     run: Run,
     model: LanguageModel,
     data: TrainingData,
-    candidates: Mapping[str, Mapping[str, Tensor]],
+    candidates: Candidates,
     step: int,
     seconds: float,
 ) -> tuple[bytes, dict[str, Any]]:
@@ -5054,18 +5059,19 @@ def export_best(
         run: settings, processes, log and tokenizer.
         model: receives the values of each candidate, and keeps those of the last artifact.
         data: training text, for calibration and held-out.
-        candidates: candidate -> parameter name -> values. The first is exported in any case.
+        candidates: the first is exported in any case.
         step: the training steps that are done.
         seconds: what all exports may take.
     """
     tokens = data.held_out_stream()
-    exported: dict[str, tuple[bytes, str]] = {}
+    exported: dict[str, Artifact] = {}
     scores: dict[str, tuple[bool, bool, float]] = {}  # too large, not finite, held-out loss
     for name, weights in candidates.items():
         began = time.perf_counter()
         with untrusted_input(f"the candidate {name}"):
             model.load_state_dict(weights)
-        exported[name] = blob, _ = export(run, model, data, step)
+        exported[name] = export(run, model, data, step)
+        blob = exported[name].blob
         model.load_state_dict(read_artifact(blob)[1])
         loss = evaluate(model, tokens, run.h, run.dist, run.h.eval_seq_len)
         scores[name] = len(blob) > largest_model(run.h), not math.isfinite(loss), loss
@@ -5074,11 +5080,12 @@ def export_best(
         seconds -= took
         if seconds < 1.25 * took:  # the next one may take a little longer
             break
-    if left_out := [name for name in candidates if name not in exported]:
+    left_out = [name for name in candidates if name not in exported]
+    if left_out:
         run.log(f"no time is left to export {', '.join(left_out)}")
     best = min(scores, key=scores.get)
-    blob, parts = exported[best]
-    run.log(f"exported:{best}\n{parts}")
+    blob = exported[best].blob
+    run.log("\n".join([f"exported:{best}", *describe_codes(model, exported[best])]))
     log_size(run, "artifact", len(blob))
     check_size(run.h, len(blob))
     losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}

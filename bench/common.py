@@ -234,7 +234,7 @@ def export(
     tokenizer = SimpleNamespace(sha256="none")
     run = t.Run(h, dist, t.RunLog(dist.rank), t.StopSignal(), tokenizer, val=None)
     with contextlib.redirect_stdout(io.StringIO()):
-        return t.export(run, model, data, 0)[0]
+        return t.export(run, model, data, 0).blob
 
 
 # ---- Time and memory ---------------------------------------------------------------------------

@@ -633,8 +633,8 @@ MUTANTS: dict[str, list[Mutant]] = {
             "quantization::test_swa_is_the_plain_mean_of_late_weights",
         ),
         Mutant(
-            "losses), key=losses.get)",
-            "losses), key=lambda name: -losses[name])",
+            "ranked = sorted(finite, key=losses.get)",
+            "ranked = sorted(finite, key=losses.get, reverse=True)",
             "the worst of the averages is validated, and exported first",
             "quantization::test_the_best_candidate_is_what_the_model_holds_after_the_choice",
         ),

@@ -177,7 +177,7 @@ def observe_export(h: train_gpt.Hyperparameters) -> Parts:
     """Return what an artifact gives back, by role, and whether one was made."""
     model = filled_model(h)
     try:
-        blob, _ = train_gpt.export(run_for(h), model, train_gpt.TrainingData(h), step=3)
+        blob = train_gpt.export(run_for(h), model, train_gpt.TrainingData(h), step=3).blob
         train_gpt.check_size(h, len(blob))
     except train_gpt.UserError as error:
         return {"refused": str(error)}

@@ -724,6 +724,9 @@ def test_target_bytes_are_met_by_an_export_or_refused(exported, processes):
         train_gpt.check_size(changed, size)
         with pytest.raises(train_gpt.UserError, match=f"over TARGET_BYTES={target:,} at any"):
             train_gpt.check_size(changed, target - train_gpt.code_bytes() + 1)
+    changed = train_gpt.load_settings({}, **h.as_dict() | {"target_bytes": 1000})
+    with pytest.raises(train_gpt.UserError, match="over TARGET_BYTES=1,000 at any scales"):
+        train_gpt.check_size(changed, len(export(changed, model, processes)))
 
 
 def test_target_bytes_need_sensitivities():
@@ -940,7 +943,7 @@ def export(h: train_gpt.Hyperparameters, model: train_gpt.LanguageModel, process
     """Return the artifact of a model after 3 steps."""
     tokenizer = SimpleNamespace(sha256="0" * 64)
     run = train_gpt.Run(h, processes, KeptLog(), train_gpt.StopSignal(), tokenizer, None)
-    return train_gpt.export(run, model, train_gpt.TrainingData(h), step=3)[0]
+    return train_gpt.export(run, model, train_gpt.TrainingData(h), step=3).blob
 
 
 def test_every_matrix_adapter_and_embedding_is_quantized(exported):
