@@ -255,10 +255,15 @@ def start(
     )
 
 
-def fork_children(check: ModuleType, patch: pytest.MonkeyPatch) -> None:
-    """Let children of tools/check.py be forks, without a network as those that it starts."""
+def fork_children(check: ModuleType, patch: pytest.MonkeyPatch, fresh: Sequence[str] = ()) -> None:
+    """Let children of tools/check.py be forks, without a network as those that it starts.
 
-    def popen(command: list[str], **options: Any) -> forking.ForkedProcess:
+    Those with a task in `fresh` remain new interpreters.
+    """
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen | forking.ForkedProcess:
+        if command[-1] in fresh:
+            return subprocess.Popen(command, **options)
         words = command[command.index("-B") + 1 :]  # behind the interpreter
         outputs = [Path(options[name].name) for name in ("stdout", "stderr")]
         offline = bool(check.namespace())

@@ -499,7 +499,7 @@ def test_two_processes_train_as_one(base, runs):
     """
     exact = base | {"LATE_QAT_THRESHOLD": 0}
     run_well(exact | {"RUN_ID": "one"})
-    run_well(exact | {"RUN_ID": "two"}, launcher=TWO_PROCESSES)
+    run_well(exact | {"RUN_ID": "two"}, launcher=TWO_PROCESSES, fresh=True)
     same_training(runs / "two", runs / "one", steps=20)
     ours, theirs = weights_of(runs / "two"), weights_of(runs / "one")
     for name, weight in theirs.items():

@@ -1,6 +1,7 @@
-"""torchrun whose workers are forks of it, for a fork of tests/forking.py, which has imported torch.
+"""torchrun, with forks of itself as its workers.
 
-Everything else is torchrun: arguments, rendezvous, restarts, signals, exit code.
+It runs in a fork of the server of tests/forking.py, so nobody has to import torch again. Everything
+else is torchrun's own: arguments, rendezvous, restarts, signals, exit code.
 """
 
 from __future__ import annotations
