@@ -2983,7 +2983,7 @@ class TrainingData:
 
         They are equal, and as large as MICRO_BATCH_TOKENS allows.
         """
-        most = max(1, self.h.micro_batch_tokens // self.h.train_seq_len)
+        most = min(max(1, self.h.micro_batch_tokens // self.h.train_seq_len), len(rows))
         size = max(n for n in range(1, most + 1) if len(rows) % n == 0)
         rows = rows.to(dist.device, non_blocking=True)
         return [(part[:, :-1], part[:, 1:]) for part in rows.split(size)]

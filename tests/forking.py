@@ -187,13 +187,18 @@ def leave_network() -> None:
         Path("/proc/self", name).write_text(text)
 
 
+@functools.cache
+def compiled(source: bytes, path: str) -> types.CodeType:
+    return compile(source, path, "exec")
+
+
 def run_script() -> int:
     """Run the script as the module __main__; return its exit code, with what Python says to it."""
     path = sys.argv[0]
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     module.__file__ = path
     try:
-        exec(compile(Path(path).read_bytes(), path, "exec"), vars(module))
+        exec(compiled(Path(path).read_bytes(), path), vars(module))
     except SystemExit as ended:
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
@@ -218,16 +223,20 @@ def leave(code: int) -> None:
 
 
 def prepare() -> None:
-    """Do what each run would do again: import, and pack the script to learn its size.
+    """Do what each run would do again: import, compile the script, and pack it to learn its size.
 
-    Children find its text parsed, written and compressed, each by the identity of what was given.
+    Children find its text parsed, walked, written and compressed, each by what was given.
     """
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     for name in IMPORTED:
         importlib.import_module(name)
-    for module, function in ((ast, "parse"), (ast, "unparse"), (sys.modules["brotli"], "compress")):
-        setattr(module, function, functools.cache(getattr(module, function)))
-    sys.modules["train_gpt"].code_bytes()
+    walk, script = ast.walk, sys.modules["train_gpt"]
+    ast.walk = lambda tree: list(walk(tree))
+    for module, functions in ((ast, ("parse", "walk", "unparse")), (script.brotli, ("compress",))):
+        for function in functions:
+            setattr(module, function, functools.cache(getattr(module, function)))
+    script.code_bytes()
+    compiled(Path(script.__file__).read_bytes(), script.__file__)
     gc.freeze()  # else collections in a child would write to, and so copy, all of its memory
 
 
