@@ -115,43 +115,34 @@ def step_seconds(options: argparse.Namespace, sides: Mapping[str, Process]) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def allocator(options: argparse.Namespace) -> list[Row]:
-    """Compare the allocator's settings."""
+def steps(chosen: torch.dtype, options: argparse.Namespace) -> list[Row]:
+    """Compare steps by the allocator's settings, and in the type of DTYPE=auto and the other."""
+    (other,) = {torch.bfloat16, torch.float32} - {chosen}
+    types = [str(dtype).removeprefix("torch.") for dtype in (chosen, other)]
     kept = common.KEEP_FREED_MEMORY
     defaults = {key: value for key, value in os.environ.items() if key not in kept}
     huge = defaults | kept
     small = {key: value for key, value in huge.items() if key != "GLIBC_TUNABLES"}
-    environments = {"defaults": defaults, "kept": small, "huge": huge}
-    sides = {name: Process(environment) for name, environment in environments.items()}
+    sides = {
+        "defaults": Process(defaults),
+        "kept": Process(small),
+        "huge": Process(huge),
+        "other type": Process(huge, types[1]),
+    }
     seconds = step_seconds(options, sides)
-    return [
-        common.time_row(
-            "step, freed memory kept, against glibc's defaults",
-            seconds["kept"],
-            seconds["defaults"],
-        ),
-        common.time_row(
-            "step, freed memory kept, in huge pages against normal ones",
-            seconds["huge"],
-            seconds["kept"],
-        ),
+    what = "{}, which DTYPE=auto chooses, against {}".format(*types)
+    compared = {
+        "freed memory kept, against glibc's defaults": ("kept", "defaults"),
+        "freed memory kept, in huge pages against normal ones": ("huge", "kept"),
+        what: ("huge", "other type"),
+    }
+    rows = [
+        common.time_row(f"step, {name}", seconds[ours], seconds[theirs])
+        for name, (ours, theirs) in compared.items()
     ]
-
-
-def types(chosen: torch.dtype, options: argparse.Namespace) -> list[Row]:
-    """Compare the type that DTYPE=auto chooses with the other."""
-    (other,) = {torch.bfloat16, torch.float32} - {chosen}
-    both = {str(dtype).removeprefix("torch."): dtype for dtype in (chosen, other)}
-    steps = step_seconds(options, {name: Process(os.environ, name) for name in both})
-    ours, theirs = (
-        common.gemm_rate(dtype, torch.device("cpu"), options) for dtype in both.values()
-    )
-    what = "{}, which DTYPE=auto chooses, against {}".format(*both)
-    speeds = f"{ours / 1e9:,.0f} GFLOP/s", f"{theirs / 1e9:,.0f} GFLOP/s"
-    return [
-        common.time_row(f"step: {what}", *steps.values()),
-        Row(f"square product: {what}", *speeds, ours / theirs),
-    ]
+    rates = [common.gemm_rate(dtype, torch.device("cpu"), options) for dtype in (chosen, other)]
+    speeds = [f"{rate / 1e9:,.0f} GFLOP/s" for rate in rates]
+    return [*rows, Row(f"square product, {what}", *speeds, rates[0] / rates[1])]
 
 
 def main() -> None:
@@ -159,7 +150,7 @@ def main() -> None:
     dtype = t.resolve_dtype(common.settings(), on_cuda=False)
     lengths = LENGTHS[1:2] if options.smoke else LENGTHS
     rows = [row for length in lengths for row in attention(length, dtype, options)]
-    rows += [norms(dtype, options), *allocator(options), *types(dtype, options)]
+    rows += [norms(dtype, options), *steps(dtype, options)]
     common.print_header(__file__, options, dtype)
     common.print_rows(rows, options)
 
