@@ -698,15 +698,25 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
     assert any("circulant" in line for line in run.lines)
 
 
+EACH_ADAPTER = {
+    "MAP_BASIS": "gaussian,attention.q=rademacher,attention.k=hadamard,mlp=shared:2",
+    "MAP_ADAPTER": "combination:8+lora:2,attention.q=mask,attention.k=sparse:0.1+rslora:4,"
+    "attention.v=vera:4,mlp=signs",
+    "MAP_SCALE": "none,attention.q=row,attention.k=map",
+    "MAP_TWIST": "none,mlp=permutation",
+}
+RECURRENT = {"MAP_ADAPTER": "lora:4", "RECUR_LAYERS": 1, "PARALLEL_FROM": 1}
+
+
 @pytest.mark.parametrize(
-    "name", ["system-c-gated", "sparse-hadamard", "mask", "recurrent", "shared", "combination"]
+    "variant",
+    [VARIANTS["system-c-gated"], EACH_ADAPTER, RECURRENT],
+    ids=["freezing", "adapters", "recurrent"],
 )
-def test_each_phase_compiles_into_one_graph(name, described):
+def test_each_phase_compiles_into_one_graph(variant, corpus):
     """`fullgraph` refuses a graph break; the graph must compute what the model does."""
-    small = {"NUM_LAYERS": "2"}  # each takes a second
-    if name == "recurrent":
-        small["PARALLEL_FROM"] = "1"
-    h = train_gpt.load_settings(described(name) | small)
+    two_layers = {"NUM_LAYERS": 2}  # each takes a second
+    h = train_gpt.load_settings(strings(VARIANT | corpus.settings | variant | two_layers))
     torch.manual_seed(0)
     model = train_gpt.make_model(h).train()
     phases = train_gpt.Phases(h, model, None, compiled=False)
