@@ -343,32 +343,6 @@ def test_log_says_how_each_figure_was_scored(eval_only):
     assert modes == {"roundtrip": "exact", "sliding_window": "streaming"}
 
 
-@pytest.mark.skipif(
-    not (ROOT / ".venv" / ".installed").exists(), reason="run.sh would have to set up first"
-)
-def test_run_sh_evaluates_and_exports_what_its_preset_did_not_make(
-    trained, eval_only, corpus, tmp_path
-):
-    """The preset says how to score an artifact, and nothing of a checkpoint's run."""
-    export = {
-        "EXPORT_ONLY": 1,
-        "CHECKPOINT_PATH": trained / "checkpoint.pt",
-        "OUTPUT_DIR": tmp_path,
-    }
-    for settings in (eval_only, corpus.settings | export):
-        process = subprocess.run(
-            ["bash", ROOT / "run.sh"],
-            env=environment(settings),
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            timeout=100,
-        )
-        assert process.returncode == 0, process.stderr
-        assert final(process.stdout) == pytest.approx(final(log_of(trained)), abs=1e-6)
-        assert ("tools/report.py" in process.stdout) == (settings is not eval_only)
-
-
 # In place of the interpreter of .venv: it makes a run's folder, and says when a signal ends it.
 INTERPRETER = """
 import os, pathlib, signal, sys, time

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from helpers import NOT_INHERITED, ROOT, SCRIPT, train_gpt
+from helpers import NOT_INHERITED, ROOT, SCRIPT, SETTINGS, run_well, train_gpt
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / ".venv" / ".installed").exists(), reason="run.sh would have to set up first"
@@ -173,6 +174,35 @@ def test_an_evaluation_takes_no_model_from_the_preset(place):
     assert "NUM_LAYERS" not in got
     assert "MAP_ADAPTER" not in got
     assert got["EVAL_SEQ_LEN"] == "256"
+
+
+@pytest.mark.parametrize("variables", [{}, {"EXPORT_ONLY": 1}, {"EVAL_ONLY": 1}])
+def test_what_made_an_artifact_says_what_to_do_with_it(place, variables):
+    process = run_sh(place, RUN_ID="it", **variables)
+    assert process.returncode == 0, process.stderr
+    assert ("tools/report.py" in process.stdout) == ("EVAL_ONLY" not in variables)
+
+
+def test_an_artifact_and_a_checkpoint_score_as_their_run_did(place):
+    """The real script with what run.sh tells it; the later processes know nothing of the model."""
+    score = {"EVAL_STRIDE": 256, "DTYPE": "float32"}
+    small = {"NUM_LAYERS": 2, "MODEL_DIM": 64, "ITERATIONS": 2, "TRAIN_BATCH_TOKENS": 512}
+    small |= {"GPTQ_CALIB_BATCHES": 1, **score}
+    run = place / "real" / "trained"
+    later = {
+        "evaluated": {"EVAL_ONLY": 1, "MODEL_PATH": run / "model.int6.ptz", **score},
+        "exported": {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": run / "checkpoint.pt"},
+    }
+    scores = set()
+    for name, variables in {"trained": small, **later}.items():
+        got = told(place, PRESET="mask", **variables)
+        shutil.rmtree(place / "runs")
+        assert ("MAP_ADAPTER" in got) == (name == "trained")
+        settings = {key: got[key] for key in SETTINGS if key in got}
+        said = run_well(settings | {"OUTPUT_DIR": run.parent, "RUN_ID": name})
+        (score,) = re.findall(r"^final_int6_brotli_sliding_window_exact .*", said, re.M)
+        scores.add(score)
+    assert len(scores) == 1
 
 
 def test_what_is_wrong_is_said_in_one_line(place):
