@@ -6,7 +6,6 @@ import argparse
 import bz2
 import gzip
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -29,10 +28,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-PREPARE = Path(__file__).resolve().parent.parent / "data" / "prepare.py"
-SPEC = importlib.util.spec_from_file_location("prepare", PREPARE)
-prepare = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(prepare)
+from helpers import ROOT, finish, fork_server, prepare
+
+PREPARE = ROOT / "data" / "prepare.py"
 
 LIST = """the of and to in is you that it he was for on are as with his they at be this have
     from or one had by word but not what all were we when your can said there use an each
@@ -48,14 +46,9 @@ COMMAND = [sys.executable, str(PREPARE), "--out"]
 
 
 def run(out: Path, *args, **environment) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*COMMAND, str(out), *map(str, args)],
-        capture_output=True,
-        timeout=60,
-        encoding="utf-8",
-        check=False,
-        env={**os.environ, **environment},
-    )
+    """Run data/prepare.py in a fork, which need not import its packages again."""
+    command = [PREPARE, "--out", out, *args]
+    return finish(fork_server().start(command, {**os.environ, **environment}))
 
 
 def run_well(out: Path, *args, **environment) -> subprocess.CompletedProcess:

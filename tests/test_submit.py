@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import inspect
 import json
@@ -34,6 +35,7 @@ import check
 import submit
 
 TOOL = ROOT / "tools" / "submit.py"
+MINIFY = functools.cache(submit.minify)
 FILES = {
     "README.md",
     "model.int6.ptz",
@@ -50,8 +52,9 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch):
-    """Let the children that execute scripts be forks."""
+    """Let the children that execute scripts be forks, and minify a script once."""
     fork_children(check, monkeypatch)
+    monkeypatch.setattr(submit, "minify", MINIFY)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def packed(honest) -> bytes:
 def load_packed(folder: Path, with_globals: bool):
     """Return the script, packed with or without the names of its globals, as a module."""
     path = folder / "train_gpt.py"
-    path.write_bytes(submit.compress(submit.minify(SCRIPT.read_text("utf-8"), False, with_globals)))
+    path.write_bytes(submit.compress(MINIFY(SCRIPT.read_text("utf-8"), False, with_globals)))
     return check.load(path)
 
 

@@ -597,10 +597,10 @@ def evaluator(trained, corpus, tmp_path_factory):
     return settings_of
 
 
-def test_a_fresh_process_evaluates_an_artifact_from_its_bytes(trained, evaluator, processes):
+def test_another_process_evaluates_an_artifact_from_its_bytes(trained, evaluator, processes):
     """Told nothing of the model, it finds the same maps and places, and the same loss."""
     run = trained("sparse-hadamard")
-    out = run_well(evaluator("sparse-hadamard"), fresh=True)
+    out = run_well(evaluator("sparse-hadamard"))
     model = train_gpt.model_from_artifact(run.h, run.blob, processes)
     val = train_gpt.ValidationStream(run.h, train_gpt.Tokenizer(run.h.tokenizer_path, 512))
     loss = train_gpt.evaluate(model, val.tokens, run.h, processes, 32)
@@ -618,8 +618,8 @@ def test_a_fresh_process_evaluates_an_artifact_from_its_bytes(trained, evaluator
         ("mask", PUBLISHED_B, ["MAP_BASIS=mlp=gaussian", "MAP_ADAPTER=lora:4", "MLP_MULT=4.0"]),
     ],
 )
-def test_a_fresh_process_refuses_an_artifact_of_another_variant(evaluator, name, other, named):
-    message = refusal(evaluator(name) | other, fresh=True)
+def test_another_process_refuses_an_artifact_of_another_variant(evaluator, name, other, named):
+    message = refusal(evaluator(name) | other)
     for word in ["has other settings", *named]:
         assert word in message
 
