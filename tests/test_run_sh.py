@@ -185,12 +185,12 @@ def test_what_made_an_artifact_says_what_to_do_with_it(place, variables):
 
 def test_an_artifact_and_a_checkpoint_score_as_their_run_did(place):
     """The real script with what run.sh tells it; the later processes know nothing of the model."""
-    score = {"EVAL_STRIDE": 256, "DTYPE": "float32"}
+    scoring = {"EVAL_STRIDE": 256, "DTYPE": "float32"}
     small = {"NUM_LAYERS": 2, "MODEL_DIM": 64, "ITERATIONS": 2, "TRAIN_BATCH_TOKENS": 512}
-    small |= {"GPTQ_CALIB_BATCHES": 1, **score}
+    small |= {"GPTQ_CALIB_BATCHES": 1, **scoring}
     run = place / "real" / "trained"
     later = {
-        "evaluated": {"EVAL_ONLY": 1, "MODEL_PATH": run / "model.int6.ptz", **score},
+        "evaluated": {"EVAL_ONLY": 1, "MODEL_PATH": run / "model.int6.ptz", **scoring},
         "exported": {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": run / "checkpoint.pt"},
     }
     scores = set()
