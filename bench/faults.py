@@ -85,6 +85,7 @@ VARIANTS = {
     "shared": {"MAP_BASIS": "shared:2", "MAP_TWIST": "permutation", "MAP_ADAPTER": "signs"},
 }
 USUAL = "everything"  # what is used where one is enough
+OF_RANKS = "adapters"  # without dropout, which each process draws for itself
 MODEL_BUILT = r"^\S+ trained and "  # a line of the log
 
 
@@ -575,7 +576,7 @@ def ranks(
 def disturb_rank(site: Site, mode: str, step: int, rank: int) -> tuple[str, list[str], float]:
     """Disturb one of two processes after a step; return what, the problems, and seconds."""
     launcher = helpers.TWO_PROCESSES + (("--max-restarts=1",) if mode == "restarted" else ())
-    settings = site.settings("adapters") | {"TIMEOUT_SECONDS": 10}
+    settings = site.settings(OF_RANKS) | {"TIMEOUT_SECONDS": 10}
     folder = site.runs / settings["RUN_ID"]
     attempt = site.start(settings, launcher=launcher)
     problems = []
@@ -622,7 +623,7 @@ def ends_by_itself(site: Site, settings: dict, launcher: Sequence[str]) -> list[
 
 def scores_near(site: Site, folder: Path) -> list[str]:
     """Return a problem if a run's score is not that of one process, which adds in another order."""
-    undisturbed = site.undisturbed("adapters")
+    undisturbed = site.undisturbed(OF_RANKS)
     bpb, expected = (results_of(path)["val_bpb"] for path in (folder, undisturbed))
     return [f"ends with val_bpb {bpb}, not {expected}"] if abs(bpb - expected) > 0.01 else []
 

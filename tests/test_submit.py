@@ -35,7 +35,6 @@ import check
 import submit
 
 TOOL = ROOT / "tools" / "submit.py"
-MINIFY = functools.cache(submit.minify)
 FILES = {
     "README.md",
     "model.int6.ptz",
@@ -52,9 +51,16 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def forked(monkeypatch):
-    """Let the children that execute scripts be forks, and minify a script once."""
+    """Let the children that execute scripts be forks."""
     fork_children(check, monkeypatch)
-    monkeypatch.setattr(submit, "minify", MINIFY)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def minified_once():
+    """Keep what a script is minified to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submit, "minify", functools.cache(submit.minify))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def packed(honest) -> bytes:
 def load_packed(folder: Path, with_globals: bool):
     """Return the script, packed with or without the names of its globals, as a module."""
     path = folder / "train_gpt.py"
-    path.write_bytes(submit.compress(MINIFY(SCRIPT.read_text("utf-8"), False, with_globals)))
+    path.write_bytes(submit.compress(submit.minify(SCRIPT.read_text("utf-8"), False, with_globals)))
     return check.load(path)
 
 

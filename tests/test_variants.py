@@ -705,12 +705,11 @@ EACH_ADAPTER = {
     "MAP_SCALE": "none,attention.q=row,attention.k=map",
     "MAP_TWIST": "none,mlp=permutation",
 }
-RECURRENT = {"MAP_ADAPTER": "lora:4", "RECUR_LAYERS": 1, "PARALLEL_FROM": 1}
 
 
 @pytest.mark.parametrize(
     "variant",
-    [VARIANTS["system-c-gated"], EACH_ADAPTER, RECURRENT],
+    [VARIANTS["system-c-gated"], EACH_ADAPTER, VARIANTS["recurrent"] | {"PARALLEL_FROM": 1}],
     ids=["freezing", "adapters", "recurrent"],
 )
 def test_each_phase_compiles_into_one_graph(variant, corpus):
