@@ -272,10 +272,12 @@ def fork_children(check: ModuleType, patch: pytest.MonkeyPatch, fresh: Sequence[
     patch.setattr(check, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
 
 
-def finish(process: subprocess.Popen | forking.ForkedProcess) -> subprocess.CompletedProcess:
+def finish(
+    process: subprocess.Popen | forking.ForkedProcess, timeout: float = 100
+) -> subprocess.CompletedProcess:
     """Return what the process gave; one that hangs is ended, since a hang is a failure too."""
     try:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=timeout)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

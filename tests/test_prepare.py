@@ -47,8 +47,8 @@ COMMAND = [sys.executable, str(PREPARE), "--out"]
 
 def run(out: Path, *args, **environment) -> subprocess.CompletedProcess:
     """Run data/prepare.py in a fork, which need not import its packages again."""
-    command = [PREPARE, "--out", out, *args]
-    return finish(fork_server().start(command, {**os.environ, **environment}))
+    words = [*COMMAND[1:], out, *args]
+    return finish(fork_server().start(words, {**os.environ, **environment}), timeout=60)
 
 
 def run_well(out: Path, *args, **environment) -> subprocess.CompletedProcess:
