@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import brotli
+import forking
 import numpy as np
 import torch
 
@@ -228,7 +229,7 @@ class Attempt:
         self.began = time.monotonic()
         if site.forks and not (wrap or fresh):
             server = helpers.fork_server()
-            words = helpers.forked_words(launcher, script)
+            words = forking.forked_words([*launcher, *script])
             self.process = server.start(words, environment, site.folder, self.paths, file_limit)
             return
         limit = functools.partial(

@@ -4,12 +4,16 @@ Most of what a tiny run takes is its imports. A fork of a process that has done 
 fraction of that, and else is a process like any other: with its own environment, arguments, folder,
 output, signals, limits and exit code. What only a fresh interpreter shows needs one: missing
 packages, variables that libraries read while they are loaded, another order of a set of strings.
+
+All who know its address may ask a server: the processes of pytest-xdist share one, and a script in
+a fork may have its own Python processes forked, too.
 """
 
 from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import ctypes
 import functools
 import gc
@@ -19,15 +23,18 @@ import json
 import os
 import random
 import resource
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 IMPORTED = (
     "torch",
@@ -38,6 +45,7 @@ IMPORTED = (
     "sentencepiece",
     "train_gpt",
 )
+IMPORTED_IF_INSTALLED = ("pandas", "matplotlib.pyplot", "scipy.stats", "rich.live")  # by tools
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # of Linux's sched.h
 
 
@@ -60,8 +68,16 @@ class ForkedProcess:
         while self.poll() is None:
             if time.monotonic() > end:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            time.sleep(0.01)
+            self.sleep(min(1.0, timeout))
         return self.returncode
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep until the process has ended, or for so long."""
+        if not hasattr(os, "pidfd_open"):  # of Linux
+            return time.sleep(0.01)
+        descriptor = os.pidfd_open(self.pid)
+        select.select([descriptor], [], [], seconds)
+        os.close(descriptor)
 
     def communicate(self, timeout: float = float("inf")) -> tuple[str, str]:
         """Wait for the end; return what the process wrote to standard output and error."""
@@ -78,28 +94,42 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The process that forks, and a folder for what its children write."""
+    """The process that forks, and a folder for what its children write.
 
-    def __init__(self) -> None:
+    Args:
+        address: the socket of a server that runs already; otherwise one is started.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="forks-")
         self.count = 0
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},  # also of the libraries it imports
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.address = address or str(Path(self.folder.name, "socket"))
+        self.process = None if address else self.start_process()
+
+    def start_process(self) -> subprocess.Popen:
+        """Start the server; it ends with this process. Who asks before it is ready has to wait."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.address)
+            listener.listen()
+            return subprocess.Popen(
+                [sys.executable, __file__, self.address, str(listener.fileno())],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},  # also of the libraries it imports
+                stdin=subprocess.PIPE,  # closes when this process ends
+                pass_fds=[listener.fileno()],
+            )
 
     def close(self) -> None:
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
+        if self.process:
+            self.process.stdin.close()
+            self.process.wait()
         self.folder.cleanup()
 
     def ask(self, request: Mapping) -> int | None:
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(self.address)
+            with connection.makefile("rw", encoding="utf-8") as stream:
+                print(json.dumps(request), file=stream, flush=True)
+                return json.loads(stream.readline())
 
     def start(
         self,
@@ -109,16 +139,18 @@ class ForkServer:
         outputs: Sequence[Path] = (),
         file_limit: int = 0,
         offline: bool = False,
+        with_children: bool = False,
     ) -> ForkedProcess:
         """Start a script with its arguments.
 
         Args:
-            command: the script, and its arguments.
+            command: the script, or -c and the code of one, and its arguments.
             env: all variables of its environment.
             cwd: its folder; this process's if there is none.
             outputs: files for standard output and error, instead of some of this server.
             file_limit: bytes that a file it writes may have; 0 is no limit.
             offline: whether it finds no network, as under `unshare --map-root-user --net`.
+            with_children: whether Python processes that it starts by subprocess.run are forks, too.
         """
         self.count += 1
         own = [Path(self.folder.name, f"{self.count}.{kind}") for kind in ("out", "err")]
@@ -131,6 +163,7 @@ class ForkServer:
             "outputs": [str(path) for path in paths],
             "file_limit": file_limit,
             "offline": offline,
+            "with_children": with_children,
         }
         return ForkedProcess(self, self.ask(request), [sys.executable, *words], paths)
 
@@ -138,18 +171,21 @@ class ForkServer:
 # ---- In the server -------------------------------------------------------------------------------
 
 
-def serve() -> dict:
-    """Answer requests; return one in a child that is to fulfil it, None when there are no more."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            ended, status = os.waitpid(request["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if ended else None
-        else:
-            answer = os.fork()
-            if not answer:
-                return request
-        print(json.dumps(answer), flush=True)
+def serve(listener: socket.socket) -> dict:
+    """Answer requests until the starter ends; return one in a child that is to fulfil it."""
+    while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rw", encoding="utf-8") as stream:
+            request = json.loads(stream.readline())
+            if "poll" in request:
+                ended, status = os.waitpid(request["poll"], os.WNOHANG)
+                answer = os.waitstatus_to_exitcode(status) if ended else None
+            else:
+                answer = os.fork()
+                if not answer:
+                    listener.close()
+                    return request
+            print(json.dumps(answer), file=stream, flush=True)
     leave(0)
 
 
@@ -167,9 +203,11 @@ def become(request: Mapping) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if request["offline"]:
         leave_network()
-    sys.stdin = io.StringIO()  # of the server, it may hold the next request
+    if request["with_children"]:
+        subprocess.run = functools.partial(run_in_fork, sys.argv[1], subprocess.run)
+    sys.stdin = io.StringIO()
     sys.argv = request["command"]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    sys.path[0] = "" if sys.argv[0] == "-c" else str(Path(sys.argv[0]).resolve().parent)
     random.seed()
     tempfile.tempdir = None  # is found anew
 
@@ -187,8 +225,34 @@ def leave_network() -> None:
         Path("/proc/self", name).write_text(text)
 
 
+TORCHRUN = ("-m", "torch.distributed.run")
+
+
+def forked_words(words: Sequence[object]) -> list[object]:
+    """Return what a fork runs for these arguments of a Python interpreter."""
+    if tuple(words[:2]) == TORCHRUN:
+        return [Path(__file__).with_name("torchrun.py"), *words[2:]]
+    return [*words]
+
+
+def run_in_fork(
+    address: str, run: Callable, command: Sequence[str], **options: Any
+) -> subprocess.CompletedProcess:
+    """Do what subprocess.run, here `run`, does; of Python it starts no new interpreter."""
+    if command[0] != sys.executable:
+        return run(command, **options)
+    server = ForkServer(address)
+    words = forked_words(command[1:])
+    process = server.start(words, options.get("env", os.environ), options.get("cwd"))
+    result = subprocess.CompletedProcess(command, process.wait(), *process.communicate())
+    server.close()
+    if options.get("check"):
+        result.check_returncode()
+    return result
+
+
 @functools.cache
-def compiled(source: bytes, path: str) -> types.CodeType:
+def compiled(source: bytes | str, path: str) -> types.CodeType:
     return compile(source, path, "exec")
 
 
@@ -196,9 +260,13 @@ def run_script() -> int:
     """Run the script as the module __main__; return its exit code, with what Python says to it."""
     path = sys.argv[0]
     module = sys.modules["__main__"] = types.ModuleType("__main__")
-    module.__file__ = path
     try:
-        exec(compiled(Path(path).read_bytes(), path), vars(module))
+        if path == "-c":
+            code = compiled(sys.argv.pop(1), "<string>")
+        else:
+            module.__file__ = path
+            code = compiled(Path(path).read_bytes(), path)
+        exec(code, vars(module))
     except SystemExit as ended:
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
@@ -230,6 +298,9 @@ def prepare() -> None:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
     for name in IMPORTED:
         importlib.import_module(name)
+    for name in IMPORTED_IF_INSTALLED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     walk, script = ast.walk, sys.modules["train_gpt"]
     ast.walk = lambda tree: list(walk(tree))
     for module, functions in ((ast, ("parse", "walk", "unparse")), (script.brotli, ("compress",))):
@@ -242,5 +313,5 @@ def prepare() -> None:
 
 if __name__ == "__main__":
     prepare()
-    become(serve())
+    become(serve(socket.socket(fileno=int(sys.argv[2]))))
     leave(run_script())

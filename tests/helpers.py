@@ -210,22 +210,18 @@ def environment(settings: dict) -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"} | given
 
 
+server_address: str | None = None  # of the server that all processes of pytest-xdist share
+
+
 @functools.cache
 def fork_server() -> forking.ForkServer:
-    """Return the server of this process, which ends with it."""
-    server = forking.ForkServer()
+    """Return the server of this process, which ends with it, or its access to the shared one."""
+    server = forking.ForkServer(server_address)
     atexit.register(server.close)
     return server
 
 
-TORCHRUN = ("-m", "torch.distributed.run")
-TWO_PROCESSES = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
-
-
-def forked_words(launcher: Sequence[str], words: Sequence[object]) -> list[object]:
-    """Return what the fork server runs in place of a launcher of a script with its arguments."""
-    assert launcher[:2] in ((), TORCHRUN), launcher
-    return [ROOT / "tests" / "torchrun.py", *launcher[2:], *words] if launcher else [*words]
+TWO_PROCESSES = (*forking.TORCHRUN, "--standalone", "--nproc_per_node=2")
 
 
 def start(
@@ -242,7 +238,7 @@ def start(
     new interpreters.
     """
     if not fresh:
-        words = forked_words(launcher, [script, *arguments])
+        words = forking.forked_words([*launcher, script, *arguments])
         return fork_server().start(words, environment(settings), cwd)
     return subprocess.Popen(
         [sys.executable, *launcher, str(script), *arguments],

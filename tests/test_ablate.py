@@ -16,8 +16,10 @@ import time
 import types
 from pathlib import Path
 
+import forking
 import pytest
 
+import helpers
 from helpers import ROOT, SCRIPT, TINY
 
 for package in ("pandas", "matplotlib", "scipy", "adjustText", "psutil", "pynvml", "rich"):
@@ -155,14 +157,8 @@ class Place:
         assert self.ablate.ablate(self.ablate.parse_arguments()) == failed
         return self.capsys.readouterr().out
 
-    def start(self, *words: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, *self.command(words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
+    def start(self, *words: str) -> forking.ForkedProcess:
+        return helpers.fork_server().start(self.command(words), os.environ)
 
     def rows(self) -> list[dict]:
         return self.ablate.read_results(self.out).to_dict("records")
@@ -444,7 +440,7 @@ def test_stopped_runs_continue(place, number):
     assert [place.results(row)["resumed"] for row in rows] == [False, not killed, not killed]
 
 
-def wait_for_runs(place: Place, process: subprocess.Popen, count: int) -> None:
+def wait_for_runs(place: Place, process: forking.ForkedProcess, count: int) -> None:
     """Return when this many runs wait and the others have a row."""
     deadline = time.monotonic() + 60
     waiting = 0
@@ -895,9 +891,7 @@ def test_real_script(corpus, tmp_path):
     (tmp_path / "tiny.env").write_text(
         "".join(f"{key}={value}\n" for key, value in settings.items())
     )
-    command = [
-        sys.executable,
-        TOOL,
+    arguments = [
         "--out",
         tmp_path / "out",
         "--presets",
@@ -910,9 +904,7 @@ def test_real_script(corpus, tmp_path):
         "tokens=1100",
         "OMP_NUM_THREADS=1",
     ]
-    command = list(map(str, command))
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90)
-    assert result.returncode == 0, result.stdout + result.stderr
+    helpers.run_well({}, script=TOOL, cwd=tmp_path, arguments=arguments)
     (row,) = pd.read_csv(tmp_path / "out" / "results.csv").to_dict("records")
     (folder,) = (tmp_path / "out" / "runs").iterdir()
     results = json.loads((folder / "results.json").read_text())

@@ -98,7 +98,7 @@ def test_program_runs_and_prints_its_table(program):
     # With the allocator's variables, the program need not start itself again.
     kept = {"OMP_NUM_THREADS": "1"} | common.KEEP_FREED_MEMORY
     command = [ROOT / "bench" / f"{program}.py", "--smoke"]
-    process = helpers.fork_server().start(command, os.environ | kept)
+    process = helpers.fork_server().start(command, os.environ | kept, with_children=True)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f"# {program}.py: smoke run" in out

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import forking
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,6 @@ from helpers import (
     ROOT,
     SCRIPT,
     TINY,
-    TORCHRUN,
     TWO_PROCESSES,
     environment,
     finish,
@@ -486,7 +486,7 @@ def test_two_launchers_train_as_one(trained, base, runs, tmp_path):
     They meet by a file: a port that is free now may be taken a moment later.
     """
     launcher = (
-        *TORCHRUN,
+        *forking.TORCHRUN,
         "--nnodes=2",
         "--nproc_per_node=1",
         "--rdzv-backend=c10d",
