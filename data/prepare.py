@@ -189,20 +189,23 @@ def python_documents() -> dict[str, str]:
     numpy_root = os.path.dirname(importlib.util.find_spec("numpy").origin)
     roots = {"stdlib": sysconfig.get_paths()["stdlib"], "numpy": numpy_root}
     for label, root in roots.items():
-        for path in sorted(Path(root).rglob("*.py")):
-            name = path.relative_to(root).as_posix()
-            texts = [text for text in module_docstrings(path, name) if text not in seen]
+        for path in sorted(source_files(root)):
+            texts = [text for text in module_docstrings(path) if text not in seen]
             seen.update(texts)
             if texts:
-                documents[f"{label} {name}"] = "\n\n".join(texts)
+                documents[f"{label} {path.relative_to(root).as_posix()}"] = "\n\n".join(texts)
     return documents
 
 
-def module_docstrings(path: Path, name: str) -> list[str]:
-    """Return the docstrings of a source file; none of tests and of what is not Python's own."""
-    skipped = {"site-packages", "dist-packages", "tests", "test", "idlelib"}
-    if skipped & set(name.split("/")):
-        return []
+def source_files(root: str) -> Iterator[Path]:
+    """Yield the Python files below a folder, without tests and what is not Python's own."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = set(folders) - {"site-packages", "dist-packages", "tests", "test", "idlelib"}
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+
+
+def module_docstrings(path: Path) -> list[str]:
+    """Return the docstrings of a source file."""
     try:
         return list(docstrings(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):
