@@ -301,7 +301,8 @@ def prepare() -> None:
     for name in IMPORTED_IF_INSTALLED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    walk, script = ast.walk, sys.modules["train_gpt"]
+    torch, script, walk = sys.modules["torch"], sys.modules["train_gpt"], ast.walk
+    torch.compile(torch.neg, backend="aot_eager")(torch.ones(1))  # the first graph imports more
     ast.walk = lambda tree: list(walk(tree))
     for module, functions in ((ast, ("parse", "walk", "unparse")), (script.brotli, ("compress",))):
         for function in functions:

@@ -16,7 +16,8 @@ def count_products(graph: torch.fx.GraphModule) -> int:
 
 
 def test_a_phase_with_frozen_maps_compiles_a_backward_pass_without_their_gradients():
-    h = tiny_settings(map_basis="learned", map_adapter="none", map_freeze="mlp=0.5", num_layers=2)
+    freezing = {"map_basis": "learned", "map_adapter": "none", "map_freeze": "mlp=0.5"}
+    h = tiny_settings(**freezing, num_layers=1, ve_layers="0")  # a layer takes a second to compile
     model = train_gpt.GPT(h)
     phases = train_gpt.Phases(h, model, None, compiled=False)
     backward_products = []
@@ -40,9 +41,8 @@ def test_a_phase_with_frozen_maps_compiles_a_backward_pass_without_their_gradien
         phases.enter(progress)
         compiled(ids, ids).backward()
     trained, frozen = backward_products
-    assert trained - frozen == 2 * h.num_layers  # fc and proj of each block
-    weights = [model.blocks[i].mlp.fc.weight for i in range(2)]
-    assert all(not weight.requires_grad for weight in weights)
+    assert trained - frozen == 2  # fc and proj
+    assert not model.blocks[0].mlp.fc.weight.requires_grad
 
 
 def test_a_map_that_was_frozen_can_be_trained_again():

@@ -182,15 +182,19 @@ def test_whole_windows_are_scored_as_ever(streaming, windows, random_model, proc
     assert loss(streaming(), 4) != loss(windows(), 4)
 
 
-@pytest.mark.parametrize(("scored", "streams"), [(64, False), (4, False), (64, True)])
+@pytest.mark.parametrize(
+    ("has_amx", "scored", "streams"),
+    [(True, 64, False), (False, 64, False), (False, 4, False), (False, 64, True)],
+)
 def test_what_a_score_needs_compiles_into_one_graph(
-    settings, random_model, either_cpu, scored, streams
+    settings, random_model, monkeypatch, has_amx, scored, streams
 ):
-    """Without gradients, too: whole windows, a few last positions, streams.
+    """Without gradients, too: whole windows on each kind of CPU, a few last positions, streams.
 
     `fullgraph` refuses a break.
     """
-    h = settings(num_layers=2, recur_layers="0", recur_times=2)
+    monkeypatch.setattr(train_gpt, "HAS_AMX", has_amx)
+    h = settings(num_layers=1, recur_layers="0", recur_times=2)
     model = random_model(h).eval()
     ids = torch.arange(3 * 64).view(3, 64) % 61
     torch._dynamo.reset()

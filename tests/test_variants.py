@@ -699,6 +699,7 @@ def test_a_new_basis_or_adapter_takes_a_function_and_a_row(
 
 
 EACH_ADAPTER = {
+    "NUM_LAYERS": 2,
     "MAP_BASIS": "gaussian,attention.q=rademacher,attention.k=hadamard,mlp=shared:2",
     "MAP_ADAPTER": "combination:8+lora:2,attention.q=mask,attention.k=sparse:0.1+rslora:4,"
     "attention.v=vera:4,mlp=signs",
@@ -706,16 +707,21 @@ EACH_ADAPTER = {
     "MAP_TWIST": "none,mlp=permutation",
 }
 
+ONE_LAYER = {"NUM_LAYERS": 1, "VE_LAYERS": 0, "PARALLEL_FROM": 0}  # each takes seconds to compile
+
 
 @pytest.mark.parametrize(
     "variant",
-    [VARIANTS["system-c-gated"], EACH_ADAPTER, VARIANTS["recurrent"] | {"PARALLEL_FROM": 1}],
+    [
+        VARIANTS["system-c-gated"] | ONE_LAYER,
+        EACH_ADAPTER,
+        VARIANTS["recurrent"] | ONE_LAYER | {"RECUR_LAYERS": 0, "RECUR_TIMES": 2},
+    ],
     ids=["freezing", "adapters", "recurrent"],
 )
 def test_each_phase_compiles_into_one_graph(variant, corpus):
     """`fullgraph` refuses a graph break; the graph must compute what the model does."""
-    two_layers = {"NUM_LAYERS": 2}  # each takes a second
-    h = train_gpt.load_settings(strings(VARIANT | corpus.settings | variant | two_layers))
+    h = train_gpt.load_settings(strings(VARIANT | corpus.settings | variant))
     torch.manual_seed(0)
     model = train_gpt.make_model(h).train()
     phases = train_gpt.Phases(h, model, None, compiled=False)
