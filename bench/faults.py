@@ -267,7 +267,7 @@ class Attempt:
         while self.process.poll() is None and time.monotonic() < end:
             if condition():
                 return True
-            time.sleep(0.005)
+            time.sleep(0.02)
         return False
 
     def wait_for_log(self, pattern: str, timeout: float = 60) -> bool:

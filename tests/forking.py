@@ -66,9 +66,10 @@ class ForkedProcess:
         """Return the exit code; subprocess.TimeoutExpired if that takes too long."""
         end = time.monotonic() + timeout
         while self.poll() is None:
-            if time.monotonic() > end:
+            left = end - time.monotonic()
+            if left < 0:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.sleep(min(1.0, timeout))
+            self.sleep(min(left, 60.0))
         return self.returncode
 
     def sleep(self, seconds: float) -> None:
