@@ -20,7 +20,7 @@ fail() {
 # Install requirement files into .venv, again only when their content has changed. Python compiles a
 # module when it imports it: to compile all that is installed would take half a minute.
 setup() {
-    local stamp=$venv/.installed python=${PYTHON:-python3} file key
+    local stamp=$venv/.installed python=${PYTHON:-python3} file changed=()
     if [ ! -x "$venv/bin/python" ]; then
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
             fail "Python 3.10 or newer is needed; PYTHON=/path/to/python3 bash run.sh uses another one"
@@ -28,13 +28,15 @@ setup() {
         "$python" -m venv "$venv" || fail "cannot create $venv; on Debian: apt install python3-venv"
     fi
     for file in "$@"; do
-        key=$(cksum <"$file")
-        if ! grep -qsxF "$key" "$stamp"; then
-            echo "installing $file"
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
-                -r "$file" || fail "cannot install $file; is the package index reachable?"
-            echo "$key" >>"$stamp"
-        fi
+        grep -qsxF "$(cksum <"$file")" "$stamp" || changed+=("$file")
+    done
+    [ ${#changed[@]} -gt 0 ] || return 0
+    echo "installing ${changed[*]}"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
+        "${changed[@]/#/--requirement=}" ||
+        fail "cannot install ${changed[*]}; is the package index reachable?"
+    for file in "${changed[@]}"; do
+        cksum <"$file" >>"$stamp"
     done
 }
 

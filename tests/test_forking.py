@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import forking
 import pytest
 
 import helpers
@@ -100,3 +101,39 @@ def test_an_offline_fork_has_no_network(tmp_path):
     script.write_text("import os, socket\nprint(os.getuid(), socket.if_nameindex())")
     alone = helpers.fork_server().start([script], {}, tmp_path, offline=True)
     assert alone.communicate() == ("0 [(1, 'lo')]\n", ""), "root of its own, as by unshare"
+
+
+def test_python_that_a_fork_starts_is_a_fork_too(tmp_path):
+    """By subprocess.run and what uses it, where the test asks for that."""
+    script, inner = tmp_path / "script.py", tmp_path / "inner"
+    inner.mkdir()
+    script.write_text(
+        """
+import subprocess, sys
+told = "import os, sys; print('torch' in sys.modules, sys.argv, os.getcwd(), os.environ['SEED'])"
+command = [sys.executable, "-c", told, "a b"]
+options = {"cwd": "inner", "env": {"SEED": "7"}, "text": True}
+print(subprocess.run(command, capture_output=True, **options).stdout, end="")
+try:
+    subprocess.check_output([sys.executable, "-c", "raise SystemExit(3)"])
+except subprocess.CalledProcessError as error:
+    print(error.returncode)
+print(subprocess.check_output(["echo", "another"], text=True), end="")
+"""
+    )
+    server = helpers.fork_server()
+    process = server.start([script], helpers.environment({}), tmp_path, with_children=True)
+    out, err = process.communicate()
+    assert out.splitlines() == [f"True ['-c', 'a b'] {inner} 7", "3", "another"], err
+
+
+def test_several_processes_share_a_server(tmp_path):
+    """One that no longer needs it leaves it to the others."""
+    script = tmp_path / "script.py"
+    script.write_text("import os\nprint(os.getppid())")
+    ours = helpers.fork_server()
+    theirs = forking.ForkServer(ours.address)
+    parents = [server.start([script], {}).communicate()[0] for server in (ours, theirs)]
+    theirs.close()
+    parents.append(ours.start([script], {}).communicate()[0])
+    assert len(set(parents)) == 1

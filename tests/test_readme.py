@@ -5,14 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import ROOT, train_gpt
+from helpers import ROOT, run_well, train_gpt
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.md"))
@@ -132,8 +130,7 @@ def test_sections_and_names_for_contributors_are_the_scripts():
 
 
 def test_the_page_of_settings_is_up_to_date():
-    tool = ROOT / "tools" / "settings_table.py"
-    subprocess.run([sys.executable, tool, "--check"], check=True, timeout=60)
+    run_well({}, script=ROOT / "tools" / "settings_table.py", arguments=["--check"])
 
 
 def test_the_readme_is_short_enough_to_be_read():

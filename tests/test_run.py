@@ -253,7 +253,7 @@ def eval_only(trained, validation_only, corpus) -> dict:
 
 def test_artifact_alone_repeats_the_score(trained, eval_only, tmp_path):
     script = Path(shutil.copy(SCRIPT, tmp_path))
-    out = run_well(eval_only, script=script, cwd=tmp_path, fresh=True)
+    out = run_well(eval_only, script=script, cwd=tmp_path)
     assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-6)
     assert final(out, "roundtrip") == pytest.approx(final(log_of(trained), "roundtrip"), abs=1e-6)
     assert list(tmp_path.iterdir()) == [script]  # an evaluation writes nothing

@@ -219,7 +219,7 @@ def test_a_selector_counts_layers_from_the_end():
 
 def test_help_lists_every_setting_and_ends_well():
     """Also where the environment is one that a run would refuse."""
-    out = helpers.run_well({"NUM_LAYERS": "banana"}, arguments=["--help"], fresh=True)
+    out = helpers.run_well({"NUM_LAYERS": "banana"}, arguments=["--help"])
     documented = dict(re.findall(r"^  ([A-Z][A-Z0-9_]+) +(.+)$", out, re.MULTILINE))
     assert documented.keys() == set(SETTINGS)
     for name, field in train_gpt.SETTINGS.items():
