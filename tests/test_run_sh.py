@@ -227,6 +227,7 @@ def test_the_default_run_cut_short(place):
         "NUM_LAYERS": 2,
         "TRAIN_BATCH_TOKENS": 512,
         "MODEL_DIM": 64,
+        "BIGRAM_VOCAB_SIZE": 64,
         "MAP_ADAPTER": "lora:4",
         "GPTQ_CALIB_BATCHES": 1,
     }

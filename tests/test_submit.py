@@ -173,7 +173,7 @@ def test_packed_script_says_the_same_to_help(packed, tmp_path):
     assert len(packed) <= submit.CODE_LIMIT
     texts = []
     for file in (path, SCRIPT):
-        texts.append(run_well({}, script=file, arguments=["--help"], fresh=file == path))
+        texts.append(run_well({}, script=file, arguments=["--help"]))
     ours, readable = (text.partition("Settings are environment variables") for text in texts)
     assert ours[0].replace(submit.READ_MORE, "") == readable[0]
     if submit.READ_MORE not in ours[0]:
