@@ -111,7 +111,7 @@ if [ "${1:-}" = test ]; then
     setup "$root/requirements.txt" "$root/tools/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
     # Two at a time; tests of one file share what they need, so one process runs the whole file. The
-    # files whose tests wait for processes of their own come first (tests/conftest.py).
+    # slow files come first (tests/conftest.py).
     exec "$venv/bin/python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests "${@:2}"
 fi
 

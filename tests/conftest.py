@@ -26,9 +26,16 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 SPECIAL_MARKS = ("campaign", "gpu")
-# Their tests wait for processes of their own; begun last, they would leave one worker idle. The
-# slowest is first.
-SLOW_FILES = ("test_ranks", "test_faults", "test_run", "test_check", "test_submit", "test_run_sh")
+# Begun last, they would leave one worker idle. The one that waits longest is first.
+SLOW_FILES = (
+    "test_ranks",
+    "test_variants",
+    "test_faults",
+    "test_run",
+    "test_check",
+    "test_submit",
+    "test_run_sh",
+)
 
 
 def pytest_configure(config):

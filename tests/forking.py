@@ -160,7 +160,7 @@ class ForkServer:
         request = {
             "command": words,
             "env": dict(env),
-            "cwd": str(cwd or Path.cwd()),
+            "cwd": str(Path.cwd() / (cwd or "")),
             "outputs": [str(path) for path in paths],
             "file_limit": file_limit,
             "offline": offline,
@@ -239,7 +239,7 @@ def forked_words(words: Sequence[object]) -> list[object]:
 def run_in_fork(
     address: str, run: Callable, command: Sequence[str], **options: Any
 ) -> subprocess.CompletedProcess:
-    """Do what subprocess.run, here `run`, does; of Python it starts no new interpreter."""
+    """Do what subprocess.run, here `run`, does, but run Python in a fork and capture its output."""
     if command[0] != sys.executable:
         return run(command, **options)
     server = ForkServer(address)
