@@ -410,6 +410,12 @@ MUTANTS: dict[str, list[Mutant]] = {
     ],
     "Processes": [
         Mutant(
+            'in ("", "-1")  # on purpose',
+            'in ("0",)  # on purpose',
+            "a GPU that is hidden on purpose ends the run",
+            "model::test_a_gpu_that_is_hidden_on_purpose_is_left_alone",
+        ),
+        Mutant(
             "            torch.distributed.all_reduce(tensor)",
             "            pass",
             "processes train apart, and the score is that of one",

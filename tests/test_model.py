@@ -749,11 +749,21 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(wanted, is_there, monkeypatch, 
     """Else the run would go on hundreds of times slower on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(train_gpt, "GPU_FILE", tmp_path / "nvidia0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if is_there:
         train_gpt.GPU_FILE.touch()
     with pytest.raises(train_gpt.UserError, match=r"no usable GPU.*DEVICE=cpu"):
         train_gpt.Distributed(train_gpt.load_settings({}, device=wanted))
     assert not train_gpt.Distributed(train_gpt.load_settings({}, device="cpu")).on_cuda
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_a_gpu_that_is_hidden_on_purpose_is_left_alone(visible, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train_gpt, "GPU_FILE", tmp_path / "nvidia0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    train_gpt.GPU_FILE.touch()
+    assert not train_gpt.Distributed(train_gpt.load_settings({}, device="auto")).on_cuda
 
 
 # ---- Compiled ------------------------------------------------------------------------------------
