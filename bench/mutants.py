@@ -450,7 +450,6 @@ MUTANTS: dict[str, list[Mutant]] = {
             'PrefixStore("0", store)',
             "a restart by torchrun meets the keys of the dead run",
             "ranks::test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again[restarted]",
-            harmless="torch 2.14 makes a new store for each attempt by itself",
         ),
         Mutant(
             "            timeout=self.timeout,",
