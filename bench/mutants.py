@@ -161,6 +161,12 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant(
             "limit = h.artifact_limit_bytes",
             "limit = 16_000_000",
+            "a candidate over ARTIFACT_LIMIT_BYTES is chosen, and nothing is exported",
+            "training::test_an_artifact_that_is_too_large_or_not_finite_is_the_last_choice",
+        ),
+        Mutant(
+            "if total > h.artifact_limit_bytes:",
+            "if total > 16_000_000:",
             "ARTIFACT_LIMIT_BYTES does nothing",
             f"{EFFECT}[artifact_limit_bytes]",
         ),
