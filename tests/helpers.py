@@ -67,6 +67,7 @@ TINY = {
     "MAX_WALLCLOCK_SECONDS": 0,
     "TRAIN_LOG_EVERY": 1,
 }
+ONE_LAYER = {"NUM_LAYERS": 1, "VE_LAYERS": 0}  # for what is compiled: a layer takes a second
 
 
 def tiny_settings(**changes: Any) -> train_gpt.Hyperparameters:

@@ -20,7 +20,7 @@ import forking
 import pytest
 
 import helpers
-from helpers import ROOT, SCRIPT, TINY
+from helpers import ONE_LAYER, ROOT, SCRIPT, TINY
 
 for package in ("pandas", "matplotlib", "scipy", "adjustText", "psutil", "pynvml", "rich"):
     pytest.importorskip(package, reason="an extra of tools/requirements.txt")
@@ -886,7 +886,7 @@ def test_missing_package_is_named(tmp_path):
 
 
 def test_real_script(corpus, tmp_path):
-    settings = TINY | {"NUM_LAYERS": 1, "MODEL_DIM": 16, "VE_LAYERS": 0, "EVAL_STRIDE": 32}
+    settings = TINY | ONE_LAYER | {"MODEL_DIM": 16, "EVAL_STRIDE": 32}
     settings["VOCAB_SIZE"] = corpus.settings["VOCAB_SIZE"]
     (tmp_path / "tiny.env").write_text(
         "".join(f"{key}={value}\n" for key, value in settings.items())

@@ -26,6 +26,7 @@ import train_gpt
 from helpers import (
     ALIASES,
     MODEL_SETTINGS,
+    ONE_LAYER,
     ROOT,
     SCRIPT,
     TINY,
@@ -664,7 +665,7 @@ def test_nothing_compiles_in_the_timed_region(base, tmp_path):
     """
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
-    small = base | {"NUM_LAYERS": 1, "VE_LAYERS": 0}  # a layer takes a second to compile
+    small = base | ONE_LAYER
     eager = run_well(small | {"RUN_ID": "eager"})
     settings = small | {
         "COMPILE": 1,

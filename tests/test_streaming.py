@@ -183,17 +183,22 @@ def test_whole_windows_are_scored_as_ever(streaming, windows, random_model, proc
 
 
 @pytest.mark.parametrize(
-    ("has_amx", "scored", "streams"),
-    [(True, 64, False), (False, 64, False), (False, 4, False), (False, 64, True)],
+    ("either_cpu", "scored", "streams"),
+    [
+        ("with AMX", 64, False),
+        ("without AMX", 64, False),
+        ("without AMX", 4, False),
+        ("without AMX", 64, True),
+    ],
+    indirect=["either_cpu"],
 )
 def test_what_a_score_needs_compiles_into_one_graph(
-    settings, random_model, monkeypatch, has_amx, scored, streams
+    settings, random_model, either_cpu, scored, streams
 ):
     """Without gradients, too: whole windows on each kind of CPU, a few last positions, streams.
 
     `fullgraph` refuses a break.
     """
-    monkeypatch.setattr(train_gpt, "HAS_AMX", has_amx)
     h = settings(num_layers=1, recur_layers="0", recur_times=2)
     model = random_model(h).eval()
     ids = torch.arange(3 * 64).view(3, 64) % 61

@@ -15,7 +15,7 @@ import torch
 
 import train_gpt
 from bench.faults import Container
-from helpers import TINY, TWO_PROCESSES, refusal, run_well
+from helpers import ONE_LAYER, TINY, TWO_PROCESSES, refusal, run_well
 
 VARIANT = TINY | {
     "NUM_LAYERS": 3,
@@ -707,7 +707,7 @@ EACH_ADAPTER = {
     "MAP_TWIST": "none,mlp=permutation",
 }
 
-ONE_LAYER = {"NUM_LAYERS": 1, "VE_LAYERS": 0, "PARALLEL_FROM": 0}  # each takes seconds to compile
+RECURRENT_LAYER = ONE_LAYER | {"RECUR_LAYERS": 0, "RECUR_TIMES": 2, "PARALLEL_FROM": 0}
 
 
 @pytest.mark.parametrize(
@@ -715,7 +715,7 @@ ONE_LAYER = {"NUM_LAYERS": 1, "VE_LAYERS": 0, "PARALLEL_FROM": 0}  # each takes 
     [
         VARIANTS["system-c-gated"] | ONE_LAYER,
         EACH_ADAPTER,
-        VARIANTS["recurrent"] | ONE_LAYER | {"RECUR_LAYERS": 0, "RECUR_TIMES": 2},
+        VARIANTS["recurrent"] | RECURRENT_LAYER,
     ],
     ids=["freezing", "adapters", "recurrent"],
 )
