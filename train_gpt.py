@@ -170,13 +170,10 @@ class Hyperparameters:
         choices=("auto", "bfloat16", "float32"),
     )
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    compile_muon: int = setting(0, "1: compile Muon's orthogonalization, too", 0, 1)
-    mix_order_reduction: int = setting(0, "1: keep inductor's mix-order reduction", 0, 1)
     attention_backend: str = setting(
         "auto",
         "order of attention kernels on CUDA; auto: fa3,cudnn,flash,efficient,math",
     )
-    fuse_qkv: int = setting(1, "1: one product for q, k and v; 0: three", 0, 1)
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH and do nothing else", 0, 1)
     model_path: str = setting("", "artifact that EVAL_ONLY reads")
     export_only: int = setting(0, "1: export and evaluate CHECKPOINT_PATH, do not train", 0, 1)
@@ -196,9 +193,6 @@ class Hyperparameters:
 
     # Model
     vocab_size: int = model_setting(1024, "pieces of the tokenizer", 8, 65_536)
-    embedding_dim: int = model_setting(
-        0, "width of the token embedding, which a map widens; 0: MODEL_DIM", 0, 16_384
-    )
     num_layers: int = model_setting(11, "transformer blocks", 1, 256)
     model_dim: int = model_setting(512, "width of the residual stream", 8, 16_384)
     num_heads: int = model_setting(8, "query heads", 1, 256)
@@ -238,9 +232,6 @@ class Hyperparameters:
     map_gain: str = model_setting("1", "factor on the basis")
     map_seed: int = model_setting(12_345, "seed of the random maps", 0, 2**62)
     map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
-    map_twist: str = model_setting(
-        "none", "none, permutation or orthogonal: what makes shared maps differ"
-    )
     map_adapter: str = model_setting("lora:32", "none, or NAME:SIZE with + between")
     map_scale: str = model_setting("none", "learned factor: none, map (one) or row (one per row)")
     map_gate: str = model_setting("none", "initial value of a learned gate per output, or none")
@@ -278,7 +269,7 @@ class Hyperparameters:
     tied_embed_lr: float = setting(0.035, "learning rate of AdamW for embeddings")
     scalar_lr: float = setting(0.025, "learning rate of AdamW for gains, gates and scales")
     sparse_lr: float = setting(0.003, "learning rate of AdamW for values of sparse adapters")
-    mask_lr: float = setting(0.1, "learning rate for scores of masks and signs")
+    mask_lr: float = setting(0.1, "learning rate for the scores of masks")
     mask_optimizer: str = setting(
         "adam", "optimizer of these scores; PR #1753: adam", choices=("adam", "muon")
     )
@@ -341,11 +332,6 @@ class Hyperparameters:
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
-
-    @property
-    def token_dim(self) -> int:
-        """The width of the token embedding."""
-        return self.embedding_dim or self.model_dim
 
     @property
     def kv_dim(self) -> int:
@@ -417,10 +403,8 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
 
 # Philox keys have 128 bits: the seed is at the bottom, the epoch of the data order from bit 64 on.
-# Adapters and twists have high bits of their own, so that none repeats the numbers of a map.
-SHARED_FACTOR_KEY, SPARSE_KEY, COMBINATION_KEY, PERMUTATION_KEY, LEFT_KEY, RIGHT_KEY = (
-    n << 96 for n in range(1, 7)
-)
+# Adapters have high bits of their own, so that none repeats the numbers of a map.
+SHARED_FACTOR_KEY, SPARSE_KEY, COMBINATION_KEY = (n << 96 for n in (1, 2, 3))
 
 
 def random_uint64(seed: int, n: int) -> np.ndarray:
@@ -651,52 +635,31 @@ class Sparse(Adapter):
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
 
-class BinaryAdapter(Adapter):
-    """One learned bit per weight: whether its score is positive (arXiv:1911.13299).
+class Mask(Adapter):
+    """W + ΔW is √2 · W where a learned bit is 1, else 0 (arXiv:1911.13299).
 
-    The scores are trained through a straight-through estimator, the gradient of
-    sigmoid(score / temperature). The temperature falls during training as in PR #1753.
+    A bit is 1 where its score is positive; at first about half of them are. The scores are trained
+    through a straight-through estimator, the gradient of sigmoid(score / temperature). The
+    temperature falls during training as in PR #1753.
     """
 
     roles: ClassVar = {"scores": Role.MASK}
 
     def __init__(self, spec: MapSpec, _: float) -> None:
         super().__init__()
-        self.scores = nn.Parameter(self.initial_scores(spec) * spec.in_features**-0.5)
+        scores = torch.empty(spec.shape).uniform_(-1, 1) * spec.in_features**-0.5
+        self.scores = nn.Parameter(scores)
         self.register_buffer("temperature", torch.ones(()), persistent=False)
 
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        raise NotImplementedError
-
-    def bits(self, dtype: torch.dtype) -> Tensor:
-        """Return 1 where a score is positive, else 0, (out, in)."""
+    def correction(self, weight: Tensor) -> Tensor:
         soft = torch.sigmoid(self.scores / self.temperature)
-        return ((self.scores > 0).to(dtype)) + (soft - soft.detach()).to(dtype)
+        bits = (self.scores > 0).to(weight.dtype) + (soft - soft.detach()).to(weight.dtype)
+        return weight * (math.sqrt(2) * bits - 1)
 
     def quantize(
         self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
     ) -> dict[str, QuantizedTensor | Tensor]:
         return {"scores": self.scores.data > 0}
-
-
-class Mask(BinaryAdapter):
-    """W + ΔW is √2 · W where the bit is 1, else 0; about half of the bits are 1 at first."""
-
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        return torch.empty(spec.shape).uniform_(-1, 1)
-
-    def correction(self, weight: Tensor) -> Tensor:
-        return weight * (math.sqrt(2) * self.bits(weight.dtype) - 1)
-
-
-class Signs(BinaryAdapter):
-    """W + ΔW is W where the bit is 1, else -W: learned signs, random magnitudes. It starts as W."""
-
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        return torch.empty(spec.shape).uniform_(0, 1)
-
-    def correction(self, weight: Tensor) -> Tensor:
-        return weight * (2 * self.bits(weight.dtype) - 2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -731,7 +694,6 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "vera": VeRA,
     "sparse": Sparse,
     "mask": Mask,
-    "signs": Signs,
     "combination": Combination,
 }
 
@@ -758,59 +720,6 @@ class SharedMatrices(QuantizedModule):
             name: quantizers[role].quantize(getattr(self, name), own)
             for (name, role), own in zip(self.roles.items(), hessians, strict=True)
         }
-
-
-class PermutationTwist(nn.Module):
-    """W -> P W Q with random signed permutations P and Q."""
-
-    def __init__(self, spec: MapSpec) -> None:
-        super().__init__()
-        rows, columns = spec.shape
-        words = random_uint64(spec.seed + PERMUTATION_KEY, rows + columns)
-        for name, part in (("row", words[:rows]), ("column", words[rows:])):
-            order = torch.from_numpy(part.argsort(kind="stable"))
-            signs = torch.from_numpy(1.0 - 2.0 * (part & np.uint64(1))).to(torch.bfloat16)
-            self.register_buffer(f"{name}_order", order, persistent=False)
-            self.register_buffer(f"{name}_signs", signs, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Twist a matrix (out, in)."""
-        weight = weight[self.row_order][:, self.column_order]
-        rows, columns = self.row_signs.to(weight.dtype), self.column_signs.to(weight.dtype)
-        return weight * rows[:, None] * columns
-
-    def untwist_hessian(self, hessian: Tensor) -> Tensor:
-        """Return the Hessian (in, in) of W's own inputs, given that of the map's inputs."""
-        signs = self.column_signs.to(hessian.dtype)
-        back = self.column_order.argsort()
-        return (hessian * signs[:, None] * signs)[back][:, back]
-
-
-class OrthogonalTwist(nn.Module):
-    """W -> P W Q with random orthogonal P and Q."""
-
-    def __init__(self, spec: MapSpec) -> None:
-        super().__init__()
-        rows, columns = spec.shape
-        p = orthogonal(rows, rows, spec.seed + LEFT_KEY).to(torch.bfloat16)
-        q = orthogonal(columns, columns, spec.seed + RIGHT_KEY).to(torch.bfloat16)
-        self.register_buffer("p", p.contiguous(), persistent=False)
-        self.register_buffer("q", q.contiguous(), persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Twist a matrix (out, in)."""
-        return self.p.to(weight.dtype) @ weight @ self.q.to(weight.dtype)
-
-    def untwist_hessian(self, hessian: Tensor) -> Tensor:
-        """Return the Hessian (in, in) of W's own inputs, given that of the map's inputs."""
-        q = self.q.to(hessian.dtype)
-        return q @ hessian @ q.T
-
-
-TWISTS: dict[str, type[nn.Module]] = {
-    "permutation": PermutationTwist,
-    "orthogonal": OrthogonalTwist,
-}
 
 
 def initial_weight(spec: MapSpec) -> Tensor:
@@ -957,8 +866,7 @@ class Linear(QuantizedModule):
     """One map of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
     W (out, in) is one of three: a float32 parameter; a frozen random map, a bfloat16 buffer that is
-    never in a state_dict; or a mix of shared matrices, which a random twist makes different in each
-    layer. ΔW is the sum of its adapters.
+    never in a state_dict; or a mix of shared matrices. ΔW is the sum of its adapters.
     """
 
     roles: ClassVar = {"weight": Role.MATRIX}
@@ -970,7 +878,6 @@ class Linear(QuantizedModule):
         out_features = spec.out_features
         self.shared_matrices = ()  # a tuple does not register them again
         self.shared_mix = None
-        self.twist = TWISTS[spec.twist](spec) if spec.twist != "none" else None
         if shared is not None:
             self.shared_matrices = (shared,)
             if spec.shared_count > 1:
@@ -1026,10 +933,8 @@ class Linear(QuantizedModule):
             return self.weight
         weights = self.shared_matrices[0].weights()
         if self.shared_mix is None:
-            (weight,) = weights
-        else:
-            weight = sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
-        return weight if self.twist is None else self.twist(weight)
+            return weights[0]
+        return sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
 
     @property
     def members(self) -> tuple[QuantizedModule, ...]:
@@ -1045,13 +950,6 @@ class Linear(QuantizedModule):
         """Apply the map: x (..., in) -> (..., out), as in `fused_linear`."""
         return fused_linear(x, (self,), row_scale, activation)
 
-    def transposed(self, x: Tensor) -> Tensor:
-        """Apply the transposed map without its bias: x (..., out) -> (..., in)."""
-        for factor in (self.gate, self.scale):
-            if factor is not None:
-                x = x * factor.to(x.dtype)
-        return x @ merge_weights([self.parts(x.dtype)])
-
 
 class InputGroup(nn.Module):
     """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ.
@@ -1065,16 +963,10 @@ class InputGroup(nn.Module):
 
 
 class FusedLinear(InputGroup):
-    """Maps of one input, computed by one product or one by one: x (..., in) -> (..., Σ out)."""
-
-    def __init__(self, *members: Linear, fused: bool = True) -> None:
-        super().__init__(*members)
-        self.fused = fused
+    """Maps of one input, computed by one product: x (..., in) -> (..., Σ out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return fused_linear(x, self.members)
-        return torch.cat([fused_linear(x, (each,)) for each in self.members], -1)
+        return fused_linear(x, self.members)
 
 
 class Embedding(QuantizedModule):
@@ -1103,15 +995,11 @@ class Embedding(QuantizedModule):
         x = F.embedding(ids, self.weight).to(self.dtype)
         return x if self.proj is None else self.proj(x)
 
-    def narrow(self, x: Tensor) -> Tensor:
-        """Apply the transposed `proj`: x (..., out) -> (..., dim), the input of TiedHead."""
-        return x if self.proj is None else self.proj.transposed(x)
-
 
 class TiedHead(InputGroup):
     """Logits c·tanh(z/c) of z = x Eᵀ, with E the table of the token embedding.
 
-    Its shapes are (..., dim) -> (..., vocabulary); `Embedding.narrow` gives its input.
+    Its shapes are (..., dim) -> (..., vocabulary).
     """
 
     def __init__(self, embedding: Embedding, softcap: float) -> None:
@@ -1164,7 +1052,6 @@ class MapSpec(NamedTuple):
     in_features: int
     basis: str = "learned"  # shared or shared:N, or a key of BASES for a frozen random map
     init: str = "orthogonal"  # initial value of what is learned of W: orthogonal or zero
-    twist: str = "none"  # or a key of TWISTS: what makes a shared map differ by layer
     depth: float = 0.0  # of its layer, from 0 to 1
     seed: int = 0  # of what is random in this map
     shared_seed: int = 0  # of what adapters generate once for all maps of one shape
@@ -1240,7 +1127,7 @@ class MapRule(NamedTuple):
     """One CELL or SELECTOR=CELL of a column of the map table.
 
     A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, attention, mlp, mlp.in (the MLP without its
-    proj) or one such as attention.q. The maps of embeddings are not in all; embedding, bigram and
+    proj) or one such as attention.q. The maps of embeddings are not in all; bigram and
     value_embedding, or these with .proj, select them.
     """
 
@@ -1259,19 +1146,18 @@ class MapRule(NamedTuple):
 
 
 # Maps that widen the rows of an embedding. They are learned unless a selector names them.
-EMBEDDING_MAPS = ("embedding.proj", "bigram.proj", "value_embedding.proj")
+EMBEDDING_MAPS = ("bigram.proj", "value_embedding.proj")
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
 CELL_WORDS = {
     "basis": ["learned", "shared", *BASES],
     "init": ["orthogonal", "zero"],
-    "twist": ["none", *TWISTS],
     "scale": ["none", "map", "row"],
     "gate": ["none"],
 }
 CELL_RANGES = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}
-COLUMNS = ("basis", "init", "gain", "twist", "adapter", "scale", "gate", "freeze")
+COLUMNS = ("basis", "init", "gain", "adapter", "scale", "gate", "freeze")
 # Columns whose rules without a selector apply to all maps; in others, to random and shared ones.
-FOR_ALL_MAPS = ("basis", "init", "twist", "freeze")
+FOR_ALL_MAPS = ("basis", "init", "freeze")
 
 
 def parse_cell(column: str, text: str) -> str | float | None:
@@ -1336,7 +1222,6 @@ class MapTable:
         "mlp.fc": 10,
         "mlp.proj": 11,
         "mlp.gate": 12,
-        "embedding.proj": 20,
         "bigram.proj": 21,
         "value_embedding.proj": 22,
     }
@@ -1365,8 +1250,6 @@ class MapTable:
         """Return kind -> (out, in) of the maps that widen embeddings."""
         h = self.h
         shapes = {}
-        if h.token_dim != h.model_dim:
-            shapes["embedding.proj"] = (h.model_dim, h.token_dim)
         if h.bigram_vocab_size > 1:
             shapes["bigram.proj"] = (h.model_dim, h.bigram_dim)
         if h.value_layers:
@@ -1405,7 +1288,7 @@ class MapTable:
         h = self.h
         layer = block or 0
         cells: dict[str, Any] = {}
-        if kind in ("bigram.proj", "value_embedding.proj"):
+        if kind in EMBEDDING_MAPS:
             cells["gain"] = (2 * h.num_layers) ** -0.5  # as published (PR #1113)
         cells |= self.cells("basis", member, layer, kind, False)
         is_seeded = cells.get("basis", "learned") != "learned"  # a random map, or a shared one
@@ -1429,9 +1312,6 @@ class MapTable:
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
                 if spec.adapters() and spec.basis == "learned":
                     raise ValueError(f"{kind} is learned in full and takes no adapter")
-            with collect_errors(self.errors, f"MAP_TWIST={h.map_twist}"):
-                if spec.twist != "none" and not spec.shared_count:
-                    raise ValueError(f"{kind} is not shared and takes no twist")
             own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
             learned = own or spec.shared_count > 1  # then its mix is learned
             with collect_errors(self.errors, f"MAP_FREEZE={h.map_freeze}"):
@@ -1575,6 +1455,7 @@ UNSUPPORTED = {
     "CONTROL_TENSOR_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
     "DATA_DIR": Unsupported(("./data/", "./data"), "set DATA_PATH and TOKENIZER_PATH"),
     "DDL_ENABLED": Unsupported(("0",), "DDL is not built"),
+    "EMBEDDING_DIM": Unsupported(("512",), "the token embedding has MODEL_DIM columns"),
     "EMBED_LR": Unsupported(("0.6",), f"{UNTIED}; set TIED_EMBED_LR"),
     "EVAL_BATCH_SEQS": Unsupported(("256",), "set EVAL_BATCH_TOKENS"),
     "GPTQ_BLOCK_SIZE": Unsupported(("128",), "the block does not change the codes; it is 128"),
@@ -2167,7 +2048,7 @@ class Attention(nn.Module):
         self.proj = linear("attention.proj")
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
-        self.project_qkv = FusedLinear(self.q, self.k, self.v, fused=bool(h.fuse_qkv))
+        self.project_qkv = FusedLinear(self.q, self.k, self.v)
         self.flash_attention_3 = load_flash_attention_3(h)
         self.use_xsa = layer >= h.num_layers - h.xsa_last_n
         self.head_dim = h.head_dim
@@ -2208,7 +2089,7 @@ class Attention(nn.Module):
         Returns:
             The output (B, n, d) of the positions that attend, and the own values (B, T, kv_dim).
         """
-        qk, own_v = self.project_qkv(x).split(self.widths, -1)  # one GEMM with FUSE_QKV=1
+        qk, own_v = self.project_qkv(x).split(self.widths, -1)
         v = own_v
         if value_embed is not None:
             v = v + value_embed
@@ -2363,9 +2244,9 @@ class LanguageModel(nn.Module):
         return digest.hexdigest()
 
     def set_temperature(self, temperature: float) -> None:
-        """Set the temperature of the bits that masks and signs learn."""
+        """Set the temperature of the bits that masks learn."""
         for module in self.modules():
-            if isinstance(module, BinaryAdapter):
+            if isinstance(module, Mask):
                 module.temperature.fill_(temperature)
 
 
@@ -2400,7 +2281,7 @@ class GPT(LanguageModel):
         def block(layer: int) -> Block:
             return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
 
-        self.embedding = embedding("embedding", h.vocab_size, h.token_dim, h.tied_embed_init_std)
+        self.embedding = embedding("embedding", h.vocab_size, d, h.tied_embed_init_std)
         self.bigram_buckets = h.bigram_vocab_size
         if h.bigram_vocab_size > 1:
             self.bigram = embedding("bigram", h.bigram_vocab_size, h.bigram_dim, 0.0)
@@ -2509,8 +2390,7 @@ class GPT(LanguageModel):
         are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
         num_queries = logits_to_keep if are_few and not streaming else None
         x = self.run_blocks(x0, ids, context, num_queries)
-        x = norm(keep_last(x, logits_to_keep))
-        return self.head(self.embedding.narrow(x))
+        return self.head(norm(keep_last(x, logits_to_keep)))
 
 
 class Ensemble(LanguageModel):
@@ -2560,11 +2440,9 @@ def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return about how many bytes of memory building the model takes."""
     sizes = [math.prod(spec.shape) for spec in table.values()]
-    squares = [n * n for spec in table.values() if spec.twist == "orthogonal" for n in spec.shape]
-    tables = h.vocab_size * (h.token_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
+    tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
-    total = 4 * (sum(sizes) + h.ensemble * tables)
-    total += 64 * max(sizes + squares) + 2 * sum(squares)
+    total = 4 * (sum(sizes) + h.ensemble * tables) + 64 * max(sizes)
     shared = {  # stored once for all layers
         spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
     }
@@ -2577,7 +2455,7 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
                 total += 4 * int(size) * sum(spec.shape)
             elif unit == "count":
                 total += 4 * int(size) * numel
-            else:  # positions of sparse values, or scores of masks and signs
+            else:  # positions of sparse values, or scores of masks
                 total += 12 * numel
     return total
 
@@ -2606,7 +2484,7 @@ def describe_maps(model: LanguageModel) -> list[str]:
         cells = [
             spec.name,
             f"{spec.out_features}x{spec.in_features}",
-            f"{spec.gain:g}·{spec.basis}" + (f"·{spec.twist}" if spec.twist != "none" else ""),
+            f"{spec.gain:g}·{spec.basis}",
             spec.seed,
             spec.adapter,
             spec.scale,
@@ -2723,7 +2601,7 @@ class Distributed:
         torch.compiler.config.cache_key_tag = ",".join(attention_order(self.h))
         # This pass, on by default in torch 2.11, costs 5.9 ms of a step (PR #1420, pytorch#179494).
         if hasattr(inductor.triton, "mix_order_reduction"):
-            inductor.triton.mix_order_reduction = bool(self.h.mix_order_reduction)
+            inductor.triton.mix_order_reduction = False
 
     def _init_process_group(self) -> None:
         """Join the group; a restart by torchrun gets a part of the store of its own."""
@@ -3156,12 +3034,10 @@ class Muon(torch.optim.Optimizer):
         backend_steps: int = 5,
         weight_decay: float = 0.0,
         dist: Distributed | None = None,
-        compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.backend_steps = backend_steps
         self.dist = dist
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False, disable=not compiled)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -3195,10 +3071,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(momenta, gradients)
         batch = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
         if self.dist is None or self.dist.world_size == 1:
-            return self.orthogonalize(batch, self.backend_steps), None
+            return orthogonalize(batch, self.backend_steps), None
         updates = torch.zeros_like(batch)
         mine = slice(self.dist.rank, None, self.dist.world_size)
-        updates[mine] = self.orthogonalize(batch[mine], self.backend_steps)
+        updates[mine] = orthogonalize(batch[mine], self.backend_steps)
         return updates, torch.distributed.all_reduce(updates, async_op=True)
 
 
@@ -3237,7 +3113,6 @@ class Optimizers:
             momentum=h.muon_momentum,
             backend_steps=h.muon_backend_steps,
             dist=dist,
-            compiled=dist.compile and bool(h.compile_muon),
         )
         betas = (h.beta1, h.beta2)
         self.adam = torch.optim.AdamW(param_groups(adam_rates), 0.0, betas, h.adam_eps, fused=True)
@@ -3610,10 +3485,11 @@ def collect_hessians(
             adapters = [each for each in member.children() if isinstance(each, Adapter)]
             by_module |= dict.fromkeys([member, *adapters], hessian)
             for shared in getattr(member, "shared_matrices", ()):  # it has inputs in every layer
-                own = hessian if member.twist is None else member.twist.untwist_hessian(hessian)
-                mix = own.new_ones(1) if member.shared_mix is None else member.shared_mix
+                mix = member.shared_mix
+                if mix is None:
+                    mix = hessian.new_ones(1)
                 # A layer that mixes a matrix in by c has c² of its error.
-                own = mix.square()[:, None, None] * own  # (count, in, in)
+                own = mix.square()[:, None, None] * hessian  # (count, in, in)
                 by_module[shared] = by_module.get(shared, 0) + own
     return by_module
 
