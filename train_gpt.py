@@ -1071,6 +1071,11 @@ class MapSpec(NamedTuple):
         return self.basis in BASES
 
     @property
+    def is_learned(self) -> bool:
+        """Whether W is learned in full and belongs to this map alone."""
+        return self.basis == "learned"
+
+    @property
     def kind(self) -> str:
         """Its name without member and layer, such as mlp.fc."""
         return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
@@ -1126,22 +1131,24 @@ class MapSpec(NamedTuple):
 class MapRule(NamedTuple):
     """One CELL or SELECTOR=CELL of a column of the map table.
 
-    A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, attention, mlp, mlp.in (the MLP without its
-    proj) or one such as attention.q. The maps of embeddings are not in all; bigram and
-    value_embedding, or these with .proj, select them.
+    A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, random (also those that are shared),
+    attention, mlp, mlp.in (the MLP without its proj) or one such as attention.q. The maps of
+    embeddings are not in all; bigram and value_embedding, or these with .proj, select them. A cell
+    without a selector is for all maps, but an adapter is for random ones.
     """
 
-    selector: str  # as written; empty: see FOR_ALL_MAPS
+    selector: str  # as written
     member: int | None
     kind: str
     layers: list[int]
     cell: str | float | None
 
-    def selects(self, member: int, kind: str, layer: int) -> bool:
-        family = "mlp.in" if kind in ("mlp.fc", "mlp.gate") else kind
-        kinds = [kind.partition(".")[0], family, kind]
-        if kind not in EMBEDDING_MAPS:
-            kinds.append("all")
+    def selects(self, spec: MapSpec, member: int, layer: int) -> bool:
+        kinds = [spec.kind, spec.kind.partition(".")[0]]
+        if spec.kind in ("mlp.fc", "mlp.gate"):
+            kinds.append("mlp.in")
+        if spec.kind not in EMBEDDING_MAPS:
+            kinds += ["all"] if spec.is_learned else ["all", "random"]
         return self.kind in kinds and layer in self.layers and self.member in (None, member)
 
 
@@ -1156,8 +1163,6 @@ CELL_WORDS = {
 }
 CELL_RANGES = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}
 COLUMNS = ("basis", "init", "gain", "adapter", "scale", "gate", "freeze")
-# Columns whose rules without a selector apply to all maps; in others, to random and shared ones.
-FOR_ALL_MAPS = ("basis", "init", "freeze")
 
 
 def parse_cell(column: str, text: str) -> str | float | None:
@@ -1180,6 +1185,7 @@ def parse_cell(column: str, text: str) -> str | float | None:
 def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
     """Return the rules of one MAP_* setting. ValueError says what is wrong."""
     rules = []
+    usual_kind = "random" if column == "adapter" else "all"
     for part in text.replace(" ", "").split(","):
         selector, _, cell = part.rpartition("=")
         match = re.fullmatch(r"(?:m(\d+)\.)?([a-z._]+)?(?:@([\d+-]+))?", selector)
@@ -1190,7 +1196,7 @@ def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
             MapRule(
                 selector,
                 int(member) if member else None,
-                kind or "all",
+                kind or usual_kind,
                 parse_layers(layers or "0-", num_layers),
                 parse_cell(column, cell),
             )
@@ -1271,60 +1277,47 @@ class MapTable:
             shapes["mlp.gate"] = (hidden, d)
         return shapes
 
-    def cells(
-        self, column: str, member: int, layer: int, kind: str, is_seeded: bool
-    ) -> dict[str, Any]:
-        """Return {column: cell} of one map, or nothing where no rule of the column selects it."""
-        chosen = {}
-        for rule in self.rules[column]:
-            for_learned_maps = rule.selector or column in FOR_ALL_MAPS
-            if (is_seeded or for_learned_maps) and rule.selects(member, kind, layer):
-                chosen[column] = rule.cell
-                self.used.add((column, rule.selector))
-        return chosen
-
     def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
         """Return the row of a map in a block, or of an embedding's map (block None)."""
         h = self.h
         layer = block or 0
-        cells: dict[str, Any] = {}
-        if kind in EMBEDDING_MAPS:
-            cells["gain"] = (2 * h.num_layers) ** -0.5  # as published (PR #1113)
-        cells |= self.cells("basis", member, layer, kind, False)
-        is_seeded = cells.get("basis", "learned") != "learned"  # a random map, or a shared one
-        for column in COLUMNS[1:]:
-            cells |= self.cells(column, member, layer, kind, is_seeded)
-        if is_seeded:
-            shared_seed = h.map_seed + 1_000_000 * member
-            cells["shared_seed"] = shared_seed
-            cells["seed"] = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
-        cells["depth"] = layer / max(h.num_layers - 1, 1)
         prefix = f"members.{member}." if h.ensemble > 1 else ""
         if block is not None:
             prefix += f"blocks.{block}."
-        return MapSpec(prefix + kind, *shape, **cells)
+        spec = MapSpec(prefix + kind, *shape, depth=layer / max(h.num_layers - 1, 1))
+        if kind in EMBEDDING_MAPS:
+            spec = spec._replace(gain=(2 * h.num_layers) ** -0.5)  # as published (PR #1113)
+        for column in COLUMNS:  # the basis first: it decides what `random` selects
+            for rule in self.rules[column]:
+                if rule.selects(spec, member, layer):
+                    spec = spec._replace(**{column: rule.cell})
+                    self.used.add((column, rule.selector))
+        if spec.is_learned:
+            return spec
+        shared_seed = h.map_seed + 1_000_000 * member
+        seed = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
+        return spec._replace(seed=seed, shared_seed=shared_seed)
 
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
         h = self.h
         for spec in self.specs:
-            kind = spec.kind
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
-                if spec.adapters() and spec.basis == "learned":
-                    raise ValueError(f"{kind} is learned in full and takes no adapter")
-            own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
-            learned = own or spec.shared_count > 1  # then its mix is learned
-            with collect_errors(self.errors, f"MAP_FREEZE={h.map_freeze}"):
-                if spec.freeze and spec.basis != "learned" and not learned:
-                    raise ValueError(
-                        f"{kind} is {spec.basis} and has no adapter, scale or gate to freeze"
-                    )
+                if spec.adapters() and spec.is_learned:
+                    raise ValueError(f"{spec.kind} is learned in full and takes no adapter")
+            has_own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
+            is_trained = spec.is_learned or has_own or spec.shared_count > 1  # then its mix is
+            if spec.freeze and not is_trained:
+                self.errors.append(
+                    f"MAP_FREEZE={h.map_freeze}: {spec.kind} is {spec.basis} and has no adapter,"
+                    " scale or gate to freeze"
+                )
         self.check_shared()
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
                     self.errors.append(f"MAP_{column.upper()}: {rule.selector} selects no map")
-        seeds = [spec.seed for spec in self.specs if spec.basis != "learned"]
+        seeds = [spec.seed for spec in self.specs if not spec.is_learned]
         if len(set(seeds)) < len(seeds):
             stride = f"MAP_SEED_STRIDE={h.map_seed_stride}"
             self.errors.append(
@@ -1343,8 +1336,12 @@ class MapTable:
                 self.errors.append(f"{kind} is shared: {needs}")
 
 
+@functools.lru_cache(maxsize=8)
 def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
-    """Return the map table by name. UserError says what is wrong with it."""
+    """Return the map table by name; all callers with the same settings share it.
+
+    UserError says what is wrong with it.
+    """
     table = MapTable(h)
     if table.errors:
         raise UserError("\n  ".join(["the map table cannot be built:", *table.errors]))
@@ -1420,7 +1417,9 @@ ALIASES = {
         {"map_basis": "mlp.in@{}=orthogonal"},
         {"map_adapter": "none"},
     ),
-    "rand_gain": Alias("PR #1228, 1: a learned gain per random feature", {"map_scale": "row"}),
+    "rand_gain": Alias(
+        "PR #1228, 1: a learned gain per random feature", {"map_scale": "random=row"}
+    ),
     "adapter_lr": Alias("PR #1295: learning rate of the factors", {"factor_lr": "{}"}),
     "adapter_rank": Alias("PR #1549: rank of LoRA", {"map_adapter": "lora:{}"}),
     "random_backbone_seed": Alias("PR #1549: seed", {"map_seed": "{}"}),
@@ -1737,10 +1736,9 @@ def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
     errors += unsupported_variables(environment)
     if not h.allow_unknown:
         errors += misspelled_variables(environment)
-    if not errors:  # a table of impossible shapes would repeat them
-        errors += MapTable(h).errors
     if errors:
         raise UserError("\n  ".join(["these settings cannot be used:", *errors]))
+    build_map_table(h)  # now: a table of impossible shapes would repeat these errors
     return h
 
 
