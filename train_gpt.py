@@ -2470,27 +2470,39 @@ def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> Langua
     return Ensemble(h, dtype) if h.ensemble > 1 else GPT(h, dtype)
 
 
-def describe_maps(model: LanguageModel) -> list[str]:
-    """Return the map table of a built model as text, with values and bytes before compression."""
+def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
+    """Return the map table of a built model for results.json.
+
+    `learned` and `frozen` count values, `bytes` are those of the learned ones before compression.
+    """
+    rows = []
+    for spec in model.table.values():
+        module = model.get_submodule(spec.name)
+        row = {"name": spec.name, "shape": spec.shape}
+        row |= {name: getattr(spec, name) for name in ("seed", *COLUMNS)}
+        row["learned"] = sum(p.numel() for p in module.parameters())
+        row["frozen"] = math.prod(spec.shape) if spec.is_random else 0
+        row["bytes"] = stored_bytes(module)
+        rows.append(row)
+    return rows
+
+
+def describe_maps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the rows of `map_rows` as text."""
     layout = "{:<26} {:>10} {:<15} {:>7} {:<16} {:<5} {:<5} {:<6} {:>10} {:>10} {:>9}"
     heading = "map shape basis seed adapter scale gate freeze learned frozen bytes"
     lines = [layout.format(*heading.split())]
-    for spec in model.table.values():
-        module = model.get_submodule(spec.name)
-        learned = sum(p.numel() for p in module.parameters())
-        frozen = spec.out_features * spec.in_features if spec.is_random else 0
+    for row in rows:
         cells = [
-            spec.name,
-            f"{spec.out_features}x{spec.in_features}",
-            f"{spec.gain:g}·{spec.basis}",
-            spec.seed,
-            spec.adapter,
-            spec.scale,
-            "none" if spec.gate is None else f"{spec.gate:g}",
-            f"{spec.freeze:g}",
-            f"{learned:,}",
-            f"{frozen:,}",
-            f"{stored_bytes(module):,}",
+            row["name"],
+            "{}x{}".format(*row["shape"]),
+            f"{row['gain']:g}·{row['basis']}",
+            row["seed"],
+            row["adapter"],
+            row["scale"],
+            "none" if row["gate"] is None else f"{row['gate']:g}",
+            f"{row['freeze']:g}",
+            *(f"{row[name]:,}" for name in ("learned", "frozen", "bytes")),
         ]
         lines.append(layout.format(*cells))
     return lines
@@ -3886,24 +3898,34 @@ def solve_for_bytes(
     return fitting[-1] if fitting else tried[0]
 
 
-def describe_codes(model: LanguageModel, artifact: Artifact) -> list[str]:
-    """Return a table by role: values, bytes and bits per value (order-0 entropy), and nats.
+def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
+    """Return for each role the values of its codes, their bytes by entropy, bits a value, and loss.
 
-    Nats per token are what rounding may cost; scales by RMS do not know it (nan).
+    The loss (nats per token) is what rounding may cost; scales by RMS do not know it (None).
     """
-    lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
+    rows = []
+    loss_per_value = artifact.loss_per_value
     for role, group in tensors_by_role(model).items():
         stored = [artifact.tensors.get(name) for name in group]
         codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
-        if not codes:
-            continue
-        values = sum(map(len, codes))
-        size = entropy_bytes(torch.cat(codes))
-        loss = values * artifact.loss_per_value
-        cells = (role.value, values, round(size), 8 * size / values, loss)
+        if codes:
+            values = sum(map(len, codes))
+            size = entropy_bytes(torch.cat(codes))
+            loss = None if math.isnan(loss_per_value) else values * loss_per_value
+            row = {"role": role.value, "values": values, "bytes": round(size)}
+            rows.append(row | {"bits": 8 * size / values, "loss": loss})
+    return rows
+
+
+def describe_codes(rows: Iterable[Mapping[str, Any]], artifact: Artifact) -> list[str]:
+    """Return the rows of `code_rows` as text, and the bytes of each group of the artifact."""
+    lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
+    for row in rows:
+        loss = math.nan if row["loss"] is None else row["loss"]
+        cells = row["role"], row["values"], row["bytes"], row["bits"], loss
         lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
-    parts = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
-    return [*lines, f"artifact bytes: {parts}"]
+    sizes = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
+    return [*lines, f"artifact bytes: {sizes}"]
 
 
 def describe_size(size: int) -> str:
@@ -4548,6 +4570,7 @@ class Trainer:
         if self.phases.boundary(progress) > self.phases.current:
             what = self.phases.enter(progress)
             self.run.log(f"phase step:{self.step} progress:{progress:.4f} {what}")
+            self.run.log.metrics(kind="phase", step=self.step, text=what)
 
     def train_step(self, plan: StepPlan) -> Tensor:
         """Take one step; return its loss on this process, still on the device."""
@@ -4557,6 +4580,7 @@ class Trainer:
         if lr_scale < h.late_qat_threshold and not self.late_qat:
             self.late_qat = True
             self.run.log(f"late_qat:on step:{self.step} scale:{lr_scale:.4f}")
+            self.run.log.metrics(kind="phase", step=self.step, text="late QAT")
         # Dropout depends on step and process alone, wherever a run was continued.
         torch.manual_seed(h.seed + self.step * dist.world_size + dist.rank)
         self.model.train()
@@ -4873,13 +4897,14 @@ def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.d
     return usable[0] if usable else "none"
 
 
-def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
-    """Log everything needed to repeat the run; return the numbers of parameters."""
+def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
+    """Log everything needed to repeat the run; return the numbers of parameters, and the maps."""
     log = run.log
     log(Path(__file__).read_text(encoding="utf-8"), console=False)
     settings = run.h.as_dict().items()
     log("\n".join(f"{name.upper()}={value}" for name, value in settings), console=False)
-    log("\n".join(describe_maps(model)))
+    rows = map_rows(model)
+    log("\n".join(describe_maps(rows)))
     trained = sum(p.numel() for p in model.parameters())
     maps = model.random_maps()
     frozen = sum(spec.out_features * spec.in_features for spec in maps)
@@ -4893,7 +4918,7 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
     log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
     dtype = resolve_dtype(run.h, run.dist.on_cuda)
     log(f"attention: {first_usable_attention(run.h, run.dist, dtype)}")
-    return {"trained_parameters": trained, "frozen_parameters": frozen}
+    return {"trained_parameters": trained, "frozen_parameters": frozen, "maps": rows}
 
 
 def train_model(
@@ -4959,11 +4984,13 @@ def export_best(
         run.log(f"no time is left to export {', '.join(left_out)}")
     best = min(scores, key=scores.get)
     blob = exported[best].blob
-    run.log("\n".join([f"exported:{best}", *describe_codes(model, exported[best])]))
+    codes = code_rows(model, exported[best])
+    run.log("\n".join([f"exported:{best}", *describe_codes(codes, exported[best])]))
     log_size(run, "artifact", len(blob))
     check_size(run.h, len(blob))
     losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
-    return blob, {"candidate": best, **losses}
+    groups = [{"group": name, "bytes": size} for name, size in exported[best].sizes.items()]
+    return blob, {"candidate": best, **losses, "codes": codes, "groups": groups}
 
 
 def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[str, Any]]:
