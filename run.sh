@@ -149,14 +149,9 @@ done
 echo "preset  $file"
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/runs}
 
-# An artifact brings its model, and a checkpoint its whole run: from the preset they take only how to
-# score, or what fits into memory.
-wanted='*'
-if [ "${EVAL_ONLY:-0}" = 1 ]; then
-    wanted='@(EVAL_*|DTYPE|COMPILE)'
-elif [ "${EXPORT_ONLY:-0}" = 1 ]; then
-    wanted='@(EVAL_BATCH_TOKENS|COMPILE)'
-else # train the preset's teacher first, with the same variables, unless there is an artifact of one
+# An artifact and a checkpoint bring their own settings.
+if [ "${EVAL_ONLY:-0}" != 1 ] && [ "${EXPORT_ONLY:-0}" != 1 ]; then
+    # Train the preset's teacher first, with the same variables, unless there is an artifact of one.
     teacher=$(sed -n 's/^TEACHER_PRESET=//p' "$file")
     if [ -n "$teacher" ] && [ -z "${DISTILL_FROM:-}" ]; then
         name=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}-teacher
@@ -165,8 +160,16 @@ else # train the preset's teacher first, with the same variables, unless there i
             RUN_ID=$name bash "$root/run.sh" "presets/$teacher.env" "${texts[@]}"
         export DISTILL_FROM=$OUTPUT_DIR/$name/model.int6.ptz
     fi
+    load "$file" '*' "$published"
 fi
-load "$file" "$wanted" "$published"
+
+# A checkpoint, a run that continues, and an artifact beside its results bring their data.
+has_data=0
+if [ "${EVAL_ONLY:-0}" = 1 ]; then
+    [ ! -f "$(dirname "${MODEL_PATH:-}")/results.json" ] || has_data=1
+elif [ "${EXPORT_ONLY:-0}" = 1 ] || [ -f "$OUTPUT_DIR/${RUN_ID:-}/checkpoint.pt" ]; then
+    has_data=1
+fi
 
 # The data: the given text, else DATA_PATH, else the English text that comes with Python.
 if [ ${#texts[@]} -gt 0 ]; then
@@ -176,20 +179,20 @@ if [ ${#texts[@]} -gt 0 ]; then
     echo "$output"
     DATA_PATH=${output##*$'\n'}                     # the last line
     DATA_PATH=${DATA_PATH%: [0-9]* training and *} # begins with the folder
-elif [ -z "${DATA_PATH:-}" ]; then
+elif [ -z "${DATA_PATH:-}" ] && [ $has_data = 0 ]; then
     DATA_PATH=$root/data/datasets/docs_sp${VOCAB_SIZE:=1024}
     [ -f "$DATA_PATH/manifest.json" ] ||
         "$venv/bin/python" "$root/data/prepare.py" docs --vocab "$VOCAB_SIZE"
 fi
-export DATA_PATH
-if [ -f "$DATA_PATH/manifest.json" ]; then # it names the tokenizer that made the shards
+[ -z "${DATA_PATH:-}" ] || export DATA_PATH
+if [ -f "${DATA_PATH:-}/manifest.json" ]; then # it names the tokenizer that made the shards
     read -r vocab tokenizer < <("$venv/bin/python" -c '
 import json, sys
 manifest = json.load(open(sys.argv[1]))
 print(manifest["vocab_size"], manifest["tokenizer"])' "$DATA_PATH/manifest.json")
     export VOCAB_SIZE=${VOCAB_SIZE:-$vocab} TOKENIZER_PATH=${TOKENIZER_PATH:-$DATA_PATH/$tokenizer}
 fi
-echo "data    $DATA_PATH"
+echo "data    ${DATA_PATH:-that of the run}"
 
 if [ "$gpus" -gt 0 ]; then
     echo "device  $gpus CUDA GPU(s), one process per GPU"

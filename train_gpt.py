@@ -324,7 +324,9 @@ class Hyperparameters:
         choices=("exact", "streaming"),
         renamed={"window": "streaming"},
     )
-    eval_batch_tokens: int = setting(131_072, "tokens of one forward pass of the evaluation", 1)
+    eval_batch_tokens: int = setting(
+        131_072, "tokens of one forward pass; streaming takes at least layers + 2 windows", 1
+    )
 
     # Names that the environment, an alias or a file set; all others have their defaults.
     explicit: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
@@ -2650,6 +2652,13 @@ class Distributed:
             torch.distributed.broadcast_object_list(box, 0)
         return box[0]
 
+    def from_rank0(self, read: Callable[[], Any]) -> Any:
+        """Return on every process what `read` returns on rank 0, which alone calls it.
+
+        Disks differ between processes, but decisions must not.
+        """
+        return self.broadcast_object(read() if self.rank == 0 else None)
+
     def sync_from_rank0(self, *numbers: float, flag: bool = False) -> tuple[list[float], bool]:
         """Return rank 0's numbers, and whether any process has the flag.
 
@@ -2697,10 +2706,7 @@ class RunLog:
         self.metrics_file: io.TextIOBase | None = None
 
     def open(self, folder: Path) -> None:
-        """Open a folder's train.log and metrics.jsonl. UserError if another process has them.
-
-        They belong to this process until it ends.
-        """
+        """Open a folder's train.log and metrics.jsonl. UserError if another process has them."""
         path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
         try:
@@ -2711,6 +2717,17 @@ class RunLog:
                 f"{path}: another process is using this run; choose a new RUN_ID"
             ) from None
         self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def begin_anew(self) -> None:
+        """Empty the files; train.previous.log keeps what an earlier start logged.
+
+        A log begins with the source of the script that trained the model.
+        """
+        path = Path(self.file.name)
+        if path.stat().st_size:
+            shutil.copyfile(path, path.with_name("train.previous.log"))
+        self.file.truncate(0)
+        self.metrics_file.truncate(0)
 
     def metrics(self, **values: Any) -> None:
         """Write one JSON object to metrics.jsonl, for programs."""
@@ -2733,6 +2750,8 @@ class RunLog:
             is_expected = isinstance(error, UserError)
             text = f"error: {error}" if is_expected else traceback.format_exc()
             self(text, console=False)
+        for file in filter(None, (self.file, self.metrics_file)):
+            file.close()
 
 
 def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -2751,6 +2770,12 @@ def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_file(setting: str, path: str) -> bytes:
+    """Return a file's bytes. UserError, which names the setting, if it cannot be read."""
+    with untrusted_input(f"{setting}={path}"):
+        return Path(path).read_bytes()
 
 
 @contextlib.contextmanager
@@ -2780,13 +2805,18 @@ def untrusted_input(what: str) -> Iterator[None]:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
+def shard_paths(folder: str, split: str) -> list[Path]:
+    """Return the paths of a split's shards, in the order in which they are read."""
+    return sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+
+
 def read_shards(folder: str, split: str) -> list[np.ndarray]:
     """Return the tokens of each shard of a split, memory-mapped, (n,) uint16.
 
     A shard is a header of 256 little-endian int32 (magic, version, number of tokens), then
     little-endian uint16 tokens. UserError if there is none, or one is incomplete.
     """
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+    paths = shard_paths(folder, split)
     if not paths:
         raise UserError(
             f"DATA_PATH={folder}: no fineweb_{split}_*.bin there. `python data/prepare.py fineweb`"
@@ -2998,6 +3028,25 @@ class ValidationStream:
         return total_nats / math.log(2) / self.bytes
 
 
+def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dict[str, str]:
+    """Return what a run depends on beside its settings: SHA-256 of tokenizer, shards and source.
+
+    Shards count by their names and sizes. UserError if the processes do not have the same.
+    """
+    splits = ("val",) if h.eval_only else ("train", "val")
+    paths = [path for split in splits for path in shard_paths(h.data_path, split)]
+    listing = [[path.name, path.stat().st_size] for path in paths]
+    identity = {
+        "tokenizer": tokenizer.sha256,
+        "shards": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
+    for name, sha256 in dist.broadcast_object(identity).items():
+        if identity[name] != sha256:
+            raise UserError(f"process {dist.rank} has another {name} than process 0")
+    return identity
+
+
 @dataclasses.dataclass
 class Run:
     """What all stages of a run share."""
@@ -3009,6 +3058,7 @@ class Run:
     tokenizer: Tokenizer
     val: ValidationStream
     folder: Path | None = None  # where the run writes; None: it only evaluates
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # see identify
 
 
 # ---- Optimizers --------------------------------------------------------------------------------
@@ -3601,6 +3651,8 @@ def calibrate(
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 5
 BLOCK_BYTES = 2**22  # a group is compressed in blocks of this size, all at the same time
+# How a model was scored; an evaluation of its artifact scores it in the same way unless asked.
+SCORING = ("eval_seq_len", "eval_stride", "eval_mode", "eval_batch_tokens")
 # How the values of a group of like tensors are stored, by the last word of the group's name.
 GROUP_TYPES = {
     "codes": torch.int8,
@@ -3980,10 +4032,13 @@ def export(
         return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
     header = {
         "model": h.model_settings(),
+        "evaluation": {name: getattr(h, name) for name in SCORING},
         "fingerprint": model.fingerprint(),
         "tokenizer": run.tokenizer.sha256,
     }
-
+    for sensitivity in (calibration.sensitivities or {}).values():
+        if not sensitivity.isfinite().all():  # its row would be stored as zeros
+            raise UserError("the loss's sensitivity to the weights is not finite")
     if trial:  # what the loss feels before training says nothing about what it feels later
         calibration = calibration._replace(sensitivities=None)
 
@@ -4075,10 +4130,11 @@ def streaming_batches(num_targets: int, length: int, warm: int, per_batch: int) 
     """Return batches of consecutive rows of a stream.
 
     Rows at the start of a batch lack the rows above them. Batches therefore overlap: all but the
-    first score nothing in their first `warm` rows, and each row is scored once, as a whole.
+    first score nothing in their first `warm` rows, and each row is scored once, as a whole. A batch
+    has at least one row more than these.
     """
     rows = -(-num_targets // length)
-    per_batch = min(max(per_batch, 4 * warm), rows)  # at most about a quarter is warm-up
+    per_batch = min(max(per_batch, warm + 1), rows)
     row = np.arange(per_batch)
     # A batch is a window over rows.
     firsts, new_rows = plan_windows(rows, per_batch, max(per_batch - warm, 1))
@@ -4191,6 +4247,7 @@ class Checkpoint:
     training: dict[str, Any]  # state of the trainer; once training is finished, the candidates
     metrics: dict[str, Any]  # of the finished training
     finished: bool
+    identity: dict[str, str]  # of data, tokenizer, source, and of the teacher if there is one
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: VERSIONS)
 
     def save(self, folder: Path) -> None:
@@ -4237,7 +4294,19 @@ def save_checkpoint(
             training=training,
             metrics=metrics or {},
             finished=metrics is not None,
+            identity=run.identity,
         ).save(run.folder)
+
+
+def check_identity(h: Hyperparameters, saved: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Raise UserError if a checkpoint's run had another tokenizer or other shards."""
+    for name, setting in (("tokenizer", "tokenizer_path"), ("shards", "data_path")):
+        if saved.identity[name] != identity[name]:
+            variable = setting.upper()
+            raise UserError(
+                f"{variable}={getattr(h, setting)}: the {name} there are not what the run began"
+                f" with; set {variable} to that, it was {saved.settings[setting]}"
+            )
 
 
 # Settings that may change when a run continues: locations, logging, memory and size limits.
@@ -4770,18 +4839,16 @@ def check_folder(h: Hyperparameters, folder: Path) -> None:
         raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID, or drop RESUME=0")
 
 
-def open_folder(
-    h: Hyperparameters, dist: Distributed, log: RunLog
-) -> tuple[Path, Checkpoint | None]:
+def open_folder(h: Hyperparameters, log: RunLog) -> tuple[Path, Checkpoint | None]:
     """Return the run's folder, its log open, and the checkpoint to continue from, if it has one."""
     folder = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S"))
-    saved = None
-    if dist.rank == 0:
-        check_folder(h, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        log.open(folder)
-        saved = Checkpoint.read_newest(folder)
-    return folder, dist.broadcast_object(saved)
+    check_folder(h, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log.open(folder)
+    saved = Checkpoint.read_newest(folder)
+    if saved is None:
+        log.begin_anew()
+    return folder, saved
 
 
 def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
@@ -4845,16 +4912,19 @@ def reserve_for_export(run: Run, estimate: float) -> float:
     return reserve
 
 
-def load_teacher(run: Run) -> LanguageModel | None:
-    """Return the model of DISTILL_FROM, if it is set."""
+def load_teacher(run: Run, saved: Checkpoint | None = None) -> LanguageModel | None:
+    """Return the model of DISTILL_FROM, if it is set. UserError if the run began with another."""
     path = run.h.distill_from
     if not path:
         return None
-    with untrusted_input(f"DISTILL_FROM={path}"):
-        blob = Path(path).read_bytes()
+    blob = run.dist.from_rank0(lambda: read_file("DISTILL_FROM", path))
     header, _ = read_artifact(blob)
     if header.get("tokenizer") != run.tokenizer.sha256:
         raise UserError(f"DISTILL_FROM={path}: the teacher has another tokenizer")
+    sha256 = hashlib.sha256(blob).hexdigest()
+    if saved and saved.identity.get("teacher") != sha256:
+        raise UserError(f"DISTILL_FROM={path}: the run began with another teacher")
+    run.identity["teacher"] = sha256
     return model_from_artifact(run.h, blob, run.dist).requires_grad_(False)
 
 
@@ -4925,7 +4995,7 @@ def train_model(
     run: Run, model: LanguageModel, data: TrainingData, saved: Checkpoint | None
 ) -> tuple[dict[str, Any], Candidates]:
     """Train the model, or the rest of what a checkpoint began; return Trainer.finish's result."""
-    teacher = None if run.h.export_only else load_teacher(run)
+    teacher = None if run.h.export_only else load_teacher(run, saved)
     trainer = Trainer(run, model, data, teacher)
     if not run.h.export_only:
         reserve = reserve_for_export(run, preflight(run, model, data))
@@ -4965,6 +5035,7 @@ def export_best(
     tokens = data.held_out_stream()
     exported: dict[str, Artifact] = {}
     scores: dict[str, tuple[bool, bool, float]] = {}  # too large, not finite, held-out loss
+    (seconds,), _ = run.dist.sync_from_rank0(seconds)  # the processes must stop together
     for name, weights in candidates.items():
         began = time.perf_counter()
         with untrusted_input(f"the candidate {name}"):
@@ -4999,6 +5070,8 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     data = TrainingData(h)
     model = prepare_model(run, saved)
     counts = log_start(run, model)
+    if saved and saved.identity["source"] != run.identity["source"]:
+        run.log("warning: the script has changed since the checkpoint was written")
     is_finished = saved is not None and saved.finished
     if is_finished:
         metrics = saved.metrics
@@ -5006,6 +5079,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     else:
         metrics, candidates = train_model(run, model, data, saved)
         metrics = counts | metrics
+    began = time.perf_counter()
     # EXPORT_ONLY may have read a finished checkpoint from another folder.
     if not is_finished or not (run.folder / "checkpoint.pt").exists():
         save_checkpoint(run, model, model.fingerprint(), {"candidates": candidates}, metrics)
@@ -5014,10 +5088,10 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     if stop:
         continues = f"the same RUN_ID exports {run.folder}/checkpoint.pt"
         raise UserError(f"stopped by a signal; {continues}")
-    began = time.perf_counter()
     time_left = math.inf
     if h.max_wallclock_seconds and not h.export_only:
         time_left = h.max_wallclock_seconds - metrics["train_seconds"] - metrics["choice_seconds"]
+        time_left -= time.perf_counter() - began  # to write the checkpoint
     blob, choice = export_best(run, model, data, candidates, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)
@@ -5042,7 +5116,10 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
     h, log = run.h, run.log
     header, _ = read_artifact(blob)
     if header.get("tokenizer") != run.tokenizer.sha256:
-        raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer of the artifact")
+        raise UserError(
+            f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer of the artifact; set"
+            " TOKENIZER_PATH and DATA_PATH to those of its training"
+        )
     began = time.perf_counter()
     model = model_from_artifact(h, blob, run.dist)
     metrics: dict[str, Any] = {}
@@ -5056,14 +5133,33 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
         metrics |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_mode": mode}
         name = f"final_int6_brotli_{kind}"  # the challenge's name, whatever MATRIX_BITS is
         log(
-            f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride} mode:{mode}"
-            f" eval_time:{1000 * seconds:.0f}ms"
+            f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} length:{h.eval_seq_len}"
+            f" stride:{stride} mode:{mode} eval_time:{1000 * seconds:.0f}ms"
         )
         log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     seconds = time.perf_counter() - began
     total = code_bytes() + len(blob)
     log(f"artifact {total:,} bytes: code {code_bytes():,}, model {len(blob):,}")
     return metrics | {"eval_seconds": round(seconds, 3)}
+
+
+LOCATIONS = ("data_path", "tokenizer_path")
+
+
+def relative_path(path: str, folder: Path) -> str:
+    """Return a path as seen from a folder, so that both may move together."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+
+
+def locations_beside(artifact: str) -> dict[str, str]:
+    """Return data and tokenizer of the run in whose folder an artifact lies, if they exist."""
+    folder = Path(artifact).resolve().parent
+    with contextlib.suppress(LookupError, OSError, TypeError, ValueError):  # it may be anything
+        results = json.loads((folder / "results.json").read_bytes())
+        paths = {name: os.path.normpath(folder / results[name]) for name in LOCATIONS}
+        if all(map(os.path.exists, paths.values())):
+            return paths
+    return {}
 
 
 def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
@@ -5083,6 +5179,9 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "bytes_code": code_bytes(),
         "bytes_code_readable": Path(__file__).stat().st_size,
         "bytes_model": model_bytes,
+        "eval_seq_len": h.eval_seq_len,
+        "eval_stride": h.eval_stride,
+        **{name: relative_path(getattr(h, name), run.folder) for name in LOCATIONS},
         **metrics,
     }
     content = (json.dumps(results, indent=2) + "\n").encode()
@@ -5091,11 +5190,17 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
 
 
 def settings_from_artifact(h: Hyperparameters, blob: bytes) -> Hyperparameters:
-    """Return the settings with those of the artifact's model."""
+    """Return the settings with those of the artifact's model.
+
+    It is scored as it was when it was written, except for what somebody set.
+    """
     source = f"MODEL_PATH={h.model_path}"
     with untrusted_input(source):
-        stored = read_artifact(blob)[0]["model"]
-        return adopt_settings(h, {name: stored[name] for name in h.model_settings()}, source)
+        header, _ = read_artifact(blob)
+        stored = {name: header["model"][name] for name in h.model_settings()}
+        scoring = header.get("evaluation", {})
+        stored |= {name: scoring[name] for name in SCORING if name in scoring}
+        return adopt_settings(h, stored, source, SCORING)
 
 
 def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperparameters:
@@ -5105,38 +5210,58 @@ def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperpara
     """
     source = f"CHECKPOINT_PATH={h.checkpoint_path}"
     with untrusted_input(source):
-        names = saved.settings.keys() - set(RESUME_OVERRIDES)
+        names = saved.settings.keys() - set(RESUME_OVERRIDES) | {*LOCATIONS, "eval_batch_tokens"}
         stored = {name: saved.settings[name] for name in names}
         return adopt_settings(h, stored, source, stored.keys() - saved.model.keys())
 
 
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    h: Hyperparameters  # of the environment, and of the artifact or checkpoint that is read
+    blob: bytes = b""  # the artifact that is only evaluated
+    saved: Checkpoint | None = None
+    folder: Path | None = None
+
+
+def decide_start(h: Hyperparameters, dist: Distributed, log: RunLog) -> Start:
+    """Decide which settings hold, and read what the run continues from, on rank 0's disk."""
+    if h.eval_only:
+        found = dist.from_rank0(lambda: locations_beside(h.model_path))
+        found = {name: path for name, path in found.items() if name not in h.explicit}
+        h = dataclasses.replace(h, **found, explicit=h.explicit | found.keys())
+        blob = dist.from_rank0(lambda: read_file("MODEL_PATH", h.model_path))
+        return Start(settings_from_artifact(h, blob), blob)
+    saved = None
+    if h.export_only:
+        saved = dist.from_rank0(lambda: Checkpoint.read(Path(h.checkpoint_path)))
+        h = settings_from_checkpoint(h, saved)
+    folder, resumed = dist.from_rank0(lambda: open_folder(h, log))
+    if resumed:
+        h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
+    return Start(h, saved=resumed or saved, folder=folder)
+
+
 def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal) -> None:
     """Train and export unless there is an artifact, evaluate it from its bytes alone, report."""
-    blob, saved = b"", None
-    if h.eval_only:
-        with untrusted_input(f"MODEL_PATH={h.model_path}"):
-            blob = Path(h.model_path).read_bytes()
-        h = settings_from_artifact(h, blob)
-    elif h.export_only:
-        saved = Checkpoint.read(Path(h.checkpoint_path))
-        h = settings_from_checkpoint(h, saved)
-    folder = None
-    if not h.eval_only:
-        folder, resumed = open_folder(h, dist, log)
-        if resumed:
-            saved = resumed
-            h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
+    h, blob, saved, folder = decide_start(h, dist, log)
     dist.adopt(h)
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     tokenizer.check_manifest(h)
+    identity = identify(h, tokenizer, dist)
+    if saved:
+        with untrusted_input("the checkpoint"):
+            check_identity(h, saved, identity)
     val = ValidationStream(h, tokenizer)
     if len(val.tokens) <= h.eval_seq_len:
         stream = f"the validation stream of {len(val.tokens)} tokens"
         raise UserError(f"EVAL_SEQ_LEN={h.eval_seq_len} is longer than {stream}")
-    run = Run(h, dist, log, stop, tokenizer, val, folder)
+    run = Run(h, dist, log, stop, tokenizer, val, folder, identity)
     metrics: dict[str, Any] = {}
     if folder:
         blob, metrics = train_and_export(run, saved)
+    else:
+        log(f"evaluating {h.model_path} on {h.data_path} with {h.tokenizer_path}")
     metrics |= evaluate_artifact(run, blob)
     if folder:
         metrics["over_time_limit"] = time_limit_exceeded(run, metrics)

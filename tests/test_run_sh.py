@@ -169,11 +169,11 @@ def test_text_of_ones_own_is_prepared_and_trained_on(place):
     assert "are two datasets; unset one" in both.stderr
 
 
-def test_an_evaluation_takes_no_model_from_the_preset(place):
-    got = told(place, EVAL_ONLY=1, MODEL_PATH="a.ptz", PRESET="mask")
-    assert "NUM_LAYERS" not in got
-    assert "MAP_ADAPTER" not in got
-    assert got["EVAL_SEQ_LEN"] == "256"
+@pytest.mark.parametrize("task", ["EVAL_ONLY", "EXPORT_ONLY"])
+def test_an_artifact_and_a_checkpoint_take_nothing_from_the_preset(place, task):
+    got = told(place, **{task: 1}, MODEL_PATH="a.ptz", PRESET="mask")
+    assert not {"NUM_LAYERS", "MAP_ADAPTER", "EVAL_SEQ_LEN"} & got.keys()
+    assert ("DATA_PATH" in got) == (task == "EVAL_ONLY")
 
 
 @pytest.mark.parametrize("variables", [{}, {"EXPORT_ONLY": 1}, {"EVAL_ONLY": 1}])

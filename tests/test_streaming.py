@@ -148,7 +148,7 @@ def test_every_token_is_scored_once(streaming, processes, count):
 
 
 def test_what_comes_later_changes_nothing(streaming, random_model, processes, monkeypatch):
-    h, tokens, place = streaming(), stream_of(300), 200
+    h, tokens, place = streaming(eval_batch_tokens=300), stream_of(300), 200
     model = random_model(h)
     token_losses = model.token_losses
 
