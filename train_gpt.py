@@ -998,6 +998,47 @@ class Embedding(QuantizedModule):
         return x if self.proj is None else self.proj(x)
 
 
+class FrozenRows(nn.Module):
+    """A random map (vocabulary, dim) whose rows tokens select: ids (...) -> (..., dim) bfloat16."""
+
+    def __init__(self, spec: MapSpec) -> None:
+        super().__init__()
+        self.register_buffer("weight", generate_map(spec), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class BigramTable(Embedding):
+    """A learned table (rows, dim) whose rows pairs of tokens share by a hash (PR #1113).
+
+    Without signs, the pairs of a row read the same values: the mean of what they want. With signs,
+    each pair reads the row times a frozen random vector of its own, S₁[previous] ⊙ S₂[current] of
+    ±1. The row then holds what each pair wants under the pair's signs, and to the other pairs it is
+    noise of mean zero (signed hashing, arXiv:0902.2206).
+    """
+
+    def __init__(
+        self, rows: int, dim: int, dtype: torch.dtype, proj: Linear, signs: Mapping[str, FrozenRows]
+    ) -> None:
+        super().__init__(rows, dim, 0.0, dtype, proj)
+        self.signs = nn.ModuleDict(signs)  # previous and current, or nothing
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up each token with the one before it: ids (B, T) -> (B, T, out).
+
+        The last row is for the first position, whose previous token counts as token 0.
+        """
+        last = len(self.weight) - 1
+        buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
+        buckets = F.pad(buckets, (1, 0), value=last)
+        x = F.embedding(buckets, self.weight).to(self.dtype)  # (B, T, dim)
+        tokens = {"previous": F.pad(ids[:, :-1], (1, 0)), "current": ids}
+        for name, signs in self.signs.items():
+            x = x * signs(tokens[name]).to(x.dtype)
+        return self.proj(x)
+
+
 class TiedHead(InputGroup):
     """Logits c·tanh(z/c) of z = x Eᵀ, with E the table of the token embedding.
 
@@ -1083,6 +1124,11 @@ class MapSpec(NamedTuple):
         return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
 
     @property
+    def is_signs(self) -> bool:
+        """Whether it holds a vector for each token, by which BigramTable multiplies its rows."""
+        return self.kind in BIGRAM_SIGNS
+
+    @property
     def owner(self) -> tuple[str, str]:
         """What stores the map: its kind and basis, without the layer, where layers share it."""
         return re.sub(r"blocks\.\d+\.", "", self.name), self.basis
@@ -1135,8 +1181,9 @@ class MapRule(NamedTuple):
 
     A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, random (also those that are shared),
     attention, mlp, mlp.in (the MLP without its proj) or one such as attention.q. The maps of
-    embeddings are not in all; bigram and value_embedding, or these with .proj, select them. A cell
-    without a selector is for all maps, but an adapter is for random ones.
+    embeddings are not in all; bigram and value_embedding, or these with .proj, select them, and
+    bigram.signs selects the signs of pairs. A cell without a selector is for all maps, but an
+    adapter is for random ones.
     """
 
     selector: str  # as written
@@ -1149,16 +1196,20 @@ class MapRule(NamedTuple):
         kinds = [spec.kind, spec.kind.partition(".")[0]]
         if spec.kind in ("mlp.fc", "mlp.gate"):
             kinds.append("mlp.in")
-        if spec.kind not in EMBEDDING_MAPS:
+        if spec.is_signs:
+            kinds = [spec.kind, "bigram.signs"]
+        elif spec.kind not in EMBEDDING_MAPS:
             kinds += ["all"] if spec.is_learned else ["all", "random"]
         return self.kind in kinds and layer in self.layers and self.member in (None, member)
 
 
 # Maps that widen the rows of an embedding. They are learned unless a selector names them.
 EMBEDDING_MAPS = ("bigram.proj", "value_embedding.proj")
+# Frozen vectors of tokens, not in the model unless MAP_BASIS names a basis for bigram.signs.
+BIGRAM_SIGNS = ("bigram.signs.previous", "bigram.signs.current")
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
 CELL_WORDS = {
-    "basis": ["learned", "shared", *BASES],
+    "basis": ["learned", "shared", "none", *BASES],
     "init": ["orthogonal", "zero"],
     "scale": ["none", "map", "row"],
     "gate": ["none"],
@@ -1232,6 +1283,8 @@ class MapTable:
         "mlp.gate": 12,
         "bigram.proj": 21,
         "value_embedding.proj": 22,
+        "bigram.signs.previous": 30,
+        "bigram.signs.current": 31,
     }
 
     def __init__(self, h: Hyperparameters) -> None:
@@ -1248,18 +1301,21 @@ class MapTable:
             return
         for member in range(h.ensemble):
             for kind, shape in self.embedding_shapes().items():
-                self.specs.append(self.spec(member, None, kind, shape))
+                spec = self.spec(member, None, kind, shape)
+                if not (spec.is_signs and spec.basis == "none"):
+                    self.specs.append(spec)
             for layer in range(h.num_layers):
                 for kind, shape in self.block_shapes().items():
                     self.specs.append(self.spec(member, layer, kind, shape))
         self.check()
 
     def embedding_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return kind -> (out, in) of the maps that widen embeddings."""
+        """Return kind -> (out, in) of the maps that widen embeddings, and of signs."""
         h = self.h
         shapes = {}
         if h.bigram_vocab_size > 1:
             shapes["bigram.proj"] = (h.model_dim, h.bigram_dim)
+            shapes |= dict.fromkeys(BIGRAM_SIGNS, (h.vocab_size, h.bigram_dim))
         if h.value_layers:
             shapes["value_embedding.proj"] = (h.kv_dim, h.ve_dim)
         return shapes
@@ -1289,6 +1345,8 @@ class MapTable:
         spec = MapSpec(prefix + kind, *shape, depth=layer / max(h.num_layers - 1, 1))
         if kind in EMBEDDING_MAPS:
             spec = spec._replace(gain=(2 * h.num_layers) ** -0.5)  # as published (PR #1113)
+        if spec.is_signs:
+            spec = spec._replace(basis="none", gain=h.bigram_dim**0.5)  # ±1 instead of ±1/√dim
         for column in COLUMNS:  # the basis first: it decides what `random` selects
             for rule in self.rules[column]:
                 if rule.selects(spec, member, layer):
@@ -1308,6 +1366,10 @@ class MapTable:
                 if spec.adapters() and spec.is_learned:
                     raise ValueError(f"{spec.kind} is learned in full and takes no adapter")
             has_own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
+            if spec.is_signs and (not spec.is_random or has_own or spec.freeze):
+                self.errors.append("bigram.signs are none or random, and take no adapter or scale")
+            elif spec.basis == "none":
+                self.errors.append(f"MAP_BASIS={h.map_basis}: only bigram.signs can be none")
             is_trained = spec.is_learned or has_own or spec.shared_count > 1  # then its mix is
             if spec.freeze and not is_trained:
                 self.errors.append(
@@ -2234,6 +2296,11 @@ class LanguageModel(nn.Module):
         """Return the rows of the map table whose map is random."""
         return [spec for spec in self.table.values() if spec.is_random]
 
+    def linear_maps(self) -> dict[str, Linear]:
+        """Return the modules of the map table by name, without the signs of pairs."""
+        names = [name for name, spec in self.table.items() if not spec.is_signs]
+        return {name: self.get_submodule(name) for name in names}
+
     def fingerprint(self) -> str:
         """Return SHA-256 over all that seeds generated, in the order of the map table."""
         digest = hashlib.sha256()
@@ -2282,9 +2349,10 @@ class GPT(LanguageModel):
             return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
 
         self.embedding = embedding("embedding", h.vocab_size, d, h.tied_embed_init_std)
-        self.bigram_buckets = h.bigram_vocab_size
+        self.bigram = None
         if h.bigram_vocab_size > 1:
-            self.bigram = embedding("bigram", h.bigram_vocab_size, h.bigram_dim, 0.0)
+            rows, proj = h.bigram_vocab_size, linear("bigram.proj")
+            self.bigram = BigramTable(rows, h.bigram_dim, dtype, proj, self.bigram_signs(prefix))
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
         self.value_layers = h.value_layers
@@ -2306,19 +2374,13 @@ class GPT(LanguageModel):
         for length in {h.train_seq_len, h.eval_seq_len}:
             self.register_buffer(f"rope_{length}", self.rotary(length), persistent=False)
 
+    def bigram_signs(self, prefix: str) -> dict[str, FrozenRows]:
+        """Return the signs of pairs that the map table has for this model, by their last word."""
+        specs = [s for name, s in self.table.items() if name.startswith(f"{prefix}bigram.signs.")]
+        return {spec.kind.rpartition(".")[2]: FrozenRows(spec) for spec in specs}
+
     def set_recurrence(self, enabled: bool) -> None:
         self.recurs = enabled
-
-    def embed_bigrams(self, ids: Tensor) -> Tensor:
-        """Return the bigram embedding of ids (B, T), (B, T, d).
-
-        The bucket is a hash of two tokens; the last bucket is for the first position.
-        """
-        last = self.bigram_buckets - 1
-        buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
-        buckets = F.pad(buckets, (1, 0), value=last)
-        x = self.bigram(buckets)
-        return x * self.bigram_scale.to(x.dtype)
 
     def embed_tokens(self, ids: Tensor, streaming: bool) -> Tensor:
         """Return the input of the blocks for ids (B, T), (B, T, d)."""
@@ -2326,8 +2388,8 @@ class GPT(LanguageModel):
         if streaming:  # one long row: bigrams and smear look back across the rows
             ids = ids.reshape(1, -1)
         x = self.embedding(ids)
-        if self.bigram_buckets > 1:
-            x = x + self.embed_bigrams(ids)
+        if self.bigram is not None:
+            x = x + self.bigram(ids) * self.bigram_scale.to(x.dtype)
         x = norm(x)
         if self.smear_gate is not None:  # SmearGate: a mix with the previous position, per channel
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -2420,8 +2482,7 @@ class Ensemble(LanguageModel):
 def adapter_ratios(model: LanguageModel) -> dict[str, float]:
     """Return ‖A B‖ / ‖W‖ (Frobenius norms) of every map with low-rank factors."""
     ratios = {}
-    for name in model.table:
-        module = model.get_submodule(name)
+    for name, module in model.linear_maps().items():
         weight, a, b = module.parts(torch.float32)
         if len(b):
             square = ((a.T @ a) * (b @ b.T)).sum()  # of the Frobenius norm of a b
@@ -4472,9 +4533,9 @@ class Phases:
     def set_frozen(self, boundary: float) -> int:
         """Freeze the maps whose time has come, and no others; return how many."""
         count = 0
-        for spec in self.model.table.values():
-            is_frozen = 0 < spec.freeze <= boundary
-            self.model.get_submodule(spec.name).set_frozen(is_frozen)
+        for name, module in self.model.linear_maps().items():
+            is_frozen = 0 < self.model.table[name].freeze <= boundary
+            module.set_frozen(is_frozen)
             count += is_frozen
         return count
 
