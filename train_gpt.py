@@ -174,13 +174,10 @@ class Hyperparameters:
         choices=("auto", "bfloat16", "float32"),
     )
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    compile_muon: int = setting(0, "1: compile Muon's orthogonalization, too", 0, 1)
-    mix_order_reduction: int = setting(0, "1: keep inductor's mix-order reduction", 0, 1)
     attention_backend: str = setting(
         "auto",
         "order of attention kernels on CUDA; auto: fa3,cudnn,flash,efficient,math",
     )
-    fuse_qkv: int = setting(1, "1: one product for q, k and v; 0: three", 0, 1)
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH and do nothing else", 0, 1)
     model_path: str = setting("", "artifact that EVAL_ONLY reads")
     export_only: int = setting(0, "1: export and evaluate CHECKPOINT_PATH, do not train", 0, 1)
@@ -200,9 +197,6 @@ class Hyperparameters:
 
     # Model
     vocab_size: int = model_setting(1024, "pieces of the tokenizer", 8, 65_536)
-    embedding_dim: int = model_setting(
-        0, "width of the token embedding, which a map widens; 0: MODEL_DIM", 0, 16_384
-    )
     num_layers: int = model_setting(11, "transformer blocks", 1, 256)
     model_dim: int = model_setting(512, "width of the residual stream", 8, 16_384)
     num_heads: int = model_setting(8, "query heads", 1, 256)
@@ -252,9 +246,6 @@ class Hyperparameters:
         also=["random_adapter_seed", "random_basis_seed", "random_backbone_seed"],
     )
     map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
-    map_twist: str = model_setting(
-        "none", "none, permutation or orthogonal: what makes shared maps differ"
-    )
     map_adapter: str = model_setting("lora:32", "none, or NAME:SIZE with + between")
     map_scale: str = model_setting("none", "learned factor: none, map (one) or row (one per row)")
     map_gate: str = model_setting("none", "initial value of a learned gate per output, or none")
@@ -296,7 +287,7 @@ class Hyperparameters:
     tied_embed_lr: float = setting(0.035, "learning rate of AdamW for embeddings")
     scalar_lr: float = setting(0.025, "learning rate of AdamW for gains, gates and scales")
     sparse_lr: float = setting(0.003, "learning rate of AdamW for values of sparse adapters")
-    mask_lr: float = setting(0.1, "learning rate for scores of masks and signs")
+    mask_lr: float = setting(0.1, "learning rate for the scores of masks")
     mask_optimizer: str = setting(
         "adam", "optimizer of these scores; PR #1753: adam", choices=("adam", "muon")
     )
@@ -365,11 +356,6 @@ class Hyperparameters:
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
-
-    @property
-    def token_dim(self) -> int:
-        """The width of the token embedding."""
-        return self.embedding_dim or self.model_dim
 
     @property
     def kv_dim(self) -> int:
@@ -441,10 +427,8 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
 
 # Philox keys have 128 bits: the seed is at the bottom, the epoch of the data order from bit 64 on.
-# Adapters and twists have high bits of their own, so that none repeats the numbers of a map.
-SHARED_FACTOR_KEY, SPARSE_KEY, COMBINATION_KEY, PERMUTATION_KEY, LEFT_KEY, RIGHT_KEY = (
-    n << 96 for n in range(1, 7)
-)
+# Adapters have high bits of their own, so that none repeats the numbers of a map.
+SHARED_FACTOR_KEY, SPARSE_KEY, COMBINATION_KEY = (n << 96 for n in (1, 2, 3))
 
 
 def random_uint64(seed: int, n: int) -> np.ndarray:
@@ -675,52 +659,31 @@ class Sparse(Adapter):
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
 
-class BinaryAdapter(Adapter):
-    """One learned bit per weight: whether its score is positive (arXiv:1911.13299).
+class Mask(Adapter):
+    """W + ΔW is √2 · W where a learned bit is 1, else 0 (arXiv:1911.13299).
 
-    The scores are trained through a straight-through estimator, the gradient of
-    sigmoid(score / temperature). The temperature falls during training as in PR #1753.
+    A bit is 1 where its score is positive; at first about half of them are. The scores are trained
+    through a straight-through estimator, the gradient of sigmoid(score / temperature). The
+    temperature falls during training as in PR #1753.
     """
 
     roles: ClassVar = {"scores": Role.MASK}
 
     def __init__(self, spec: MapSpec, _: float) -> None:
         super().__init__()
-        self.scores = nn.Parameter(self.initial_scores(spec) * spec.in_features**-0.5)
+        scores = torch.empty(spec.shape).uniform_(-1, 1) * spec.in_features**-0.5
+        self.scores = nn.Parameter(scores)
         self.register_buffer("temperature", torch.ones(()), persistent=False)
 
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        raise NotImplementedError
-
-    def bits(self, dtype: torch.dtype) -> Tensor:
-        """Return 1 where a score is positive, else 0, (out, in)."""
+    def correction(self, weight: Tensor) -> Tensor:
         soft = torch.sigmoid(self.scores / self.temperature)
-        return ((self.scores > 0).to(dtype)) + (soft - soft.detach()).to(dtype)
+        bits = (self.scores > 0).to(weight.dtype) + (soft - soft.detach()).to(weight.dtype)
+        return weight * (math.sqrt(2) * bits - 1)
 
     def quantize(
         self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
     ) -> dict[str, QuantizedTensor | Tensor]:
         return {"scores": self.scores.data > 0}
-
-
-class Mask(BinaryAdapter):
-    """W + ΔW is √2 · W where the bit is 1, else 0; about half of the bits are 1 at first."""
-
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        return torch.empty(spec.shape).uniform_(-1, 1)
-
-    def correction(self, weight: Tensor) -> Tensor:
-        return weight * (math.sqrt(2) * self.bits(weight.dtype) - 1)
-
-
-class Signs(BinaryAdapter):
-    """W + ΔW is W where the bit is 1, else -W: learned signs, random magnitudes. It starts as W."""
-
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        return torch.empty(spec.shape).uniform_(0, 1)
-
-    def correction(self, weight: Tensor) -> Tensor:
-        return weight * (2 * self.bits(weight.dtype) - 2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -755,7 +718,6 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "vera": VeRA,
     "sparse": Sparse,
     "mask": Mask,
-    "signs": Signs,
     "combination": Combination,
 }
 
@@ -782,59 +744,6 @@ class SharedMatrices(QuantizedModule):
             name: quantizers[role].quantize(getattr(self, name), own)
             for (name, role), own in zip(self.roles.items(), hessians, strict=True)
         }
-
-
-class PermutationTwist(nn.Module):
-    """W -> P W Q with random signed permutations P and Q."""
-
-    def __init__(self, spec: MapSpec) -> None:
-        super().__init__()
-        rows, columns = spec.shape
-        words = random_uint64(spec.seed + PERMUTATION_KEY, rows + columns)
-        for name, part in (("row", words[:rows]), ("column", words[rows:])):
-            order = torch.from_numpy(part.argsort(kind="stable"))
-            signs = torch.from_numpy(1.0 - 2.0 * (part & np.uint64(1))).to(torch.bfloat16)
-            self.register_buffer(f"{name}_order", order, persistent=False)
-            self.register_buffer(f"{name}_signs", signs, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Twist a matrix (out, in)."""
-        weight = weight[self.row_order][:, self.column_order]
-        rows, columns = self.row_signs.to(weight.dtype), self.column_signs.to(weight.dtype)
-        return weight * rows[:, None] * columns
-
-    def untwist_hessian(self, hessian: Tensor) -> Tensor:
-        """Return the Hessian (in, in) of W's own inputs, given that of the map's inputs."""
-        signs = self.column_signs.to(hessian.dtype)
-        back = self.column_order.argsort()
-        return (hessian * signs[:, None] * signs)[back][:, back]
-
-
-class OrthogonalTwist(nn.Module):
-    """W -> P W Q with random orthogonal P and Q."""
-
-    def __init__(self, spec: MapSpec) -> None:
-        super().__init__()
-        rows, columns = spec.shape
-        p = orthogonal(rows, rows, spec.seed + LEFT_KEY).to(torch.bfloat16)
-        q = orthogonal(columns, columns, spec.seed + RIGHT_KEY).to(torch.bfloat16)
-        self.register_buffer("p", p.contiguous(), persistent=False)
-        self.register_buffer("q", q.contiguous(), persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Twist a matrix (out, in)."""
-        return self.p.to(weight.dtype) @ weight @ self.q.to(weight.dtype)
-
-    def untwist_hessian(self, hessian: Tensor) -> Tensor:
-        """Return the Hessian (in, in) of W's own inputs, given that of the map's inputs."""
-        q = self.q.to(hessian.dtype)
-        return q @ hessian @ q.T
-
-
-TWISTS: dict[str, type[nn.Module]] = {
-    "permutation": PermutationTwist,
-    "orthogonal": OrthogonalTwist,
-}
 
 
 def initial_weight(spec: MapSpec) -> Tensor:
@@ -981,8 +890,7 @@ class Linear(QuantizedModule):
     """One map of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
     W (out, in) is one of three: a float32 parameter; a frozen random map, a bfloat16 buffer that is
-    never in a state_dict; or a mix of shared matrices, which a random twist makes different in each
-    layer. ΔW is the sum of its adapters.
+    never in a state_dict; or a mix of shared matrices. ΔW is the sum of its adapters.
     """
 
     roles: ClassVar = {"weight": Role.MATRIX}
@@ -994,7 +902,6 @@ class Linear(QuantizedModule):
         out_features = spec.out_features
         self.shared_matrices = ()  # a tuple does not register them again
         self.shared_mix = None
-        self.twist = TWISTS[spec.twist](spec) if spec.twist != "none" else None
         if shared is not None:
             self.shared_matrices = (shared,)
             if spec.shared_count > 1:
@@ -1050,10 +957,8 @@ class Linear(QuantizedModule):
             return self.weight
         weights = self.shared_matrices[0].weights()
         if self.shared_mix is None:
-            (weight,) = weights
-        else:
-            weight = sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
-        return weight if self.twist is None else self.twist(weight)
+            return weights[0]
+        return sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
 
     @property
     def members(self) -> tuple[QuantizedModule, ...]:
@@ -1069,13 +974,6 @@ class Linear(QuantizedModule):
         """Apply the map: x (..., in) -> (..., out), as in `fused_linear`."""
         return fused_linear(x, (self,), row_scale, activation)
 
-    def transposed(self, x: Tensor) -> Tensor:
-        """Apply the transposed map without its bias: x (..., out) -> (..., in)."""
-        for factor in (self.gate, self.scale):
-            if factor is not None:
-                x = x * factor.to(x.dtype)
-        return x @ merge_weights([self.parts(x.dtype)])
-
 
 class InputGroup(nn.Module):
     """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ.
@@ -1089,16 +987,10 @@ class InputGroup(nn.Module):
 
 
 class FusedLinear(InputGroup):
-    """Maps of one input, computed by one product or one by one: x (..., in) -> (..., Σ out)."""
-
-    def __init__(self, *members: Linear, fused: bool = True) -> None:
-        super().__init__(*members)
-        self.fused = fused
+    """Maps of one input, computed by one product: x (..., in) -> (..., Σ out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return fused_linear(x, self.members)
-        return torch.cat([fused_linear(x, (each,)) for each in self.members], -1)
+        return fused_linear(x, self.members)
 
 
 class Embedding(QuantizedModule):
@@ -1127,15 +1019,11 @@ class Embedding(QuantizedModule):
         x = F.embedding(ids, self.weight).to(self.dtype)
         return x if self.proj is None else self.proj(x)
 
-    def narrow(self, x: Tensor) -> Tensor:
-        """Apply the transposed `proj`: x (..., out) -> (..., dim), the input of TiedHead."""
-        return x if self.proj is None else self.proj.transposed(x)
-
 
 class TiedHead(InputGroup):
     """Logits c·tanh(z/c) of z = x Eᵀ, with E the table of the token embedding.
 
-    Its shapes are (..., dim) -> (..., vocabulary); `Embedding.narrow` gives its input.
+    Its shapes are (..., dim) -> (..., vocabulary).
     """
 
     def __init__(self, embedding: Embedding, softcap: float) -> None:
@@ -1188,7 +1076,6 @@ class MapSpec(NamedTuple):
     in_features: int
     basis: str = "learned"  # shared or shared:N, or a key of BASES for a frozen random map
     init: str = "orthogonal"  # initial value of what is learned of W: orthogonal or zero
-    twist: str = "none"  # or a key of TWISTS: what makes a shared map differ by layer
     depth: float = 0.0  # of its layer, from 0 to 1
     seed: int = 0  # of what is random in this map
     shared_seed: int = 0  # of what adapters generate once for all maps of one shape
@@ -1206,6 +1093,11 @@ class MapSpec(NamedTuple):
     def is_random(self) -> bool:
         """Whether W is a frozen random map."""
         return self.basis in BASES
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether W is learned in full and belongs to this map alone."""
+        return self.basis == "learned"
 
     @property
     def kind(self) -> str:
@@ -1263,39 +1155,38 @@ class MapSpec(NamedTuple):
 class MapRule(NamedTuple):
     """One CELL or SELECTOR=CELL of a column of the map table.
 
-    A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, attention, mlp, mlp.in (the MLP without its
-    proj) or one such as attention.q. The maps of embeddings are not in all; embedding, bigram and
-    value_embedding, or these with .proj, select them.
+    A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, random (also those that are shared),
+    attention, mlp, mlp.in (the MLP without its proj) or one such as attention.q. The maps of
+    embeddings are not in all; bigram and value_embedding, or these with .proj, select them. A cell
+    without a selector is for all maps, but an adapter is for random ones.
     """
 
-    selector: str  # as written; empty: see FOR_ALL_MAPS
+    selector: str  # as written
     member: int | None
     kind: str
     layers: list[int]
     cell: str | float | None
 
-    def selects(self, member: int, kind: str, layer: int) -> bool:
-        family = "mlp.in" if kind in ("mlp.fc", "mlp.gate") else kind
-        kinds = [kind.partition(".")[0], family, kind]
-        if kind not in EMBEDDING_MAPS:
-            kinds.append("all")
+    def selects(self, spec: MapSpec, member: int, layer: int) -> bool:
+        kinds = [spec.kind, spec.kind.partition(".")[0]]
+        if spec.kind in ("mlp.fc", "mlp.gate"):
+            kinds.append("mlp.in")
+        if spec.kind not in EMBEDDING_MAPS:
+            kinds += ["all"] if spec.is_learned else ["all", "random"]
         return self.kind in kinds and layer in self.layers and self.member in (None, member)
 
 
 # Maps that widen the rows of an embedding. They are learned unless a selector names them.
-EMBEDDING_MAPS = ("embedding.proj", "bigram.proj", "value_embedding.proj")
+EMBEDDING_MAPS = ("bigram.proj", "value_embedding.proj")
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
 CELL_WORDS = {
     "basis": ["learned", "shared", *BASES],
     "init": ["orthogonal", "zero"],
-    "twist": ["none", *TWISTS],
     "scale": ["none", "map", "row"],
     "gate": ["none"],
 }
 CELL_RANGES = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}
-COLUMNS = ("basis", "init", "gain", "twist", "adapter", "scale", "gate", "freeze")
-# Columns whose rules without a selector apply to all maps; in others, to random and shared ones.
-FOR_ALL_MAPS = ("basis", "init", "twist", "freeze")
+COLUMNS = ("basis", "init", "gain", "adapter", "scale", "gate", "freeze")
 
 
 def parse_cell(column: str, text: str) -> str | float | None:
@@ -1318,6 +1209,7 @@ def parse_cell(column: str, text: str) -> str | float | None:
 def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
     """Return the rules of one MAP_* setting. ValueError says what is wrong."""
     rules = []
+    usual_kind = "random" if column == "adapter" else "all"
     for part in text.replace(" ", "").split(","):
         selector, _, cell = part.rpartition("=")
         match = re.fullmatch(r"(?:m(\d+)\.)?([a-z._]+)?(?:@([\d+-]+))?", selector)
@@ -1328,7 +1220,7 @@ def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
             MapRule(
                 selector,
                 int(member) if member else None,
-                kind or "all",
+                kind or usual_kind,
                 parse_layers(layers or "0-", num_layers),
                 parse_cell(column, cell),
             )
@@ -1360,7 +1252,6 @@ class MapTable:
         "mlp.fc": 10,
         "mlp.proj": 11,
         "mlp.gate": 12,
-        "embedding.proj": 20,
         "bigram.proj": 21,
         "value_embedding.proj": 22,
     }
@@ -1389,8 +1280,6 @@ class MapTable:
         """Return kind -> (out, in) of the maps that widen embeddings."""
         h = self.h
         shapes = {}
-        if h.token_dim != h.model_dim:
-            shapes["embedding.proj"] = (h.model_dim, h.token_dim)
         if h.bigram_vocab_size > 1:
             shapes["bigram.proj"] = (h.model_dim, h.bigram_dim)
         if h.value_layers:
@@ -1412,63 +1301,47 @@ class MapTable:
             shapes["mlp.gate"] = (hidden, d)
         return shapes
 
-    def cells(
-        self, column: str, member: int, layer: int, kind: str, is_seeded: bool
-    ) -> dict[str, Any]:
-        """Return {column: cell} of one map, or nothing where no rule of the column selects it."""
-        chosen = {}
-        for rule in self.rules[column]:
-            for_learned_maps = rule.selector or column in FOR_ALL_MAPS
-            if (is_seeded or for_learned_maps) and rule.selects(member, kind, layer):
-                chosen[column] = rule.cell
-                self.used.add((column, rule.selector))
-        return chosen
-
     def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
         """Return the row of a map in a block, or of an embedding's map (block None)."""
         h = self.h
         layer = block or 0
-        cells: dict[str, Any] = {}
-        if kind in ("bigram.proj", "value_embedding.proj"):
-            cells["gain"] = (2 * h.num_layers) ** -0.5  # as published (PR #1113)
-        cells |= self.cells("basis", member, layer, kind, False)
-        is_seeded = cells.get("basis", "learned") != "learned"  # a random map, or a shared one
-        for column in COLUMNS[1:]:
-            cells |= self.cells(column, member, layer, kind, is_seeded)
-        if is_seeded:
-            shared_seed = h.map_seed + 1_000_000 * member
-            cells["shared_seed"] = shared_seed
-            cells["seed"] = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
-        cells["depth"] = layer / max(h.num_layers - 1, 1)
         prefix = f"members.{member}." if h.ensemble > 1 else ""
         if block is not None:
             prefix += f"blocks.{block}."
-        return MapSpec(prefix + kind, *shape, **cells)
+        spec = MapSpec(prefix + kind, *shape, depth=layer / max(h.num_layers - 1, 1))
+        if kind in EMBEDDING_MAPS:
+            spec = spec._replace(gain=(2 * h.num_layers) ** -0.5)  # as published (PR #1113)
+        for column in COLUMNS:  # the basis first: it decides what `random` selects
+            for rule in self.rules[column]:
+                if rule.selects(spec, member, layer):
+                    spec = spec._replace(**{column: rule.cell})
+                    self.used.add((column, rule.selector))
+        if spec.is_learned:
+            return spec
+        shared_seed = h.map_seed + 1_000_000 * member
+        seed = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
+        return spec._replace(seed=seed, shared_seed=shared_seed)
 
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
         h = self.h
         for spec in self.specs:
-            kind = spec.kind
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
-                if spec.adapters() and spec.basis == "learned":
-                    raise ValueError(f"{kind} is learned in full and takes no adapter")
-            with collect_errors(self.errors, f"MAP_TWIST={h.map_twist}"):
-                if spec.twist != "none" and not spec.shared_count:
-                    raise ValueError(f"{kind} is not shared and takes no twist")
-            own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
-            learned = own or spec.shared_count > 1  # then its mix is learned
-            with collect_errors(self.errors, f"MAP_FREEZE={h.map_freeze}"):
-                if spec.freeze and spec.basis != "learned" and not learned:
-                    raise ValueError(
-                        f"{kind} is {spec.basis} and has no adapter, scale or gate to freeze"
-                    )
+                if spec.adapters() and spec.is_learned:
+                    raise ValueError(f"{spec.kind} is learned in full and takes no adapter")
+            has_own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
+            is_trained = spec.is_learned or has_own or spec.shared_count > 1  # then its mix is
+            if spec.freeze and not is_trained:
+                self.errors.append(
+                    f"MAP_FREEZE={h.map_freeze}: {spec.kind} is {spec.basis} and has no adapter,"
+                    " scale or gate to freeze"
+                )
         self.check_shared()
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
                     self.errors.append(f"MAP_{column.upper()}: {rule.selector} selects no map")
-        seeds = [spec.seed for spec in self.specs if spec.basis != "learned"]
+        seeds = [spec.seed for spec in self.specs if not spec.is_learned]
         if len(set(seeds)) < len(seeds):
             stride = f"MAP_SEED_STRIDE={h.map_seed_stride}"
             self.errors.append(
@@ -1487,8 +1360,12 @@ class MapTable:
                 self.errors.append(f"{kind} is shared: {needs}")
 
 
+@functools.lru_cache(maxsize=8)
 def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
-    """Return the map table by name. UserError says what is wrong with it."""
+    """Return the map table by name; all callers with the same settings share it.
+
+    UserError says what is wrong with it.
+    """
     table = MapTable(h)
     if table.errors:
         raise UserError("\n  ".join(["the map table cannot be built:", *table.errors]))
@@ -1562,7 +1439,9 @@ ALIASES = {
         {"map_basis": "mlp.in@{}=orthogonal"},
         {"map_adapter": "none"},
     ),
-    "rand_gain": Alias("PR #1228, 1: a learned gain per random feature", {"map_scale": "row"}),
+    "rand_gain": Alias(
+        "PR #1228, 1: a learned gain per random feature", {"map_scale": "random=row"}
+    ),
     "adapter_rank": Alias("PR #1549: rank of LoRA", {"map_adapter": "lora:{}"}),
     "mlp_rank": Alias(
         "PR #2058: random MLP with LoRA of this rank",
@@ -1595,6 +1474,7 @@ UNSUPPORTED = {
     "CONTROL_TENSOR_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
     "DATA_DIR": Unsupported(("./data/", "./data"), "set DATA_PATH and TOKENIZER_PATH"),
     "DDL_ENABLED": Unsupported(("0",), "DDL is not built"),
+    "EMBEDDING_DIM": Unsupported(("512",), "the token embedding has MODEL_DIM columns"),
     "EMBED_LR": Unsupported(("0.6",), f"{UNTIED}; set TIED_EMBED_LR"),
     "EVAL_BATCH_SEQS": Unsupported(("256",), "set EVAL_BATCH_TOKENS"),
     "FUSE_QKV": Unsupported(("1",), GAINED_NOTHING),
@@ -1950,10 +1830,9 @@ def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
     errors += unsupported_variables(environment)
     if not h.allow_unknown:
         errors += misspelled_variables(environment)
-    if not errors:  # a table of impossible shapes would repeat them
-        errors += MapTable(h).errors
     if errors:
         raise UserError("\n  ".join(["these settings cannot be used:", *errors]))
+    build_map_table(h)  # now: a table of impossible shapes would repeat these errors
     return h
 
 
@@ -2291,7 +2170,7 @@ class Attention(nn.Module):
         self.proj = linear("attention.proj")
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
-        self.project_qkv = FusedLinear(self.q, self.k, self.v, fused=bool(h.fuse_qkv))
+        self.project_qkv = FusedLinear(self.q, self.k, self.v)
         self.flash_attention_3 = load_flash_attention_3(h)
         self.use_xsa = layer >= h.num_layers - h.xsa_last_n
         self.head_dim = h.head_dim
@@ -2332,7 +2211,7 @@ class Attention(nn.Module):
         Returns:
             The output (B, n, d) of the positions that attend, and the own values (B, T, kv_dim).
         """
-        qk, own_v = self.project_qkv(x).split(self.widths, -1)  # one GEMM with FUSE_QKV=1
+        qk, own_v = self.project_qkv(x).split(self.widths, -1)
         v = own_v
         if value_embed is not None:
             v = v + value_embed
@@ -2487,9 +2366,9 @@ class LanguageModel(nn.Module):
         return digest.hexdigest()
 
     def set_temperature(self, temperature: float) -> None:
-        """Set the temperature of the bits that masks and signs learn."""
+        """Set the temperature of the bits that masks learn."""
         for module in self.modules():
-            if isinstance(module, BinaryAdapter):
+            if isinstance(module, Mask):
                 module.temperature.fill_(temperature)
 
 
@@ -2524,7 +2403,7 @@ class GPT(LanguageModel):
         def block(layer: int) -> Block:
             return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
 
-        self.embedding = embedding("embedding", h.vocab_size, h.token_dim, h.tied_embed_init_std)
+        self.embedding = embedding("embedding", h.vocab_size, d, h.tied_embed_init_std)
         self.bigram_buckets = h.bigram_vocab_size
         if h.bigram_vocab_size > 1:
             self.bigram = embedding("bigram", h.bigram_vocab_size, h.bigram_dim, 0.0)
@@ -2633,8 +2512,7 @@ class GPT(LanguageModel):
         are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
         num_queries = logits_to_keep if are_few and not streaming else None
         x = self.run_blocks(x0, ids, context, num_queries)
-        x = norm(keep_last(x, logits_to_keep))
-        return self.head(self.embedding.narrow(x))
+        return self.head(norm(keep_last(x, logits_to_keep)))
 
 
 class Ensemble(LanguageModel):
@@ -2684,11 +2562,9 @@ def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return about how many bytes of memory building the model takes."""
     sizes = [math.prod(spec.shape) for spec in table.values()]
-    squares = [n * n for spec in table.values() if spec.twist == "orthogonal" for n in spec.shape]
-    tables = h.vocab_size * (h.token_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
+    tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
-    total = 4 * (sum(sizes) + h.ensemble * tables)
-    total += 64 * max(sizes + squares) + 2 * sum(squares)
+    total = 4 * (sum(sizes) + h.ensemble * tables) + 64 * max(sizes)
     shared = {  # stored once for all layers
         spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
     }
@@ -2701,7 +2577,7 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
                 total += 4 * int(size) * sum(spec.shape)
             elif unit == "count":
                 total += 4 * int(size) * numel
-            else:  # positions of sparse values, or scores of masks and signs
+            else:  # positions of sparse values, or scores of masks
                 total += 12 * numel
     return total
 
@@ -2718,27 +2594,39 @@ def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> Langua
     return Ensemble(h, dtype) if h.ensemble > 1 else GPT(h, dtype)
 
 
-def describe_maps(model: LanguageModel) -> list[str]:
-    """Return the map table of a built model as text, with values and bytes before compression."""
+def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
+    """Return the map table of a built model for results.json.
+
+    `learned` and `frozen` count values, `bytes` are those of the learned ones before compression.
+    """
+    rows = []
+    for spec in model.table.values():
+        module = model.get_submodule(spec.name)
+        row = {"name": spec.name, "shape": spec.shape}
+        row |= {name: getattr(spec, name) for name in ("seed", *COLUMNS)}
+        row["learned"] = sum(p.numel() for p in module.parameters())
+        row["frozen"] = math.prod(spec.shape) if spec.is_random else 0
+        row["bytes"] = stored_bytes(module)
+        rows.append(row)
+    return rows
+
+
+def describe_maps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the rows of `map_rows` as text."""
     layout = "{:<26} {:>10} {:<15} {:>7} {:<16} {:<5} {:<5} {:<6} {:>10} {:>10} {:>9}"
     heading = "map shape basis seed adapter scale gate freeze learned frozen bytes"
     lines = [layout.format(*heading.split())]
-    for spec in model.table.values():
-        module = model.get_submodule(spec.name)
-        learned = sum(p.numel() for p in module.parameters())
-        frozen = spec.out_features * spec.in_features if spec.is_random else 0
+    for row in rows:
         cells = [
-            spec.name,
-            f"{spec.out_features}x{spec.in_features}",
-            f"{spec.gain:g}·{spec.basis}" + (f"·{spec.twist}" if spec.twist != "none" else ""),
-            spec.seed,
-            spec.adapter,
-            spec.scale,
-            "none" if spec.gate is None else f"{spec.gate:g}",
-            f"{spec.freeze:g}",
-            f"{learned:,}",
-            f"{frozen:,}",
-            f"{stored_bytes(module):,}",
+            row["name"],
+            "{}x{}".format(*row["shape"]),
+            f"{row['gain']:g}·{row['basis']}",
+            row["seed"],
+            row["adapter"],
+            row["scale"],
+            "none" if row["gate"] is None else f"{row['gate']:g}",
+            f"{row['freeze']:g}",
+            *(f"{row[name]:,}" for name in ("learned", "frozen", "bytes")),
         ]
         lines.append(layout.format(*cells))
     return lines
@@ -2843,7 +2731,7 @@ class Distributed:
         torch.compiler.config.cache_key_tag = ",".join(attention_order(self.h))
         # This pass, on by default in torch 2.11, costs 5.9 ms of a step (PR #1420, pytorch#179494).
         if hasattr(inductor.triton, "mix_order_reduction"):
-            inductor.triton.mix_order_reduction = bool(self.h.mix_order_reduction)
+            inductor.triton.mix_order_reduction = False
 
     def _init_process_group(self) -> None:
         """Join the group; a restart by torchrun gets a part of the store of its own."""
@@ -3327,12 +3215,10 @@ class Muon(torch.optim.Optimizer):
         backend_steps: int = 5,
         weight_decay: float = 0.0,
         dist: Distributed | None = None,
-        compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.backend_steps = backend_steps
         self.dist = dist
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False, disable=not compiled)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -3366,10 +3252,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(momenta, gradients)
         batch = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
         if self.dist is None or self.dist.world_size == 1:
-            return self.orthogonalize(batch, self.backend_steps), None
+            return orthogonalize(batch, self.backend_steps), None
         updates = torch.zeros_like(batch)
         mine = slice(self.dist.rank, None, self.dist.world_size)
-        updates[mine] = self.orthogonalize(batch[mine], self.backend_steps)
+        updates[mine] = orthogonalize(batch[mine], self.backend_steps)
         return updates, torch.distributed.all_reduce(updates, async_op=True)
 
 
@@ -3408,7 +3294,6 @@ class Optimizers:
             momentum=h.muon_momentum,
             backend_steps=h.muon_backend_steps,
             dist=dist,
-            compiled=dist.compile and bool(h.compile_muon),
         )
         betas = (h.beta1, h.beta2)
         self.adam = torch.optim.AdamW(param_groups(adam_rates), 0.0, betas, h.adam_eps, fused=True)
@@ -3781,10 +3666,11 @@ def collect_hessians(
             adapters = [each for each in member.children() if isinstance(each, Adapter)]
             by_module |= dict.fromkeys([member, *adapters], hessian)
             for shared in getattr(member, "shared_matrices", ()):  # it has inputs in every layer
-                own = hessian if member.twist is None else member.twist.untwist_hessian(hessian)
-                mix = own.new_ones(1) if member.shared_mix is None else member.shared_mix
+                mix = member.shared_mix
+                if mix is None:
+                    mix = hessian.new_ones(1)
                 # A layer that mixes a matrix in by c has c² of its error.
-                own = mix.square()[:, None, None] * own  # (count, in, in)
+                own = mix.square()[:, None, None] * hessian  # (count, in, in)
                 by_module[shared] = by_module.get(shared, 0) + own
     return by_module
 
@@ -4185,24 +4071,34 @@ def solve_for_bytes(
     return fitting[-1] if fitting else tried[0]
 
 
-def describe_codes(model: LanguageModel, artifact: Artifact) -> list[str]:
-    """Return a table by role: values, bytes and bits per value (order-0 entropy), and nats.
+def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
+    """Return for each role the values of its codes, their bytes by entropy, bits a value, and loss.
 
-    Nats per token are what rounding may cost; scales by RMS do not know it (nan).
+    The loss (nats per token) is what rounding may cost; scales by RMS do not know it (None).
     """
-    lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
+    rows = []
+    loss_per_value = artifact.loss_per_value
     for role, group in tensors_by_role(model).items():
         stored = [artifact.tensors.get(name) for name in group]
         codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
-        if not codes:
-            continue
-        values = sum(map(len, codes))
-        size = entropy_bytes(torch.cat(codes))
-        loss = values * artifact.loss_per_value
-        cells = (role.value, values, round(size), 8 * size / values, loss)
+        if codes:
+            values = sum(map(len, codes))
+            size = entropy_bytes(torch.cat(codes))
+            loss = None if math.isnan(loss_per_value) else values * loss_per_value
+            row = {"role": role.value, "values": values, "bytes": round(size)}
+            rows.append(row | {"bits": 8 * size / values, "loss": loss})
+    return rows
+
+
+def describe_codes(rows: Iterable[Mapping[str, Any]], artifact: Artifact) -> list[str]:
+    """Return the rows of `code_rows` as text, and the bytes of each group of the artifact."""
+    lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
+    for row in rows:
+        loss = math.nan if row["loss"] is None else row["loss"]
+        cells = row["role"], row["values"], row["bytes"], row["bits"], loss
         lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
-    parts = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
-    return [*lines, f"artifact bytes: {parts}"]
+    sizes = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
+    return [*lines, f"artifact bytes: {sizes}"]
 
 
 def describe_size(size: int) -> str:
@@ -4864,6 +4760,7 @@ class Trainer:
         if self.phases.boundary(progress) > self.phases.current:
             what = self.phases.enter(progress)
             self.run.log(f"phase step:{self.step} progress:{progress:.4f} {what}")
+            self.run.log.metrics(kind="phase", step=self.step, text=what)
 
     def train_step(self, plan: StepPlan) -> Tensor:
         """Take one step; return its loss on this process, still on the device."""
@@ -4873,6 +4770,7 @@ class Trainer:
         if lr_scale < h.late_qat_threshold and not self.late_qat:
             self.late_qat = True
             self.run.log(f"late_qat:on step:{self.step} scale:{lr_scale:.4f}")
+            self.run.log.metrics(kind="phase", step=self.step, text="late QAT")
         # Dropout depends on step and process alone, wherever a run was continued.
         torch.manual_seed(h.seed + self.step * dist.world_size + dist.rank)
         self.model.train()
@@ -5190,13 +5088,14 @@ def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.d
     return usable[0] if usable else "none"
 
 
-def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
-    """Log everything needed to repeat the run; return the numbers of parameters."""
+def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
+    """Log everything needed to repeat the run; return the numbers of parameters, and the maps."""
     log = run.log
     log(Path(__file__).read_text(encoding="utf-8"), console=False)
     settings = run.h.as_dict().items()
     log("\n".join(f"{name.upper()}={value}" for name, value in settings), console=False)
-    log("\n".join(describe_maps(model)))
+    rows = map_rows(model)
+    log("\n".join(describe_maps(rows)))
     trained = sum(p.numel() for p in model.parameters())
     maps = model.random_maps()
     frozen = sum(spec.out_features * spec.in_features for spec in maps)
@@ -5210,7 +5109,7 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
     log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
     dtype = resolve_dtype(run.h, run.dist.on_cuda)
     log(f"attention: {first_usable_attention(run.h, run.dist, dtype)}")
-    return {"trained_parameters": trained, "frozen_parameters": frozen}
+    return {"trained_parameters": trained, "frozen_parameters": frozen, "maps": rows}
 
 
 def train_model(
@@ -5277,11 +5176,13 @@ def export_best(
         run.log(f"no time is left to export {', '.join(left_out)}")
     best = min(scores, key=scores.get)
     blob = exported[best].blob
-    run.log("\n".join([f"exported:{best}", *describe_codes(model, exported[best])]))
+    codes = code_rows(model, exported[best])
+    run.log("\n".join([f"exported:{best}", *describe_codes(codes, exported[best])]))
     log_size(run, "artifact", len(blob))
     check_size(run.h, len(blob))
     losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
-    return blob, {"candidate": best, **losses}
+    groups = [{"group": name, "bytes": size} for name, size in exported[best].sizes.items()]
+    return blob, {"candidate": best, **losses, "codes": codes, "groups": groups}
 
 
 def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[str, Any]]:
