@@ -78,6 +78,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -120,6 +121,7 @@ def setting(
     *,
     choices: Sequence[str] = (),
     renamed: Mapping[str, str] | None = None,
+    also: Sequence[str] = (),
     stored: bool = False,
 ) -> Any:
     """Declare one setting.
@@ -130,6 +132,7 @@ def setting(
         low, high: allowed range of a number.
         choices: allowed words of a text.
         renamed: old words of a text and their new names.
+        also: what published scripts call the setting.
         stored: whether the artifact must store it to rebuild the model.
     """
     metadata = {
@@ -138,6 +141,7 @@ def setting(
         "high": high,
         "choices": choices,
         "renamed": renamed or {},
+        "also": also,
         "stored": stored,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -200,7 +204,9 @@ class Hyperparameters:
     mlp_mult: float = model_setting(3.0, "hidden width of the MLP over MODEL_DIM", 0.01, 64)
     rope_dims: int = model_setting(16, "rotated dimensions of each head", 0, 1024)
     rope_base: float = model_setting(10_000.0, "base of the rotary frequencies", 1, 1e9)
-    rope_stretch_from: int = model_setting(1024, "length above which ROPE_BASE grows; 0: never")
+    rope_stretch_from: int = model_setting(
+        1024, "length above which ROPE_BASE grows; 0: never", also=["rope_train_seq_len"]
+    )
     xsa_last_n: int = model_setting(11, "last N layers use exclusive self-attention", 0, 256)
     ln_scale: int = model_setting(1, "1: scale each pre-norm by 1/sqrt(layer + 1)", 0, 1)
     bigram_vocab_size: int = model_setting(
@@ -215,7 +221,9 @@ class Hyperparameters:
     skips_enabled: int = model_setting(1, "1: U-Net skips from first to second half", 0, 1)
     skip_gates_enabled: int = model_setting(0, "1: a sigmoid gate mixes in each skip", 0, 1)
     mlp_gated: int = model_setting(0, "1: GEGLU instead of LeakyReLU(0.5)²", 0, 1)
-    parallel_from: int = model_setting(256, "first layer with attention and MLP in parallel")
+    parallel_from: int = model_setting(
+        256, "first layer with attention and MLP in parallel", also=["parallel_residual_start"]
+    )
     recur_layers: str = model_setting("", "layers that run several times, such as 3-5")
     recur_times: int = model_setting(3, "how many times they run", 1, 64)
     ensemble: int = model_setting(1, "members in one artifact; their logits are averaged", 1, 16)
@@ -230,7 +238,13 @@ class Hyperparameters:
         "orthogonal,attention.proj=zero,mlp.proj=zero", "initial value of a learned map"
     )
     map_gain: str = model_setting("1", "factor on the basis")
-    map_seed: int = model_setting(12_345, "seed of the random maps", 0, 2**62)
+    map_seed: int = model_setting(
+        12_345,
+        "seed of the random maps",
+        0,
+        2**62,
+        also=["random_adapter_seed", "random_basis_seed", "random_backbone_seed"],
+    )
     map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
     map_adapter: str = model_setting("lora:32", "none, or NAME:SIZE with + between")
     map_scale: str = model_setting("none", "learned factor: none, map (one) or row (one per row)")
@@ -244,7 +258,9 @@ class Hyperparameters:
     warmdown_frac: float = setting(0.0, "the same as a fraction; 0: use WARMDOWN_ITERS", 0, 1)
     min_lr: float = setting(0.0, "lowest learning rates, as a fraction of the full ones", 0, 1)
     dropout: float = setting(0.0, "fraction of attention and MLP outputs dropped", 0, 0.9)
-    recur_frac: float = setting(0.35, "progress at which RECUR_LAYERS begin to recur", 0, 0.99)
+    recur_frac: float = setting(
+        0.35, "progress at which RECUR_LAYERS begin to recur", 0, 0.99, also=["enable_looping_at"]
+    )
     distill_from: str = setting("", "artifact of a teacher")
     self_distill: int = setting(0, "1: the model at DISTILL_START_FRAC becomes the teacher", 0, 1)
     distill_start_frac: float = setting(0.0, "progress at which the teacher begins", 0, 1)
@@ -265,7 +281,9 @@ class Hyperparameters:
 
     # Optimizers
     matrix_lr: float = setting(0.025, "learning rate of Muon for matrices")
-    factor_lr: float = setting(0.025, "learning rate of Muon for low-rank factors")
+    factor_lr: float = setting(
+        0.025, "learning rate of Muon for low-rank factors", also=["adapter_lr"]
+    )
     tied_embed_lr: float = setting(0.035, "learning rate of AdamW for embeddings")
     scalar_lr: float = setting(0.025, "learning rate of AdamW for gains, gates and scales")
     sparse_lr: float = setting(0.003, "learning rate of AdamW for values of sparse adapters")
@@ -276,7 +294,7 @@ class Hyperparameters:
     muon_momentum: float = setting(0.99, "momentum of Muon", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at the first step", 0, 1)
     muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20, also=["muon_ns_steps"])
     muon_wd: float = setting(0.04, "decoupled weight decay of matrices and sparse adapters")
     factor_wd: float = setting(0.04, "decoupled weight decay of low-rank factors")
     adam_wd: float = setting(0.04, "decoupled weight decay of gains, gates and scales")
@@ -287,7 +305,9 @@ class Hyperparameters:
     grad_clip_norm: float = setting(0.3, "largest norm of all gradients together; 0: no clip")
     ema_decay: float = setting(0.997, "decay of the weights' moving average; 0: none", 0, 0.999999)
     swa_enabled: int = setting(1, "1: plain average of late weights", 0, 1)
-    swa_interval: int = setting(50, "steps between two snapshots in that average", 1)
+    swa_interval: int = setting(
+        50, "steps between two snapshots in that average", 1, also=["swa_every"]
+    )
     swa_threshold: float = setting(0.2, "learning-rate scale below which it begins", 0, 1)
     late_qat_threshold: float = setting(
         0.0, "learning-rate scale below which late QAT begins; 0: never", 0, 1
@@ -310,14 +330,16 @@ class Hyperparameters:
     )
     target_bytes: int = setting(0, "bytes of code and model; sets LOSS_PER_VALUE; 0: off")
     gptq_calib_batches: int = setting(
-        5, "calibration batches of up to 8,192 training tokens; 0: neither GPTQ nor sensitivity"
+        5,
+        "calibration batches of up to 8,192 training tokens; 0: neither GPTQ nor sensitivity",
+        also=["gptq_calibration_batches"],
     )
     prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
     artifact_limit_bytes: int = setting(16_000_000, "most bytes of code and model together", 1)
 
     # Evaluation
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
-    eval_stride: int = setting(64, "new tokens that each window scores", 1)
+    eval_stride: int = setting(64, "new tokens that each window scores", 1, also=["stride"])
     eval_mode: str = setting(
         "exact",
         "exact: sliding windows; streaming: one pass that sees EVAL_SEQ_LEN back",
@@ -1457,13 +1479,11 @@ ALIASES = {
         {"map_basis": "orthogonal"},
     ),
     "random_adapter_rank": Alias("system A: rank of LoRA", {"map_adapter": "lora:{}"}),
-    "random_adapter_seed": Alias("system A: seed", {"map_seed": "{}"}),
     "random_basis_enabled": Alias(
         "PR #1684 (system B), 1: random MLP with LoRA and a gate per hidden unit",
         {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"},
         {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"},
     ),
-    "random_basis_seed": Alias("system B: seed", {"map_seed": "{}"}),
     "lora_rank": Alias("system B: rank of LoRA", {"map_adapter": "lora:{}"}),
     "selective_freeze": Alias(
         "PR #1301 (system C), 1: the MLP's input maps random",
@@ -1484,20 +1504,16 @@ ALIASES = {
     "rand_gain": Alias(
         "PR #1228, 1: a learned gain per random feature", {"map_scale": "random=row"}
     ),
-    "adapter_lr": Alias("PR #1295: learning rate of the factors", {"factor_lr": "{}"}),
     "adapter_rank": Alias("PR #1549: rank of LoRA", {"map_adapter": "lora:{}"}),
-    "random_backbone_seed": Alias("PR #1549: seed", {"map_seed": "{}"}),
     "mlp_rank": Alias(
         "PR #2058: random MLP with LoRA of this rank",
         {"map_basis": "mlp=orthogonal", "map_adapter": "lora:{}"},
     ),
-    "enable_looping_at": Alias("PR #1549: when layers recur", {"recur_frac": "{}"}),
-    "parallel_residual_start": Alias("PR #1549: first parallel layer", {"parallel_from": "{}"}),
-    "rope_train_seq_len": Alias("PR #1684: length of its RoPE", {"rope_stretch_from": "{}"}),
-    "muon_ns_steps": Alias("PR #1113: Newton-Schulz iterations", {"muon_backend_steps": "{}"}),
-    "gptq_calibration_batches": Alias("calibration batches", {"gptq_calib_batches": "{}"}),
-    "stride": Alias("PR #2058: tokens that a window scores", {"eval_stride": "{}"}),
-    "swa_every": Alias("PR #1228: steps between averaged weights", {"swa_interval": "{}"}),
+}
+ALIASES |= {
+    name: Alias("another name of it", {target: "{}"})
+    for target, f in SETTINGS.items()
+    for name in f.metadata["also"]
 }
 
 
@@ -1508,12 +1524,14 @@ class Unsupported(NamedTuple):
     reason: str
 
 
+GAINED_NOTHING = "the switch is gone, because it made no run faster or better"
 UNTIED = "embeddings are tied here, there is no separate head"
 TTT = "test-time training is not built"
 QUANTIZED_BY_ROLE = "the module that owns a tensor decides how it is quantized"
 UNSUPPORTED = {
     "BACKOUT_ENABLED": Unsupported(("0",), "backout is not built"),
     "BACKOUT_INIT": Unsupported(("0.2",), "backout is not built"),
+    "COMPILE_MUON": Unsupported(("0",), GAINED_NOTHING),
     "COMPRESSOR": Unsupported(("brotli",), "artifacts are compressed by brotli alone"),
     "CONTROL_TENSOR_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
     "DATA_DIR": Unsupported(("./data/", "./data"), "set DATA_PATH and TOKENIZER_PATH"),
@@ -1521,6 +1539,7 @@ UNSUPPORTED = {
     "EMBEDDING_DIM": Unsupported(("512",), "the token embedding has MODEL_DIM columns"),
     "EMBED_LR": Unsupported(("0.6",), f"{UNTIED}; set TIED_EMBED_LR"),
     "EVAL_BATCH_SEQS": Unsupported(("256",), "set EVAL_BATCH_TOKENS"),
+    "FUSE_QKV": Unsupported(("1",), GAINED_NOTHING),
     "GPTQ_BLOCK_SIZE": Unsupported(("128",), "the block does not change the codes; it is 128"),
     "GPTQ_ENABLED": Unsupported(("1",), "GPTQ_CALIB_BATCHES=0 turns GPTQ off"),
     "GRAD_ACCUM_STEPS": Unsupported(("6",), "MICRO_BATCH_TOKENS decides it"),
@@ -1533,7 +1552,9 @@ UNSUPPORTED = {
     ),
     "LOOP_END": Unsupported(("5",), "set RECUR_LAYERS, such as 3-5"),
     "LOOP_START": Unsupported(("3",), "set RECUR_LAYERS, such as 3-5"),
+    "MAP_TWIST": Unsupported(("none",), "layers that share a map share it as it is"),
     "MINI_MOE_EXPERTS": Unsupported(("1",), "mixtures of experts are not built"),
+    "MIX_ORDER_REDUCTION": Unsupported(("0",), GAINED_NOTHING),
     "MUON_BETA2": Unsupported(("0.95",), "Muon has no second moment here"),
     "MUON_ROW_NORMALIZE": Unsupported(("0",), "Muon does not normalize rows here"),
     "NGRAM_EVAL": Unsupported(("0",), "its probabilities sum to over 1"),
@@ -1638,31 +1659,28 @@ def attention_order(h: Hyperparameters) -> list[str]:
     return names
 
 
-def require(errors: list[str], condition: object, message: str) -> None:
-    """Add the message to the errors unless the condition holds."""
-    if not condition:
-        errors.append(message)
+def messages(*rows: tuple[object, str]) -> list[str]:
+    """Return the messages of rows (condition, message) whose condition does not hold."""
+    return [message for holds, message in rows if not holds]
 
 
 def validate_model(h: Hyperparameters) -> list[str]:
     """Return what is wrong with settings of the model that are fine alone but not together."""
-    errors: list[str] = []
-    require(
-        errors,
-        h.model_dim % h.num_heads == 0,
-        f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}",
+    errors = messages(
+        (
+            h.model_dim % h.num_heads == 0,
+            f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}",
+        ),
+        (
+            h.num_heads % h.num_kv_heads == 0,
+            f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}",
+        ),
+        (
+            h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
+            f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head",
+        ),
+        (h.mlp_dim >= 1, f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit"),
     )
-    require(
-        errors,
-        h.num_heads % h.num_kv_heads == 0,
-        f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}",
-    )
-    require(
-        errors,
-        h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
-        f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head",
-    )
-    require(errors, h.mlp_dim >= 1, f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit")
     with collect_errors(errors, f"ATTENTION_BACKEND={h.attention_backend}"):
         attention_order(h)
     with collect_errors(errors, f"VE_LAYERS={h.ve_layers}"):
@@ -1674,78 +1692,64 @@ def validate_model(h: Hyperparameters) -> list[str]:
 
 def validate_quantizer(h: Hyperparameters) -> list[str]:
     """Return what is wrong with settings of the quantizer, such as RMS settings without a use."""
-    errors: list[str] = []
     by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
     changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
-    require(
-        errors,
-        h.quantizer == "rms" or not (h.gptq_calib_batches and changed) or h.late_qat_threshold,
-        f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
+    return messages(
+        (
+            h.quantizer == "rms" or not (h.gptq_calib_batches and changed) or h.late_qat_threshold,
+            f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
+        ),
+        (
+            not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),
+            "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0",
+        ),
     )
-    require(
-        errors,
-        not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),
-        "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0",
-    )
-    return errors
 
 
 def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str]:
     """Return what is wrong with settings of a run, under this launcher."""
-    errors: list[str] = []
     world_size = int(environment.get("WORLD_SIZE") or 1)
     restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     start, end = h.distill_start_frac, h.distill_end_frac
-    require(
-        errors,
-        h.run_id or (h.resume != "1" and not restarts),
-        "RESUME=1 and torchrun's --max-restarts need RUN_ID, the run to continue",
+    return messages(
+        (
+            h.run_id or (h.resume != "1" and not restarts),
+            "RESUME=1 and torchrun's --max-restarts need RUN_ID, the run to continue",
+        ),
+        (
+            h.eval_stride <= h.eval_seq_len,
+            f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}",
+        ),
+        (
+            h.eval_only or h.train_batch_tokens % (h.train_seq_len * world_size) == 0,
+            f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is not a multiple of"
+            f" TRAIN_SEQ_LEN={h.train_seq_len} times {world_size} processes",
+        ),
+        (
+            h.max_wallclock_seconds == 0 or h.max_wallclock_seconds > h.gptq_reserve_seconds,
+            f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
+            " MAX_WALLCLOCK_SECONDS to train",
+        ),
+        (
+            not h.warmdown_frac or h.warmdown_iters == SETTINGS["warmdown_iters"].default,
+            f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of"
+            " them, or set WARMDOWN_FRAC=0",
+        ),
+        (
+            not h.eval_only or h.model_path,
+            "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate",
+        ),
+        (
+            not h.export_only or h.checkpoint_path,
+            "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt",
+        ),
+        (
+            not (h.distill_from and h.self_distill),
+            "DISTILL_FROM and SELF_DISTILL=1 are two teachers",
+        ),
+        (not h.self_distill or start, "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0"),
+        (end > start, f"DISTILL_END_FRAC={end} is not after DISTILL_START_FRAC={start}"),
     )
-    require(
-        errors,
-        h.eval_stride <= h.eval_seq_len,
-        f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}",
-    )
-    require(
-        errors,
-        h.eval_only or h.train_batch_tokens % (h.train_seq_len * world_size) == 0,
-        f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is not a multiple of"
-        f" TRAIN_SEQ_LEN={h.train_seq_len} times {world_size} processes",
-    )
-    require(
-        errors,
-        h.max_wallclock_seconds == 0 or h.max_wallclock_seconds > h.gptq_reserve_seconds,
-        f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
-        " MAX_WALLCLOCK_SECONDS to train",
-    )
-    require(
-        errors,
-        not h.warmdown_frac or h.warmdown_iters == SETTINGS["warmdown_iters"].default,
-        f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of them,"
-        " or set WARMDOWN_FRAC=0",
-    )
-    require(
-        errors,
-        not h.eval_only or h.model_path,
-        "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate",
-    )
-    require(
-        errors,
-        not h.export_only or h.checkpoint_path,
-        "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt",
-    )
-    require(
-        errors,
-        not (h.distill_from and h.self_distill),
-        "DISTILL_FROM and SELF_DISTILL=1 are two teachers",
-    )
-    require(errors, not h.self_distill or start, "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0")
-    require(
-        errors,
-        end > start,
-        f"DISTILL_END_FRAC={end} is not after DISTILL_START_FRAC={start}",
-    )
-    return errors
 
 
 def same_value(text: str, other: str) -> bool:
@@ -1769,7 +1773,7 @@ def unsupported_variables(environment: Mapping[str, str]) -> list[str]:
 def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
     """Return errors for variables that look like a misspelled setting."""
     errors = []
-    known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]  # PRESET is run.sh's
+    known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]
     for name in sorted(set(environment) - {*known, *UNSUPPORTED}):
         if len(name) > 3:
             # At least one letter may be added, dropped, changed or swapped with the next.
@@ -1779,15 +1783,103 @@ def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
     return errors
 
 
+PRESETS = Path(__file__).resolve().with_name("presets")
+
+
+def find_preset(name: str, on_cpu: bool) -> Path:
+    """Return the file of a preset: a path to an .env file, or a name in presets/.
+
+    On a CPU, a file of that name in presets/cpu/ comes first. UserError lists what there is.
+    """
+    places = [PRESETS / f"{name.removesuffix('.env')}.env"]
+    if on_cpu:
+        places.insert(0, PRESETS / "cpu" / places[0].name)
+    if name.endswith(".env"):
+        places = [Path(name), PRESETS.parent / name, *places]
+    for place in places:
+        if place.is_file():
+            return place
+    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.env")))
+    raise UserError(f"PRESET={name}: no such file; {PRESETS} has: {known or 'nothing'}")
+
+
+def load_preset(name: str, device: str = "auto") -> dict[str, str]:
+    """Return the variables of a preset, and those of its PRESET_BASE that it does not set itself.
+
+    A line is KEY=VALUE; # begins a comment. TEACHER_PRESET names the preset of the teacher that the
+    preset learns from. UserError for a missing file, another kind of line, or a circle of bases.
+
+    Args:
+        name: see find_preset.
+        device: DEVICE; cpu, or a machine whose GPU torch cannot use, takes presets for CPUs.
+    """
+    variables: dict[str, str] = {}
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    read: set[Path] = set()
+    while name:
+        path = find_preset(name, on_cpu and not read)
+        if path in read:
+            raise UserError(f"{path}: PRESET_BASE makes the preset its own base")
+        own = read_preset(path)
+        name = own.pop("PRESET_BASE", "")
+        if read:
+            own.pop("TEACHER_PRESET", None)  # a preset names its own teacher
+        read.add(path)
+        variables = own | variables
+    return variables
+
+
+def read_preset(path: Path) -> dict[str, str]:
+    """Return the KEY=VALUE lines of one file. UserError for a line that is none."""
+    variables = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        key, equals, value = text.partition("=")
+        if equals and re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
+            variables[key] = value
+        elif text:
+            raise UserError(f"{path}: not KEY=VALUE: {text}")
+    return variables
+
+
+def apply_preset(name: str, given: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+    """Return what is given, over what a preset sets.
+
+    Beside another MAP_BASIS the preset's other columns would be about other maps: none of its MAP_*
+    settings holds.
+    """
+    preset = load_preset(name, str(given.get("device", "auto")))
+    teacher = preset.pop("TEACHER_PRESET", None)
+    if teacher and not given.get("distill_from"):
+        errors.append(
+            f"PRESET={name} needs a teacher: set DISTILL_FROM to the artifact of a run with"
+            f" PRESET={teacher}, or let run.sh train both"
+        )
+    errors += unsupported_variables(preset)
+    settings = {key.lower(): text for key, text in preset.items() if key not in UNSUPPORTED}
+    unknown = settings.keys() - SETTINGS.keys() - ALIASES.keys()
+    errors += [f"PRESET={name}: {key.upper()}: no such setting" for key in sorted(unknown)]
+    known = {key: text for key, text in settings.items() if key not in unknown}
+    settings = expand_aliases(known, errors)
+    if "map_basis" in given:
+        settings = {key: text for key, text in settings.items() if not key.startswith("map_")}
+    return settings | given
+
+
 def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any) -> Hyperparameters:
     """Return checked settings: an override, else the variable of its name, else the default.
 
-    UserError lists every error.
+    Before the defaults come the settings of PRESET, unless the run takes its own from an artifact
+    or a checkpoint. UserError lists every error.
     """
     errors: list[str] = []
     names = [name for name in (*SETTINGS, *ALIASES) if name.upper() in environment]
     overrides = {name: environment[name.upper()] for name in names} | overrides
     overrides = expand_aliases(overrides, errors)
+    preset = environment.get("PRESET")
+    brings_settings = any(str(overrides.get(name)) == "1" for name in ("eval_only", "export_only"))
+    if preset and not brings_settings:
+        overrides = apply_preset(preset, overrides, errors)
     values = {}
     for name, raw in overrides.items():
         if name not in SETTINGS:
@@ -1822,20 +1914,50 @@ def adopt_settings(
     if differences:
         what = "; ".join(differences)
         raise UserError(f"{source} has other settings: {what}. Unset these")
+    return reload_settings(stored | {name: getattr(h, name) for name in kept})
+
+
+def reload_settings(values: dict[str, Any]) -> Hyperparameters:
+    """Return checked settings with these values alone, under this launcher."""
     # The batch must still divide among these processes.
-    launcher = {"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}
-    return load_settings(launcher, **stored | {name: getattr(h, name) for name in kept})
+    return load_settings({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}, **values)
+
+
+def settings_from_manifest(h: Hyperparameters) -> Hyperparameters:
+    """Return the settings with tokenizer and vocabulary of DATA_PATH's manifest, unless set."""
+    folder = Path(h.data_path)
+    found: dict[str, Any] = {}
+    # There may be none, or one of another kind.
+    with contextlib.suppress(LookupError, OSError, TypeError, ValueError):
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        tokenizer, vocab_size = manifest["tokenizer"], manifest["vocab_size"]
+        found = {"tokenizer_path": str(folder / tokenizer), "vocab_size": vocab_size}
+    return reload_settings(found | {name: getattr(h, name) for name in h.explicit})
+
+
+def allowed_values(f: dataclasses.Field) -> str:
+    """Return the range or the words of a setting, in brackets, for --help."""
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    if choices:
+        return f" [{', '.join(choices)}]"
+    if isinstance(f.default, str):
+        return ""
+    return f" [{low:,} to {high:,}]" if high < math.inf else f" [at least {low:,}]"
 
 
 def settings_help() -> str:
-    """Return all settings with defaults and meanings, in groups, for --help."""
+    """Return all settings with defaults, meanings and ranges, in groups, for --help."""
     headings = {first: title for title, first in SETTING_GROUPS.items()}
-    lines = ["Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py"]
+    lines = [
+        "Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py.",
+        "PRESET=NAME adds those of presets/NAME.env, on a CPU of presets/cpu/NAME.env.",
+    ]
     for name, f in SETTINGS.items():
         if name in headings:
             lines += ["", f"{headings[name]}:"]
         default = f"({f.default})" if f.default != "" else "(empty)"
-        lines.append(f"  {name.upper():<28} {default:<14} {f.metadata['meaning']}")
+        meaning = f"{f.metadata['meaning']}{allowed_values(f)}"
+        lines.append(f"  {name.upper():<28} {default:<14} {meaning}")
     lines += ["", "Variables of published scripts, each short for settings of the map table:"]
     for name, alias in ALIASES.items():
         means = " ".join(f"{key.upper()}={text}" for key, text in alias.sets.items())
@@ -2632,13 +2754,13 @@ class Distributed:
         return self.on_cuda if self.h.compile == "auto" else self.h.compile == "1"
 
     def __enter__(self) -> Distributed:
-        self._configure()
+        self.configure(self.h)
         if self.world_size > 1:
             self._init_process_group()
         return self
 
-    def adopt(self, h: Hyperparameters) -> None:
-        """Use the kernels and compiler switches of settings that were read from a file.
+    def configure(self, h: Hyperparameters) -> None:
+        """Use the attention kernels and compiler switches of these settings.
 
         UserError if they want another device than this process has.
         """
@@ -2646,10 +2768,6 @@ class Distributed:
             raise UserError(f"the run had DEVICE={h.device}; set DEVICE to what it is now")
         self.h = h
         self.stack.close()
-        self._configure()
-
-    def _configure(self) -> None:
-        """Set attention kernels and compiler switches as the settings say."""
         if self.on_cuda:
             self._configure_cuda()
         if self.compile:
@@ -2767,7 +2885,10 @@ class RunLog:
         self.metrics_file: io.TextIOBase | None = None
 
     def open(self, folder: Path) -> None:
-        """Open a folder's train.log and metrics.jsonl. UserError if another process has them."""
+        """Open a folder's train.log and metrics.jsonl. UserError if another run has them.
+
+        They belong to this log until it is closed.
+        """
         path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
         try:
@@ -3710,7 +3831,7 @@ def calibrate(
 
 # ---- Artifact ----------------------------------------------------------------------------------
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 5
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 6
 BLOCK_BYTES = 2**22  # a group is compressed in blocks of this size, all at the same time
 # How a model was scored; an evaluation of its artifact scores it in the same way unless asked.
 SCORING = ("eval_seq_len", "eval_stride", "eval_mode", "eval_batch_tokens")
@@ -5248,6 +5369,18 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
     content = (json.dumps(results, indent=2) + "\n").encode()
     write_file(run.folder / "results.json", content)
     run.log(f"written: {run.folder}/ model.int6.ptz, results.json, checkpoint.pt, train.log")
+    say_what_is_next(run.folder)
+
+
+def say_what_is_next(folder: Path) -> None:
+    """Print, where the project's tools lie beside this script, how to look at a run."""
+    tools = Path(__file__).resolve().with_name("tools")
+    if (tools / "report.py").exists():
+        python, path, run = (shlex.quote(str(each)) for each in (sys.executable, tools, folder))
+        console = RunLog(rank=0)  # without a file
+        console(f"\n{python} -m pip install -r {path}/requirements.txt  # once")
+        console(f"{python} {path}/report.py {run} --out report.html  # curves and tables")
+        console(f'{python} {path}/sample.py {run} "PROMPT"  # text that the model writes')
 
 
 def settings_from_artifact(h: Hyperparameters, blob: bytes) -> Hyperparameters:
@@ -5289,11 +5422,13 @@ def decide_start(h: Hyperparameters, dist: Distributed, log: RunLog) -> Start:
     """Decide which settings hold, and read what the run continues from, on rank 0's disk."""
     if h.eval_only:
         found = dist.from_rank0(lambda: locations_beside(h.model_path))
-        found = {name: path for name, path in found.items() if name not in h.explicit}
-        h = dataclasses.replace(h, **found, explicit=h.explicit | found.keys())
+        h = reload_settings(found | {name: getattr(h, name) for name in h.explicit})
+        h = settings_from_manifest(h)
         blob = dist.from_rank0(lambda: read_file("MODEL_PATH", h.model_path))
         return Start(settings_from_artifact(h, blob), blob)
     saved = None
+    if "data_path" in h.explicit:
+        h = settings_from_manifest(h)
     if h.export_only:
         saved = dist.from_rank0(lambda: Checkpoint.read(Path(h.checkpoint_path)))
         h = settings_from_checkpoint(h, saved)
@@ -5306,7 +5441,7 @@ def decide_start(h: Hyperparameters, dist: Distributed, log: RunLog) -> Start:
 def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal) -> None:
     """Train and export unless there is an artifact, evaluate it from its bytes alone, report."""
     h, blob, saved, folder = decide_start(h, dist, log)
-    dist.adopt(h)
+    dist.configure(h)
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     tokenizer.check_manifest(h)
     identity = identify(h, tokenizer, dist)
