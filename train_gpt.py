@@ -3826,6 +3826,8 @@ def calibrate(
         return Calibration(hessians, None)
     some = batches[: -(-len(batches) // 4)]  # a gradient takes three times as long
     sensitivities, tables = collect_sensitivities(model, some, dist)
+    if not all(each.isfinite().all() for each in sensitivities.values()):
+        raise UserError("the loss's sensitivity to the weights is not finite")  # rows of zeros
     return Calibration(hessians | tables, sensitivities)
 
 
@@ -4196,7 +4198,12 @@ def check_size(h: Hyperparameters, size: int) -> None:
 
 
 def export(
-    run: Run, model: LanguageModel, data: TrainingData, step: int, trial: bool = False
+    run: Run,
+    model: LanguageModel,
+    data: TrainingData,
+    step: int,
+    start: float | None = None,
+    trial: bool = False,
 ) -> Artifact:
     """Return the artifact of the model; on processes other than rank 0 only its bytes.
 
@@ -4205,10 +4212,13 @@ def export(
         model: the model to export.
         data: training text for the calibration.
         step: the training steps that are done; calibration text comes after theirs.
-        trial: for the preflight; scales by RMS, without TARGET_BYTES.
+        start: loss per value at which the search for TARGET_BYTES begins; None: LOSS_PER_VALUE.
+        trial: for the preflight; one sequence of calibration, scales by RMS, no TARGET_BYTES.
     """
     h, dist = run.h, run.dist
     batches = list(calibration_batches(h, dist, data, step))
+    if trial:
+        batches = [batch[:1] for batch in batches[:1]]
     calibration = calibrate(h, model, dist, batches)
     if dist.rank:
         return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
@@ -4218,9 +4228,6 @@ def export(
         "fingerprint": model.fingerprint(),
         "tokenizer": run.tokenizer.sha256,
     }
-    for sensitivity in (calibration.sensitivities or {}).values():
-        if not sensitivity.isfinite().all():  # its row would be stored as zeros
-            raise UserError("the loss's sensitivity to the weights is not finite")
     if trial:  # what the loss feels before training says nothing about what it feels later
         calibration = calibration._replace(sensitivities=None)
 
@@ -4232,7 +4239,10 @@ def export(
     def estimate(loss_per_value: float) -> float:
         return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
 
-    start = h.loss_per_value if calibration.sensitivities else math.nan
+    if calibration.sensitivities is None:
+        start = math.nan
+    elif start is None:
+        start = h.loss_per_value
     if h.target_bytes and not trial:
         artifact = solve_for_bytes(build, estimate, largest_model(h), start)
     else:
@@ -4371,7 +4381,8 @@ def evaluate(
         h: EVAL_SEQ_LEN, EVAL_MODE and EVAL_BATCH_TOKENS.
         dist: the processes.
         stride: new tokens that each window scores.
-        trial: compute three batches only; the result shows whether losses are finite.
+        trial: compute one batch only, or one of each shape where they are compiled; the result
+            shows whether losses are finite.
     """
     model.eval()
     num_targets = len(tokens) - 1
@@ -4388,8 +4399,8 @@ def evaluate(
     pays = dist.compile and len(batches) > COMPILED_BATCHES[dist.device.type] * dist.world_size
     compiled = torch.compile(model.token_losses, dynamic=False, disable=not pays)
     mine = batches[dist.rank :: dist.world_size]
-    if trial:
-        mine = mine[:2] + mine[2:][-1:]  # the first scores all of its first window
+    if trial:  # the first batch scores all of its first window
+        mine = mine[:2] + mine[2:][-1:] if pays else mine[:1]
     # Tokens and plan are on the device: a copy per batch would stop it each time.
     tokens = F.pad(tokens, (0, length)).to(dist.device)
     offsets = torch.arange(length + 1, device=dist.device)
@@ -5052,7 +5063,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     try:
         blob = export(run, trial, data, 0, trial=True).blob
         log_size(run, "projected artifact", len(blob))
-        export_seconds = time.perf_counter() - began
+        build_seconds = time.perf_counter() - began
+        calibration_seconds = time_calibration(run, trial, data)
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
         for stride in (h.eval_seq_len, h.eval_stride):
@@ -5060,10 +5072,12 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
             if not math.isfinite(loss):
                 raise UserError("the model's loss is not finite; lower the initial gains")
         stage = "choice of the candidate"
+        tokens = data.held_out_stream()
+        part = tokens if dist.compile else tokens[: max(h.eval_seq_len, h.eval_batch_tokens) + 1]
         start = time.perf_counter()
-        evaluate(rebuilt, data.held_out_stream(), h, dist, h.eval_seq_len)
-        # There are up to three candidates, and the artifact of one.
-        choice_seconds = 4 * (time.perf_counter() - start)
+        evaluate(rebuilt, part, h, dist, h.eval_seq_len)
+        seconds = (time.perf_counter() - start) * len(tokens) / len(part)
+        choice_seconds = 4 * seconds  # there are up to three candidates, and the artifact of one
         stage = "disk"
         # Per value: weight 4, optimizer up to 8, EMA 4, SWA 4 bytes, and 4 of a teacher.
         value_bytes = 20 + 4 * h.self_distill
@@ -5074,9 +5088,21 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         raise UserError(f"preflight, {stage}: {error} (before training)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
-    # solve_for_bytes makes two to five artifacts, at most eight, but they share one calibration.
-    exports = 3 if h.target_bytes else 1
-    return exports * export_seconds + choice_seconds
+    builds = 3 if h.target_bytes else 1  # solve_for_bytes makes two to five, at most eight
+    return calibration_seconds + builds * build_seconds + choice_seconds
+
+
+def time_calibration(run: Run, model: LanguageModel, data: TrainingData) -> float:
+    """Return the seconds that a calibration takes, by that of four sequences."""
+    h, dist = run.h, run.dist
+    batches = list(calibration_batches(h, dist, data, 0))
+    rows = [row[None] for batch in batches for row in batch]
+    some = rows[:4]  # the least with the usual share of gradients
+    if not some:
+        return 0.0
+    start = time.perf_counter()
+    calibrate(h, model, dist, some)
+    return (time.perf_counter() - start) * len(rows) / len(some)
 
 
 def reserve_for_export(run: Run, estimate: float) -> float:
@@ -5193,6 +5219,27 @@ def train_model(
     return trainer.finish()
 
 
+# Rounding harms averages of the weights less than the last ones: at 2 bits per value it changed the
+# order of candidates 0.05 nats apart (bench/results/quantize.md).
+NEAR_NATS = 0.1
+
+
+def near_candidates(candidates: Candidates, losses: Mapping[str, float]) -> Candidates:
+    """Return the candidates that rounding can make the best: the first, and those near it.
+
+    Args:
+        candidates: the best one is first.
+        losses: loss on held-out training text of each name, before quantization.
+    """
+    first = next(iter(candidates))
+    limit = losses.get(first, math.nan) + NEAR_NATS
+    return {
+        name: weights
+        for name, weights in candidates.items()
+        if name == first or losses.get(name, math.nan) <= limit
+    }
+
+
 def export_best(
     run: Run,
     model: LanguageModel,
@@ -5202,9 +5249,6 @@ def export_best(
     seconds: float,
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the artifact whose loss on held-out training text is the least, and its metrics.
-
-    Rounding to few bits harms averages of the weights less than the last ones
-    (bench/results/quantize.md), so the order of the candidates may change.
 
     Args:
         run: settings, processes, log and tokenizer.
@@ -5217,12 +5261,14 @@ def export_best(
     tokens = data.held_out_stream()
     exported: dict[str, Artifact] = {}
     scores: dict[str, tuple[bool, bool, float]] = {}  # too large, not finite, held-out loss
+    start = None
     (seconds,), _ = run.dist.sync_from_rank0(seconds)  # the processes must stop together
     for name, weights in candidates.items():
         began = time.perf_counter()
         with untrusted_input(f"the candidate {name}"):
             model.load_state_dict(weights)
-        exported[name] = export(run, model, data, step)
+        exported[name] = export(run, model, data, step, start)
+        start = exported[name].loss_per_value  # the next candidate needs about the same
         blob = exported[name].blob
         model.load_state_dict(read_artifact(blob)[1])
         loss = evaluate(model, tokens, run.h, run.dist, run.h.eval_seq_len)
@@ -5274,7 +5320,9 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     if h.max_wallclock_seconds and not h.export_only:
         time_left = h.max_wallclock_seconds - metrics["train_seconds"] - metrics["choice_seconds"]
         time_left -= time.perf_counter() - began  # to write the checkpoint
-    blob, choice = export_best(run, model, data, candidates, metrics["steps"], time_left)
+    losses = {name: metrics.get(f"holdout_loss_{name}", math.nan) for name in candidates}
+    near = near_candidates(candidates, losses)
+    blob, choice = export_best(run, model, data, near, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)
     seconds = time.perf_counter() - began + metrics["choice_seconds"]
