@@ -38,7 +38,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
 try:
     import numpy as np
@@ -50,9 +50,6 @@ try:
     from tqdm import tqdm
 except ImportError:  # comes with data/requirements.txt; without it there is no progress bar
     tqdm = None
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -195,7 +192,8 @@ def module_docstrings(path: Path) -> Iterator[str]:
 
 # ---- Documents of files --------------------------------------------------------------------------
 
-Source: TypeAlias = "Path | Dataset"  # a file of text or JSON lines, or rows with a text
+Rows: TypeAlias = Any  # a split as `datasets` returns it, which is imported only if it is needed
+Source: TypeAlias = Path | Rows  # a file of text or of JSON lines, or rows with a `text`
 
 
 def documents_of(source: Source, cut: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
@@ -274,7 +272,7 @@ def text_documents(path: Path, cut: int) -> Iterator[str]:
     yield from filter(str.strip, ["".join(part)])
 
 
-def load_rows(name: str, *args: str | None, **options) -> dict[str, Dataset]:
+def load_rows(name: str, *args: str | None, **options) -> dict[str, Rows]:
     """Return the splits that `datasets.load_dataset(*args, **options)` returns.
 
     PrepareError, about `name`, if they do not hold strings named `text`.
@@ -399,12 +397,8 @@ class Corpus:
     """Text, and how it parts into two splits.
 
     All is read once at the start, so that what is wrong with it comes out first.
-
-    Args:
-        train: Sources of training text.
-        val: Sources of validation text. Without any, some of the training text is held out: the
-            last part of a single text file, else documents drawn by their hash.
-        fraction: The share of text held out.
+    Without sources of validation text, a fraction of the training text is held out: the last part
+    of a single text file, else documents drawn by their hash.
     """
 
     def __init__(self, train: list[Source], val: list[Source], fraction: float) -> None:
@@ -420,7 +414,7 @@ class Corpus:
             self.bytes += len(text.encode())
             share = document_share(text)
             shares = [min(share, shares[0]), max(share, shares[1])]
-            seen.update(f"{split} {share} {len(text)}".encode())
+            seen.update(f"{split} {len(text)} {text}".encode())
         self.sha256 = seen.hexdigest()
         if not found["train"]:
             raise PrepareError("there is no training text in what is named")
@@ -471,21 +465,21 @@ class Corpus:
 # ---- Tokenizer -----------------------------------------------------------------------------------
 
 
-def train_tokenizer(documents: Iterable[str], vocab: int, size: int = 0) -> bytes:
+def sample(documents: Iterable[str], size: int) -> Iterator[str]:
+    """Yield documents of about TRAINER_BYTES, spread over all; `size` is the bytes of all."""
+    for number, text in enumerate(documents):
+        if number == 0 or document_share(f"tokenizer {number}") * size < TRAINER_BYTES:
+            yield text
+
+
+def train_tokenizer(documents: Iterable[str], vocab: int) -> bytes:
     """Return a SentencePiece BPE model with the challenge's settings.
 
-    A short text gives fewer pieces than `vocab`; PrepareError if `vocab` is too small for any. If
-    `size`, the bytes of text, is large, a share of the documents is used, drawn by their number.
+    A short text gives fewer pieces than `vocab`; PrepareError if `vocab` is too small for any.
     """
-    share = TRAINER_BYTES / max(size, 1)
-    texts = (
-        text
-        for number, text in enumerate(documents)
-        if number == 0 or document_share(f"tokenizer {number}") < share
-    )
     lines = (
         line[at : at + 4000]
-        for text in texts
+        for text in documents
         for line in text.split("\n")
         for at in range(0, len(line), 4000)
     )
@@ -592,9 +586,14 @@ def write_manifest(folder: Path, source: dict, path: Path, model: bytes, counts:
     return manifest
 
 
+def token_counts(manifest: dict) -> list[int]:
+    """Return the number of training and of validation tokens."""
+    return [manifest[split]["tokens"] for split in ("train", "val")]
+
+
 def in_words(folder: Path, manifest: dict) -> str:
     """Return what the last line printed says of a dataset."""
-    train, val = manifest["train"]["tokens"], manifest["val"]["tokens"]
+    train, val = token_counts(manifest)
     return (
         f"{folder}: {train:,} training and {val:,} validation tokens,"
         f" vocabulary {manifest['vocab_size']}"
@@ -607,19 +606,14 @@ def made_before(out: Path, name: str, source: dict) -> str | None:
     A dataset that is not whole any more is refused.
     """
     for path in sorted((out / "datasets").glob(f"{glob.escape(name)}_sp*/manifest.json")):
-        try:
-            manifest = json.loads(path.read_bytes())
-        except ValueError:
-            continue
-        if not isinstance(manifest, dict) or manifest.get("source") != source:
-            continue
-        folder, model = path.parent, path.parent / manifest["tokenizer"]
-        whole = model.is_file() and all(
-            split_tokens(folder, split) == manifest[split]["tokens"] for split in ("train", "val")
-        )
-        if whole and hashlib.sha256(model.read_bytes()).hexdigest() == manifest["tokenizer_sha256"]:
+        folder, manifest = path.parent, json.loads(path.read_bytes())
+        if manifest["source"] == source:
+            model = folder / manifest["tokenizer"]
+            sha256 = hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else None
+            tokens = [split_tokens(folder, split) for split in ("train", "val")]
+            if sha256 != manifest["tokenizer_sha256"] or tokens != token_counts(manifest):
+                raise PrepareError(f"{folder} or its tokenizer is damaged; remove it and try again")
             return in_words(folder, manifest)
-        raise PrepareError(f"{folder} or its tokenizer is damaged; remove it and try again")
     return None
 
 
@@ -670,7 +664,7 @@ def prepare_text(args: argparse.Namespace) -> None:
     if model is None:
         pairs = progress(corpus.pairs(), "sampling")
         texts = (text for split, text in pairs if split == "train")
-        model = train_tokenizer(texts, args.vocab, corpus.bytes)
+        model = train_tokenizer(sample(texts, corpus.bytes), args.vocab)
     write_dataset(args.out, name, model, source, corpus.pairs())
 
 
@@ -707,9 +701,7 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
             path = fetch(f"datasets/datasets/{name}/{shard}")
             if shard_tokens(path) is None:
                 path.unlink()
-                raise PrepareError(
-                    f"{args.repo}/{shard}: its header and its size disagree; run the command again"
-                )
+                raise PrepareError(f"{args.repo}: {shard} is not a shard; run the command again")
             path.replace(folder / shard)
         print(f"{number}/{len(shards)} {shard}", file=sys.stderr)
     models = {each["name"]: each["model_path"] for each in published["tokenizers"]}
@@ -749,31 +741,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here, help="folder to write below")
-    sources = parser.add_subparsers(required=True)
-    docs = sources.add_parser("docs", help="the English that comes with every Python")
-    text = sources.add_parser("text", help="your own text, in files of many kinds")
-    fineweb = sources.add_parser("fineweb", help="the challenge's published shards")
-    runs = {docs: prepare_docs, text: prepare_text, fineweb: prepare_fineweb}
-    for source, run in runs.items():
-        source.set_defaults(prepare=run)
-        source.add_argument("--name", default="", help="first part of the dataset's name")
-    for source in (docs, text):
-        words = "pieces, such as 1024, 4096 or 8192, from 256 to 65536 (%(default)s)"
-        source.add_argument("--vocab", type=int, default=1024, help=words)
-        words = "share of validation, between 0 and 1 (%(default)s)"
-        source.add_argument("--val-fraction", type=float, default=0.04, help=words)
-    words = "file, folder, quoted pattern such as 'notes/**/*.md', or hf:OWNER/NAME[:CONFIG]"
-    text.add_argument("files", nargs="+", metavar="INPUT", help=words)
-    words = "validation text; else the last part of a single text file, or a share of documents"
-    text.add_argument("--val", nargs="+", metavar="INPUT", default=[], help=words)
-    words = "use this SentencePiece model"
-    text.add_argument("--tokenizer", type=Path, metavar="MODEL", help=words)
-    words = "tokenizer of the export (%(default)s)"
-    fineweb.add_argument("--variant", default="sp1024", help=words)
-    words = "of 100 M tokens each (%(default)s)"
-    fineweb.add_argument("--train-shards", type=int, default=80, help=words)
-    words = "Hugging Face dataset (%(default)s)"
-    fineweb.add_argument("--repo", default="willdepueoai/parameter-golf", help=words)
+    commands = parser.add_subparsers(required=True)
+    docs = commands.add_parser("docs", help="the English that comes with every Python")
+    text = commands.add_parser("text", help="your own text, in files of many kinds")
+    fineweb = commands.add_parser("fineweb", help="the challenge's published shards")
+    for command, function in (
+        (docs, prepare_docs),
+        (text, prepare_text),
+        (fineweb, prepare_fineweb),
+    ):
+        command.set_defaults(prepare=function)
+        command.add_argument("--name", default="", help="first part of the dataset's name")
+    for command in (docs, text):
+        add = command.add_argument
+        add("--vocab", type=int, default=1024, help="pieces, 256 to 65536 (%(default)s)")
+        add("--val-fraction", type=float, default=0.04, help="share held out (%(default)s)")
+    add = text.add_argument
+    kinds = "file, folder, quoted pattern such as 'notes/**/*.md', or hf:OWNER/NAME[:CONFIG]"
+    add("files", nargs="+", metavar="INPUT", help=kinds)
+    held = "validation text; else the last part of a single text file, or a share of documents"
+    add("--val", nargs="+", metavar="INPUT", default=[], help=held)
+    add("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model; else one is trained")
+    add = fineweb.add_argument
+    add("--variant", default="sp1024", help="tokenizer of the export (%(default)s)")
+    add("--train-shards", type=int, default=80, help="of 100 M tokens each (%(default)s)")
+    add("--repo", default="willdepueoai/parameter-golf", help="Hugging Face dataset")
     return parser
 
 
