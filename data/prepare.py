@@ -397,6 +397,7 @@ class Corpus:
     """Text, and how it parts into two splits.
 
     All is read once at the start, so that what is wrong with it comes out first.
+
     Without sources of validation text, a fraction of the training text is held out: the last part
     of a single text file, else documents drawn by their hash.
     """
@@ -586,14 +587,9 @@ def write_manifest(folder: Path, source: dict, path: Path, model: bytes, counts:
     return manifest
 
 
-def token_counts(manifest: dict) -> list[int]:
-    """Return the number of training and of validation tokens."""
-    return [manifest[split]["tokens"] for split in ("train", "val")]
-
-
 def in_words(folder: Path, manifest: dict) -> str:
     """Return what the last line printed says of a dataset."""
-    train, val = token_counts(manifest)
+    train, val = (manifest[split]["tokens"] for split in ("train", "val"))
     return (
         f"{folder}: {train:,} training and {val:,} validation tokens,"
         f" vocabulary {manifest['vocab_size']}"
@@ -607,11 +603,12 @@ def made_before(out: Path, name: str, source: dict) -> str | None:
     """
     for path in sorted((out / "datasets").glob(f"{glob.escape(name)}_sp*/manifest.json")):
         folder, manifest = path.parent, json.loads(path.read_bytes())
-        if manifest["source"] == source:
+        if manifest.get("source") == source:
             model = folder / manifest["tokenizer"]
             sha256 = hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else None
-            tokens = [split_tokens(folder, split) for split in ("train", "val")]
-            if sha256 != manifest["tokenizer_sha256"] or tokens != token_counts(manifest):
+            tokens = {split: split_tokens(folder, split) for split in ("train", "val")}
+            whole = all(count == manifest[split]["tokens"] for split, count in tokens.items())
+            if not whole or sha256 != manifest["tokenizer_sha256"]:
                 raise PrepareError(f"{folder} or its tokenizer is damaged; remove it and try again")
             return in_words(folder, manifest)
     return None
