@@ -2409,21 +2409,21 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     embeddings = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
     total = 4 * (sum(sizes) + h.ensemble * embeddings) + 64 * max(sizes)
-    shared = {  # stored once for all layers
+    shared = {  # once for all layers
         spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
     }
-    total += sum(shared.values())
+    banks = set()  # of seeded matrices, once for all maps of a shape
     for spec in table.values():
+        numel = math.prod(spec.shape)
         for name, size in spec.adapters().items():
             unit = ADAPTERS[name].size_unit
-            numel = math.prod(spec.shape)
             if unit == "rank":
                 total += 4 * int(size) * sum(spec.shape)
             elif unit == "count":
-                total += 4 * int(size) * numel
+                banks.add((spec.shared_seed, spec.shape, int(size)))
             else:  # positions of sparse values, or scores of masks
                 total += 12 * numel
-    return total
+    return total + sum(shared.values()) + sum(4 * n * math.prod(shape) for _, shape, n in banks)
 
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
