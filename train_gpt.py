@@ -533,6 +533,10 @@ class Role(enum.Enum):
     MASK = "mask"
 
 
+StoredTensors = dict[str, "QuantizedTensor | Tensor"]  # by name, as the artifact holds them
+Quantizers = Mapping[Role, "Quantizer"]
+
+
 class QuantizedModule(nn.Module):
     """A module that says which of its learned tensors are quantized, and how.
 
@@ -541,14 +545,10 @@ class QuantizedModule(nn.Module):
 
     roles: ClassVar[dict[str, Role]] = {}
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Return the codes of each tensor in `roles`.
 
-        Args:
-            quantizers: how each role is quantized.
-            hessian: Σ x xᵀ (in, in) over calibration inputs of this module; None: round to nearest.
+        `hessian` is Σ x xᵀ (in, in) over calibration inputs x; None: round to nearest.
         """
         return {
             name: quantizers[role].quantize(getattr(self, name), hessian)
@@ -588,9 +588,7 @@ class LoRA(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Quantize B against its inputs x, then A against its own inputs x B̂ᵀ."""
         quantizer = quantizers[Role.FACTOR]
         b_codes = quantizer.quantize(self.B, hessian)
@@ -610,7 +608,7 @@ class RankStabilizedLoRA(LoRA):
 
 @functools.lru_cache(maxsize=64)
 def shared_factor(rows: int, columns: int, seed: int) -> Tensor:
-    """Return (rows, columns) bfloat16, normal with std 1/√columns; every caller gets one tensor."""
+    """Return (rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
     return gaussian(rows, columns, seed + SHARED_FACTOR_KEY).to(torch.bfloat16)
 
 
@@ -653,9 +651,7 @@ class Sparse(Adapter):
     def correction(self, weight: Tensor) -> Tensor:
         return torch.zeros_like(weight).scatter(1, self.support, self.values.to(weight.dtype))
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
 
@@ -680,9 +676,7 @@ class Mask(Adapter):
         bits = (self.scores > 0).to(weight.dtype) + (soft - soft.detach()).to(weight.dtype)
         return weight * (math.sqrt(2) * bits - 1)
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         return {"scores": self.scores.data > 0}
 
 
@@ -735,9 +729,7 @@ class SharedMatrices(QuantizedModule):
     def weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.roles]
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Quantize each matrix against its own Hessian; `hessian` is (count, in, in)."""
         hessians = [None] * len(self.roles) if hessian is None else hessian
         return {
@@ -787,11 +779,6 @@ class LowRankLinearFunction(torch.autograd.Function):
         return dx, None, *gradients
 
 
-HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
-# FLOPs that a device does in the time in which it moves one byte (bench/kernels.py).
-MACHINE_BALANCE = {"cuda": 264.0, "cpu": 70.0 if HAS_AMX else 20.0}
-
-
 class MapParts(NamedTuple):
     """One map in parts: W + ΔW is weight + a b."""
 
@@ -800,17 +787,16 @@ class MapParts(NamedTuple):
     b: Tensor  # (r, in)
 
     def low_rank_gradient_pays(self, has_scale: bool) -> bool:
-        """Return whether four thin products for a and b take less time than the dense gradient."""
+        """Return whether thin products for a and b take less time than the dense gradient.
+
+        On a CPU FLOPs decide, and a step of cpu/random_adapters takes 7% less time. On a GPU memory
+        bounds thin products, and the dense gradient of the presets' maps is faster.
+        """
         rows, columns = self.weight.shape
-        rank = len(self.b)
-        balance = MACHINE_BALANCE[self.weight.device.type]
-
-        def cost(width: int, length: int) -> float:  # per token, in FLOPs or bytes worth as many
-            return max(2 * width * length, balance * 2 * (width + length))
-
-        thin = 2 * cost(rows, rank) + 2 * cost(columns, rank)
-        scaling = balance * 10 * rows if has_scale else 0
-        return thin + scaling < cost(rows, columns)
+        thin = 2 * len(self.b) * (rows + columns)
+        if has_scale:  # then it multiplies y instead of W, as slow as 100 FLOPs for each value
+            thin += 100 * rows
+        return not self.weight.is_cuda and thin < rows * columns
 
 
 def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | None:
@@ -961,7 +947,7 @@ class Linear(QuantizedModule):
         return sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
 
     @property
-    def members(self) -> tuple[QuantizedModule, ...]:
+    def readers(self) -> tuple[QuantizedModule, ...]:
         """The modules that read its input, as in an InputGroup: this one alone."""
         return (self,)
 
@@ -976,25 +962,22 @@ class Linear(QuantizedModule):
 
 
 class InputGroup(nn.Module):
-    """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ.
+    """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ."""
 
-    The members stay where they are registered: a tuple does not register them again.
-    """
-
-    def __init__(self, *members: QuantizedModule) -> None:
+    def __init__(self, *readers: QuantizedModule) -> None:
         super().__init__()
-        self.members = members
+        self.readers = readers  # a tuple does not register them again
 
 
 class FusedLinear(InputGroup):
     """Maps of one input, computed by one product: x (..., in) -> (..., Σ out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_linear(x, self.members)
+        return fused_linear(x, self.readers)
 
 
 class Embedding(QuantizedModule):
-    """A learned table (vocabulary, dim) in float32; `proj`, if any, maps a row from dim to out.
+    """Learned rows (vocabulary, dim) in float32; `proj`, if any, widens a row from dim to out.
 
     Lookups come in `dtype`. Without `proj`, out is dim.
     """
@@ -1002,12 +985,7 @@ class Embedding(QuantizedModule):
     roles: ClassVar = {"weight": Role.EMBEDDING}
 
     def __init__(
-        self,
-        vocabulary: int,
-        dim: int,
-        std: float,
-        dtype: torch.dtype,
-        proj: Linear | None = None,
+        self, vocabulary: int, dim: int, std: float, dtype: torch.dtype, proj: Linear | None = None
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocabulary, dim) * std)
@@ -1062,17 +1040,14 @@ class BigramTable(Embedding):
 
 
 class TiedHead(InputGroup):
-    """Logits c·tanh(z/c) of z = x Eᵀ, with E the table of the token embedding.
-
-    Its shapes are (..., dim) -> (..., vocabulary).
-    """
+    """Logits c·tanh(z/c), z = x Eᵀ, with the token embedding E: (..., dim) -> (..., vocabulary)."""
 
     def __init__(self, embedding: Embedding, softcap: float) -> None:
         super().__init__(embedding)
         self.softcap = softcap
 
     def forward(self, x: Tensor) -> Tensor:
-        (embedding,) = self.members
+        (embedding,) = self.readers
         z = F.linear(x, embedding.weight.to(x.dtype)).float()
         c = self.softcap  # c - 2c·sigmoid(-2z/c) is the same as c·tanh(z/c), and faster on a CPU
         return torch.rsub(torch.sigmoid(-2 / c * z), c, alpha=2 * c)
@@ -1358,7 +1333,7 @@ class MapTable:
         return shapes
 
     def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
-        """Return the row of a map in a block, or of an embedding's map (block None)."""
+        """Return the row of a map of a block, or of an embedding (block None)."""
         h = self.h
         layer = block or 0
         prefix = f"members.{member}." if h.ensemble > 1 else ""
@@ -1383,6 +1358,7 @@ class MapTable:
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
         h = self.h
+        owners: dict[tuple[str, str], MapSpec] = {}  # the first map of each
         for spec in self.specs:
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
                 if spec.adapters() and spec.is_learned:
@@ -1398,7 +1374,10 @@ class MapTable:
                     f"MAP_FREEZE={h.map_freeze}: {spec.kind} is {spec.basis} and has no adapter,"
                     " scale or gate to freeze"
                 )
-        self.check_shared()
+            first = owners.setdefault(spec.owner, spec)
+            if spec.shared_count and (spec.gain, spec.init) != (first.gain, first.init):
+                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
+                self.errors.append(f"{spec.kind} is shared: {needs}")
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
@@ -1410,16 +1389,6 @@ class MapTable:
                 f"{stride} gives two maps the same seed; choose another, such as 100"
             )
         self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
-
-    def check_shared(self) -> None:
-        """Add to `errors` layers that share a matrix but want other initial values of it."""
-        first: dict[tuple[str, str], MapSpec] = {}
-        for spec in self.specs:
-            other = first.setdefault(spec.owner, spec)
-            if spec.shared_count and (spec.gain, spec.init) != (other.gain, other.init):
-                kind = spec.owner[0]
-                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
-                self.errors.append(f"{kind} is shared: {needs}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -1980,11 +1949,11 @@ def rope_base(h: Hyperparameters, length: int) -> float:
     return h.rope_base * (length / limit) ** (dims / (dims - 2))
 
 
-def rotary_table(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
+def rotations(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
     """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, ROPE_DIMS / 2).
 
-    The last one is the rotation by a whole row, which streaming needs. Without the table, compiled
-    kernels compute the rotations again for every head.
+    The last one is the rotation by a whole row, which streaming needs. Computed in the forward
+    pass, compiled kernels would compute them again for every head.
     """
     exponents = torch.arange(0, h.rope_dims, 2).double() / max(h.rope_dims, 1)
     angles = torch.arange(length + 1)[:, None, None] * rope_base(h, length) ** -exponents
@@ -2099,6 +2068,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
     return y.unflatten(0, (-1, kv_heads)).flatten(1, 2).transpose(1, 2)
 
 
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
 # Longest sequence for which a CPU attends by plain products rather than by torch's fused kernel, by
 # (has AMX, with gradients): plain products keep T² weights for the backward pass (bench/cpu.py).
 PLAIN_ATTENTION = {
@@ -2107,8 +2077,6 @@ PLAIN_ATTENTION = {
     (False, True): 2048,
     (False, False): math.inf,
 }
-
-
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -2492,7 +2460,7 @@ class GPT(LanguageModel):
         has_gates = half and h.skip_gates_enabled
         self.skip_gates = nn.Parameter(torch.zeros(half, d)) if has_gates else None
         self.head = TiedHead(self.embedding, h.logit_softcap)
-        self.rotary = functools.partial(rotary_table, h, dtype)
+        self.rotary = functools.partial(rotations, h, dtype)
         for length in {h.train_seq_len, h.eval_seq_len}:
             self.register_buffer(f"rope_{length}", self.rotary(length), persistent=False)
 
@@ -2521,10 +2489,10 @@ class GPT(LanguageModel):
     def attention_context(self, x: Tensor, streaming: bool) -> AttentionContext:
         """Return the rotations for x (B, T, d)."""
         length = x.size(1)
-        table = getattr(self, f"rope_{length}", None)
-        if table is None:
-            table = self.rotary(length)
-        cos, sin = table.to(x)
+        rope = getattr(self, f"rope_{length}", None)
+        if rope is None:
+            rope = self.rotary(length)
+        cos, sin = rope.to(x)
         row_shift = (cos[length], -sin[length]) if streaming else None
         return AttentionContext(cos[:length], sin[:length], row_shift)
 
@@ -2623,24 +2591,24 @@ def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return about how many bytes of memory building the model takes."""
     sizes = [math.prod(spec.shape) for spec in table.values()]
-    tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
+    embeddings = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
-    total = 4 * (sum(sizes) + h.ensemble * tables) + 64 * max(sizes)
-    shared = {  # stored once for all layers
+    total = 4 * (sum(sizes) + h.ensemble * embeddings) + 64 * max(sizes)
+    shared = {  # once for all layers
         spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
     }
-    total += sum(shared.values())
+    banks = set()  # of seeded matrices, once for all maps of a shape
     for spec in table.values():
+        numel = math.prod(spec.shape)
         for name, size in spec.adapters().items():
             unit = ADAPTERS[name].size_unit
-            numel = math.prod(spec.shape)
             if unit == "rank":
                 total += 4 * int(size) * sum(spec.shape)
             elif unit == "count":
-                total += 4 * int(size) * numel
+                banks.add((spec.shared_seed, spec.shape, int(size)))
             else:  # positions of sparse values, or scores of masks
                 total += 12 * numel
-    return total
+    return total + sum(shared.values()) + sum(4 * n * math.prod(shape) for _, shape, n in banks)
 
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -3513,14 +3481,14 @@ class Quantizer:
         return None
 
     def exponents(
-        self, w: Tensor, column_scales: Tensor | float = 1.0, gain: float = 1.0
+        self, w: Tensor, column_scales: Tensor | float = 1.0, remaining: float = 1.0
     ) -> Tensor:
         """Return the exponent of each row's scale, (..., rows, columns) -> (..., rows) uint8.
 
         Args:
             w: the values.
             column_scales: (columns,), by which the values will be divided.
-            gain: what they and GPTQ leave of the mean curvature of a row's values.
+            remaining: the part of the curvature of a row's values that they and GPTQ leave.
         """
         rms = w.double().square().mean(-1).sqrt()
         return scale_exponents(rms * self.clip_sigmas / self.largest)
@@ -3557,8 +3525,8 @@ class Quantizer:
         column_scales = torch.ones_like(curvature)
         if column_exponents is not None:
             column_scales = scales_of(column_exponents)
-        gain = (curvature[back] * column_scales.square()).mean().item()
-        exponents = self.exponents(w, column_scales, gain)
+        remaining = (curvature[back] * column_scales.square()).mean().item()
+        exponents = self.exponents(w, column_scales, remaining)
         in_scales = w.double() / column_scales / scales_of(exponents)[:, None].clamp(min=1e-30)
         factor = factor / column_scales[order]  # the factor of the inputs times their scales
         codes = self._gptq(in_scales[:, order], kept[:, order], factor)[:, back]
@@ -3613,10 +3581,10 @@ class SensitivityQuantizer(Quantizer):
         return scale_exponents(relative**-self.COLUMN_POWER)
 
     def exponents(
-        self, w: Tensor, column_scales: Tensor | float = 1.0, gain: float = 1.0
+        self, w: Tensor, column_scales: Tensor | float = 1.0, remaining: float = 1.0
     ) -> Tensor:
         """Return the exponents of the rows of a parameter w (rows, columns), (rows,) uint8."""
-        curvature = gain * self.sensitivities[w].double()
+        curvature = remaining * self.sensitivities[w].double()
         scale = (24 * self.loss_per_value / curvature.clamp(min=1e-30)).sqrt()
         # Rows that matter alike take the next exponent one by one: the bytes change smoothly.
         scale = scale * torch.exp2((0.618 * torch.arange(len(w), device=w.device) % 1 - 0.5) / 8)
@@ -3648,7 +3616,7 @@ def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
 CODED_ROLES = (Role.MATRIX, Role.FACTOR, Role.SPARSE, Role.EMBEDDING)
 
 
-def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
+def make_quantizers(h: Hyperparameters) -> Quantizers:
     """Return how each of CODED_ROLES is quantized by the RMS of its rows."""
     matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.prune_pct)
     embedding = Quantizer(h.embed_bits, h.embed_clip_sigmas)
@@ -3657,7 +3625,7 @@ def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
 
 @contextlib.contextmanager
 def weights_as_stored(
-    groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Mapping[Role, Quantizer]
+    groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Quantizers
 ) -> Iterator[None]:
     """Hold rounded values in tensors that are stored as codes: the nearest codes (late QAT).
 
@@ -3713,7 +3681,7 @@ def collect_hessians(
     # Maps inside a FusedLinear are hooked, too, but never called: their hooks add nothing.
     hooks = []
     for group in model.modules():
-        if isinstance(group, (InputGroup, Linear)) and any(map(has_matrices, group.members)):
+        if isinstance(group, (InputGroup, Linear)) and any(map(has_matrices, group.readers)):
             hooks.append(group.register_forward_pre_hook(add))
     for ids in batches:
         model.predict(ids)
@@ -3723,11 +3691,11 @@ def collect_hessians(
     by_module: dict[nn.Module, Tensor] = {}
     for group, hessian in hessians.items():
         dist.all_reduce(hessian)
-        for member in group.members:
-            adapters = [each for each in member.children() if isinstance(each, Adapter)]
-            by_module |= dict.fromkeys([member, *adapters], hessian)
-            for shared in getattr(member, "shared_matrices", ()):  # it has inputs in every layer
-                mix = member.shared_mix
+        for reader in group.readers:
+            adapters = [each for each in reader.children() if isinstance(each, Adapter)]
+            by_module |= dict.fromkeys([reader, *adapters], hessian)
+            for shared in getattr(reader, "shared_matrices", ()):  # it has inputs in every layer
+                mix = reader.shared_mix
                 if mix is None:
                     mix = hessian.new_ones(1)
                 # A layer that mixes a matrix in by c has c² of its error.
@@ -3751,16 +3719,16 @@ def collect_sensitivities(
         dist: the processes, over which the estimates are summed.
 
     Returns:
-        For each parameter the mean over each row's values, (rows,) float64; a row of a table has
-        5% of the table's mean added, since the calibration text may lack its token. For each
+        For each parameter the mean over each row's values, (rows,) float64; a row of an embedding
+        has 5% of its mean added, since the calibration text may lack its token. For each
         embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian,
         by lookups and by the tied head together.
     """
     groups = tensors_by_role(model)
     params = [p for role in CODED_ROLES for p in groups[role].values()]
-    tables = {m.weight: m for m in model.modules() if isinstance(m, Embedding)}
+    embeddings = {m.weight: m for m in model.modules() if isinstance(m, Embedding)}
     rows = {p: torch.zeros(len(p), dtype=torch.float64, device=p.device) for p in params}
-    hessians = dict.fromkeys(tables.values(), 0)
+    hessians = dict.fromkeys(embeddings.values(), 0)
     tokens = torch.zeros((), dtype=torch.float64, device=dist.device)
     generator = torch.Generator(dist.device).manual_seed(dist.rank)
     frozen = [m for m in model.modules() if isinstance(m, Linear) and m.is_frozen]
@@ -3775,13 +3743,13 @@ def collect_sensitivities(
             tokens += part.numel()
             for p, gradient in zip(params, gradients, strict=True):
                 rows[p] += gradient.double().square().mean(1)
-                if p in tables:
-                    hessians[tables[p]] += gradient.T.double() @ gradient.double()
+                if p in embeddings:
+                    hessians[embeddings[p]] += gradient.T.double() @ gradient.double()
     for module in frozen:
         module.set_frozen(True)
     dist.all_reduce(tokens)
     rows = {p: dist.all_reduce(total) / tokens for p, total in rows.items()}
-    rows |= {p: rows[p] + 0.05 * rows[p].mean() for p in tables}
+    rows |= {p: rows[p] + 0.05 * rows[p].mean() for p in embeddings}
     return rows, {module: dist.all_reduce(total) / tokens for module, total in hessians.items()}
 
 
@@ -3802,7 +3770,7 @@ class Calibration(NamedTuple):
     hessians: dict[nn.Module, Tensor]  # of each module's inputs, or of an embedding's rows
     sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
 
-    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> dict[Role, Quantizer]:
+    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> Quantizers:
         """Return how each role is stored as codes."""
         quantizers = make_quantizers(h)
         if self.sensitivities is None:
@@ -3825,10 +3793,10 @@ def calibrate(
     if h.quantizer == "rms" or not batches:
         return Calibration(hessians, None)
     some = batches[: -(-len(batches) // 4)]  # a gradient takes three times as long
-    sensitivities, tables = collect_sensitivities(model, some, dist)
+    sensitivities, of_embeddings = collect_sensitivities(model, some, dist)
     if not all(each.isfinite().all() for each in sensitivities.values()):
         raise UserError("the loss's sensitivity to the weights is not finite")  # rows of zeros
-    return Calibration(hessians | tables, sensitivities)
+    return Calibration(hessians | of_embeddings, sensitivities)
 
 
 # ---- Artifact ----------------------------------------------------------------------------------
@@ -3853,26 +3821,26 @@ VERSIONS = {
 }
 
 
-def stored_parts(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
-    """Return group name -> values of one tensor; `kind` is the last part of its name."""
+def stored_values(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
+    """Return group name -> values of one tensor; `kind` is the last word of its name."""
     if isinstance(tensor, QuantizedTensor):
         codes, exponents, column_exponents = tensor
         # Codes of like spread lie together, which brotli compresses 2% better.
         codes = codes[exponents.argsort(stable=True)]
-        parts = {f"{kind} exponents": exponents}
+        scales = {f"{kind} exponents": exponents}
         if column_exponents is not None:
             codes = codes[:, column_exponents.argsort(stable=True)]
-            parts[f"{kind} columns"] = column_exponents
-        return {f"{kind} codes": codes} | parts
+            scales[f"{kind} columns"] = column_exponents
+        return {f"{kind} codes": codes} | scales
     if tensor.dtype is torch.bool:
         bits = np.packbits(tensor.cpu().numpy())
         return {f"{kind} bits": torch.from_numpy(bits)}
     return {"float16": tensor}
 
 
-def byte_planes(parts: list[Tensor]) -> bytes:
+def byte_planes(group: list[Tensor]) -> bytes:
     """Return the values of one group: their first bytes, then their second bytes, and so on."""
-    return torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
+    return torch.cat(group)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
 
 
 def compress(block: bytes, quality: int) -> bytes:
@@ -3881,31 +3849,31 @@ def compress(block: bytes, quality: int) -> bytes:
 
 
 def write_artifact(
-    header: dict[str, Any], tensors: Mapping[str, QuantizedTensor | Tensor], quality: int = 11
+    header: dict[str, Any], tensors: StoredTensors, quality: int = 11
 ) -> tuple[bytes, dict[str, int]]:
     """Return the artifact, and how many bytes each of its groups of like tensors takes.
 
     It is magic, format version and length of the header (little-endian uint32), the header (JSON,
-    brotli) with the tensor table [name, shape, groups] and the groups [name, bytes of each block],
-    the blocks (byte planes, brotli), and SHA-256 over all before it.
+    brotli) with the tensors [name, shape, groups] and the groups [name, bytes of each block], the
+    blocks (byte planes, brotli), and SHA-256 over all before it.
 
     Args:
         header: facts to store.
         tensors: the values by name; floats are stored as float16, bools as bits.
         quality: of brotli, 0 to 11.
     """
-    table = []
+    entries = []
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
-        parts = stored_parts(name.rpartition(".")[-1], tensor)
+        stored = stored_values(name.rpartition(".")[-1], tensor)
         shape = tensor.codes.shape if isinstance(tensor, QuantizedTensor) else tensor.shape
-        table.append([name, list(shape), list(parts)])
-        for group, values in parts.items():
+        entries.append([name, list(shape), list(stored)])
+        for group, values in stored.items():
             dtype = GROUP_TYPES[group.split()[-1]]
             groups.setdefault(group, []).append(values.cpu().flatten().to(dtype))
     blocks: list[tuple[str, bytes]] = []
-    for group, parts in groups.items():
-        planes = byte_planes(parts)
+    for group, values in groups.items():
+        planes = byte_planes(values)
         starts = range(0, len(planes), BLOCK_BYTES)
         blocks += [(group, planes[start : start + BLOCK_BYTES]) for start in starts]
     with ThreadPoolExecutor() as pool:
@@ -3913,14 +3881,13 @@ def write_artifact(
     lengths: dict[str, list[int]] = {group: [] for group in groups}
     for (group, _), data in zip(blocks, packed, strict=True):
         lengths[group].append(len(data))
-    header = header | {"versions": VERSIONS, "tensors": table, "groups": list(lengths.items())}
+    header = header | {"versions": VERSIONS, "tensors": entries, "groups": list(lengths.items())}
     text = brotli.compress(json.dumps(header).encode())
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
     body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed])
-    sizes = {group: sum(blocks) for group, blocks in lengths.items()}
-    return body + hashlib.sha256(body).digest(), {
-        "header": len(text) + 48
-    } | sizes  # 48: magic, two numbers, SHA-256
+    sizes = {"header": len(text) + 48}  # magic, two numbers and SHA-256 take 48
+    sizes |= {group: sum(blocks) for group, blocks in lengths.items()}
+    return body + hashlib.sha256(body).digest(), sizes
 
 
 def decompress(packed: bytes, limit: int) -> bytearray:
@@ -3956,14 +3923,14 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return header, dict(read_tensors(header, blob[16 + size : -32]))
 
 
-def group_lengths(table: list) -> dict[str, list[int]]:
+def group_lengths(entries: list) -> dict[str, list[int]]:
     """Return how many elements each tensor has in each group (bits: bytes).
 
-    ValueError for an impossible table.
+    ValueError for impossible shapes.
     """
     lengths: dict[str, list[int]] = {}
     total = 0  # values that are read, whatever they take in the file
-    for _, shape, groups in table:
+    for _, shape, groups in entries:
         if len(shape) > 2 or not all(type(n) is int and 0 <= n < 2**26 for n in shape):
             raise ValueError(f"{shape} is not a valid shape")
         counts = [math.prod(shape)]
@@ -3983,7 +3950,7 @@ def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tenso
     """Return the stored values of each group, one tensor after the other."""
     lengths = group_lengths(header["tensors"])
     position = 0
-    parts: dict[str, Iterator[Tensor]] = {}
+    tensors: dict[str, Iterator[Tensor]] = {}
     for group, blocks in header["groups"]:
         dtype = GROUP_TYPES[group.split()[-1]]
         counts = lengths.pop(group)  # KeyError where a group comes twice
@@ -3997,16 +3964,16 @@ def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tenso
         if len(raw) != size:
             raise ValueError(f"{group} has {len(raw)} bytes, not {size}")
         planes = torch.from_numpy(np.frombuffer(raw, np.uint8)).view(dtype.itemsize, -1)
-        parts[group] = iter(planes.t().flatten().view(dtype).split(counts))
+        tensors[group] = iter(planes.t().flatten().view(dtype).split(counts))
     if position != len(body):
         raise ValueError(f"its groups have {position} bytes, the file has {len(body)} for them")
-    return parts
+    return tensors
 
 
 def restore_codes(
     stored: Tensor, exponents: Tensor, column_exponents: Tensor | None = None
 ) -> QuantizedTensor:
-    """Undo the order in which `stored_parts` stores codes (rows, columns)."""
+    """Undo the order in which `stored_values` stores codes (rows, columns)."""
     codes = stored[exponents.argsort(stable=True).argsort()]
     if column_exponents is not None:
         codes = codes[:, column_exponents.argsort(stable=True).argsort()]
@@ -4015,9 +3982,9 @@ def restore_codes(
 
 def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Tensor]]:
     """Yield name and values of every tensor of an artifact, in float32."""
-    parts = read_groups(header, body)
+    stored = read_groups(header, body)
     for name, shape, groups in header["tensors"]:
-        values, *exponents = (next(parts[group]) for group in groups)
+        values, *exponents = (next(stored[group]) for group in groups)
         if groups[0].endswith("bits"):
             bits = np.unpackbits(values.numpy(), count=math.prod(shape))
             values = torch.from_numpy(bits)
@@ -4030,12 +3997,10 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
 
 
 def quantize_model(
-    model: LanguageModel,
-    quantizers: Mapping[Role, Quantizer],
-    hessians: Mapping[nn.Module, Tensor],
-) -> dict[str, QuantizedTensor | Tensor]:
-    """Return everything that is learned as it is stored, by name."""
-    tensors: dict[str, QuantizedTensor | Tensor] = dict(model.state_dict())
+    model: LanguageModel, quantizers: Quantizers, hessians: Mapping[nn.Module, Tensor]
+) -> StoredTensors:
+    """Return everything that is learned as it is stored."""
+    tensors: StoredTensors = dict(model.state_dict())
     for prefix, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             codes = module.quantize(quantizers, hessians.get(module))
@@ -4066,7 +4031,7 @@ class Artifact(NamedTuple):
 
     blob: bytes
     sizes: dict[str, int]  # bytes of each group of like tensors
-    tensors: dict[str, QuantizedTensor | Tensor]
+    tensors: StoredTensors
     loss_per_value: float  # at which the scales were chosen
 
 
@@ -4076,7 +4041,7 @@ def entropy_bytes(codes: Tensor) -> float:
     return (counts * (counts.sum() / counts).log2()).sum().item() / 8
 
 
-def estimate_bytes(model: LanguageModel, quantizers: Mapping[Role, Quantizer]) -> float:
+def estimate_bytes(model: LanguageModel, quantizers: Quantizers) -> float:
     """Return about the bytes of a model's codes: the nearest ones, by their entropy."""
     groups = tensors_by_role(model)
     total = 0.0
