@@ -2809,9 +2809,9 @@ class RunLog:
         self.metrics_file: io.TextIOBase | None = None
 
     def open(self, folder: Path) -> None:
-        """Open a folder's train.log and metrics.jsonl. UserError if another process has them.
+        """Open a folder's train.log and metrics.jsonl. UserError if another run has them.
 
-        They belong to this process until it ends.
+        They belong to this log until it is closed.
         """
         path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
@@ -2845,6 +2845,8 @@ class RunLog:
             is_expected = isinstance(error, UserError)
             text = f"error: {error}" if is_expected else traceback.format_exc()
             self(text, console=False)
+        for file in filter(None, (self.file, self.metrics_file)):
+            file.close()
 
 
 def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
