@@ -2809,10 +2809,7 @@ class RunLog:
         self.metrics_file: io.TextIOBase | None = None
 
     def open(self, folder: Path) -> None:
-        """Open a folder's train.log and metrics.jsonl. UserError if another run has them.
-
-        They belong to this log until it is closed.
-        """
+        """Open a folder's train.log and metrics.jsonl. UserError if another process has them."""
         path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
+import brotli
 import numpy as np
 import pytest
 import torch
@@ -199,6 +202,61 @@ def make_corpus(folder: Path) -> Corpus:
         "VOCAB_SIZE": manifest["vocab_size"],
     }
     return Corpus(dataset, tokenizer, settings, validation)
+
+
+# ---- Artifact ------------------------------------------------------------------------------------
+
+
+def sealed(body: bytes) -> bytes:
+    """Return an artifact of these bytes: they and their checksum."""
+    return body + hashlib.sha256(body).digest()
+
+
+class Container:
+    """An artifact in its parts, by the format's description alone; `blob` joins them again."""
+
+    def __init__(self, blob: bytes) -> None:
+        size = int.from_bytes(blob[12:16], "little")
+        place = 16 + size
+        self.start = blob[:12]  # magic and version
+        self.header = json.loads(brotli.decompress(blob[16:place]))
+        self.blocks: list[list[bytes]] = []  # of each group
+        for _, lengths in self.header["groups"]:
+            self.blocks.append([])
+            for length in lengths:
+                self.blocks[-1].append(blob[place : place + length])
+                place += length
+        assert blob[place:] == hashlib.sha256(blob[:place]).digest()
+
+    def groups(self) -> dict[str, bytes]:
+        """Return each group's values as byte planes."""
+        names = [name for name, _ in self.header["groups"]]
+        planes = [b"".join(map(brotli.decompress, blocks)) for blocks in self.blocks]
+        return dict(zip(names, planes, strict=True))
+
+    def blob(
+        self,
+        changes: dict | None = None,
+        blocks: list[list[bytes]] | None = None,
+        mend: bool = True,
+        text: bytes | None = None,
+    ) -> bytes:
+        """Return an artifact with a right checksum.
+
+        Args:
+            changes: entries of the header that become others.
+            blocks: of each group, instead of the own ones.
+            mend: make the sizes of the blocks right in the header.
+            text: the compressed header, instead of all that.
+        """
+        header, blocks = self.header | (changes or {}), self.blocks if blocks is None else blocks
+        if mend:
+            pairs = zip(header["groups"], blocks, strict=True)
+            header["groups"] = [[name, list(map(len, group))] for (name, _), group in pairs]
+        if text is None:
+            text = brotli.compress(json.dumps(header).encode(), quality=5)
+        parts = [self.start, len(text).to_bytes(4, "little"), text, *itertools.chain(*blocks)]
+        return sealed(b"".join(parts))
 
 
 # ---- Runs of the script --------------------------------------------------------------------------
