@@ -41,13 +41,6 @@ SLOW_FILES = (
 def pytest_configure(config):
     """Let tests interrupt the processes they start: jobs in a background ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    helpers.server_address = getattr(config, "workerinput", {}).get("server_address")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node):
-    """Let the processes of pytest-xdist share one server that forks."""
-    node.workerinput["server_address"] = helpers.fork_server().address
 
 
 def pytest_collection_modifyitems(config, items):
