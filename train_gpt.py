@@ -1121,6 +1121,11 @@ class MapSpec(NamedTuple):
         return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
 
     @property
+    def has_own(self) -> bool:
+        """Whether something is learned beside W: an adapter, a scale or a gate."""
+        return (self.adapter, self.scale, self.gate) != ("none", "none", None)
+
+    @property
     def is_signs(self) -> bool:
         """Whether it holds a vector for each token, by which BigramTable multiplies its rows."""
         return self.kind in BIGRAM_SIGNS
@@ -1363,12 +1368,8 @@ class MapTable:
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
                 if spec.adapters() and spec.is_learned:
                     raise ValueError(f"{spec.kind} is learned in full and takes no adapter")
-            has_own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
-            if spec.is_signs and (not spec.is_random or has_own or spec.freeze):
-                self.errors.append("bigram.signs are none or random, and take no adapter or scale")
-            elif spec.basis == "none":
-                self.errors.append(f"MAP_BASIS={h.map_basis}: only bigram.signs can be none")
-            is_trained = spec.is_learned or has_own or spec.shared_count > 1  # then its mix is
+            self.check_signs(spec)
+            is_trained = spec.is_learned or spec.has_own or spec.shared_count > 1  # then its mix is
             if spec.freeze and not is_trained:
                 self.errors.append(
                     f"MAP_FREEZE={h.map_freeze}: {spec.kind} is {spec.basis} and has no adapter,"
@@ -1378,17 +1379,28 @@ class MapTable:
             if spec.shared_count and (spec.gain, spec.init) != (first.gain, first.init):
                 needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
                 self.errors.append(f"{spec.kind} is shared: {needs}")
+        self.check_rules()
+        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
+
+    def check_signs(self, spec: MapSpec) -> None:
+        """Add to `errors` signs that are not random, and maps that are missing."""
+        if spec.is_signs and (not spec.is_random or spec.has_own or spec.freeze):
+            self.errors.append("bigram.signs are none or random, and take no adapter or scale")
+        if not spec.is_signs and spec.basis == "none":
+            self.errors.append(f"MAP_BASIS={self.h.map_basis}: only bigram.signs can be none")
+
+    def check_rules(self) -> None:
+        """Add to `errors` rules that select no map, and maps with one seed."""
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
                     self.errors.append(f"MAP_{column.upper()}: {rule.selector} selects no map")
         seeds = [spec.seed for spec in self.specs if not spec.is_learned]
         if len(set(seeds)) < len(seeds):
-            stride = f"MAP_SEED_STRIDE={h.map_seed_stride}"
+            stride = f"MAP_SEED_STRIDE={self.h.map_seed_stride}"
             self.errors.append(
                 f"{stride} gives two maps the same seed; choose another, such as 100"
             )
-        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
 
 
 @functools.lru_cache(maxsize=8)
