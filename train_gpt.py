@@ -120,7 +120,6 @@ def setting(
     high: float = math.inf,
     *,
     choices: Sequence[str] = (),
-    renamed: Mapping[str, str] | None = None,
     also: Sequence[str] = (),
     stored: bool = False,
 ) -> Any:
@@ -131,7 +130,6 @@ def setting(
         meaning: one line for --help and the documentation.
         low, high: allowed range of a number.
         choices: allowed words of a text.
-        renamed: old words of a text and their new names.
         also: what published scripts call the setting.
         stored: whether the artifact must store it to rebuild the model.
     """
@@ -140,7 +138,6 @@ def setting(
         "low": low,
         "high": high,
         "choices": choices,
-        "renamed": renamed or {},
         "also": also,
         "stored": stored,
     }
@@ -344,7 +341,6 @@ class Hyperparameters:
         "exact",
         "exact: sliding windows; streaming: one pass that sees EVAL_SEQ_LEN back",
         choices=("exact", "streaming"),
-        renamed={"window": "streaming"},
     )
     eval_batch_tokens: int = setting(
         131_072, "tokens of one forward pass; streaming takes at least layers + 2 windows", 1
@@ -1604,8 +1600,6 @@ def parse_setting(f: dataclasses.Field, raw: Any) -> str | int | float:
     if kind is str:
         if len(str(raw)) > 4096:  # an artifact's settings may come from anyone
             raise ValueError("is longer than 4,096 characters")
-        if raw in rule["renamed"]:
-            raise ValueError(f"is called {rule['renamed'][raw]} now")
         if rule["choices"] and raw not in rule["choices"]:
             raise ValueError(f"must be one of {', '.join(rule['choices'])}")
         return str(raw)
@@ -1784,7 +1778,7 @@ def find_preset(name: str, on_cpu: bool) -> Path:
     raise UserError(f"PRESET={name}: no such file; {PRESETS} has: {known or 'nothing'}")
 
 
-def load_preset(name: str, device: str = "auto") -> dict[str, str]:
+def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -> dict[str, str]:
     """Return the variables of a preset, and those of its PRESET_BASE that it does not set itself.
 
     A line is KEY=VALUE; # begins a comment. TEACHER_PRESET names the preset of the teacher that the
@@ -1793,34 +1787,26 @@ def load_preset(name: str, device: str = "auto") -> dict[str, str]:
     Args:
         name: see find_preset.
         device: DEVICE; cpu, or a machine whose GPU torch cannot use, takes presets for CPUs.
+        heirs: files of the presets that build on this one.
     """
-    variables: dict[str, str] = {}
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    read: set[Path] = set()
-    while name:
-        path = find_preset(name, on_cpu and not read)
-        if path in read:
-            raise UserError(f"{path}: PRESET_BASE makes the preset its own base")
-        own = read_preset(path)
-        name = own.pop("PRESET_BASE", "")
-        if read:
-            own.pop("TEACHER_PRESET", None)  # a preset names its own teacher
-        read.add(path)
-        variables = own | variables
-    return variables
-
-
-def read_preset(path: Path) -> dict[str, str]:
-    """Return the KEY=VALUE lines of one file. UserError for a line that is none."""
-    variables = {}
+    path = find_preset(name, on_cpu and not heirs)
+    if path in heirs:
+        raise UserError(f"{path}: PRESET_BASE makes the preset its own base")
+    own = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
         key, equals, value = text.partition("=")
-        if equals and re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
-            variables[key] = value
-        elif text:
+        if text and not (equals and re.fullmatch(r"[A-Z][A-Z0-9_]*", key)):
             raise UserError(f"{path}: not KEY=VALUE: {text}")
-    return variables
+        own[key] = value
+    own.pop("", None)  # of lines without text
+    base = own.pop("PRESET_BASE", None)
+    if not base:
+        return own
+    inherited = load_preset(base, device, (*heirs, path))
+    inherited.pop("TEACHER_PRESET", None)  # a preset names its own teacher
+    return inherited | own
 
 
 def apply_preset(name: str, given: dict[str, Any], errors: list[str]) -> dict[str, Any]:
@@ -1837,11 +1823,11 @@ def apply_preset(name: str, given: dict[str, Any], errors: list[str]) -> dict[st
             f" PRESET={teacher}, or let run.sh train both"
         )
     errors += unsupported_variables(preset)
-    settings = {key.lower(): text for key, text in preset.items() if key not in UNSUPPORTED}
-    unknown = settings.keys() - SETTINGS.keys() - ALIASES.keys()
-    errors += [f"PRESET={name}: {key.upper()}: no such setting" for key in sorted(unknown)]
-    known = {key: text for key, text in settings.items() if key not in unknown}
-    settings = expand_aliases(known, errors)
+    known = {key.upper() for key in (*SETTINGS, *ALIASES)}
+    unknown = preset.keys() - known - UNSUPPORTED.keys()
+    errors += [f"PRESET={name}: {key}: no such setting" for key in sorted(unknown)]
+    settings = {key.lower(): text for key, text in preset.items() if key in known}
+    settings = expand_aliases(settings, errors)
     if "map_basis" in given:
         settings = {key: text for key, text in settings.items() if not key.startswith("map_")}
     return settings | given
@@ -1904,15 +1890,21 @@ def reload_settings(values: dict[str, Any]) -> Hyperparameters:
     return load_settings({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}, **values)
 
 
+def read_manifest(data_path: str) -> dict[str, Any]:
+    """Return what the manifest says of the shards; nothing if there is none, or of another kind."""
+    with contextlib.suppress(OSError, ValueError):
+        manifest = json.loads((Path(data_path) / "manifest.json").read_bytes())
+        return manifest if isinstance(manifest, dict) else {}
+    return {}
+
+
 def settings_from_manifest(h: Hyperparameters) -> Hyperparameters:
     """Return the settings with tokenizer and vocabulary of DATA_PATH's manifest, unless set."""
-    folder = Path(h.data_path)
+    manifest = read_manifest(h.data_path)
     found: dict[str, Any] = {}
-    # There may be none, or one of another kind.
-    with contextlib.suppress(LookupError, OSError, TypeError, ValueError):
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        tokenizer, vocab_size = manifest["tokenizer"], manifest["vocab_size"]
-        found = {"tokenizer_path": str(folder / tokenizer), "vocab_size": vocab_size}
+    if {"tokenizer", "vocab_size"} <= manifest.keys():
+        path = os.path.join(h.data_path, str(manifest["tokenizer"]))
+        found = {"tokenizer_path": path, "vocab_size": manifest["vocab_size"]}
     return reload_settings(found | {name: getattr(h, name) for name in h.explicit})
 
 
@@ -3144,12 +3136,8 @@ class Tokenizer:
 
     def check_manifest(self, h: Hyperparameters) -> None:
         """Raise UserError if the manifest of the shards, if any, names another tokenizer."""
-        path = Path(h.data_path) / "manifest.json"
-        sha256 = None
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be another kind
-            sha256 = json.loads(path.read_bytes()).get("tokenizer_sha256")
-        if sha256 not in (None, self.sha256):
-            tokenizer = f"TOKENIZER_PATH={h.tokenizer_path}"
+        if read_manifest(h.data_path).get("tokenizer_sha256") not in (None, self.sha256):
+            tokenizer, path = f"TOKENIZER_PATH={h.tokenizer_path}", f"{h.data_path}/manifest.json"
             raise UserError(f"{tokenizer} is not the tokenizer that {path} names for these shards")
 
     def count_bytes(self, previous: np.ndarray, tokens: np.ndarray) -> int:
@@ -5353,14 +5341,9 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
 LOCATIONS = ("data_path", "tokenizer_path")
 
 
-def relative_path(path: str, folder: Path) -> str:
-    """Return a path as seen from a folder, so that both may move together."""
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
-
-
 def locations_beside(artifact: str) -> dict[str, str]:
     """Return data and tokenizer of the run in whose folder an artifact lies, if they exist."""
-    folder = Path(artifact).resolve().parent
+    folder = Path(artifact).absolute().parent
     with contextlib.suppress(LookupError, OSError, TypeError, ValueError):  # it may be anything
         results = json.loads((folder / "results.json").read_bytes())
         paths = {name: os.path.normpath(folder / results[name]) for name in LOCATIONS}
@@ -5388,7 +5371,8 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "bytes_model": model_bytes,
         "eval_seq_len": h.eval_seq_len,
         "eval_stride": h.eval_stride,
-        **{name: relative_path(getattr(h, name), run.folder) for name in LOCATIONS},
+        # As seen from the folder, so that both may move together.
+        **{name: os.path.relpath(getattr(h, name), run.folder) for name in LOCATIONS},
         **metrics,
     }
     content = (json.dumps(results, indent=2) + "\n").encode()
