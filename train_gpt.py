@@ -524,9 +524,9 @@ class Role(enum.Enum):
     MATRIX = "matrix"
     FACTOR = "factor"
     EMBEDDING = "embedding"
-    SCALAR = "scalar"
+    SCALAR = "scalar"  # stored as float16
     SPARSE = "sparse"
-    MASK = "mask"
+    MASK = "mask"  # stored as bits
 
 
 StoredTensors = dict[str, "QuantizedTensor | Tensor"]  # by name, as the artifact holds them
@@ -534,10 +534,7 @@ Quantizers = Mapping[Role, "Quantizer"]
 
 
 class QuantizedModule(nn.Module):
-    """A module that says which of its learned tensors are quantized, and how.
-
-    `roles` names them. Every parameter that no module names is a SCALAR, stored as float16.
-    """
+    """A module whose `roles` name its learned tensors; what no module names is a SCALAR."""
 
     roles: ClassVar[dict[str, Role]] = {}
 
@@ -717,8 +714,7 @@ class SharedMatrices(QuantizedModule):
 
     def __init__(self, spec: MapSpec) -> None:
         super().__init__()
-        count = spec.shared_count
-        self.roles = {f"weight{i}": Role.MATRIX for i in range(count)}
+        self.roles = {f"weight{i}": Role.MATRIX for i in range(spec.shared_count)}
         for name in self.roles:
             self.register_parameter(name, nn.Parameter(initial_weight(spec)))
 
@@ -766,8 +762,7 @@ class LowRankLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, merged, *factors = ctx.saved_tensors
         dx = dy @ merged
-        dy = dy.reshape(-1, dy.size(-1))
-        x = x.reshape(-1, x.size(-1))
+        dy, x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
         all_a, all_b = factors[::2], factors[1::2]
         gradients = []
         for part, a, b in zip(dy.split([len(a) for a in all_a], 1), all_a, all_b, strict=True):
@@ -810,11 +805,7 @@ def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | No
 
 def merge_weights(parts: Sequence[MapParts]) -> Tensor:
     """Return the rows of all maps W + A B in one matrix, (Σ out, in)."""
-    weights = []
-    for each in parts:
-        has_factors = len(each.b) > 0
-        weights.append(torch.addmm(*each) if has_factors else each.weight)
-    return torch.cat(weights)
+    return torch.cat([torch.addmm(*each) if len(each.b) else each.weight for each in parts])
 
 
 def use_low_rank_gradients(parts: Sequence[MapParts], has_scale: bool) -> bool:
@@ -833,16 +824,9 @@ def fused_linear(
 ) -> Tensor:
     """Apply maps of one input as a single product: gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
-    One product for q, k and v reads x once instead of three times.
-
-    Args:
-        x: (..., in); everything is computed in its type.
-        maps: maps with `in` inputs.
-        row_scale: (Σ out,), multiplied into the maps' own scales.
-        activation: function of the scaled outputs.
-
-    Returns:
-        (..., Σ out), the outputs of the maps side by side.
+    One product for q, k and v reads x (..., in) once instead of three times. Everything is computed
+    in its type. `row_scale` (Σ out,) is multiplied into the maps' own scales. The outputs of the
+    maps lie side by side, (..., Σ out).
     """
     scale = stack_rows(maps, "scale", 1.0)
     if row_scale is not None:
@@ -881,7 +865,7 @@ class Linear(QuantizedModule):
         self, spec: MapSpec, bias: bool = False, shared: SharedMatrices | None = None
     ) -> None:
         super().__init__()
-        out_features = spec.out_features
+        self.out_features = out_features = spec.out_features
         self.shared_matrices = ()  # a tuple does not register them again
         self.shared_mix = None
         if shared is not None:
@@ -892,25 +876,21 @@ class Linear(QuantizedModule):
             self.register_buffer("weight", generate_map(spec), persistent=False)
         else:
             self.weight = nn.Parameter(initial_weight(spec))
-        self.out_features = out_features
         self.is_frozen = False
         for name, size in spec.adapters().items():
             self.add_module(name, ADAPTERS[name](spec, size))
         scale_shape = {"none": None, "map": 1, "row": out_features}[spec.scale]
         self.scale = None if scale_shape is None else nn.Parameter(torch.ones(scale_shape))
-        self.gate = (
-            None if spec.gate is None else nn.Parameter(torch.full((out_features,), spec.gate))
-        )
+        self.gate = None
+        if spec.gate is not None:
+            self.gate = nn.Parameter(torch.full((out_features,), spec.gate))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def parts(self, dtype: torch.dtype) -> MapParts:
         """Return W with its corrections, and the factors of its low-rank adapters side by side."""
-        weight = self.base_weight().to(dtype)
-        total = weight
+        weight = total = self.base_weight().to(dtype)
         factors = []
         for adapter in self.children():
-            if not isinstance(adapter, Adapter):
-                continue
             correction = adapter.correction(weight)
             if correction is not None:
                 total = total + correction
@@ -958,7 +938,7 @@ class Linear(QuantizedModule):
 
 
 class InputGroup(nn.Module):
-    """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ."""
+    """Modules that multiply the same input by their weights, and so share its Hessian in GPTQ."""
 
     def __init__(self, *readers: QuantizedModule) -> None:
         super().__init__()
@@ -989,7 +969,7 @@ class Embedding(QuantizedModule):
         self.proj = proj
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up rows: ids (...) -> (..., out)."""
+        """Return the rows of ids (...), (..., out)."""
         x = F.embedding(ids, self.weight).to(self.dtype)
         return x if self.proj is None else self.proj(x)
 
@@ -2041,15 +2021,10 @@ class ScoresFunction(torch.autograd.Function):
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
-    """Attend causally by plain products in blocks of queries, each to at most `span` keys.
+    """Attend causally by plain products in blocks of queries.
 
-    Args:
-        q: (B, n, H, D), queries of the last n positions.
-        k, v: (B, T, H_kv, D); H / H_kv query heads share one of them.
-        span: keys that a query sees, itself included.
-
-    Returns:
-        (B, n, H, D).
+    The queries q (B, n, H, D) of the last n positions see at most `span` keys k (B, T, H_kv, D),
+    their own included; the result is (B, n, H, D).
     """
     kv_heads = k.size(2)
     position = k.size(1) - q.size(1)  # of the first query in the block
@@ -2142,10 +2117,8 @@ def streaming_attention(
     CPU with AMX a layer of 8 x 2,048 tokens takes 57 ms this way, and 84 ms in 16 masked blocks.
     Without a flash kernel, block_attention computes both halves at once.
 
-    Args:
-        q: (B, T, H, D).
-        k, v: (B, T, H_kv, D).
-        row_shift: cosine and sine that rotate keys back by T positions, (1, R) each.
+    Shapes are q (B, T, H, D) and k, v (B, T, H_kv, D). `row_shift` rotates keys back by T
+    positions: cosine and sine, (1, R) each.
     """
     if q.is_cuda:
         has_flash = q.dtype is torch.bfloat16 and q.size(-1) in range(8, 257, 8)
@@ -2233,7 +2206,7 @@ class Attention(nn.Module):
         value_embed: Tensor | None,
         v0: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the attention output and the layer's own values.
+        """Return the output (B, n, d) of the positions that attend, and own values (B, T, kv_dim).
 
         Args:
             x: (B, T, d).
@@ -2241,9 +2214,6 @@ class Attention(nn.Module):
             context: rotations, and which positions attend.
             value_embed: (B, T, kv_dim), added to the values, or None.
             v0: (B, T, kv_dim), layer 0's own values, or None in layer 0.
-
-        Returns:
-            The output (B, n, d) of the positions that attend, and the own values (B, T, kv_dim).
         """
         qk, own_v = self.project_qkv(x).split(self.widths, -1)
         v = own_v
@@ -2321,9 +2291,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the stream (B, n, d) of the positions that attend, and the layer's own values.
 
-        Args:
-            x, x0: stream and embedding, (B, T, d).
-            context, value_embed, v0: as in Attention.
+        The stream x and the embedding x0 are (B, T, d); the rest is as in Attention.
         """
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x, self.norm_scale)
@@ -2348,22 +2316,15 @@ class LanguageModel(nn.Module):
     def predict(
         self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
     ) -> Tensor:
-        """Return float32 logits of the last or all positions, (B, n, vocabulary).
+        """Return float32 logits (B, n, vocabulary) for tokens (B, T).
 
-        Args:
-            ids: (B, T) tokens.
-            logits_to_keep: n, how many last positions; None: all.
-            streaming: each row continues the row above (see streaming_attention).
+        They are those of the last n = `logits_to_keep` positions, or of all. If `streaming`, each
+        row continues the row above (see streaming_attention).
         """
         raise NotImplementedError
 
     def token_losses(self, ids: Tensor, targets: Tensor, streaming: bool = False) -> Tensor:
-        """Return the loss of each target in nats, (B, n) float32.
-
-        Args:
-            ids: (B, T) tokens.
-            targets: (B, n), what follows the last n of them.
-        """
+        """Return the loss in nats, (B, n) float32, of what follows the last n of tokens (B, T)."""
         logits = self.predict(ids, targets.size(1), streaming).flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
@@ -2384,7 +2345,9 @@ class LanguageModel(nn.Module):
 
     def set_recurrence(self, enabled: bool) -> None:
         """Run RECUR_LAYERS several times, or once."""
-        raise NotImplementedError
+        for model in self.modules():
+            if isinstance(model, GPT):
+                model.recurs = enabled
 
     def random_maps(self) -> list[MapSpec]:
         """Return the rows of the map table whose map is random."""
@@ -2422,7 +2385,6 @@ class GPT(LanguageModel):
     ) -> None:
         super().__init__(h)
         d = h.model_dim
-
         self.shared = nn.ModuleDict()  # by kind of map and basis
 
         def linear(name: str) -> Linear:
@@ -2434,15 +2396,10 @@ class GPT(LanguageModel):
                 self.shared[key] = SharedMatrices(spec)
             return Linear(spec, shared=self.shared[key])
 
-        def embedding(kind: str, vocabulary: int, dim: int, std: float) -> Embedding:
-            name = f"{kind}.proj"
-            proj = linear(name) if prefix + name in self.table else None
-            return Embedding(vocabulary, dim, std, dtype, proj)
-
         def block(layer: int) -> Block:
             return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
 
-        self.embedding = embedding("embedding", h.vocab_size, d, h.tied_embed_init_std)
+        self.embedding = Embedding(h.vocab_size, d, h.tied_embed_init_std, dtype)
         self.bigram = None
         if h.bigram_vocab_size > 1:
             rows, proj = h.bigram_vocab_size, linear("bigram.proj")
@@ -2451,7 +2408,8 @@ class GPT(LanguageModel):
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
         self.value_layers = h.value_layers
         if self.value_layers:
-            self.value_embedding = embedding("value_embedding", h.vocab_size, h.ve_dim, 0.01)
+            proj = linear("value_embedding.proj")
+            self.value_embedding = Embedding(h.vocab_size, h.ve_dim, 0.01, dtype, proj)
             self.value_scales = nn.Parameter(torch.full((len(self.value_layers),), 0.1))
         self.blocks = nn.ModuleList(map(block, range(h.num_layers)))
         self.block_orders = {False: list(range(h.num_layers)), True: h.block_order}
@@ -2472,9 +2430,6 @@ class GPT(LanguageModel):
         """Return the signs of pairs that the map table has for this model, by their last word."""
         specs = [s for name, s in self.table.items() if name.startswith(f"{prefix}bigram.signs.")]
         return {spec.kind.rpartition(".")[2]: FrozenRows(spec) for spec in specs}
-
-    def set_recurrence(self, enabled: bool) -> None:
-        self.recurs = enabled
 
     def embed_tokens(self, ids: Tensor, streaming: bool) -> Tensor:
         """Return the input of the blocks for ids (B, T), (B, T, d)."""
@@ -2557,10 +2512,6 @@ class Ensemble(LanguageModel):
         members = [GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble)]
         self.members = nn.ModuleList(members)
 
-    def set_recurrence(self, enabled: bool) -> None:
-        for member in self.members:
-            member.set_recurrence(enabled)
-
     def predict(
         self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
     ) -> Tensor:
@@ -2628,15 +2579,12 @@ def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> Langua
 
 
 def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
-    """Return the map table of a built model for results.json.
-
-    `learned` and `frozen` count values, `bytes` are those of the learned ones before compression.
-    """
+    """Return the map table of a built model, with counts of values and bytes before compression."""
     rows = []
     for spec in model.table.values():
         module = model.get_submodule(spec.name)
-        row = {"name": spec.name, "shape": spec.shape}
-        row |= {name: getattr(spec, name) for name in ("seed", *COLUMNS)}
+        row = {"name": spec.name, "shape": f"{spec.out_features}x{spec.in_features}"}
+        row |= {name: getattr(spec, name) for name in (*COLUMNS, "seed")}
         row["learned"] = sum(p.numel() for p in module.parameters())
         row["frozen"] = math.prod(spec.shape) if spec.is_random else 0
         row["bytes"] = stored_bytes(module)
@@ -2644,25 +2592,14 @@ def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
     return rows
 
 
-def describe_maps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the rows of `map_rows` as text."""
-    layout = "{:<26} {:>10} {:<15} {:>7} {:<16} {:<5} {:<5} {:<6} {:>10} {:>10} {:>9}"
-    heading = "map shape basis seed adapter scale gate freeze learned frozen bytes"
-    lines = [layout.format(*heading.split())]
+def describe_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of the same columns as a table of text."""
+    lines = [list(row) for row in rows[:1]]
     for row in rows:
-        cells = [
-            row["name"],
-            "{}x{}".format(*row["shape"]),
-            f"{row['gain']:g}·{row['basis']}",
-            row["seed"],
-            row["adapter"],
-            row["scale"],
-            "none" if row["gate"] is None else f"{row['gate']:g}",
-            f"{row['freeze']:g}",
-            *(f"{row[name]:,}" for name in ("learned", "frozen", "bytes")),
-        ]
-        lines.append(layout.format(*cells))
-    return lines
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---- Processes and log -------------------------------------------------------------------------
@@ -3333,10 +3270,9 @@ class Optimizers:
         return self.muon.param_groups + self.adam.param_groups
 
     def step(self, step: int, lr_scale: float) -> dict[str, Tensor]:
-        """Average the gradients over the processes, clip and apply them.
+        """Average the gradients over the processes, clip and apply them; return their norms.
 
-        Returns:
-            The norm of each gradient before the clip, by name.
+        The norms are those before the clip, by name.
         """
         self._set_rates(step, lr_scale)
         trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
@@ -3472,12 +3408,7 @@ class Quantizer:
         return 2 ** (self.bits - 1) - 1
 
     def column_exponents(self, rows: int, curvature: Tensor) -> Tensor | None:
-        """Return the exponents of scales for the columns, or None for none.
-
-        Args:
-            rows: of the matrix.
-            curvature: (columns,) of gptq_factor.
-        """
+        """Return the exponents of scales for the columns by their `curvature`, or None for none."""
         return None
 
     def exponents(
@@ -3612,7 +3543,6 @@ def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return factor, factor.diagonal().pow(-2) / damped.diagonal().mean()
 
 
-# Roles that are stored as codes; a SCALAR is float16, a MASK is bits.
 CODED_ROLES = (Role.MATRIX, Role.FACTOR, Role.SPARSE, Role.EMBEDDING)
 
 
@@ -3659,12 +3589,8 @@ def collect_hessians(
 ) -> dict[nn.Module, Tensor]:
     """Return Σ x xᵀ (in, in) float32 over the inputs of every module with matrices.
 
-    Modules of one input group share a Hessian, and adapters have that of their map.
-
-    Args:
-        model: the model to calibrate.
-        batches: this process's calibration tokens, (B, T) each.
-        dist: the processes, over which the Hessians are summed.
+    Modules of one input group share a Hessian, and adapters have that of their map. Each process
+    calibrates by its own batches of tokens (B, T); the Hessians are summed over all.
     """
     hessians: dict[nn.Module, Tensor] = {}  # by input group
     precision = torch.get_float32_matmul_precision()
@@ -3711,12 +3637,8 @@ def collect_sensitivities(
 
     Its unit is nats per token and squared unit of a value. Labels are drawn from the model's own
     predictions. Gradients of different positions are then uncorrelated, and a batch's squared
-    gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193).
-
-    Args:
-        model: the model to calibrate.
-        batches: this process's calibration tokens, (B, T) each.
-        dist: the processes, over which the estimates are summed.
+    gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193). Each process uses its
+    own batches of tokens (B, T).
 
     Returns:
         For each parameter the mean over each row's values, (rows,) float64; a row of an embedding
@@ -3765,13 +3687,12 @@ def calibration_batches(
 
 
 class Calibration(NamedTuple):
-    """What the quantizers know of a model, from calibration text."""
+    """What calibration text says of a model."""
 
     hessians: dict[nn.Module, Tensor]  # of each module's inputs, or of an embedding's rows
     sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
 
     def quantizers(self, h: Hyperparameters, loss_per_value: float) -> Quantizers:
-        """Return how each role is stored as codes."""
         quantizers = make_quantizers(h)
         if self.sensitivities is None:
             return quantizers
@@ -3788,7 +3709,7 @@ class Calibration(NamedTuple):
 def calibrate(
     h: Hyperparameters, model: LanguageModel, dist: Distributed, batches: list[Tensor]
 ) -> Calibration:
-    """Return the calibration by this process's batches (B, T) and those of the others."""
+    """Calibrate by this process's batches (B, T) and those of the others."""
     hessians = collect_hessians(model, batches, dist)
     if h.quantizer == "rms" or not batches:
         return Calibration(hessians, None)
@@ -4012,8 +3933,7 @@ def quantize_model(
 def code_bytes() -> int:
     """Return how many bytes this script takes at most as it ships: compressed, self-extracting.
 
-    It ships without comments and docstrings. The challenge counts what `tools/submit.py` writes,
-    which is smaller still.
+    The challenge counts what `tools/submit.py` writes, which is smaller still.
     """
     source = Path(__file__).read_bytes()
     tree = ast.parse(source)
@@ -4027,7 +3947,7 @@ def code_bytes() -> int:
 
 
 class Artifact(NamedTuple):
-    """An artifact, and what it is made of."""
+    """The bytes of an artifact, and what it is made of."""
 
     blob: bytes
     sizes: dict[str, int]  # bytes of each group of like tensors
@@ -4059,14 +3979,10 @@ def solve_for_bytes(
 ) -> Artifact:
     """Return the largest artifact found of up to `target` bytes, else the smallest one found.
 
-    The search ends within 0.5% under the target, after eight artifacts, or where other scales give
-    the same codes.
-
-    Args:
-        build: makes an artifact at a loss per value, in seconds to minutes.
-        estimate: about the bytes of its codes, fast. Twice the loss saves half a bit per value.
-        target: bytes of the artifact.
-        loss: loss per value (nats per token) at which the search begins.
+    The search begins at a loss per value (nats per token). It ends within 0.5% under the target,
+    after eight artifacts, or where other scales give the same codes. `build` takes seconds to
+    minutes; `estimate` gives about the bytes of the codes, fast. Twice the loss saves half a bit
+    per value.
     """
     tried: list[Artifact] = []
     octaves = [i / 100 for i in range(-600, 600)]
@@ -4100,33 +4016,22 @@ def solve_for_bytes(
 
 
 def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
-    """Return for each role the values of its codes, their bytes by entropy, bits a value, and loss.
+    """Return values of each role's codes, bytes and bits a value by their entropy, and the loss.
 
     The loss (nats per token) is what rounding may cost; scales by RMS do not know it (None).
     """
     rows = []
-    loss_per_value = artifact.loss_per_value
+    loss = artifact.loss_per_value
     for role, group in tensors_by_role(model).items():
         stored = [artifact.tensors.get(name) for name in group]
         codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
         if codes:
             values = sum(map(len, codes))
             size = entropy_bytes(torch.cat(codes))
-            loss = None if math.isnan(loss_per_value) else values * loss_per_value
             row = {"role": role.value, "values": values, "bytes": round(size)}
-            rows.append(row | {"bits": 8 * size / values, "loss": loss})
+            row |= {"bits": 8 * size / values, "loss": None if math.isnan(loss) else values * loss}
+            rows.append(row)
     return rows
-
-
-def describe_codes(rows: Iterable[Mapping[str, Any]], artifact: Artifact) -> list[str]:
-    """Return the rows of `code_rows` as text, and the bytes of each group of the artifact."""
-    lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
-    for row in rows:
-        loss = math.nan if row["loss"] is None else row["loss"]
-        cells = row["role"], row["values"], row["bytes"], row["bits"], loss
-        lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
-    sizes = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
-    return [*lines, f"artifact bytes: {sizes}"]
 
 
 def describe_size(size: int) -> str:
@@ -4172,13 +4077,9 @@ def export(
 ) -> Artifact:
     """Return the artifact of the model; on processes other than rank 0 only its bytes.
 
-    Args:
-        run: settings, processes, log and tokenizer.
-        model: the model to export.
-        data: training text for the calibration.
-        step: the training steps that are done; calibration text comes after theirs.
-        start: loss per value at which the search for TARGET_BYTES begins; None: LOSS_PER_VALUE.
-        trial: for the preflight; one sequence of calibration, scales by RMS, no TARGET_BYTES.
+    Calibration text comes after that of the steps that are done. The search for TARGET_BYTES begins
+    at the loss per value `start`, or at LOSS_PER_VALUE. With `trial`, for the preflight, one
+    sequence calibrates, scales are by RMS and TARGET_BYTES is ignored.
     """
     h, dist = run.h, run.dist
     batches = list(calibration_batches(h, dist, data, step))
@@ -4221,13 +4122,8 @@ def rebuild_model(
 ) -> LanguageModel:
     """Return the model of an artifact or a checkpoint, in evaluation mode.
 
-    Its maps are generated anew and proved the same by their fingerprint.
-
-    Args:
-        h: settings that include those of the model.
-        stored: `model` (settings), `fingerprint` and `versions`.
-        tensors: everything that was learned, by name.
-        dist: where the model goes.
+    Its maps are generated anew and proved the same by their fingerprint. `stored` has `model` (its
+    settings, which `h` includes), `fingerprint` and `versions`.
     """
     with untrusted_input("the stored model"):
         # Checked before any map is generated: a forged header could ask for a huge one.
@@ -5147,7 +5043,7 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     settings = run.h.as_dict().items()
     log("\n".join(f"{name.upper()}={value}" for name, value in settings), console=False)
     rows = map_rows(model)
-    log("\n".join(describe_maps(rows)))
+    log(describe_rows(rows))
     trained = sum(p.numel() for p in model.parameters())
     maps = model.random_maps()
     frozen = sum(spec.out_features * spec.in_features for spec in maps)
@@ -5249,11 +5145,13 @@ def export_best(
     best = min(scores, key=scores.get)
     blob = exported[best].blob
     codes = code_rows(model, exported[best])
-    run.log("\n".join([f"exported:{best}", *describe_codes(codes, exported[best])]))
+    sizes = exported[best].sizes
+    text = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    run.log(f"exported:{best}\n{describe_rows(codes)}\nartifact bytes: {text}")
     log_size(run, "artifact", len(blob))
     check_size(run.h, len(blob))
     losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
-    groups = [{"group": name, "bytes": size} for name, size in exported[best].sizes.items()]
+    groups = [{"group": name, "bytes": size} for name, size in sizes.items()]
     return blob, {"candidate": best, **losses, "codes": codes, "groups": groups}
 
 
