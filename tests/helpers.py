@@ -42,7 +42,7 @@ MODEL_SETTINGS = [
 ]
 # What a launcher sets, or a shell may have set for other scripts, would decide a test's outcome.
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER}
+NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER, "PRESET"}
 
 # The settings of all tests: a model that is built in milliseconds and trained in a second, on the
 # CPU also where there is a GPU. A corpus has a vocabulary of its own.
