@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import hashlib
 import io
 import itertools
@@ -28,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-import forking
 import prepare
 
 import train_gpt
@@ -42,7 +39,7 @@ MODEL_SETTINGS = [
 ]
 # What a launcher sets, or a shell may have set for other scripts, would decide a test's outcome.
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER}
+NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER, "PRESET"}
 
 # The settings of all tests: a model that is built in milliseconds and trained in a second, on the
 # CPU also where there is a GPU. A corpus has a vocabulary of its own.
@@ -373,22 +370,8 @@ def refusal(settings: dict, **options: Any) -> str:
     return result.stderr
 
 
-@functools.cache
-def fork_server() -> forking.ForkServer:
-    """Return the server of this process, which ends with it."""
-    server = forking.ForkServer()
-    atexit.register(server.close)
-    return server
-
-
 def fork_children(check: ModuleType, patch: pytest.MonkeyPatch, fresh: Sequence[str] = ()) -> None:
     """Do nothing: children of tools/check.py are processes of their own."""
-
-
-def nothing_lost(tally: Any, injected: int) -> None:
-    """Assert that so many faults at least of a faults.Tally were injected, and all survived."""
-    assert tally.lost == []
-    assert tally.survived == tally.injected >= injected
 
 
 def tool_refusal(capsys: Any, main: Callable[[list[str]], int], *arguments: object) -> str:
