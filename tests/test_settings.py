@@ -146,6 +146,9 @@ def test_help_lists_every_setting_and_ends_well():
     for name, field in train_gpt.SETTINGS.items():
         for part in (str(field.default), field.metadata["meaning"]):
             assert part in documented[name.upper()]
+    assert re.search(r"^  NUM_LAYERS .* \[1 to 256\]$", out, re.MULTILINE)
+    assert re.search(r"^  DEVICE .* \[auto, cpu, cuda\]$", out, re.MULTILINE)
+    assert re.search(r"^  TARGET_BYTES .* \[at least 0\]$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("argument", ["--num-layers=3", "NUM_LAYERS=3"])
@@ -325,7 +328,7 @@ def test_common_variables_are_not_mistaken_for_settings():
         ("DTYPE", "float16", "bfloat16, float32"),
         ("ATTENTION_BACKEND", "fa2", "'fa2' is none of fa3, cudnn, flash"),
         ("ATTENTION_BACKEND", "fa3", "one of torch's kernels"),
-        ("EVAL_MODE", "window", "is called streaming now"),
+        ("EVAL_MODE", "fast", "exact, streaming"),
     ],
 )
 def test_impossible_value_is_refused(name, value, says):

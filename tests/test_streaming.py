@@ -111,7 +111,7 @@ def test_every_token_is_scored_once(streaming, processes, count):
 
 
 def test_what_comes_later_changes_nothing(streaming, random_model, processes, monkeypatch):
-    h, stream, place = streaming(), tokens(300), 200
+    h, stream, place = streaming(eval_batch_tokens=300), tokens(300), 200
     model = random_model(h)
     token_losses = model.token_losses
 
