@@ -152,14 +152,16 @@ def ended_with(data_settings, run_of, monkeypatch, seconds):
         run, steps, left = run_of(data_settings(**settings)), [], [*losses]
         lengths = [*sizes]
 
-        def export(run, model, data, step):
+        def export(run, model, data, step, *_):
             steps.append(step)  # calibration reads the text that comes after theirs
             seconds.now += 5
             return train_gpt.Artifact(bytes(lengths.pop(0)), {}, {}, math.nan)
 
         def trained(run, model, data, saved):
             figures = {"steps": 9, "choice_seconds": 2.0, "train_seconds": 50.0}
-            return figures, dict.fromkeys(("last", "ema", "swa"), model.state_dict())
+            losses = {f"holdout_loss_{name}": 1.0 for name in ("last", "ema", "swa")}
+            candidates = dict.fromkeys(("last", "ema", "swa"), model.state_dict())
+            return figures | losses, candidates
 
         def values_of_model(blob):
             return {}, train_gpt.make_model(run.h).state_dict()
