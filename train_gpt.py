@@ -1753,11 +1753,12 @@ def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -
     own = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
+        if not text:
+            continue
         key, equals, value = text.partition("=")
-        if text and not (equals and re.fullmatch(r"[A-Z][A-Z0-9_]*", key)):
+        if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             raise UserError(f"{path}: not KEY=VALUE: {text}")
         own[key] = value
-    own.pop("", None)  # of lines without text
     base = own.pop("PRESET_BASE", None)
     if not base:
         return own
@@ -5394,6 +5395,15 @@ REMEDIES = {
 }
 
 
+def plan_of_run(environment: Mapping[str, str]) -> str:
+    """Return GPUS,VOCAB_SIZE,TEACHER_PRESET of a run; empty: nobody set it."""
+    device = environment.get("DEVICE", "auto")
+    gpus = 0 if device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+    preset = load_preset(environment["PRESET"], device) if environment.get("PRESET") else {}
+    vocabulary = environment.get("VOCAB_SIZE", preset.get("VOCAB_SIZE", ""))
+    return f"{gpus},{vocabulary},{preset.get('TEACHER_PRESET', '')}"
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     """Run the script; `arguments` are those of the command line."""
     parser = argparse.ArgumentParser(
@@ -5401,8 +5411,12 @@ def main(arguments: Sequence[str] = ()) -> None:
         epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.parse_args(arguments)
+    parser.add_argument("--plan", action="store_true", help="print what run.sh needs, then end")
+    options = parser.parse_args(arguments)
     try:
+        if options.plan:
+            print(plan_of_run(os.environ))
+            return
         h = load_settings()
         stop = StopSignal()
         stop.install()

@@ -140,6 +140,22 @@ def test_a_manifest_names_tokenizer_and_vocabulary_unless_somebody_does(tmp_path
     assert train_gpt.settings_from_manifest(load_settings({})) == load_settings({})
 
 
+@pytest.mark.parametrize(
+    ("variables", "plan"),
+    [
+        ({}, "2,,"),
+        ({"PRESET": "cpu/distill_from"}, "2,,cpu/baseline"),
+        ({"PRESET": "random_basis_mlp"}, "2,4096,"),
+        ({"PRESET": "random_basis_mlp", "VOCAB_SIZE": "512"}, "2,512,"),
+        ({"PRESET": "random_basis_mlp", "DEVICE": "cpu"}, "0,,"),
+    ],
+)
+def test_run_sh_learns_gpus_vocabulary_and_teacher(monkeypatch, variables, plan):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert train_gpt.plan_of_run(variables) == plan
+
+
 def test_help_says_what_each_setting_allows():
     text = train_gpt.settings_help()
     for line in (

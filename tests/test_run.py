@@ -348,6 +348,7 @@ def test_log_says_how_each_figure_was_scored(eval_only):
 INTERPRETER = """
 import os, signal, sys, time
 if sys.argv[1] == "-m": sys.exit()  # pip
+if sys.argv[-1] == "--plan": sys.exit(print("0,,"))
 def leave(number, frame): sys.exit(print("saved") or 5)
 signal.signal(getattr(signal, os.environ.get("STOP", "SIGTERM")), leave)
 print("started", flush=True)

@@ -22,8 +22,11 @@ pytestmark = pytest.mark.skipif(
 
 # It keeps what it was told, and leaves the files that a run leaves.
 STAND_IN = """
-import json, os
+import json, os, sys
 from pathlib import Path
+if "--plan" in sys.argv:
+    teacher = "baseline" if "distill_from" in os.environ.get("PRESET", "") else ""
+    sys.exit(print(0, os.environ.get("VOCAB_SIZE", ""), teacher, sep=","))
 folder = Path(os.environ["OUTPUT_DIR"]) / os.environ.get("RUN_ID", "unnamed")
 folder.mkdir(parents=True, exist_ok=True)
 for name in ("model.int6.ptz", "results.json"):
@@ -128,6 +131,15 @@ def test_what_brings_its_data_gets_no_others(place):
     for variables in (evaluation, {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": "a.pt"}, {}):
         got = told(place, **variables)
         assert not {"DATA_PATH", "PRESET"} & got.keys()
+
+
+def test_what_the_script_says_against_a_preset_ends_it(place):
+    shutil.copy(SCRIPT, place)
+    process = run_sh(place, "none.env")
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: PRESET=none.env: no such file;")
+    assert not (place / "runs").exists()
 
 
 def test_the_default_run_cut_short(place):
