@@ -734,7 +734,7 @@ class LowRankLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, merged: Tensor, *factors: Tensor) -> Tensor:
-        """Multiply x (..., in) by merged (Σ out, in); `factors` are A, B of each map in turn."""
+        """Multiply x (..., in) by merged (Σ out, in); `factors` are A, B of each map."""
         ctx.save_for_backward(x, merged, *factors)
         return x @ merged.t()
 
@@ -772,14 +772,14 @@ class MapParts(NamedTuple):
 
 def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | None:
     """Return one factor or bias for the rows of all maps, (Σ out,), or None where none has one."""
-    parts = [getattr(each, name) for each in maps]
-    if all(part is None for part in parts):
+    values = [getattr(each, name) for each in maps]
+    given = [value for value in values if value is not None]
+    if not given:
         return None
+    usual = given[0].new_full((1,), neutral)
     rows = []
-    other = next(part for part in parts if part is not None)
-    for each, part in zip(maps, parts, strict=True):
-        factor = other.new_full((1,), neutral) if part is None else part
-        rows.append(factor.expand(each.out_features))
+    for each, value in zip(maps, values, strict=True):
+        rows.append((usual if value is None else value).expand(each.out_features))
     return torch.cat(rows)
 
 
@@ -2361,21 +2361,18 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     embeddings = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
     total = 4 * (sum(sizes) + h.ensemble * embeddings) + 64 * max(sizes)
-    shared = {  # once for all layers
-        spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
-    }
-    banks = set()  # of seeded matrices, once for all maps of a shape
-    for spec in table.values():
-        numel = math.prod(spec.shape)
+    shared: dict[tuple, int] = {}  # what several maps share is there once
+    for spec, numel in zip(table.values(), sizes, strict=True):
+        shared[spec.owner] = 4 * spec.shared_count * numel
         for name, size in spec.adapters().items():
             unit = ADAPTERS[name].size_unit
             if unit == "rank":
                 total += 4 * int(size) * sum(spec.shape)
             elif unit == "count":
-                banks.add((spec.shared_seed, spec.shape, int(size)))
+                shared[spec.shared_seed, spec.shape, size] = 4 * int(size) * numel
             else:  # positions of sparse values, or scores of masks
                 total += 12 * numel
-    return total + sum(shared.values()) + sum(4 * n * math.prod(shape) for _, shape, n in banks)
+    return total + sum(shared.values())
 
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -3358,8 +3355,8 @@ def collect_hessians(
 ) -> dict[nn.Module, Tensor]:
     """Return Σ x xᵀ (in, in) float32 over the inputs of every module with matrices.
 
-    Modules of one input group share a Hessian, and adapters have that of their map. Each process
-    calibrates by its own batches of tokens (B, T); the Hessians are summed over all.
+    Modules of one input group share a Hessian, and adapters have that of their map. The batches of
+    tokens (B, T) are this process's; the Hessians are summed over all processes.
     """
     hessians: dict[nn.Module, Tensor] = {}  # by input group
     precision = torch.get_float32_matmul_precision()
