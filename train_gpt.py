@@ -1973,7 +1973,9 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # (T, 1, R), rotation of each position
     sin: Tensor
     row_shift: tuple[Tensor, Tensor] | None = None  # streaming: see streaming_attention
-    num_queries: int | None = None  # how many of the last positions attend; None: all
+    num_queries: int | None = None  # n, how many of the last positions attend; None: all
+    value_embed: Tensor | None = None  # (B, T, kv_dim), added to the values
+    v0: Tensor | None = None  # (B, T, kv_dim), layer 0's own values; None in layer 0
 
 
 class Attention(nn.Module):
@@ -2009,28 +2011,15 @@ class Attention(nn.Module):
         return causal_attention(keep_last(q, context.num_queries), k, v)
 
     def forward(
-        self,
-        x: Tensor,
-        out_scale: Tensor,
-        context: AttentionContext,
-        value_embed: Tensor | None,
-        v0: Tensor | None,
+        self, x: Tensor, out_scale: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor]:
-        """Return the output (B, n, d) of the positions that attend, and own values (B, T, kv_dim).
-
-        Args:
-            x: (B, T, d).
-            out_scale: (d,), factor on the output.
-            context: rotations, and which positions attend.
-            value_embed: (B, T, kv_dim), added to the values, or None.
-            v0: (B, T, kv_dim), layer 0's own values, or None in layer 0.
-        """
+        """Attend: x (B, T, d) -> (B, n, d), times out_scale (d,), and own values (B, T, kv_dim)."""
         qk, own_v = self.project_qkv(x).split(self.widths, -1)
         v = own_v
-        if value_embed is not None:
-            v = v + value_embed
+        if context.value_embed is not None:
+            v = v + context.value_embed
         if self.value_gate is not None:  # value residual
-            v = v + torch.sigmoid(self.value_gate).to(x.dtype) * v0
+            v = v + torch.sigmoid(self.value_gate).to(x.dtype) * context.v0
         qk = qk.unflatten(-1, (-1, self.head_dim))  # (B, T, H + H_kv, D)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
         qk = rotate_and_norm(qk, self.head_gains(), context.cos, context.sin)
@@ -2091,21 +2080,14 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.ones(h.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
 
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        context: AttentionContext,
-        value_embed: Tensor | None,
-        v0: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the stream (B, n, d) of the positions that attend, and the layer's own values.
+    def forward(self, x: Tensor, x0: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Return the stream (B, n, d) after the block, and the layer's own values (B, T, kv_dim).
 
-        The stream x and the embedding x0 are (B, T, d); the rest is as in Attention.
+        The stream x and the embedding x0 are (B, T, d).
         """
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x, self.norm_scale)
-        y, own_v = self.attention(normed, self.attention_scale, context, value_embed, v0)
+        y, own_v = self.attention(normed, self.attention_scale, context)
         x = keep_last(x, context.num_queries) + self.dropout(y)
         if self.is_parallel:
             normed = keep_last(normed, context.num_queries)
@@ -2287,17 +2269,17 @@ class GPT(LanguageModel):
         """Run the blocks on x0 (B, T, d); the last one computes `num_queries` positions."""
         embedded = self.value_embedding(ids) if self.value_layers else None
         skips: dict[int, Tensor] = {}  # the stream after each layer of the first half
-        x, v0 = x0, None
+        x = x0
         order = self.block_orders[self.recurs]
         for i, layer in enumerate(order, start=1):
             if layer in self.skip_from:
                 x = self.add_skip(x, skips, layer)
             if i == len(order):
                 context = context._replace(num_queries=num_queries)
-            value_embed = self.value_embed(embedded, layer)
-            x, own_v = self.blocks[layer](x, x0, context, value_embed, v0)
-            if v0 is None:
-                v0 = own_v
+            context = context._replace(value_embed=self.value_embed(embedded, layer))
+            x, own_v = self.blocks[layer](x, x0, context)
+            if context.v0 is None:
+                context = context._replace(v0=own_v)
             if layer in self.skip_sources:
                 skips[layer] = x
         return x
@@ -3747,7 +3729,7 @@ def solve_for_bytes(
     per value.
     """
     tried: list[Artifact] = []
-    octaves = [i / 100 for i in range(-600, 600)]
+    steps = range(-600, 600)  # of 0.01 octaves of the loss
     low, high = 0.0, math.inf  # losses between which the answer lies
     estimated = estimate(loss)
     for _ in range(8):
@@ -3765,7 +3747,7 @@ def solve_for_bytes(
         codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
         wanted = estimated * (1 + (0.9975 * target - size) / codes)
         # More loss means fewer bytes, and bisect needs a rising key: hence the minus signs.
-        step = bisect.bisect(octaves, -wanted, key=lambda octave: -estimate(loss * 2**octave))
+        step = bisect.bisect(steps, -wanted, key=lambda step: -estimate(loss * 2 ** (step / 100)))
         loss *= 2 ** (step / 100 - 6)
         if low and high < math.inf and not low < loss < high:  # the bytes jump between them
             loss = math.sqrt(low * high)
@@ -3878,10 +3860,9 @@ def rebuild_model(
     """
     with untrusted_input("the stored model"):
         # Checked before any map is generated: a forged header could ask for a huge one.
-        maps = [name for name in build_map_table(h) if "blocks." in name]
-        blocks = {name.rsplit(".", 2)[0] for name in maps}
-        widths = {tuple(tensors[f"{block}.mlp_scale"].shape) for block in blocks}
-        if stored["model"] != h.model_settings() or widths != {(h.model_dim,)}:
+        widths = [len(tensors[name]) for name in tensors if name.endswith(".mlp_scale")]
+        expected = [h.model_dim] * (h.num_layers * h.ensemble)
+        if stored["model"] != h.model_settings() or widths != expected:
             raise ValueError("its settings and tensors are not those of one model")
         model = make_model(h, resolve_dtype(h, dist.on_cuda))
         here, there = model.fingerprint(), stored["fingerprint"]
