@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 import time
@@ -318,6 +319,20 @@ def test_log_says_how_each_figure_was_scored(eval_only):
     out = run_well(eval_only | {"EVAL_MODE": "streaming"})
     modes = dict(re.findall(r"final_int6_brotli_(\w+) .* mode:(\w+)", out))
     assert modes == {"roundtrip": "exact", "sliding_window": "streaming"}
+
+
+def test_a_run_says_at_its_end_how_to_see_it(tmp_path, monkeypatch, capsys):
+    """Where the tools are, with paths that a shell reads as they are."""
+    script = tmp_path / "a project" / "train_gpt.py"
+    monkeypatch.setattr(train_gpt, "__file__", str(script))
+    train_gpt.say_what_is_next(Path("runs/my own"))
+    assert capsys.readouterr().out == ""
+    (script.parent / "tools").mkdir(parents=True)
+    (script.parent / "tools" / "report.py").touch()
+    train_gpt.say_what_is_next(Path("runs/my own"))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "report.py" in line)
+    tool = f"{script.parent}/tools/report.py"
+    assert shlex.split(line, comments=True)[1:] == [tool, "runs/my own", "--out", "report.html"]
 
 
 def test_another_tokenizer_than_the_artifacts_is_refused(eval_only, corpus, tmp_path):
