@@ -78,6 +78,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -119,7 +120,7 @@ def setting(
     high: float = math.inf,
     *,
     choices: Sequence[str] = (),
-    renamed: Mapping[str, str] | None = None,
+    also: Sequence[str] = (),
     stored: bool = False,
 ) -> Any:
     """Declare one setting.
@@ -129,7 +130,7 @@ def setting(
         meaning: one line for --help and the documentation.
         low, high: allowed range of a number.
         choices: allowed words of a text.
-        renamed: old words of a text and their new names.
+        also: what published scripts call the setting.
         stored: whether the artifact must store it to rebuild the model.
     """
     metadata = {
@@ -137,7 +138,7 @@ def setting(
         "low": low,
         "high": high,
         "choices": choices,
-        "renamed": renamed or {},
+        "also": also,
         "stored": stored,
     }
     return dataclasses.field(default=default, metadata=metadata)
@@ -170,13 +171,10 @@ class Hyperparameters:
         choices=("auto", "bfloat16", "float32"),
     )
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    compile_muon: int = setting(0, "1: compile Muon's orthogonalization, too", 0, 1)
-    mix_order_reduction: int = setting(0, "1: keep inductor's mix-order reduction", 0, 1)
     attention_backend: str = setting(
         "auto",
         "order of attention kernels on CUDA; auto: fa3,cudnn,flash,efficient,math",
     )
-    fuse_qkv: int = setting(1, "1: one product for q, k and v; 0: three", 0, 1)
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH and do nothing else", 0, 1)
     model_path: str = setting("", "artifact that EVAL_ONLY reads")
     export_only: int = setting(0, "1: export and evaluate CHECKPOINT_PATH, do not train", 0, 1)
@@ -196,9 +194,6 @@ class Hyperparameters:
 
     # Model
     vocab_size: int = model_setting(1024, "pieces of the tokenizer", 8, 65_536)
-    embedding_dim: int = model_setting(
-        0, "width of the token embedding, which a map widens; 0: MODEL_DIM", 0, 16_384
-    )
     num_layers: int = model_setting(11, "transformer blocks", 1, 256)
     model_dim: int = model_setting(512, "width of the residual stream", 8, 16_384)
     num_heads: int = model_setting(8, "query heads", 1, 256)
@@ -206,7 +201,9 @@ class Hyperparameters:
     mlp_mult: float = model_setting(3.0, "hidden width of the MLP over MODEL_DIM", 0.01, 64)
     rope_dims: int = model_setting(16, "rotated dimensions of each head", 0, 1024)
     rope_base: float = model_setting(10_000.0, "base of the rotary frequencies", 1, 1e9)
-    rope_stretch_from: int = model_setting(1024, "length above which ROPE_BASE grows; 0: never")
+    rope_stretch_from: int = model_setting(
+        1024, "length above which ROPE_BASE grows; 0: never", also=["rope_train_seq_len"]
+    )
     xsa_last_n: int = model_setting(11, "last N layers use exclusive self-attention", 0, 256)
     ln_scale: int = model_setting(1, "1: scale each pre-norm by 1/sqrt(layer + 1)", 0, 1)
     bigram_vocab_size: int = model_setting(
@@ -221,7 +218,9 @@ class Hyperparameters:
     skips_enabled: int = model_setting(1, "1: U-Net skips from first to second half", 0, 1)
     skip_gates_enabled: int = model_setting(0, "1: a sigmoid gate mixes in each skip", 0, 1)
     mlp_gated: int = model_setting(0, "1: GEGLU instead of LeakyReLU(0.5)²", 0, 1)
-    parallel_from: int = model_setting(256, "first layer with attention and MLP in parallel")
+    parallel_from: int = model_setting(
+        256, "first layer with attention and MLP in parallel", also=["parallel_residual_start"]
+    )
     recur_layers: str = model_setting("", "layers that run several times, such as 3-5")
     recur_times: int = model_setting(3, "how many times they run", 1, 64)
     ensemble: int = model_setting(1, "members in one artifact; their logits are averaged", 1, 16)
@@ -236,11 +235,14 @@ class Hyperparameters:
         "orthogonal,attention.proj=zero,mlp.proj=zero", "initial value of a learned map"
     )
     map_gain: str = model_setting("1", "factor on the basis")
-    map_seed: int = model_setting(12_345, "seed of the random maps", 0, 2**62)
-    map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
-    map_twist: str = model_setting(
-        "none", "none, permutation or orthogonal: what makes shared maps differ"
+    map_seed: int = model_setting(
+        12_345,
+        "seed of the random maps",
+        0,
+        2**62,
+        also=["random_adapter_seed", "random_basis_seed", "random_backbone_seed"],
     )
+    map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
     map_adapter: str = model_setting("lora:32", "none, or NAME:SIZE with + between")
     map_scale: str = model_setting("none", "learned factor: none, map (one) or row (one per row)")
     map_gate: str = model_setting("none", "initial value of a learned gate per output, or none")
@@ -253,7 +255,9 @@ class Hyperparameters:
     warmdown_frac: float = setting(0.0, "the same as a fraction; 0: use WARMDOWN_ITERS", 0, 1)
     min_lr: float = setting(0.0, "lowest learning rates, as a fraction of the full ones", 0, 1)
     dropout: float = setting(0.0, "fraction of attention and MLP outputs dropped", 0, 0.9)
-    recur_frac: float = setting(0.35, "progress at which RECUR_LAYERS begin to recur", 0, 0.99)
+    recur_frac: float = setting(
+        0.35, "progress at which RECUR_LAYERS begin to recur", 0, 0.99, also=["enable_looping_at"]
+    )
     distill_from: str = setting("", "artifact of a teacher")
     self_distill: int = setting(0, "1: the model at DISTILL_START_FRAC becomes the teacher", 0, 1)
     distill_start_frac: float = setting(0.0, "progress at which the teacher begins", 0, 1)
@@ -274,18 +278,20 @@ class Hyperparameters:
 
     # Optimizers
     matrix_lr: float = setting(0.025, "learning rate of Muon for matrices")
-    factor_lr: float = setting(0.025, "learning rate of Muon for low-rank factors")
+    factor_lr: float = setting(
+        0.025, "learning rate of Muon for low-rank factors", also=["adapter_lr"]
+    )
     tied_embed_lr: float = setting(0.035, "learning rate of AdamW for embeddings")
     scalar_lr: float = setting(0.025, "learning rate of AdamW for gains, gates and scales")
     sparse_lr: float = setting(0.003, "learning rate of AdamW for values of sparse adapters")
-    mask_lr: float = setting(0.1, "learning rate for scores of masks and signs")
+    mask_lr: float = setting(0.1, "learning rate for the scores of masks")
     mask_optimizer: str = setting(
         "adam", "optimizer of these scores; PR #1753: adam", choices=("adam", "muon")
     )
     muon_momentum: float = setting(0.99, "momentum of Muon", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at the first step", 0, 1)
     muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20, also=["muon_ns_steps"])
     muon_wd: float = setting(0.04, "decoupled weight decay of matrices and sparse adapters")
     factor_wd: float = setting(0.04, "decoupled weight decay of low-rank factors")
     adam_wd: float = setting(0.04, "decoupled weight decay of gains, gates and scales")
@@ -296,7 +302,9 @@ class Hyperparameters:
     grad_clip_norm: float = setting(0.3, "largest norm of all gradients together; 0: no clip")
     ema_decay: float = setting(0.997, "decay of the weights' moving average; 0: none", 0, 0.999999)
     swa_enabled: int = setting(1, "1: plain average of late weights", 0, 1)
-    swa_interval: int = setting(50, "steps between two snapshots in that average", 1)
+    swa_interval: int = setting(
+        50, "steps between two snapshots in that average", 1, also=["swa_every"]
+    )
     swa_threshold: float = setting(0.2, "learning-rate scale below which it begins", 0, 1)
     late_qat_threshold: float = setting(
         0.0, "learning-rate scale below which late QAT begins; 0: never", 0, 1
@@ -319,21 +327,24 @@ class Hyperparameters:
     )
     target_bytes: int = setting(0, "bytes of code and model; sets LOSS_PER_VALUE; 0: off")
     gptq_calib_batches: int = setting(
-        5, "calibration batches of up to 8,192 training tokens; 0: neither GPTQ nor sensitivity"
+        5,
+        "calibration batches of up to 8,192 training tokens; 0: neither GPTQ nor sensitivity",
+        also=["gptq_calibration_batches"],
     )
     prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
     artifact_limit_bytes: int = setting(16_000_000, "most bytes of code and model together", 1)
 
     # Evaluation
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
-    eval_stride: int = setting(64, "new tokens that each window scores", 1)
+    eval_stride: int = setting(64, "new tokens that each window scores", 1, also=["stride"])
     eval_mode: str = setting(
         "exact",
         "exact: sliding windows; streaming: one pass that sees EVAL_SEQ_LEN back",
         choices=("exact", "streaming"),
-        renamed={"window": "streaming"},
     )
-    eval_batch_tokens: int = setting(131_072, "tokens of one forward pass of the evaluation", 1)
+    eval_batch_tokens: int = setting(
+        131_072, "tokens of one forward pass; streaming takes at least layers + 2 windows", 1
+    )
 
     # Names that the environment, an alias or a file set; all others have their defaults.
     explicit: frozenset[str] = dataclasses.field(default=frozenset(), repr=False, compare=False)
@@ -341,11 +352,6 @@ class Hyperparameters:
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
-
-    @property
-    def token_dim(self) -> int:
-        """The width of the token embedding."""
-        return self.embedding_dim or self.model_dim
 
     @property
     def kv_dim(self) -> int:
@@ -417,10 +423,8 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
 
 
 # Philox keys have 128 bits: the seed is at the bottom, the epoch of the data order from bit 64 on.
-# Adapters and twists have high bits of their own, so that none repeats the numbers of a map.
-SHARED_FACTOR_KEY, SPARSE_KEY, COMBINATION_KEY, PERMUTATION_KEY, LEFT_KEY, RIGHT_KEY = (
-    n << 96 for n in range(1, 7)
-)
+# Adapters have high bits of their own, so that none repeats the numbers of a map.
+SHARED_FACTOR_KEY, SPARSE_KEY, COMBINATION_KEY = (n << 96 for n in (1, 2, 3))
 
 
 def random_uint64(seed: int, n: int) -> np.ndarray:
@@ -520,27 +524,24 @@ class Role(enum.Enum):
     MATRIX = "matrix"
     FACTOR = "factor"
     EMBEDDING = "embedding"
-    SCALAR = "scalar"
+    SCALAR = "scalar"  # stored as float16
     SPARSE = "sparse"
-    MASK = "mask"
+    MASK = "mask"  # stored as bits
+
+
+StoredTensors = dict[str, "QuantizedTensor | Tensor"]  # by name, as the artifact holds them
+Quantizers = Mapping[Role, "Quantizer"]
 
 
 class QuantizedModule(nn.Module):
-    """A module that says which of its learned tensors are quantized, and how.
-
-    `roles` names them. Every parameter that no module names is a SCALAR, stored as float16.
-    """
+    """A module whose `roles` name its learned tensors; what no module names is a SCALAR."""
 
     roles: ClassVar[dict[str, Role]] = {}
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Return the codes of each tensor in `roles`.
 
-        Args:
-            quantizers: how each role is quantized.
-            hessian: Σ x xᵀ (in, in) over calibration inputs of this module; None: round to nearest.
+        `hessian` is Σ x xᵀ (in, in) over calibration inputs x; None: round to nearest.
         """
         return {
             name: quantizers[role].quantize(getattr(self, name), hessian)
@@ -580,9 +581,7 @@ class LoRA(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Quantize B against its inputs x, then A against its own inputs x B̂ᵀ."""
         quantizer = quantizers[Role.FACTOR]
         b_codes = quantizer.quantize(self.B, hessian)
@@ -602,7 +601,7 @@ class RankStabilizedLoRA(LoRA):
 
 @functools.lru_cache(maxsize=64)
 def shared_factor(rows: int, columns: int, seed: int) -> Tensor:
-    """Return (rows, columns) bfloat16, normal with std 1/√columns; every caller gets one tensor."""
+    """Return (rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
     return gaussian(rows, columns, seed + SHARED_FACTOR_KEY).to(torch.bfloat16)
 
 
@@ -645,58 +644,33 @@ class Sparse(Adapter):
     def correction(self, weight: Tensor) -> Tensor:
         return torch.zeros_like(weight).scatter(1, self.support, self.values.to(weight.dtype))
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
 
-class BinaryAdapter(Adapter):
-    """One learned bit per weight: whether its score is positive (arXiv:1911.13299).
+class Mask(Adapter):
+    """W + ΔW is √2 · W where a learned bit is 1, else 0 (arXiv:1911.13299).
 
-    The scores are trained through a straight-through estimator, the gradient of
-    sigmoid(score / temperature). The temperature falls during training as in PR #1753.
+    A bit is 1 where its score is positive; at first about half of them are. The scores are trained
+    through a straight-through estimator, the gradient of sigmoid(score / temperature). The
+    temperature falls during training as in PR #1753.
     """
 
     roles: ClassVar = {"scores": Role.MASK}
 
     def __init__(self, spec: MapSpec, _: float) -> None:
         super().__init__()
-        self.scores = nn.Parameter(self.initial_scores(spec) * spec.in_features**-0.5)
+        scores = torch.empty(spec.shape).uniform_(-1, 1) * spec.in_features**-0.5
+        self.scores = nn.Parameter(scores)
         self.register_buffer("temperature", torch.ones(()), persistent=False)
 
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        raise NotImplementedError
-
-    def bits(self, dtype: torch.dtype) -> Tensor:
-        """Return 1 where a score is positive, else 0, (out, in)."""
+    def correction(self, weight: Tensor) -> Tensor:
         soft = torch.sigmoid(self.scores / self.temperature)
-        return ((self.scores > 0).to(dtype)) + (soft - soft.detach()).to(dtype)
+        bits = (self.scores > 0).to(weight.dtype) + (soft - soft.detach()).to(weight.dtype)
+        return weight * (math.sqrt(2) * bits - 1)
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         return {"scores": self.scores.data > 0}
-
-
-class Mask(BinaryAdapter):
-    """W + ΔW is √2 · W where the bit is 1, else 0; about half of the bits are 1 at first."""
-
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        return torch.empty(spec.shape).uniform_(-1, 1)
-
-    def correction(self, weight: Tensor) -> Tensor:
-        return weight * (math.sqrt(2) * self.bits(weight.dtype) - 1)
-
-
-class Signs(BinaryAdapter):
-    """W + ΔW is W where the bit is 1, else -W: learned signs, random magnitudes. It starts as W."""
-
-    def initial_scores(self, spec: MapSpec) -> Tensor:
-        return torch.empty(spec.shape).uniform_(0, 1)
-
-    def correction(self, weight: Tensor) -> Tensor:
-        return weight * (2 * self.bits(weight.dtype) - 2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -731,7 +705,6 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "vera": VeRA,
     "sparse": Sparse,
     "mask": Mask,
-    "signs": Signs,
     "combination": Combination,
 }
 
@@ -741,76 +714,20 @@ class SharedMatrices(QuantizedModule):
 
     def __init__(self, spec: MapSpec) -> None:
         super().__init__()
-        count = spec.shared_count
-        self.roles = {f"weight{i}": Role.MATRIX for i in range(count)}
+        self.roles = {f"weight{i}": Role.MATRIX for i in range(spec.shared_count)}
         for name in self.roles:
             self.register_parameter(name, nn.Parameter(initial_weight(spec)))
 
     def weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.roles]
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Quantize each matrix against its own Hessian; `hessian` is (count, in, in)."""
         hessians = [None] * len(self.roles) if hessian is None else hessian
         return {
             name: quantizers[role].quantize(getattr(self, name), own)
             for (name, role), own in zip(self.roles.items(), hessians, strict=True)
         }
-
-
-class PermutationTwist(nn.Module):
-    """W -> P W Q with random signed permutations P and Q."""
-
-    def __init__(self, spec: MapSpec) -> None:
-        super().__init__()
-        rows, columns = spec.shape
-        words = random_uint64(spec.seed + PERMUTATION_KEY, rows + columns)
-        for name, part in (("row", words[:rows]), ("column", words[rows:])):
-            order = torch.from_numpy(part.argsort(kind="stable"))
-            signs = torch.from_numpy(1.0 - 2.0 * (part & np.uint64(1))).to(torch.bfloat16)
-            self.register_buffer(f"{name}_order", order, persistent=False)
-            self.register_buffer(f"{name}_signs", signs, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Twist a matrix (out, in)."""
-        weight = weight[self.row_order][:, self.column_order]
-        rows, columns = self.row_signs.to(weight.dtype), self.column_signs.to(weight.dtype)
-        return weight * rows[:, None] * columns
-
-    def untwist_hessian(self, hessian: Tensor) -> Tensor:
-        """Return the Hessian (in, in) of W's own inputs, given that of the map's inputs."""
-        signs = self.column_signs.to(hessian.dtype)
-        back = self.column_order.argsort()
-        return (hessian * signs[:, None] * signs)[back][:, back]
-
-
-class OrthogonalTwist(nn.Module):
-    """W -> P W Q with random orthogonal P and Q."""
-
-    def __init__(self, spec: MapSpec) -> None:
-        super().__init__()
-        rows, columns = spec.shape
-        p = orthogonal(rows, rows, spec.seed + LEFT_KEY).to(torch.bfloat16)
-        q = orthogonal(columns, columns, spec.seed + RIGHT_KEY).to(torch.bfloat16)
-        self.register_buffer("p", p.contiguous(), persistent=False)
-        self.register_buffer("q", q.contiguous(), persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Twist a matrix (out, in)."""
-        return self.p.to(weight.dtype) @ weight @ self.q.to(weight.dtype)
-
-    def untwist_hessian(self, hessian: Tensor) -> Tensor:
-        """Return the Hessian (in, in) of W's own inputs, given that of the map's inputs."""
-        q = self.q.to(hessian.dtype)
-        return q @ hessian @ q.T
-
-
-TWISTS: dict[str, type[nn.Module]] = {
-    "permutation": PermutationTwist,
-    "orthogonal": OrthogonalTwist,
-}
 
 
 def initial_weight(spec: MapSpec) -> Tensor:
@@ -845,18 +762,12 @@ class LowRankLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, merged, *factors = ctx.saved_tensors
         dx = dy @ merged
-        dy = dy.reshape(-1, dy.size(-1))
-        x = x.reshape(-1, x.size(-1))
+        dy, x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
         all_a, all_b = factors[::2], factors[1::2]
         gradients = []
         for part, a, b in zip(dy.split([len(a) for a in all_a], 1), all_a, all_b, strict=True):
             gradients += [part.t() @ (x @ b.t()), (part @ a).t() @ x]
         return dx, None, *gradients
-
-
-HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
-# FLOPs that a device does in the time in which it moves one byte (bench/kernels.py).
-MACHINE_BALANCE = {"cuda": 264.0, "cpu": 70.0 if HAS_AMX else 20.0}
 
 
 class MapParts(NamedTuple):
@@ -867,17 +778,16 @@ class MapParts(NamedTuple):
     b: Tensor  # (r, in)
 
     def low_rank_gradient_pays(self, has_scale: bool) -> bool:
-        """Return whether four thin products for a and b take less time than the dense gradient."""
+        """Return whether thin products for a and b take less time than the dense gradient.
+
+        On a CPU FLOPs decide, and a step of cpu/random_adapters takes 7% less time. On a GPU memory
+        bounds thin products, and the dense gradient of the presets' maps is faster.
+        """
         rows, columns = self.weight.shape
-        rank = len(self.b)
-        balance = MACHINE_BALANCE[self.weight.device.type]
-
-        def cost(width: int, length: int) -> float:  # per token, in FLOPs or bytes worth as many
-            return max(2 * width * length, balance * 2 * (width + length))
-
-        thin = 2 * cost(rows, rank) + 2 * cost(columns, rank)
-        scaling = balance * 10 * rows if has_scale else 0
-        return thin + scaling < cost(rows, columns)
+        thin = 2 * len(self.b) * (rows + columns)
+        if has_scale:  # then it multiplies y instead of W, as slow as 100 FLOPs for each value
+            thin += 100 * rows
+        return not self.weight.is_cuda and thin < rows * columns
 
 
 def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | None:
@@ -895,11 +805,7 @@ def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | No
 
 def merge_weights(parts: Sequence[MapParts]) -> Tensor:
     """Return the rows of all maps W + A B in one matrix, (Σ out, in)."""
-    weights = []
-    for each in parts:
-        has_factors = len(each.b) > 0
-        weights.append(torch.addmm(*each) if has_factors else each.weight)
-    return torch.cat(weights)
+    return torch.cat([torch.addmm(*each) if len(each.b) else each.weight for each in parts])
 
 
 def use_low_rank_gradients(parts: Sequence[MapParts], has_scale: bool) -> bool:
@@ -918,16 +824,9 @@ def fused_linear(
 ) -> Tensor:
     """Apply maps of one input as a single product: gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
-    One product for q, k and v reads x once instead of three times.
-
-    Args:
-        x: (..., in); everything is computed in its type.
-        maps: maps with `in` inputs.
-        row_scale: (Σ out,), multiplied into the maps' own scales.
-        activation: function of the scaled outputs.
-
-    Returns:
-        (..., Σ out), the outputs of the maps side by side.
+    One product for q, k and v reads x (..., in) once instead of three times. Everything is computed
+    in its type. `row_scale` (Σ out,) is multiplied into the maps' own scales. The outputs of the
+    maps lie side by side, (..., Σ out).
     """
     scale = stack_rows(maps, "scale", 1.0)
     if row_scale is not None:
@@ -957,8 +856,7 @@ class Linear(QuantizedModule):
     """One map of the map table: y = gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
     W (out, in) is one of three: a float32 parameter; a frozen random map, a bfloat16 buffer that is
-    never in a state_dict; or a mix of shared matrices, which a random twist makes different in each
-    layer. ΔW is the sum of its adapters.
+    never in a state_dict; or a mix of shared matrices. ΔW is the sum of its adapters.
     """
 
     roles: ClassVar = {"weight": Role.MATRIX}
@@ -967,10 +865,9 @@ class Linear(QuantizedModule):
         self, spec: MapSpec, bias: bool = False, shared: SharedMatrices | None = None
     ) -> None:
         super().__init__()
-        out_features = spec.out_features
+        self.out_features = out_features = spec.out_features
         self.shared_matrices = ()  # a tuple does not register them again
         self.shared_mix = None
-        self.twist = TWISTS[spec.twist](spec) if spec.twist != "none" else None
         if shared is not None:
             self.shared_matrices = (shared,)
             if spec.shared_count > 1:
@@ -979,25 +876,21 @@ class Linear(QuantizedModule):
             self.register_buffer("weight", generate_map(spec), persistent=False)
         else:
             self.weight = nn.Parameter(initial_weight(spec))
-        self.out_features = out_features
         self.is_frozen = False
         for name, size in spec.adapters().items():
             self.add_module(name, ADAPTERS[name](spec, size))
         scale_shape = {"none": None, "map": 1, "row": out_features}[spec.scale]
         self.scale = None if scale_shape is None else nn.Parameter(torch.ones(scale_shape))
-        self.gate = (
-            None if spec.gate is None else nn.Parameter(torch.full((out_features,), spec.gate))
-        )
+        self.gate = None
+        if spec.gate is not None:
+            self.gate = nn.Parameter(torch.full((out_features,), spec.gate))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def parts(self, dtype: torch.dtype) -> MapParts:
         """Return W with its corrections, and the factors of its low-rank adapters side by side."""
-        weight = self.base_weight().to(dtype)
-        total = weight
+        weight = total = self.base_weight().to(dtype)
         factors = []
         for adapter in self.children():
-            if not isinstance(adapter, Adapter):
-                continue
             correction = adapter.correction(weight)
             if correction is not None:
                 total = total + correction
@@ -1026,13 +919,11 @@ class Linear(QuantizedModule):
             return self.weight
         weights = self.shared_matrices[0].weights()
         if self.shared_mix is None:
-            (weight,) = weights
-        else:
-            weight = sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
-        return weight if self.twist is None else self.twist(weight)
+            return weights[0]
+        return sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
 
     @property
-    def members(self) -> tuple[QuantizedModule, ...]:
+    def readers(self) -> tuple[QuantizedModule, ...]:
         """The modules that read its input, as in an InputGroup: this one alone."""
         return (self,)
 
@@ -1045,40 +936,24 @@ class Linear(QuantizedModule):
         """Apply the map: x (..., in) -> (..., out), as in `fused_linear`."""
         return fused_linear(x, (self,), row_scale, activation)
 
-    def transposed(self, x: Tensor) -> Tensor:
-        """Apply the transposed map without its bias: x (..., out) -> (..., in)."""
-        for factor in (self.gate, self.scale):
-            if factor is not None:
-                x = x * factor.to(x.dtype)
-        return x @ merge_weights([self.parts(x.dtype)])
-
 
 class InputGroup(nn.Module):
-    """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ.
+    """Modules that multiply the same input by their weights, and so share its Hessian in GPTQ."""
 
-    The members stay where they are registered: a tuple does not register them again.
-    """
-
-    def __init__(self, *members: QuantizedModule) -> None:
+    def __init__(self, *readers: QuantizedModule) -> None:
         super().__init__()
-        self.members = members
+        self.readers = readers  # a tuple does not register them again
 
 
 class FusedLinear(InputGroup):
-    """Maps of one input, computed by one product or one by one: x (..., in) -> (..., Σ out)."""
-
-    def __init__(self, *members: Linear, fused: bool = True) -> None:
-        super().__init__(*members)
-        self.fused = fused
+    """Maps of one input, computed by one product: x (..., in) -> (..., Σ out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return fused_linear(x, self.members)
-        return torch.cat([fused_linear(x, (each,)) for each in self.members], -1)
+        return fused_linear(x, self.readers)
 
 
 class Embedding(QuantizedModule):
-    """A learned table (vocabulary, dim) in float32; `proj`, if any, maps a row from dim to out.
+    """Learned rows (vocabulary, dim) in float32; `proj`, if any, widens a row from dim to out.
 
     Lookups come in `dtype`. Without `proj`, out is dim.
     """
@@ -1086,12 +961,7 @@ class Embedding(QuantizedModule):
     roles: ClassVar = {"weight": Role.EMBEDDING}
 
     def __init__(
-        self,
-        vocabulary: int,
-        dim: int,
-        std: float,
-        dtype: torch.dtype,
-        proj: Linear | None = None,
+        self, vocabulary: int, dim: int, std: float, dtype: torch.dtype, proj: Linear | None = None
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocabulary, dim) * std)
@@ -1099,27 +969,61 @@ class Embedding(QuantizedModule):
         self.proj = proj
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up rows: ids (...) -> (..., out)."""
+        """Return the rows of ids (...), (..., out)."""
         x = F.embedding(ids, self.weight).to(self.dtype)
         return x if self.proj is None else self.proj(x)
 
-    def narrow(self, x: Tensor) -> Tensor:
-        """Apply the transposed `proj`: x (..., out) -> (..., dim), the input of TiedHead."""
-        return x if self.proj is None else self.proj.transposed(x)
+
+class FrozenRows(nn.Module):
+    """A random map (vocabulary, dim) whose rows tokens select: ids (...) -> (..., dim) bfloat16."""
+
+    def __init__(self, spec: MapSpec) -> None:
+        super().__init__()
+        self.register_buffer("weight", generate_map(spec), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class BigramTable(Embedding):
+    """A learned table (rows, dim) whose rows pairs of tokens share by a hash (PR #1113).
+
+    Without signs, the pairs of a row read the same values: the mean of what they want. With signs,
+    each pair reads the row times a frozen random vector of its own, S₁[previous] ⊙ S₂[current] of
+    ±1. The row then holds what each pair wants under the pair's signs, and to the other pairs it is
+    noise of mean zero (signed hashing, arXiv:0902.2206).
+    """
+
+    def __init__(
+        self, rows: int, dim: int, dtype: torch.dtype, proj: Linear, signs: Mapping[str, FrozenRows]
+    ) -> None:
+        super().__init__(rows, dim, 0.0, dtype, proj)
+        self.signs = nn.ModuleDict(signs)  # previous and current, or nothing
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up each token with the one before it: ids (B, T) -> (B, T, out).
+
+        The last row is for the first position, whose previous token counts as token 0.
+        """
+        last = len(self.weight) - 1
+        buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
+        buckets = F.pad(buckets, (1, 0), value=last)
+        x = F.embedding(buckets, self.weight).to(self.dtype)  # (B, T, dim)
+        tokens = {"previous": F.pad(ids[:, :-1], (1, 0)), "current": ids}
+        for name, signs in self.signs.items():
+            x = x * signs(tokens[name]).to(x.dtype)
+        return self.proj(x)
 
 
 class TiedHead(InputGroup):
-    """Logits c·tanh(z/c) of z = x Eᵀ, with E the table of the token embedding.
-
-    Its shapes are (..., dim) -> (..., vocabulary); `Embedding.narrow` gives its input.
-    """
+    """Logits c·tanh(z/c), z = x Eᵀ, with the token embedding E: (..., dim) -> (..., vocabulary)."""
 
     def __init__(self, embedding: Embedding, softcap: float) -> None:
         super().__init__(embedding)
         self.softcap = softcap
 
     def forward(self, x: Tensor) -> Tensor:
-        (embedding,) = self.members
+        (embedding,) = self.readers
         z = F.linear(x, embedding.weight.to(x.dtype)).float()
         c = self.softcap  # c - 2c·sigmoid(-2z/c) is the same as c·tanh(z/c), and faster on a CPU
         return torch.rsub(torch.sigmoid(-2 / c * z), c, alpha=2 * c)
@@ -1164,7 +1068,6 @@ class MapSpec(NamedTuple):
     in_features: int
     basis: str = "learned"  # shared or shared:N, or a key of BASES for a frozen random map
     init: str = "orthogonal"  # initial value of what is learned of W: orthogonal or zero
-    twist: str = "none"  # or a key of TWISTS: what makes a shared map differ by layer
     depth: float = 0.0  # of its layer, from 0 to 1
     seed: int = 0  # of what is random in this map
     shared_seed: int = 0  # of what adapters generate once for all maps of one shape
@@ -1184,9 +1087,24 @@ class MapSpec(NamedTuple):
         return self.basis in BASES
 
     @property
+    def is_learned(self) -> bool:
+        """Whether W is learned in full and belongs to this map alone."""
+        return self.basis == "learned"
+
+    @property
     def kind(self) -> str:
         """Its name without member and layer, such as mlp.fc."""
         return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether something is learned beside W: an adapter, a scale or a gate."""
+        return (self.adapter, self.scale, self.gate) != ("none", "none", None)
+
+    @property
+    def is_signs(self) -> bool:
+        """Whether it holds a vector for each token, by which BigramTable multiplies its rows."""
+        return self.kind in BIGRAM_SIGNS
 
     @property
     def owner(self) -> tuple[str, str]:
@@ -1239,39 +1157,43 @@ class MapSpec(NamedTuple):
 class MapRule(NamedTuple):
     """One CELL or SELECTOR=CELL of a column of the map table.
 
-    A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, attention, mlp, mlp.in (the MLP without its
-    proj) or one such as attention.q. The maps of embeddings are not in all; embedding, bigram and
-    value_embedding, or these with .proj, select them.
+    A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, random (also those that are shared),
+    attention, mlp, mlp.in (the MLP without its proj) or one such as attention.q. The maps of
+    embeddings are not in all; bigram and value_embedding, or these with .proj, select them, and
+    bigram.signs selects the signs of pairs. A cell without a selector is for all maps, but an
+    adapter is for random ones.
     """
 
-    selector: str  # as written; empty: see FOR_ALL_MAPS
+    selector: str  # as written
     member: int | None
     kind: str
     layers: list[int]
     cell: str | float | None
 
-    def selects(self, member: int, kind: str, layer: int) -> bool:
-        family = "mlp.in" if kind in ("mlp.fc", "mlp.gate") else kind
-        kinds = [kind.partition(".")[0], family, kind]
-        if kind not in EMBEDDING_MAPS:
-            kinds.append("all")
+    def selects(self, spec: MapSpec, member: int, layer: int) -> bool:
+        kinds = [spec.kind, spec.kind.partition(".")[0]]
+        if spec.kind in ("mlp.fc", "mlp.gate"):
+            kinds.append("mlp.in")
+        if spec.is_signs:
+            kinds = [spec.kind, "bigram.signs"]
+        elif spec.kind not in EMBEDDING_MAPS:
+            kinds += ["all"] if spec.is_learned else ["all", "random"]
         return self.kind in kinds and layer in self.layers and self.member in (None, member)
 
 
 # Maps that widen the rows of an embedding. They are learned unless a selector names them.
-EMBEDDING_MAPS = ("embedding.proj", "bigram.proj", "value_embedding.proj")
+EMBEDDING_MAPS = ("bigram.proj", "value_embedding.proj")
+# Frozen vectors of tokens, not in the model unless MAP_BASIS names a basis for bigram.signs.
+BIGRAM_SIGNS = ("bigram.signs.previous", "bigram.signs.current")
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
 CELL_WORDS = {
-    "basis": ["learned", "shared", *BASES],
+    "basis": ["learned", "shared", "none", *BASES],
     "init": ["orthogonal", "zero"],
-    "twist": ["none", *TWISTS],
     "scale": ["none", "map", "row"],
     "gate": ["none"],
 }
 CELL_RANGES = {"gain": (1e-6, 1e6), "gate": (-100.0, 100.0), "freeze": (0.0, 1.0)}
-COLUMNS = ("basis", "init", "gain", "twist", "adapter", "scale", "gate", "freeze")
-# Columns whose rules without a selector apply to all maps; in others, to random and shared ones.
-FOR_ALL_MAPS = ("basis", "init", "twist", "freeze")
+COLUMNS = ("basis", "init", "gain", "adapter", "scale", "gate", "freeze")
 
 
 def parse_cell(column: str, text: str) -> str | float | None:
@@ -1294,6 +1216,7 @@ def parse_cell(column: str, text: str) -> str | float | None:
 def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
     """Return the rules of one MAP_* setting. ValueError says what is wrong."""
     rules = []
+    usual_kind = "random" if column == "adapter" else "all"
     for part in text.replace(" ", "").split(","):
         selector, _, cell = part.rpartition("=")
         match = re.fullmatch(r"(?:m(\d+)\.)?([a-z._]+)?(?:@([\d+-]+))?", selector)
@@ -1304,7 +1227,7 @@ def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
             MapRule(
                 selector,
                 int(member) if member else None,
-                kind or "all",
+                kind or usual_kind,
                 parse_layers(layers or "0-", num_layers),
                 parse_cell(column, cell),
             )
@@ -1336,9 +1259,10 @@ class MapTable:
         "mlp.fc": 10,
         "mlp.proj": 11,
         "mlp.gate": 12,
-        "embedding.proj": 20,
         "bigram.proj": 21,
         "value_embedding.proj": 22,
+        "bigram.signs.previous": 30,
+        "bigram.signs.current": 31,
     }
 
     def __init__(self, h: Hyperparameters) -> None:
@@ -1355,20 +1279,21 @@ class MapTable:
             return
         for member in range(h.ensemble):
             for kind, shape in self.embedding_shapes().items():
-                self.specs.append(self.spec(member, None, kind, shape))
+                spec = self.spec(member, None, kind, shape)
+                if not (spec.is_signs and spec.basis == "none"):
+                    self.specs.append(spec)
             for layer in range(h.num_layers):
                 for kind, shape in self.block_shapes().items():
                     self.specs.append(self.spec(member, layer, kind, shape))
         self.check()
 
     def embedding_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return kind -> (out, in) of the maps that widen embeddings."""
+        """Return kind -> (out, in) of the maps that widen embeddings, and of signs."""
         h = self.h
         shapes = {}
-        if h.token_dim != h.model_dim:
-            shapes["embedding.proj"] = (h.model_dim, h.token_dim)
         if h.bigram_vocab_size > 1:
             shapes["bigram.proj"] = (h.model_dim, h.bigram_dim)
+            shapes |= dict.fromkeys(BIGRAM_SIGNS, (h.vocab_size, h.bigram_dim))
         if h.value_layers:
             shapes["value_embedding.proj"] = (h.kv_dim, h.ve_dim)
         return shapes
@@ -1388,83 +1313,78 @@ class MapTable:
             shapes["mlp.gate"] = (hidden, d)
         return shapes
 
-    def cells(
-        self, column: str, member: int, layer: int, kind: str, is_seeded: bool
-    ) -> dict[str, Any]:
-        """Return {column: cell} of one map, or nothing where no rule of the column selects it."""
-        chosen = {}
-        for rule in self.rules[column]:
-            for_learned_maps = rule.selector or column in FOR_ALL_MAPS
-            if (is_seeded or for_learned_maps) and rule.selects(member, kind, layer):
-                chosen[column] = rule.cell
-                self.used.add((column, rule.selector))
-        return chosen
-
     def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
-        """Return the row of a map in a block, or of an embedding's map (block None)."""
+        """Return the row of a map of a block, or of an embedding (block None)."""
         h = self.h
         layer = block or 0
-        cells: dict[str, Any] = {}
-        if kind in ("bigram.proj", "value_embedding.proj"):
-            cells["gain"] = (2 * h.num_layers) ** -0.5  # as published (PR #1113)
-        cells |= self.cells("basis", member, layer, kind, False)
-        is_seeded = cells.get("basis", "learned") != "learned"  # a random map, or a shared one
-        for column in COLUMNS[1:]:
-            cells |= self.cells(column, member, layer, kind, is_seeded)
-        if is_seeded:
-            shared_seed = h.map_seed + 1_000_000 * member
-            cells["shared_seed"] = shared_seed
-            cells["seed"] = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
-        cells["depth"] = layer / max(h.num_layers - 1, 1)
         prefix = f"members.{member}." if h.ensemble > 1 else ""
         if block is not None:
             prefix += f"blocks.{block}."
-        return MapSpec(prefix + kind, *shape, **cells)
+        spec = MapSpec(prefix + kind, *shape, depth=layer / max(h.num_layers - 1, 1))
+        if kind in EMBEDDING_MAPS:
+            spec = spec._replace(gain=(2 * h.num_layers) ** -0.5)  # as published (PR #1113)
+        if spec.is_signs:
+            spec = spec._replace(basis="none", gain=h.bigram_dim**0.5)  # ±1 instead of ±1/√dim
+        for column in COLUMNS:  # the basis first: it decides what `random` selects
+            for rule in self.rules[column]:
+                if rule.selects(spec, member, layer):
+                    spec = spec._replace(**{column: rule.cell})
+                    self.used.add((column, rule.selector))
+        if spec.is_learned:
+            return spec
+        shared_seed = h.map_seed + 1_000_000 * member
+        seed = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
+        return spec._replace(seed=seed, shared_seed=shared_seed)
 
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
         h = self.h
+        owners: dict[tuple[str, str], MapSpec] = {}  # the first map of each
         for spec in self.specs:
-            kind = spec.kind
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
-                if spec.adapters() and spec.basis == "learned":
-                    raise ValueError(f"{kind} is learned in full and takes no adapter")
-            with collect_errors(self.errors, f"MAP_TWIST={h.map_twist}"):
-                if spec.twist != "none" and not spec.shared_count:
-                    raise ValueError(f"{kind} is not shared and takes no twist")
-            own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
-            learned = own or spec.shared_count > 1  # then its mix is learned
-            with collect_errors(self.errors, f"MAP_FREEZE={h.map_freeze}"):
-                if spec.freeze and spec.basis != "learned" and not learned:
-                    raise ValueError(
-                        f"{kind} is {spec.basis} and has no adapter, scale or gate to freeze"
-                    )
-        self.check_shared()
+                if spec.adapters() and spec.is_learned:
+                    raise ValueError(f"{spec.kind} is learned in full and takes no adapter")
+            self.check_signs(spec)
+            is_trained = spec.is_learned or spec.has_own or spec.shared_count > 1  # then its mix is
+            if spec.freeze and not is_trained:
+                self.errors.append(
+                    f"MAP_FREEZE={h.map_freeze}: {spec.kind} is {spec.basis} and has no adapter,"
+                    " scale or gate to freeze"
+                )
+            first = owners.setdefault(spec.owner, spec)
+            if spec.shared_count and (spec.gain, spec.init) != (first.gain, first.init):
+                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
+                self.errors.append(f"{spec.kind} is shared: {needs}")
+        self.check_rules()
+        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
+
+    def check_signs(self, spec: MapSpec) -> None:
+        """Add to `errors` signs that are not random, and maps that are missing."""
+        if spec.is_signs and (not spec.is_random or spec.has_own or spec.freeze):
+            self.errors.append("bigram.signs are none or random, and take no adapter or scale")
+        if not spec.is_signs and spec.basis == "none":
+            self.errors.append(f"MAP_BASIS={self.h.map_basis}: only bigram.signs can be none")
+
+    def check_rules(self) -> None:
+        """Add to `errors` rules that select no map, and maps with one seed."""
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
                     self.errors.append(f"MAP_{column.upper()}: {rule.selector} selects no map")
-        seeds = [spec.seed for spec in self.specs if spec.basis != "learned"]
+        seeds = [spec.seed for spec in self.specs if not spec.is_learned]
         if len(set(seeds)) < len(seeds):
-            stride = f"MAP_SEED_STRIDE={h.map_seed_stride}"
+            stride = f"MAP_SEED_STRIDE={self.h.map_seed_stride}"
             self.errors.append(
                 f"{stride} gives two maps the same seed; choose another, such as 100"
             )
-        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
-
-    def check_shared(self) -> None:
-        """Add to `errors` layers that share a matrix but want other initial values of it."""
-        first: dict[tuple[str, str], MapSpec] = {}
-        for spec in self.specs:
-            other = first.setdefault(spec.owner, spec)
-            if spec.shared_count and (spec.gain, spec.init) != (other.gain, other.init):
-                kind = spec.owner[0]
-                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
-                self.errors.append(f"{kind} is shared: {needs}")
 
 
+@functools.lru_cache(maxsize=8)
 def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
-    """Return the map table by name. UserError says what is wrong with it."""
+    """Return the map table by name; all callers with the same settings share it.
+
+    UserError says what is wrong with it.
+    """
     table = MapTable(h)
     if table.errors:
         raise UserError("\n  ".join(["the map table cannot be built:", *table.errors]))
@@ -1516,13 +1436,11 @@ ALIASES = {
         {"map_basis": "orthogonal"},
     ),
     "random_adapter_rank": Alias("system A: rank of LoRA", {"map_adapter": "lora:{}"}),
-    "random_adapter_seed": Alias("system A: seed", {"map_seed": "{}"}),
     "random_basis_enabled": Alias(
         "PR #1684 (system B), 1: random MLP with LoRA and a gate per hidden unit",
         {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"},
         {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"},
     ),
-    "random_basis_seed": Alias("system B: seed", {"map_seed": "{}"}),
     "lora_rank": Alias("system B: rank of LoRA", {"map_adapter": "lora:{}"}),
     "selective_freeze": Alias(
         "PR #1301 (system C), 1: the MLP's input maps random",
@@ -1540,21 +1458,19 @@ ALIASES = {
         {"map_basis": "mlp.in@{}=orthogonal"},
         {"map_adapter": "none"},
     ),
-    "rand_gain": Alias("PR #1228, 1: a learned gain per random feature", {"map_scale": "row"}),
-    "adapter_lr": Alias("PR #1295: learning rate of the factors", {"factor_lr": "{}"}),
+    "rand_gain": Alias(
+        "PR #1228, 1: a learned gain per random feature", {"map_scale": "random=row"}
+    ),
     "adapter_rank": Alias("PR #1549: rank of LoRA", {"map_adapter": "lora:{}"}),
-    "random_backbone_seed": Alias("PR #1549: seed", {"map_seed": "{}"}),
     "mlp_rank": Alias(
         "PR #2058: random MLP with LoRA of this rank",
         {"map_basis": "mlp=orthogonal", "map_adapter": "lora:{}"},
     ),
-    "enable_looping_at": Alias("PR #1549: when layers recur", {"recur_frac": "{}"}),
-    "parallel_residual_start": Alias("PR #1549: first parallel layer", {"parallel_from": "{}"}),
-    "rope_train_seq_len": Alias("PR #1684: length of its RoPE", {"rope_stretch_from": "{}"}),
-    "muon_ns_steps": Alias("PR #1113: Newton-Schulz iterations", {"muon_backend_steps": "{}"}),
-    "gptq_calibration_batches": Alias("calibration batches", {"gptq_calib_batches": "{}"}),
-    "stride": Alias("PR #2058: tokens that a window scores", {"eval_stride": "{}"}),
-    "swa_every": Alias("PR #1228: steps between averaged weights", {"swa_interval": "{}"}),
+}
+ALIASES |= {
+    name: Alias("another name of it", {target: "{}"})
+    for target, f in SETTINGS.items()
+    for name in f.metadata["also"]
 }
 
 
@@ -1565,18 +1481,22 @@ class Unsupported(NamedTuple):
     reason: str
 
 
+GAINED_NOTHING = "the switch is gone, because it made no run faster or better"
 UNTIED = "embeddings are tied here, there is no separate head"
 TTT = "test-time training is not built"
 QUANTIZED_BY_ROLE = "the module that owns a tensor decides how it is quantized"
 UNSUPPORTED = {
     "BACKOUT_ENABLED": Unsupported(("0",), "backout is not built"),
     "BACKOUT_INIT": Unsupported(("0.2",), "backout is not built"),
+    "COMPILE_MUON": Unsupported(("0",), GAINED_NOTHING),
     "COMPRESSOR": Unsupported(("brotli",), "artifacts are compressed by brotli alone"),
     "CONTROL_TENSOR_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
     "DATA_DIR": Unsupported(("./data/", "./data"), "set DATA_PATH and TOKENIZER_PATH"),
     "DDL_ENABLED": Unsupported(("0",), "DDL is not built"),
+    "EMBEDDING_DIM": Unsupported(("512",), "the token embedding has MODEL_DIM columns"),
     "EMBED_LR": Unsupported(("0.6",), f"{UNTIED}; set TIED_EMBED_LR"),
     "EVAL_BATCH_SEQS": Unsupported(("256",), "set EVAL_BATCH_TOKENS"),
+    "FUSE_QKV": Unsupported(("1",), GAINED_NOTHING),
     "GPTQ_BLOCK_SIZE": Unsupported(("128",), "the block does not change the codes; it is 128"),
     "GPTQ_ENABLED": Unsupported(("1",), "GPTQ_CALIB_BATCHES=0 turns GPTQ off"),
     "GRAD_ACCUM_STEPS": Unsupported(("6",), "MICRO_BATCH_TOKENS decides it"),
@@ -1589,7 +1509,9 @@ UNSUPPORTED = {
     ),
     "LOOP_END": Unsupported(("5",), "set RECUR_LAYERS, such as 3-5"),
     "LOOP_START": Unsupported(("3",), "set RECUR_LAYERS, such as 3-5"),
+    "MAP_TWIST": Unsupported(("none",), "layers that share a map share it as it is"),
     "MINI_MOE_EXPERTS": Unsupported(("1",), "mixtures of experts are not built"),
+    "MIX_ORDER_REDUCTION": Unsupported(("0",), GAINED_NOTHING),
     "MUON_BETA2": Unsupported(("0.95",), "Muon has no second moment here"),
     "MUON_ROW_NORMALIZE": Unsupported(("0",), "Muon does not normalize rows here"),
     "NGRAM_EVAL": Unsupported(("0",), "its probabilities sum to over 1"),
@@ -1658,8 +1580,6 @@ def parse_setting(f: dataclasses.Field, raw: Any) -> str | int | float:
     if kind is str:
         if len(str(raw)) > 4096:  # an artifact's settings may come from anyone
             raise ValueError("is longer than 4,096 characters")
-        if raw in rule["renamed"]:
-            raise ValueError(f"is called {rule['renamed'][raw]} now")
         if rule["choices"] and raw not in rule["choices"]:
             raise ValueError(f"must be one of {', '.join(rule['choices'])}")
         return str(raw)
@@ -1694,31 +1614,28 @@ def attention_order(h: Hyperparameters) -> list[str]:
     return names
 
 
-def require(errors: list[str], condition: object, message: str) -> None:
-    """Add the message to the errors unless the condition holds."""
-    if not condition:
-        errors.append(message)
+def messages(*rows: tuple[object, str]) -> list[str]:
+    """Return the messages of rows (condition, message) whose condition does not hold."""
+    return [message for holds, message in rows if not holds]
 
 
 def validate_model(h: Hyperparameters) -> list[str]:
     """Return what is wrong with settings of the model that are fine alone but not together."""
-    errors: list[str] = []
-    require(
-        errors,
-        h.model_dim % h.num_heads == 0,
-        f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}",
+    errors = messages(
+        (
+            h.model_dim % h.num_heads == 0,
+            f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}",
+        ),
+        (
+            h.num_heads % h.num_kv_heads == 0,
+            f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}",
+        ),
+        (
+            h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
+            f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head",
+        ),
+        (h.mlp_dim >= 1, f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit"),
     )
-    require(
-        errors,
-        h.num_heads % h.num_kv_heads == 0,
-        f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}",
-    )
-    require(
-        errors,
-        h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
-        f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head",
-    )
-    require(errors, h.mlp_dim >= 1, f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit")
     with collect_errors(errors, f"ATTENTION_BACKEND={h.attention_backend}"):
         attention_order(h)
     with collect_errors(errors, f"VE_LAYERS={h.ve_layers}"):
@@ -1730,78 +1647,64 @@ def validate_model(h: Hyperparameters) -> list[str]:
 
 def validate_quantizer(h: Hyperparameters) -> list[str]:
     """Return what is wrong with settings of the quantizer, such as RMS settings without a use."""
-    errors: list[str] = []
     by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
     changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
-    require(
-        errors,
-        h.quantizer == "rms" or not (h.gptq_calib_batches and changed) or h.late_qat_threshold,
-        f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
+    return messages(
+        (
+            h.quantizer == "rms" or not (h.gptq_calib_batches and changed) or h.late_qat_threshold,
+            f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
+        ),
+        (
+            not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),
+            "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0",
+        ),
     )
-    require(
-        errors,
-        not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),
-        "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0",
-    )
-    return errors
 
 
 def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str]:
     """Return what is wrong with settings of a run, under this launcher."""
-    errors: list[str] = []
     world_size = int(environment.get("WORLD_SIZE") or 1)
     restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     start, end = h.distill_start_frac, h.distill_end_frac
-    require(
-        errors,
-        h.run_id or (h.resume != "1" and not restarts),
-        "RESUME=1 and torchrun's --max-restarts need RUN_ID, the run to continue",
+    return messages(
+        (
+            h.run_id or (h.resume != "1" and not restarts),
+            "RESUME=1 and torchrun's --max-restarts need RUN_ID, the run to continue",
+        ),
+        (
+            h.eval_stride <= h.eval_seq_len,
+            f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}",
+        ),
+        (
+            h.eval_only or h.train_batch_tokens % (h.train_seq_len * world_size) == 0,
+            f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is not a multiple of"
+            f" TRAIN_SEQ_LEN={h.train_seq_len} times {world_size} processes",
+        ),
+        (
+            h.max_wallclock_seconds == 0 or h.max_wallclock_seconds > h.gptq_reserve_seconds,
+            f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
+            " MAX_WALLCLOCK_SECONDS to train",
+        ),
+        (
+            not h.warmdown_frac or h.warmdown_iters == SETTINGS["warmdown_iters"].default,
+            f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of"
+            " them, or set WARMDOWN_FRAC=0",
+        ),
+        (
+            not h.eval_only or h.model_path,
+            "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate",
+        ),
+        (
+            not h.export_only or h.checkpoint_path,
+            "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt",
+        ),
+        (
+            not (h.distill_from and h.self_distill),
+            "DISTILL_FROM and SELF_DISTILL=1 are two teachers",
+        ),
+        (not h.self_distill or start, "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0"),
+        (end > start, f"DISTILL_END_FRAC={end} is not after DISTILL_START_FRAC={start}"),
     )
-    require(
-        errors,
-        h.eval_stride <= h.eval_seq_len,
-        f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}",
-    )
-    require(
-        errors,
-        h.eval_only or h.train_batch_tokens % (h.train_seq_len * world_size) == 0,
-        f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is not a multiple of"
-        f" TRAIN_SEQ_LEN={h.train_seq_len} times {world_size} processes",
-    )
-    require(
-        errors,
-        h.max_wallclock_seconds == 0 or h.max_wallclock_seconds > h.gptq_reserve_seconds,
-        f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
-        " MAX_WALLCLOCK_SECONDS to train",
-    )
-    require(
-        errors,
-        not h.warmdown_frac or h.warmdown_iters == SETTINGS["warmdown_iters"].default,
-        f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of them,"
-        " or set WARMDOWN_FRAC=0",
-    )
-    require(
-        errors,
-        not h.eval_only or h.model_path,
-        "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate",
-    )
-    require(
-        errors,
-        not h.export_only or h.checkpoint_path,
-        "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt",
-    )
-    require(
-        errors,
-        not (h.distill_from and h.self_distill),
-        "DISTILL_FROM and SELF_DISTILL=1 are two teachers",
-    )
-    require(errors, not h.self_distill or start, "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0")
-    require(
-        errors,
-        end > start,
-        f"DISTILL_END_FRAC={end} is not after DISTILL_START_FRAC={start}",
-    )
-    return errors
 
 
 def same_value(text: str, other: str) -> bool:
@@ -1825,7 +1728,7 @@ def unsupported_variables(environment: Mapping[str, str]) -> list[str]:
 def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
     """Return errors for variables that look like a misspelled setting."""
     errors = []
-    known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]  # PRESET is run.sh's
+    known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]
     for name in sorted(set(environment) - {*known, *UNSUPPORTED}):
         if len(name) > 3:
             # At least one letter may be added, dropped, changed or swapped with the next.
@@ -1835,15 +1738,95 @@ def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
     return errors
 
 
+PRESETS = Path(__file__).resolve().with_name("presets")
+
+
+def find_preset(name: str, on_cpu: bool) -> Path:
+    """Return the file of a preset: a path to an .env file, or a name in presets/.
+
+    On a CPU, a file of that name in presets/cpu/ comes first. UserError lists what there is.
+    """
+    places = [PRESETS / f"{name.removesuffix('.env')}.env"]
+    if on_cpu:
+        places.insert(0, PRESETS / "cpu" / places[0].name)
+    if name.endswith(".env"):
+        places = [Path(name), PRESETS.parent / name, *places]
+    for place in places:
+        if place.is_file():
+            return place
+    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.env")))
+    raise UserError(f"PRESET={name}: no such file; {PRESETS} has: {known or 'nothing'}")
+
+
+def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -> dict[str, str]:
+    """Return the variables of a preset, and those of its PRESET_BASE that it does not set itself.
+
+    A line is KEY=VALUE; # begins a comment. TEACHER_PRESET names the preset of the teacher that the
+    preset learns from. UserError for a missing file, another kind of line, or a circle of bases.
+
+    Args:
+        name: see find_preset.
+        device: DEVICE; cpu, or a machine whose GPU torch cannot use, takes presets for CPUs.
+        heirs: files of the presets that build on this one.
+    """
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    path = find_preset(name, on_cpu and not heirs)
+    if path in heirs:
+        raise UserError(f"{path}: PRESET_BASE makes the preset its own base")
+    own = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        key, equals, value = text.partition("=")
+        if text and not (equals and re.fullmatch(r"[A-Z][A-Z0-9_]*", key)):
+            raise UserError(f"{path}: not KEY=VALUE: {text}")
+        own[key] = value
+    own.pop("", None)  # of lines without text
+    base = own.pop("PRESET_BASE", None)
+    if not base:
+        return own
+    inherited = load_preset(base, device, (*heirs, path))
+    inherited.pop("TEACHER_PRESET", None)  # a preset names its own teacher
+    return inherited | own
+
+
+def apply_preset(name: str, given: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+    """Return what is given, over what a preset sets.
+
+    Beside another MAP_BASIS the preset's other columns would be about other maps: none of its MAP_*
+    settings holds.
+    """
+    preset = load_preset(name, str(given.get("device", "auto")))
+    teacher = preset.pop("TEACHER_PRESET", None)
+    if teacher and not given.get("distill_from"):
+        errors.append(
+            f"PRESET={name} needs a teacher: set DISTILL_FROM to the artifact of a run with"
+            f" PRESET={teacher}, or let run.sh train both"
+        )
+    errors += unsupported_variables(preset)
+    known = {key.upper() for key in (*SETTINGS, *ALIASES)}
+    unknown = preset.keys() - known - UNSUPPORTED.keys()
+    errors += [f"PRESET={name}: {key}: no such setting" for key in sorted(unknown)]
+    settings = {key.lower(): text for key, text in preset.items() if key in known}
+    settings = expand_aliases(settings, errors)
+    if "map_basis" in given:
+        settings = {key: text for key, text in settings.items() if not key.startswith("map_")}
+    return settings | given
+
+
 def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any) -> Hyperparameters:
     """Return checked settings: an override, else the variable of its name, else the default.
 
-    UserError lists every error.
+    Before the defaults come the settings of PRESET, unless the run takes its own from an artifact
+    or a checkpoint. UserError lists every error.
     """
     errors: list[str] = []
     names = [name for name in (*SETTINGS, *ALIASES) if name.upper() in environment]
     overrides = {name: environment[name.upper()] for name in names} | overrides
     overrides = expand_aliases(overrides, errors)
+    preset = environment.get("PRESET")
+    brings_settings = any(str(overrides.get(name)) == "1" for name in ("eval_only", "export_only"))
+    if preset and not brings_settings:
+        overrides = apply_preset(preset, overrides, errors)
     values = {}
     for name, raw in overrides.items():
         if name not in SETTINGS:
@@ -1856,10 +1839,9 @@ def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
     errors += unsupported_variables(environment)
     if not h.allow_unknown:
         errors += misspelled_variables(environment)
-    if not errors:  # a table of impossible shapes would repeat them
-        errors += MapTable(h).errors
     if errors:
         raise UserError("\n  ".join(["these settings cannot be used:", *errors]))
+    build_map_table(h)  # now: a table of impossible shapes would repeat these errors
     return h
 
 
@@ -1879,20 +1861,56 @@ def adopt_settings(
     if differences:
         what = "; ".join(differences)
         raise UserError(f"{source} has other settings: {what}. Unset these")
+    return reload_settings(stored | {name: getattr(h, name) for name in kept})
+
+
+def reload_settings(values: dict[str, Any]) -> Hyperparameters:
+    """Return checked settings with these values alone, under this launcher."""
     # The batch must still divide among these processes.
-    launcher = {"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}
-    return load_settings(launcher, **stored | {name: getattr(h, name) for name in kept})
+    return load_settings({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}, **values)
+
+
+def read_manifest(data_path: str) -> dict[str, Any]:
+    """Return what the manifest says of the shards; nothing if there is none, or of another kind."""
+    with contextlib.suppress(OSError, ValueError):
+        manifest = json.loads((Path(data_path) / "manifest.json").read_bytes())
+        return manifest if isinstance(manifest, dict) else {}
+    return {}
+
+
+def settings_from_manifest(h: Hyperparameters) -> Hyperparameters:
+    """Return the settings with tokenizer and vocabulary of DATA_PATH's manifest, unless set."""
+    manifest = read_manifest(h.data_path)
+    found: dict[str, Any] = {}
+    if {"tokenizer", "vocab_size"} <= manifest.keys():
+        path = os.path.join(h.data_path, str(manifest["tokenizer"]))
+        found = {"tokenizer_path": path, "vocab_size": manifest["vocab_size"]}
+    return reload_settings(found | {name: getattr(h, name) for name in h.explicit})
+
+
+def allowed_values(f: dataclasses.Field) -> str:
+    """Return the range or the words of a setting, in brackets, for --help."""
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    if choices:
+        return f" [{', '.join(choices)}]"
+    if isinstance(f.default, str):
+        return ""
+    return f" [{low:,} to {high:,}]" if high < math.inf else f" [at least {low:,}]"
 
 
 def settings_help() -> str:
-    """Return all settings with defaults and meanings, in groups, for --help."""
+    """Return all settings with defaults, meanings and ranges, in groups, for --help."""
     headings = {first: title for title, first in SETTING_GROUPS.items()}
-    lines = ["Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py"]
+    lines = [
+        "Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py.",
+        "PRESET=NAME adds those of presets/NAME.env, on a CPU of presets/cpu/NAME.env.",
+    ]
     for name, f in SETTINGS.items():
         if name in headings:
             lines += ["", f"{headings[name]}:"]
         default = f"({f.default})" if f.default != "" else "(empty)"
-        lines.append(f"  {name.upper():<28} {default:<14} {f.metadata['meaning']}")
+        meaning = f"{f.metadata['meaning']}{allowed_values(f)}"
+        lines.append(f"  {name.upper():<28} {default:<14} {meaning}")
     lines += ["", "Variables of published scripts, each short for settings of the map table:"]
     for name, alias in ALIASES.items():
         means = " ".join(f"{key.upper()}={text}" for key, text in alias.sets.items())
@@ -1915,11 +1933,11 @@ def rope_base(h: Hyperparameters, length: int) -> float:
     return h.rope_base * (length / limit) ** (dims / (dims - 2))
 
 
-def rotary_table(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
+def rotations(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
     """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, ROPE_DIMS / 2).
 
-    The last one is the rotation by a whole row, which streaming needs. Without the table, compiled
-    kernels compute the rotations again for every head.
+    The last one is the rotation by a whole row, which streaming needs. Computed in the forward
+    pass, compiled kernels would compute them again for every head.
     """
     exponents = torch.arange(0, h.rope_dims, 2).double() / max(h.rope_dims, 1)
     angles = torch.arange(length + 1)[:, None, None] * rope_base(h, length) ** -exponents
@@ -2003,15 +2021,10 @@ class ScoresFunction(torch.autograd.Function):
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
-    """Attend causally by plain products in blocks of queries, each to at most `span` keys.
+    """Attend causally by plain products in blocks of queries.
 
-    Args:
-        q: (B, n, H, D), queries of the last n positions.
-        k, v: (B, T, H_kv, D); H / H_kv query heads share one of them.
-        span: keys that a query sees, itself included.
-
-    Returns:
-        (B, n, H, D).
+    The queries q (B, n, H, D) of the last n positions see at most `span` keys k (B, T, H_kv, D),
+    their own included; the result is (B, n, H, D).
     """
     kv_heads = k.size(2)
     position = k.size(1) - q.size(1)  # of the first query in the block
@@ -2034,6 +2047,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
     return y.unflatten(0, (-1, kv_heads)).flatten(1, 2).transpose(1, 2)
 
 
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
 # Longest sequence for which a CPU attends by plain products rather than by torch's fused kernel, by
 # (has AMX, with gradients): plain products keep T² weights for the backward pass (bench/cpu.py).
 PLAIN_ATTENTION = {
@@ -2042,8 +2056,6 @@ PLAIN_ATTENTION = {
     (False, True): 2048,
     (False, False): math.inf,
 }
-
-
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -2105,10 +2117,8 @@ def streaming_attention(
     CPU with AMX a layer of 8 x 2,048 tokens takes 57 ms this way, and 84 ms in 16 masked blocks.
     Without a flash kernel, block_attention computes both halves at once.
 
-    Args:
-        q: (B, T, H, D).
-        k, v: (B, T, H_kv, D).
-        row_shift: cosine and sine that rotate keys back by T positions, (1, R) each.
+    Shapes are q (B, T, H, D) and k, v (B, T, H_kv, D). `row_shift` rotates keys back by T
+    positions: cosine and sine, (1, R) each.
     """
     if q.is_cuda:
         has_flash = q.dtype is torch.bfloat16 and q.size(-1) in range(8, 257, 8)
@@ -2167,7 +2177,7 @@ class Attention(nn.Module):
         self.proj = linear("attention.proj")
         self.q_gain = nn.Parameter(torch.full((h.num_heads, 1), h.qk_gain_init))
         self.value_gate = nn.Parameter(torch.zeros(1)) if h.vrl_enabled and layer else None
-        self.project_qkv = FusedLinear(self.q, self.k, self.v, fused=bool(h.fuse_qkv))
+        self.project_qkv = FusedLinear(self.q, self.k, self.v)
         self.flash_attention_3 = load_flash_attention_3(h)
         self.use_xsa = layer >= h.num_layers - h.xsa_last_n
         self.head_dim = h.head_dim
@@ -2196,7 +2206,7 @@ class Attention(nn.Module):
         value_embed: Tensor | None,
         v0: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the attention output and the layer's own values.
+        """Return the output (B, n, d) of the positions that attend, and own values (B, T, kv_dim).
 
         Args:
             x: (B, T, d).
@@ -2204,11 +2214,8 @@ class Attention(nn.Module):
             context: rotations, and which positions attend.
             value_embed: (B, T, kv_dim), added to the values, or None.
             v0: (B, T, kv_dim), layer 0's own values, or None in layer 0.
-
-        Returns:
-            The output (B, n, d) of the positions that attend, and the own values (B, T, kv_dim).
         """
-        qk, own_v = self.project_qkv(x).split(self.widths, -1)  # one GEMM with FUSE_QKV=1
+        qk, own_v = self.project_qkv(x).split(self.widths, -1)
         v = own_v
         if value_embed is not None:
             v = v + value_embed
@@ -2284,9 +2291,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the stream (B, n, d) of the positions that attend, and the layer's own values.
 
-        Args:
-            x, x0: stream and embedding, (B, T, d).
-            context, value_embed, v0: as in Attention.
+        The stream x and the embedding x0 are (B, T, d); the rest is as in Attention.
         """
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x, self.norm_scale)
@@ -2311,22 +2316,15 @@ class LanguageModel(nn.Module):
     def predict(
         self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
     ) -> Tensor:
-        """Return float32 logits of the last or all positions, (B, n, vocabulary).
+        """Return float32 logits (B, n, vocabulary) for tokens (B, T).
 
-        Args:
-            ids: (B, T) tokens.
-            logits_to_keep: n, how many last positions; None: all.
-            streaming: each row continues the row above (see streaming_attention).
+        They are those of the last n = `logits_to_keep` positions, or of all. If `streaming`, each
+        row continues the row above (see streaming_attention).
         """
         raise NotImplementedError
 
     def token_losses(self, ids: Tensor, targets: Tensor, streaming: bool = False) -> Tensor:
-        """Return the loss of each target in nats, (B, n) float32.
-
-        Args:
-            ids: (B, T) tokens.
-            targets: (B, n), what follows the last n of them.
-        """
+        """Return the loss in nats, (B, n) float32, of what follows the last n of tokens (B, T)."""
         logits = self.predict(ids, targets.size(1), streaming).flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
@@ -2347,11 +2345,18 @@ class LanguageModel(nn.Module):
 
     def set_recurrence(self, enabled: bool) -> None:
         """Run RECUR_LAYERS several times, or once."""
-        raise NotImplementedError
+        for model in self.modules():
+            if isinstance(model, GPT):
+                model.recurs = enabled
 
     def random_maps(self) -> list[MapSpec]:
         """Return the rows of the map table whose map is random."""
         return [spec for spec in self.table.values() if spec.is_random]
+
+    def linear_maps(self) -> dict[str, Linear]:
+        """Return the modules of the map table by name, without the signs of pairs."""
+        names = [name for name, spec in self.table.items() if not spec.is_signs]
+        return {name: self.get_submodule(name) for name in names}
 
     def fingerprint(self) -> str:
         """Return SHA-256 over all that seeds generated, in the order of the map table."""
@@ -2363,9 +2368,9 @@ class LanguageModel(nn.Module):
         return digest.hexdigest()
 
     def set_temperature(self, temperature: float) -> None:
-        """Set the temperature of the bits that masks and signs learn."""
+        """Set the temperature of the bits that masks learn."""
         for module in self.modules():
-            if isinstance(module, BinaryAdapter):
+            if isinstance(module, Mask):
                 module.temperature.fill_(temperature)
 
 
@@ -2380,7 +2385,6 @@ class GPT(LanguageModel):
     ) -> None:
         super().__init__(h)
         d = h.model_dim
-
         self.shared = nn.ModuleDict()  # by kind of map and basis
 
         def linear(name: str) -> Linear:
@@ -2392,23 +2396,20 @@ class GPT(LanguageModel):
                 self.shared[key] = SharedMatrices(spec)
             return Linear(spec, shared=self.shared[key])
 
-        def embedding(kind: str, vocabulary: int, dim: int, std: float) -> Embedding:
-            name = f"{kind}.proj"
-            proj = linear(name) if prefix + name in self.table else None
-            return Embedding(vocabulary, dim, std, dtype, proj)
-
         def block(layer: int) -> Block:
             return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
 
-        self.embedding = embedding("embedding", h.vocab_size, h.token_dim, h.tied_embed_init_std)
-        self.bigram_buckets = h.bigram_vocab_size
+        self.embedding = Embedding(h.vocab_size, d, h.tied_embed_init_std, dtype)
+        self.bigram = None
         if h.bigram_vocab_size > 1:
-            self.bigram = embedding("bigram", h.bigram_vocab_size, h.bigram_dim, 0.0)
+            rows, proj = h.bigram_vocab_size, linear("bigram.proj")
+            self.bigram = BigramTable(rows, h.bigram_dim, dtype, proj, self.bigram_signs(prefix))
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
         self.value_layers = h.value_layers
         if self.value_layers:
-            self.value_embedding = embedding("value_embedding", h.vocab_size, h.ve_dim, 0.01)
+            proj = linear("value_embedding.proj")
+            self.value_embedding = Embedding(h.vocab_size, h.ve_dim, 0.01, dtype, proj)
             self.value_scales = nn.Parameter(torch.full((len(self.value_layers),), 0.1))
         self.blocks = nn.ModuleList(map(block, range(h.num_layers)))
         self.block_orders = {False: list(range(h.num_layers)), True: h.block_order}
@@ -2421,23 +2422,14 @@ class GPT(LanguageModel):
         has_gates = half and h.skip_gates_enabled
         self.skip_gates = nn.Parameter(torch.zeros(half, d)) if has_gates else None
         self.head = TiedHead(self.embedding, h.logit_softcap)
-        self.rotary = functools.partial(rotary_table, h, dtype)
+        self.rotary = functools.partial(rotations, h, dtype)
         for length in {h.train_seq_len, h.eval_seq_len}:
             self.register_buffer(f"rope_{length}", self.rotary(length), persistent=False)
 
-    def set_recurrence(self, enabled: bool) -> None:
-        self.recurs = enabled
-
-    def embed_bigrams(self, ids: Tensor) -> Tensor:
-        """Return the bigram embedding of ids (B, T), (B, T, d).
-
-        The bucket is a hash of two tokens; the last bucket is for the first position.
-        """
-        last = self.bigram_buckets - 1
-        buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
-        buckets = F.pad(buckets, (1, 0), value=last)
-        x = self.bigram(buckets)
-        return x * self.bigram_scale.to(x.dtype)
+    def bigram_signs(self, prefix: str) -> dict[str, FrozenRows]:
+        """Return the signs of pairs that the map table has for this model, by their last word."""
+        specs = [s for name, s in self.table.items() if name.startswith(f"{prefix}bigram.signs.")]
+        return {spec.kind.rpartition(".")[2]: FrozenRows(spec) for spec in specs}
 
     def embed_tokens(self, ids: Tensor, streaming: bool) -> Tensor:
         """Return the input of the blocks for ids (B, T), (B, T, d)."""
@@ -2445,8 +2437,8 @@ class GPT(LanguageModel):
         if streaming:  # one long row: bigrams and smear look back across the rows
             ids = ids.reshape(1, -1)
         x = self.embedding(ids)
-        if self.bigram_buckets > 1:
-            x = x + self.embed_bigrams(ids)
+        if self.bigram is not None:
+            x = x + self.bigram(ids) * self.bigram_scale.to(x.dtype)
         x = norm(x)
         if self.smear_gate is not None:  # SmearGate: a mix with the previous position, per channel
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -2456,10 +2448,10 @@ class GPT(LanguageModel):
     def attention_context(self, x: Tensor, streaming: bool) -> AttentionContext:
         """Return the rotations for x (B, T, d)."""
         length = x.size(1)
-        table = getattr(self, f"rope_{length}", None)
-        if table is None:
-            table = self.rotary(length)
-        cos, sin = table.to(x)
+        rope = getattr(self, f"rope_{length}", None)
+        if rope is None:
+            rope = self.rotary(length)
+        cos, sin = rope.to(x)
         row_shift = (cos[length], -sin[length]) if streaming else None
         return AttentionContext(cos[:length], sin[:length], row_shift)
 
@@ -2509,8 +2501,7 @@ class GPT(LanguageModel):
         are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
         num_queries = logits_to_keep if are_few and not streaming else None
         x = self.run_blocks(x0, ids, context, num_queries)
-        x = norm(keep_last(x, logits_to_keep))
-        return self.head(self.embedding.narrow(x))
+        return self.head(norm(keep_last(x, logits_to_keep)))
 
 
 class Ensemble(LanguageModel):
@@ -2520,10 +2511,6 @@ class Ensemble(LanguageModel):
         super().__init__(h)
         members = [GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble)]
         self.members = nn.ModuleList(members)
-
-    def set_recurrence(self, enabled: bool) -> None:
-        for member in self.members:
-            member.set_recurrence(enabled)
 
     def predict(
         self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
@@ -2540,8 +2527,7 @@ class Ensemble(LanguageModel):
 def adapter_ratios(model: LanguageModel) -> dict[str, float]:
     """Return ‖A B‖ / ‖W‖ (Frobenius norms) of every map with low-rank factors."""
     ratios = {}
-    for name in model.table:
-        module = model.get_submodule(name)
+    for name, module in model.linear_maps().items():
         weight, a, b = module.parts(torch.float32)
         if len(b):
             square = ((a.T @ a) * (b @ b.T)).sum()  # of the Frobenius norm of a b
@@ -2560,26 +2546,24 @@ def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return about how many bytes of memory building the model takes."""
     sizes = [math.prod(spec.shape) for spec in table.values()]
-    squares = [n * n for spec in table.values() if spec.twist == "orthogonal" for n in spec.shape]
-    tables = h.vocab_size * (h.token_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
+    embeddings = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
-    total = 4 * (sum(sizes) + h.ensemble * tables)
-    total += 64 * max(sizes + squares) + 2 * sum(squares)
-    shared = {  # stored once for all layers
+    total = 4 * (sum(sizes) + h.ensemble * embeddings) + 64 * max(sizes)
+    shared = {  # once for all layers
         spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
     }
-    total += sum(shared.values())
+    banks = set()  # of seeded matrices, once for all maps of a shape
     for spec in table.values():
+        numel = math.prod(spec.shape)
         for name, size in spec.adapters().items():
             unit = ADAPTERS[name].size_unit
-            numel = math.prod(spec.shape)
             if unit == "rank":
                 total += 4 * int(size) * sum(spec.shape)
             elif unit == "count":
-                total += 4 * int(size) * numel
-            else:  # positions of sparse values, or scores of masks and signs
+                banks.add((spec.shared_seed, spec.shape, int(size)))
+            else:  # positions of sparse values, or scores of masks
                 total += 12 * numel
-    return total
+    return total + sum(shared.values()) + sum(4 * n * math.prod(shape) for _, shape, n in banks)
 
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -2594,30 +2578,28 @@ def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> Langua
     return Ensemble(h, dtype) if h.ensemble > 1 else GPT(h, dtype)
 
 
-def describe_maps(model: LanguageModel) -> list[str]:
-    """Return the map table of a built model as text, with values and bytes before compression."""
-    layout = "{:<26} {:>10} {:<15} {:>7} {:<16} {:<5} {:<5} {:<6} {:>10} {:>10} {:>9}"
-    heading = "map shape basis seed adapter scale gate freeze learned frozen bytes"
-    lines = [layout.format(*heading.split())]
+def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
+    """Return the map table of a built model, with counts of values and bytes before compression."""
+    rows = []
     for spec in model.table.values():
         module = model.get_submodule(spec.name)
-        learned = sum(p.numel() for p in module.parameters())
-        frozen = spec.out_features * spec.in_features if spec.is_random else 0
-        cells = [
-            spec.name,
-            f"{spec.out_features}x{spec.in_features}",
-            f"{spec.gain:g}·{spec.basis}" + (f"·{spec.twist}" if spec.twist != "none" else ""),
-            spec.seed,
-            spec.adapter,
-            spec.scale,
-            "none" if spec.gate is None else f"{spec.gate:g}",
-            f"{spec.freeze:g}",
-            f"{learned:,}",
-            f"{frozen:,}",
-            f"{stored_bytes(module):,}",
-        ]
-        lines.append(layout.format(*cells))
-    return lines
+        row = {"name": spec.name, "shape": f"{spec.out_features}x{spec.in_features}"}
+        row |= {name: getattr(spec, name) for name in (*COLUMNS, "seed")}
+        row["learned"] = sum(p.numel() for p in module.parameters())
+        row["frozen"] = math.prod(spec.shape) if spec.is_random else 0
+        row["bytes"] = stored_bytes(module)
+        rows.append(row)
+    return rows
+
+
+def describe_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of the same columns as a table of text."""
+    lines = [list(row) for row in rows[:1]]
+    for row in rows:
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---- Processes and log -------------------------------------------------------------------------
@@ -2681,13 +2663,13 @@ class Distributed:
         return self.on_cuda if self.h.compile == "auto" else self.h.compile == "1"
 
     def __enter__(self) -> Distributed:
-        self._configure()
+        self.configure(self.h)
         if self.world_size > 1:
             self._init_process_group()
         return self
 
-    def adopt(self, h: Hyperparameters) -> None:
-        """Use the kernels and compiler switches of settings that were read from a file.
+    def configure(self, h: Hyperparameters) -> None:
+        """Use the attention kernels and compiler switches of these settings.
 
         UserError if they want another device than this process has.
         """
@@ -2695,10 +2677,6 @@ class Distributed:
             raise UserError(f"the run had DEVICE={h.device}; set DEVICE to what it is now")
         self.h = h
         self.stack.close()
-        self._configure()
-
-    def _configure(self) -> None:
-        """Set attention kernels and compiler switches as the settings say."""
         if self.on_cuda:
             self._configure_cuda()
         if self.compile:
@@ -2723,7 +2701,7 @@ class Distributed:
         torch.compiler.config.cache_key_tag = ",".join(attention_order(self.h))
         # This pass, on by default in torch 2.11, costs 5.9 ms of a step (PR #1420, pytorch#179494).
         if hasattr(inductor.triton, "mix_order_reduction"):
-            inductor.triton.mix_order_reduction = bool(self.h.mix_order_reduction)
+            inductor.triton.mix_order_reduction = False
 
     def _init_process_group(self) -> None:
         """Join the group; a restart by torchrun gets a part of the store of its own."""
@@ -2761,6 +2739,13 @@ class Distributed:
         if self.world_size > 1:
             torch.distributed.broadcast_object_list(box, 0)
         return box[0]
+
+    def from_rank0(self, read: Callable[[], Any]) -> Any:
+        """Return on every process what `read` returns on rank 0, which alone calls it.
+
+        Disks differ between processes, but decisions must not.
+        """
+        return self.broadcast_object(read() if self.rank == 0 else None)
 
     def sync_from_rank0(self, *numbers: float, flag: bool = False) -> tuple[list[float], bool]:
         """Return rank 0's numbers, and whether any process has the flag.
@@ -2809,9 +2794,9 @@ class RunLog:
         self.metrics_file: io.TextIOBase | None = None
 
     def open(self, folder: Path) -> None:
-        """Open a folder's train.log and metrics.jsonl. UserError if another process has them.
+        """Open a folder's train.log and metrics.jsonl. UserError if another run has them.
 
-        They belong to this process until it ends.
+        They belong to this log until it is closed.
         """
         path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
@@ -2823,6 +2808,17 @@ class RunLog:
                 f"{path}: another process is using this run; choose a new RUN_ID"
             ) from None
         self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def begin_anew(self) -> None:
+        """Empty the files; train.previous.log keeps what an earlier start logged.
+
+        A log begins with the source of the script that trained the model.
+        """
+        path = Path(self.file.name)
+        if path.stat().st_size:
+            shutil.copyfile(path, path.with_name("train.previous.log"))
+        self.file.truncate(0)
+        self.metrics_file.truncate(0)
 
     def metrics(self, **values: Any) -> None:
         """Write one JSON object to metrics.jsonl, for programs."""
@@ -2845,6 +2841,8 @@ class RunLog:
             is_expected = isinstance(error, UserError)
             text = f"error: {error}" if is_expected else traceback.format_exc()
             self(text, console=False)
+        for file in filter(None, (self.file, self.metrics_file)):
+            file.close()
 
 
 def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
@@ -2863,6 +2861,12 @@ def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_file(setting: str, path: str) -> bytes:
+    """Return a file's bytes. UserError, which names the setting, if it cannot be read."""
+    with untrusted_input(f"{setting}={path}"):
+        return Path(path).read_bytes()
 
 
 @contextlib.contextmanager
@@ -2892,13 +2896,18 @@ def untrusted_input(what: str) -> Iterator[None]:
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
+def shard_paths(folder: str, split: str) -> list[Path]:
+    """Return the paths of a split's shards, in the order in which they are read."""
+    return sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+
+
 def read_shards(folder: str, split: str) -> list[np.ndarray]:
     """Return the tokens of each shard of a split, memory-mapped, (n,) uint16.
 
     A shard is a header of 256 little-endian int32 (magic, version, number of tokens), then
     little-endian uint16 tokens. UserError if there is none, or one is incomplete.
     """
-    paths = sorted(Path(folder).glob(f"fineweb_{split}_*.bin"))
+    paths = shard_paths(folder, split)
     if not paths:
         raise UserError(
             f"DATA_PATH={folder}: no fineweb_{split}_*.bin there. `python data/prepare.py fineweb`"
@@ -3064,12 +3073,8 @@ class Tokenizer:
 
     def check_manifest(self, h: Hyperparameters) -> None:
         """Raise UserError if the manifest of the shards, if any, names another tokenizer."""
-        path = Path(h.data_path) / "manifest.json"
-        sha256 = None
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be another kind
-            sha256 = json.loads(path.read_bytes()).get("tokenizer_sha256")
-        if sha256 not in (None, self.sha256):
-            tokenizer = f"TOKENIZER_PATH={h.tokenizer_path}"
+        if read_manifest(h.data_path).get("tokenizer_sha256") not in (None, self.sha256):
+            tokenizer, path = f"TOKENIZER_PATH={h.tokenizer_path}", f"{h.data_path}/manifest.json"
             raise UserError(f"{tokenizer} is not the tokenizer that {path} names for these shards")
 
     def count_bytes(self, previous: np.ndarray, tokens: np.ndarray) -> int:
@@ -3110,6 +3115,25 @@ class ValidationStream:
         return total_nats / math.log(2) / self.bytes
 
 
+def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dict[str, str]:
+    """Return what a run depends on beside its settings: SHA-256 of tokenizer, shards and source.
+
+    Shards count by their names and sizes. UserError if the processes do not have the same.
+    """
+    splits = ("val",) if h.eval_only else ("train", "val")
+    paths = [path for split in splits for path in shard_paths(h.data_path, split)]
+    listing = [[path.name, path.stat().st_size] for path in paths]
+    identity = {
+        "tokenizer": tokenizer.sha256,
+        "shards": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
+    for name, sha256 in dist.broadcast_object(identity).items():
+        if identity[name] != sha256:
+            raise UserError(f"process {dist.rank} has another {name} than process 0")
+    return identity
+
+
 @dataclasses.dataclass
 class Run:
     """What all stages of a run share."""
@@ -3121,6 +3145,7 @@ class Run:
     tokenizer: Tokenizer
     val: ValidationStream
     folder: Path | None = None  # where the run writes; None: it only evaluates
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # see identify
 
 
 # ---- Optimizers --------------------------------------------------------------------------------
@@ -3156,12 +3181,10 @@ class Muon(torch.optim.Optimizer):
         backend_steps: int = 5,
         weight_decay: float = 0.0,
         dist: Distributed | None = None,
-        compiled: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.backend_steps = backend_steps
         self.dist = dist
-        self.orthogonalize = torch.compile(orthogonalize, dynamic=False, disable=not compiled)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -3195,10 +3218,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(momenta, gradients)
         batch = torch.stack(torch._foreach_add(gradients, momenta, alpha=momentum))
         if self.dist is None or self.dist.world_size == 1:
-            return self.orthogonalize(batch, self.backend_steps), None
+            return orthogonalize(batch, self.backend_steps), None
         updates = torch.zeros_like(batch)
         mine = slice(self.dist.rank, None, self.dist.world_size)
-        updates[mine] = self.orthogonalize(batch[mine], self.backend_steps)
+        updates[mine] = orthogonalize(batch[mine], self.backend_steps)
         return updates, torch.distributed.all_reduce(updates, async_op=True)
 
 
@@ -3237,7 +3260,6 @@ class Optimizers:
             momentum=h.muon_momentum,
             backend_steps=h.muon_backend_steps,
             dist=dist,
-            compiled=dist.compile and bool(h.compile_muon),
         )
         betas = (h.beta1, h.beta2)
         self.adam = torch.optim.AdamW(param_groups(adam_rates), 0.0, betas, h.adam_eps, fused=True)
@@ -3248,10 +3270,9 @@ class Optimizers:
         return self.muon.param_groups + self.adam.param_groups
 
     def step(self, step: int, lr_scale: float) -> dict[str, Tensor]:
-        """Average the gradients over the processes, clip and apply them.
+        """Average the gradients over the processes, clip and apply them; return their norms.
 
-        Returns:
-            The norm of each gradient before the clip, by name.
+        The norms are those before the clip, by name.
         """
         self._set_rates(step, lr_scale)
         trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
@@ -3387,23 +3408,18 @@ class Quantizer:
         return 2 ** (self.bits - 1) - 1
 
     def column_exponents(self, rows: int, curvature: Tensor) -> Tensor | None:
-        """Return the exponents of scales for the columns, or None for none.
-
-        Args:
-            rows: of the matrix.
-            curvature: (columns,) of gptq_factor.
-        """
+        """Return the exponents of scales for the columns by their `curvature`, or None for none."""
         return None
 
     def exponents(
-        self, w: Tensor, column_scales: Tensor | float = 1.0, gain: float = 1.0
+        self, w: Tensor, column_scales: Tensor | float = 1.0, remaining: float = 1.0
     ) -> Tensor:
         """Return the exponent of each row's scale, (..., rows, columns) -> (..., rows) uint8.
 
         Args:
             w: the values.
             column_scales: (columns,), by which the values will be divided.
-            gain: what they and GPTQ leave of the mean curvature of a row's values.
+            remaining: the part of the curvature of a row's values that they and GPTQ leave.
         """
         rms = w.double().square().mean(-1).sqrt()
         return scale_exponents(rms * self.clip_sigmas / self.largest)
@@ -3440,8 +3456,8 @@ class Quantizer:
         column_scales = torch.ones_like(curvature)
         if column_exponents is not None:
             column_scales = scales_of(column_exponents)
-        gain = (curvature[back] * column_scales.square()).mean().item()
-        exponents = self.exponents(w, column_scales, gain)
+        remaining = (curvature[back] * column_scales.square()).mean().item()
+        exponents = self.exponents(w, column_scales, remaining)
         in_scales = w.double() / column_scales / scales_of(exponents)[:, None].clamp(min=1e-30)
         factor = factor / column_scales[order]  # the factor of the inputs times their scales
         codes = self._gptq(in_scales[:, order], kept[:, order], factor)[:, back]
@@ -3496,10 +3512,10 @@ class SensitivityQuantizer(Quantizer):
         return scale_exponents(relative**-self.COLUMN_POWER)
 
     def exponents(
-        self, w: Tensor, column_scales: Tensor | float = 1.0, gain: float = 1.0
+        self, w: Tensor, column_scales: Tensor | float = 1.0, remaining: float = 1.0
     ) -> Tensor:
         """Return the exponents of the rows of a parameter w (rows, columns), (rows,) uint8."""
-        curvature = gain * self.sensitivities[w].double()
+        curvature = remaining * self.sensitivities[w].double()
         scale = (24 * self.loss_per_value / curvature.clamp(min=1e-30)).sqrt()
         # Rows that matter alike take the next exponent one by one: the bytes change smoothly.
         scale = scale * torch.exp2((0.618 * torch.arange(len(w), device=w.device) % 1 - 0.5) / 8)
@@ -3527,11 +3543,10 @@ def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return factor, factor.diagonal().pow(-2) / damped.diagonal().mean()
 
 
-# Roles that are stored as codes; a SCALAR is float16, a MASK is bits.
 CODED_ROLES = (Role.MATRIX, Role.FACTOR, Role.SPARSE, Role.EMBEDDING)
 
 
-def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
+def make_quantizers(h: Hyperparameters) -> Quantizers:
     """Return how each of CODED_ROLES is quantized by the RMS of its rows."""
     matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.prune_pct)
     embedding = Quantizer(h.embed_bits, h.embed_clip_sigmas)
@@ -3540,7 +3555,7 @@ def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
 
 @contextlib.contextmanager
 def weights_as_stored(
-    groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Mapping[Role, Quantizer]
+    groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Quantizers
 ) -> Iterator[None]:
     """Hold rounded values in tensors that are stored as codes: the nearest codes (late QAT).
 
@@ -3574,12 +3589,8 @@ def collect_hessians(
 ) -> dict[nn.Module, Tensor]:
     """Return Σ x xᵀ (in, in) float32 over the inputs of every module with matrices.
 
-    Modules of one input group share a Hessian, and adapters have that of their map.
-
-    Args:
-        model: the model to calibrate.
-        batches: this process's calibration tokens, (B, T) each.
-        dist: the processes, over which the Hessians are summed.
+    Modules of one input group share a Hessian, and adapters have that of their map. Each process
+    calibrates by its own batches of tokens (B, T); the Hessians are summed over all.
     """
     hessians: dict[nn.Module, Tensor] = {}  # by input group
     precision = torch.get_float32_matmul_precision()
@@ -3596,7 +3607,7 @@ def collect_hessians(
     # Maps inside a FusedLinear are hooked, too, but never called: their hooks add nothing.
     hooks = []
     for group in model.modules():
-        if isinstance(group, (InputGroup, Linear)) and any(map(has_matrices, group.members)):
+        if isinstance(group, (InputGroup, Linear)) and any(map(has_matrices, group.readers)):
             hooks.append(group.register_forward_pre_hook(add))
     for ids in batches:
         model.predict(ids)
@@ -3606,14 +3617,15 @@ def collect_hessians(
     by_module: dict[nn.Module, Tensor] = {}
     for group, hessian in hessians.items():
         dist.all_reduce(hessian)
-        for member in group.members:
-            adapters = [each for each in member.children() if isinstance(each, Adapter)]
-            by_module |= dict.fromkeys([member, *adapters], hessian)
-            for shared in getattr(member, "shared_matrices", ()):  # it has inputs in every layer
-                own = hessian if member.twist is None else member.twist.untwist_hessian(hessian)
-                mix = own.new_ones(1) if member.shared_mix is None else member.shared_mix
+        for reader in group.readers:
+            adapters = [each for each in reader.children() if isinstance(each, Adapter)]
+            by_module |= dict.fromkeys([reader, *adapters], hessian)
+            for shared in getattr(reader, "shared_matrices", ()):  # it has inputs in every layer
+                mix = reader.shared_mix
+                if mix is None:
+                    mix = hessian.new_ones(1)
                 # A layer that mixes a matrix in by c has c² of its error.
-                own = mix.square()[:, None, None] * own  # (count, in, in)
+                own = mix.square()[:, None, None] * hessian  # (count, in, in)
                 by_module[shared] = by_module.get(shared, 0) + own
     return by_module
 
@@ -3625,24 +3637,20 @@ def collect_sensitivities(
 
     Its unit is nats per token and squared unit of a value. Labels are drawn from the model's own
     predictions. Gradients of different positions are then uncorrelated, and a batch's squared
-    gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193).
-
-    Args:
-        model: the model to calibrate.
-        batches: this process's calibration tokens, (B, T) each.
-        dist: the processes, over which the estimates are summed.
+    gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193). Each process uses its
+    own batches of tokens (B, T).
 
     Returns:
-        For each parameter the mean over each row's values, (rows,) float64; a row of a table has
-        5% of the table's mean added, since the calibration text may lack its token. For each
+        For each parameter the mean over each row's values, (rows,) float64; a row of an embedding
+        has 5% of its mean added, since the calibration text may lack its token. For each
         embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian,
         by lookups and by the tied head together.
     """
     groups = tensors_by_role(model)
     params = [p for role in CODED_ROLES for p in groups[role].values()]
-    tables = {m.weight: m for m in model.modules() if isinstance(m, Embedding)}
+    embeddings = {m.weight: m for m in model.modules() if isinstance(m, Embedding)}
     rows = {p: torch.zeros(len(p), dtype=torch.float64, device=p.device) for p in params}
-    hessians = dict.fromkeys(tables.values(), 0)
+    hessians = dict.fromkeys(embeddings.values(), 0)
     tokens = torch.zeros((), dtype=torch.float64, device=dist.device)
     generator = torch.Generator(dist.device).manual_seed(dist.rank)
     frozen = [m for m in model.modules() if isinstance(m, Linear) and m.is_frozen]
@@ -3657,13 +3665,13 @@ def collect_sensitivities(
             tokens += part.numel()
             for p, gradient in zip(params, gradients, strict=True):
                 rows[p] += gradient.double().square().mean(1)
-                if p in tables:
-                    hessians[tables[p]] += gradient.T.double() @ gradient.double()
+                if p in embeddings:
+                    hessians[embeddings[p]] += gradient.T.double() @ gradient.double()
     for module in frozen:
         module.set_frozen(True)
     dist.all_reduce(tokens)
     rows = {p: dist.all_reduce(total) / tokens for p, total in rows.items()}
-    rows |= {p: rows[p] + 0.05 * rows[p].mean() for p in tables}
+    rows |= {p: rows[p] + 0.05 * rows[p].mean() for p in embeddings}
     return rows, {module: dist.all_reduce(total) / tokens for module, total in hessians.items()}
 
 
@@ -3679,13 +3687,12 @@ def calibration_batches(
 
 
 class Calibration(NamedTuple):
-    """What the quantizers know of a model, from calibration text."""
+    """What calibration text says of a model."""
 
     hessians: dict[nn.Module, Tensor]  # of each module's inputs, or of an embedding's rows
     sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
 
-    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> dict[Role, Quantizer]:
-        """Return how each role is stored as codes."""
+    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> Quantizers:
         quantizers = make_quantizers(h)
         if self.sensitivities is None:
             return quantizers
@@ -3702,19 +3709,23 @@ class Calibration(NamedTuple):
 def calibrate(
     h: Hyperparameters, model: LanguageModel, dist: Distributed, batches: list[Tensor]
 ) -> Calibration:
-    """Return the calibration by this process's batches (B, T) and those of the others."""
+    """Calibrate by this process's batches (B, T) and those of the others."""
     hessians = collect_hessians(model, batches, dist)
     if h.quantizer == "rms" or not batches:
         return Calibration(hessians, None)
     some = batches[: -(-len(batches) // 4)]  # a gradient takes three times as long
-    sensitivities, tables = collect_sensitivities(model, some, dist)
-    return Calibration(hessians | tables, sensitivities)
+    sensitivities, of_embeddings = collect_sensitivities(model, some, dist)
+    if not all(each.isfinite().all() for each in sensitivities.values()):
+        raise UserError("the loss's sensitivity to the weights is not finite")  # rows of zeros
+    return Calibration(hessians | of_embeddings, sensitivities)
 
 
 # ---- Artifact ----------------------------------------------------------------------------------
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 5
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 6
 BLOCK_BYTES = 2**22  # a group is compressed in blocks of this size, all at the same time
+# How a model was scored; an evaluation of its artifact scores it in the same way unless asked.
+SCORING = ("eval_seq_len", "eval_stride", "eval_mode", "eval_batch_tokens")
 # How the values of a group of like tensors are stored, by the last word of the group's name.
 GROUP_TYPES = {
     "codes": torch.int8,
@@ -3731,26 +3742,26 @@ VERSIONS = {
 }
 
 
-def stored_parts(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
-    """Return group name -> values of one tensor; `kind` is the last part of its name."""
+def stored_values(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
+    """Return group name -> values of one tensor; `kind` is the last word of its name."""
     if isinstance(tensor, QuantizedTensor):
         codes, exponents, column_exponents = tensor
         # Codes of like spread lie together, which brotli compresses 2% better.
         codes = codes[exponents.argsort(stable=True)]
-        parts = {f"{kind} exponents": exponents}
+        scales = {f"{kind} exponents": exponents}
         if column_exponents is not None:
             codes = codes[:, column_exponents.argsort(stable=True)]
-            parts[f"{kind} columns"] = column_exponents
-        return {f"{kind} codes": codes} | parts
+            scales[f"{kind} columns"] = column_exponents
+        return {f"{kind} codes": codes} | scales
     if tensor.dtype is torch.bool:
         bits = np.packbits(tensor.cpu().numpy())
         return {f"{kind} bits": torch.from_numpy(bits)}
     return {"float16": tensor}
 
 
-def byte_planes(parts: list[Tensor]) -> bytes:
+def byte_planes(group: list[Tensor]) -> bytes:
     """Return the values of one group: their first bytes, then their second bytes, and so on."""
-    return torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
+    return torch.cat(group)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
 
 
 def compress(block: bytes, quality: int) -> bytes:
@@ -3759,31 +3770,31 @@ def compress(block: bytes, quality: int) -> bytes:
 
 
 def write_artifact(
-    header: dict[str, Any], tensors: Mapping[str, QuantizedTensor | Tensor], quality: int = 11
+    header: dict[str, Any], tensors: StoredTensors, quality: int = 11
 ) -> tuple[bytes, dict[str, int]]:
     """Return the artifact, and how many bytes each of its groups of like tensors takes.
 
     It is magic, format version and length of the header (little-endian uint32), the header (JSON,
-    brotli) with the tensor table [name, shape, groups] and the groups [name, bytes of each block],
-    the blocks (byte planes, brotli), and SHA-256 over all before it.
+    brotli) with the tensors [name, shape, groups] and the groups [name, bytes of each block], the
+    blocks (byte planes, brotli), and SHA-256 over all before it.
 
     Args:
         header: facts to store.
         tensors: the values by name; floats are stored as float16, bools as bits.
         quality: of brotli, 0 to 11.
     """
-    table = []
+    entries = []
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
-        parts = stored_parts(name.rpartition(".")[-1], tensor)
+        stored = stored_values(name.rpartition(".")[-1], tensor)
         shape = tensor.codes.shape if isinstance(tensor, QuantizedTensor) else tensor.shape
-        table.append([name, list(shape), list(parts)])
-        for group, values in parts.items():
+        entries.append([name, list(shape), list(stored)])
+        for group, values in stored.items():
             dtype = GROUP_TYPES[group.split()[-1]]
             groups.setdefault(group, []).append(values.cpu().flatten().to(dtype))
     blocks: list[tuple[str, bytes]] = []
-    for group, parts in groups.items():
-        planes = byte_planes(parts)
+    for group, values in groups.items():
+        planes = byte_planes(values)
         starts = range(0, len(planes), BLOCK_BYTES)
         blocks += [(group, planes[start : start + BLOCK_BYTES]) for start in starts]
     with ThreadPoolExecutor() as pool:
@@ -3791,14 +3802,13 @@ def write_artifact(
     lengths: dict[str, list[int]] = {group: [] for group in groups}
     for (group, _), data in zip(blocks, packed, strict=True):
         lengths[group].append(len(data))
-    header = header | {"versions": VERSIONS, "tensors": table, "groups": list(lengths.items())}
+    header = header | {"versions": VERSIONS, "tensors": entries, "groups": list(lengths.items())}
     text = brotli.compress(json.dumps(header).encode())
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
     body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed])
-    sizes = {group: sum(blocks) for group, blocks in lengths.items()}
-    return body + hashlib.sha256(body).digest(), {
-        "header": len(text) + 48
-    } | sizes  # 48: magic, two numbers, SHA-256
+    sizes = {"header": len(text) + 48}  # magic, two numbers and SHA-256 take 48
+    sizes |= {group: sum(blocks) for group, blocks in lengths.items()}
+    return body + hashlib.sha256(body).digest(), sizes
 
 
 def decompress(packed: bytes, limit: int) -> bytearray:
@@ -3834,14 +3844,14 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return header, dict(read_tensors(header, blob[16 + size : -32]))
 
 
-def group_lengths(table: list) -> dict[str, list[int]]:
+def group_lengths(entries: list) -> dict[str, list[int]]:
     """Return how many elements each tensor has in each group (bits: bytes).
 
-    ValueError for an impossible table.
+    ValueError for impossible shapes.
     """
     lengths: dict[str, list[int]] = {}
     total = 0  # values that are read, whatever they take in the file
-    for _, shape, groups in table:
+    for _, shape, groups in entries:
         if len(shape) > 2 or not all(type(n) is int and 0 <= n < 2**26 for n in shape):
             raise ValueError(f"{shape} is not a valid shape")
         counts = [math.prod(shape)]
@@ -3861,7 +3871,7 @@ def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tenso
     """Return the stored values of each group, one tensor after the other."""
     lengths = group_lengths(header["tensors"])
     position = 0
-    parts: dict[str, Iterator[Tensor]] = {}
+    tensors: dict[str, Iterator[Tensor]] = {}
     for group, blocks in header["groups"]:
         dtype = GROUP_TYPES[group.split()[-1]]
         counts = lengths.pop(group)  # KeyError where a group comes twice
@@ -3875,16 +3885,16 @@ def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tenso
         if len(raw) != size:
             raise ValueError(f"{group} has {len(raw)} bytes, not {size}")
         planes = torch.from_numpy(np.frombuffer(raw, np.uint8)).view(dtype.itemsize, -1)
-        parts[group] = iter(planes.t().flatten().view(dtype).split(counts))
+        tensors[group] = iter(planes.t().flatten().view(dtype).split(counts))
     if position != len(body):
         raise ValueError(f"its groups have {position} bytes, the file has {len(body)} for them")
-    return parts
+    return tensors
 
 
 def restore_codes(
     stored: Tensor, exponents: Tensor, column_exponents: Tensor | None = None
 ) -> QuantizedTensor:
-    """Undo the order in which `stored_parts` stores codes (rows, columns)."""
+    """Undo the order in which `stored_values` stores codes (rows, columns)."""
     codes = stored[exponents.argsort(stable=True).argsort()]
     if column_exponents is not None:
         codes = codes[:, column_exponents.argsort(stable=True).argsort()]
@@ -3893,9 +3903,9 @@ def restore_codes(
 
 def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Tensor]]:
     """Yield name and values of every tensor of an artifact, in float32."""
-    parts = read_groups(header, body)
+    stored = read_groups(header, body)
     for name, shape, groups in header["tensors"]:
-        values, *exponents = (next(parts[group]) for group in groups)
+        values, *exponents = (next(stored[group]) for group in groups)
         if groups[0].endswith("bits"):
             bits = np.unpackbits(values.numpy(), count=math.prod(shape))
             values = torch.from_numpy(bits)
@@ -3908,12 +3918,10 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
 
 
 def quantize_model(
-    model: LanguageModel,
-    quantizers: Mapping[Role, Quantizer],
-    hessians: Mapping[nn.Module, Tensor],
-) -> dict[str, QuantizedTensor | Tensor]:
-    """Return everything that is learned as it is stored, by name."""
-    tensors: dict[str, QuantizedTensor | Tensor] = dict(model.state_dict())
+    model: LanguageModel, quantizers: Quantizers, hessians: Mapping[nn.Module, Tensor]
+) -> StoredTensors:
+    """Return everything that is learned as it is stored."""
+    tensors: StoredTensors = dict(model.state_dict())
     for prefix, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             codes = module.quantize(quantizers, hessians.get(module))
@@ -3925,8 +3933,7 @@ def quantize_model(
 def code_bytes() -> int:
     """Return how many bytes this script takes at most as it ships: compressed, self-extracting.
 
-    It ships without comments and docstrings. The challenge counts what `tools/submit.py` writes,
-    which is smaller still.
+    The challenge counts what `tools/submit.py` writes, which is smaller still.
     """
     source = Path(__file__).read_bytes()
     tree = ast.parse(source)
@@ -3940,11 +3947,11 @@ def code_bytes() -> int:
 
 
 class Artifact(NamedTuple):
-    """An artifact, and what it is made of."""
+    """The bytes of an artifact, and what it is made of."""
 
     blob: bytes
     sizes: dict[str, int]  # bytes of each group of like tensors
-    tensors: dict[str, QuantizedTensor | Tensor]
+    tensors: StoredTensors
     loss_per_value: float  # at which the scales were chosen
 
 
@@ -3954,7 +3961,7 @@ def entropy_bytes(codes: Tensor) -> float:
     return (counts * (counts.sum() / counts).log2()).sum().item() / 8
 
 
-def estimate_bytes(model: LanguageModel, quantizers: Mapping[Role, Quantizer]) -> float:
+def estimate_bytes(model: LanguageModel, quantizers: Quantizers) -> float:
     """Return about the bytes of a model's codes: the nearest ones, by their entropy."""
     groups = tensors_by_role(model)
     total = 0.0
@@ -3972,14 +3979,10 @@ def solve_for_bytes(
 ) -> Artifact:
     """Return the largest artifact found of up to `target` bytes, else the smallest one found.
 
-    The search ends within 0.5% under the target, after eight artifacts, or where other scales give
-    the same codes.
-
-    Args:
-        build: makes an artifact at a loss per value, in seconds to minutes.
-        estimate: about the bytes of its codes, fast. Twice the loss saves half a bit per value.
-        target: bytes of the artifact.
-        loss: loss per value (nats per token) at which the search begins.
+    The search begins at a loss per value (nats per token). It ends within 0.5% under the target,
+    after eight artifacts, or where other scales give the same codes. `build` takes seconds to
+    minutes; `estimate` gives about the bytes of the codes, fast. Twice the loss saves half a bit
+    per value.
     """
     tried: list[Artifact] = []
     octaves = [i / 100 for i in range(-600, 600)]
@@ -4012,24 +4015,23 @@ def solve_for_bytes(
     return fitting[-1] if fitting else tried[0]
 
 
-def describe_codes(model: LanguageModel, artifact: Artifact) -> list[str]:
-    """Return a table by role: values, bytes and bits per value (order-0 entropy), and nats.
+def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
+    """Return values of each role's codes, bytes and bits a value by their entropy, and the loss.
 
-    Nats per token are what rounding may cost; scales by RMS do not know it (nan).
+    The loss (nats per token) is what rounding may cost; scales by RMS do not know it (None).
     """
-    lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
+    rows = []
+    loss = artifact.loss_per_value
     for role, group in tensors_by_role(model).items():
         stored = [artifact.tensors.get(name) for name in group]
         codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
-        if not codes:
-            continue
-        values = sum(map(len, codes))
-        size = entropy_bytes(torch.cat(codes))
-        loss = values * artifact.loss_per_value
-        cells = (role.value, values, round(size), 8 * size / values, loss)
-        lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
-    parts = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
-    return [*lines, f"artifact bytes: {parts}"]
+        if codes:
+            values = sum(map(len, codes))
+            size = entropy_bytes(torch.cat(codes))
+            row = {"role": role.value, "values": values, "bytes": round(size)}
+            row |= {"bits": 8 * size / values, "loss": None if math.isnan(loss) else values * loss}
+            rows.append(row)
+    return rows
 
 
 def describe_size(size: int) -> str:
@@ -4066,28 +4068,32 @@ def check_size(h: Hyperparameters, size: int) -> None:
 
 
 def export(
-    run: Run, model: LanguageModel, data: TrainingData, step: int, trial: bool = False
+    run: Run,
+    model: LanguageModel,
+    data: TrainingData,
+    step: int,
+    start: float | None = None,
+    trial: bool = False,
 ) -> Artifact:
     """Return the artifact of the model; on processes other than rank 0 only its bytes.
 
-    Args:
-        run: settings, processes, log and tokenizer.
-        model: the model to export.
-        data: training text for the calibration.
-        step: the training steps that are done; calibration text comes after theirs.
-        trial: for the preflight; scales by RMS, without TARGET_BYTES.
+    Calibration text comes after that of the steps that are done. The search for TARGET_BYTES begins
+    at the loss per value `start`, or at LOSS_PER_VALUE. With `trial`, for the preflight, one
+    sequence calibrates, scales are by RMS and TARGET_BYTES is ignored.
     """
     h, dist = run.h, run.dist
     batches = list(calibration_batches(h, dist, data, step))
+    if trial:
+        batches = [batch[:1] for batch in batches[:1]]
     calibration = calibrate(h, model, dist, batches)
     if dist.rank:
         return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
     header = {
         "model": h.model_settings(),
+        "evaluation": {name: getattr(h, name) for name in SCORING},
         "fingerprint": model.fingerprint(),
         "tokenizer": run.tokenizer.sha256,
     }
-
     if trial:  # what the loss feels before training says nothing about what it feels later
         calibration = calibration._replace(sensitivities=None)
 
@@ -4099,7 +4105,10 @@ def export(
     def estimate(loss_per_value: float) -> float:
         return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
 
-    start = h.loss_per_value if calibration.sensitivities else math.nan
+    if calibration.sensitivities is None:
+        start = math.nan
+    elif start is None:
+        start = h.loss_per_value
     if h.target_bytes and not trial:
         artifact = solve_for_bytes(build, estimate, largest_model(h), start)
     else:
@@ -4113,13 +4122,8 @@ def rebuild_model(
 ) -> LanguageModel:
     """Return the model of an artifact or a checkpoint, in evaluation mode.
 
-    Its maps are generated anew and proved the same by their fingerprint.
-
-    Args:
-        h: settings that include those of the model.
-        stored: `model` (settings), `fingerprint` and `versions`.
-        tensors: everything that was learned, by name.
-        dist: where the model goes.
+    Its maps are generated anew and proved the same by their fingerprint. `stored` has `model` (its
+    settings, which `h` includes), `fingerprint` and `versions`.
     """
     with untrusted_input("the stored model"):
         # Checked before any map is generated: a forged header could ask for a huge one.
@@ -4179,10 +4183,11 @@ def streaming_batches(num_targets: int, length: int, warm: int, per_batch: int) 
     """Return batches of consecutive rows of a stream.
 
     Rows at the start of a batch lack the rows above them. Batches therefore overlap: all but the
-    first score nothing in their first `warm` rows, and each row is scored once, as a whole.
+    first score nothing in their first `warm` rows, and each row is scored once, as a whole. A batch
+    has at least one row more than these.
     """
     rows = -(-num_targets // length)
-    per_batch = min(max(per_batch, 4 * warm), rows)  # at most about a quarter is warm-up
+    per_batch = min(max(per_batch, warm + 1), rows)
     row = np.arange(per_batch)
     # A batch is a window over rows.
     firsts, new_rows = plan_windows(rows, per_batch, max(per_batch - warm, 1))
@@ -4237,7 +4242,8 @@ def evaluate(
         h: EVAL_SEQ_LEN, EVAL_MODE and EVAL_BATCH_TOKENS.
         dist: the processes.
         stride: new tokens that each window scores.
-        trial: compute three batches only; the result shows whether losses are finite.
+        trial: compute one batch only, or one of each shape where they are compiled; the result
+            shows whether losses are finite.
     """
     model.eval()
     num_targets = len(tokens) - 1
@@ -4254,8 +4260,8 @@ def evaluate(
     pays = dist.compile and len(batches) > COMPILED_BATCHES[dist.device.type] * dist.world_size
     compiled = torch.compile(model.token_losses, dynamic=False, disable=not pays)
     mine = batches[dist.rank :: dist.world_size]
-    if trial:
-        mine = mine[:2] + mine[2:][-1:]  # the first scores all of its first window
+    if trial:  # the first batch scores all of its first window
+        mine = mine[:2] + mine[2:][-1:] if pays else mine[:1]
     # Tokens and plan are on the device: a copy per batch would stop it each time.
     tokens = F.pad(tokens, (0, length)).to(dist.device)
     offsets = torch.arange(length + 1, device=dist.device)
@@ -4295,6 +4301,7 @@ class Checkpoint:
     training: dict[str, Any]  # state of the trainer; once training is finished, the candidates
     metrics: dict[str, Any]  # of the finished training
     finished: bool
+    identity: dict[str, str]  # of data, tokenizer, source, and of the teacher if there is one
     versions: dict[str, str] = dataclasses.field(default_factory=lambda: VERSIONS)
 
     def save(self, folder: Path) -> None:
@@ -4341,7 +4348,19 @@ def save_checkpoint(
             training=training,
             metrics=metrics or {},
             finished=metrics is not None,
+            identity=run.identity,
         ).save(run.folder)
+
+
+def check_identity(h: Hyperparameters, saved: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Raise UserError if a checkpoint's run had another tokenizer or other shards."""
+    for name, setting in (("tokenizer", "tokenizer_path"), ("shards", "data_path")):
+        if saved.identity[name] != identity[name]:
+            variable = setting.upper()
+            raise UserError(
+                f"{variable}={getattr(h, setting)}: the {name} there are not what the run began"
+                f" with; set {variable} to that, it was {saved.settings[setting]}"
+            )
 
 
 # Settings that may change when a run continues: locations, logging, memory and size limits.
@@ -4507,9 +4526,9 @@ class Phases:
     def set_frozen(self, boundary: float) -> int:
         """Freeze the maps whose time has come, and no others; return how many."""
         count = 0
-        for spec in self.model.table.values():
-            is_frozen = 0 < spec.freeze <= boundary
-            self.model.get_submodule(spec.name).set_frozen(is_frozen)
+        for name, module in self.model.linear_maps().items():
+            is_frozen = 0 < self.model.table[name].freeze <= boundary
+            module.set_frozen(is_frozen)
             count += is_frozen
         return count
 
@@ -4674,6 +4693,7 @@ class Trainer:
         if self.phases.boundary(progress) > self.phases.current:
             what = self.phases.enter(progress)
             self.run.log(f"phase step:{self.step} progress:{progress:.4f} {what}")
+            self.run.log.metrics(kind="phase", step=self.step, text=what)
 
     def train_step(self, plan: StepPlan) -> Tensor:
         """Take one step; return its loss on this process, still on the device."""
@@ -4683,6 +4703,7 @@ class Trainer:
         if lr_scale < h.late_qat_threshold and not self.late_qat:
             self.late_qat = True
             self.run.log(f"late_qat:on step:{self.step} scale:{lr_scale:.4f}")
+            self.run.log.metrics(kind="phase", step=self.step, text="late QAT")
         # Dropout depends on step and process alone, wherever a run was continued.
         torch.manual_seed(h.seed + self.step * dist.world_size + dist.rank)
         self.model.train()
@@ -4872,18 +4893,16 @@ def check_folder(h: Hyperparameters, folder: Path) -> None:
         raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID, or drop RESUME=0")
 
 
-def open_folder(
-    h: Hyperparameters, dist: Distributed, log: RunLog
-) -> tuple[Path, Checkpoint | None]:
+def open_folder(h: Hyperparameters, log: RunLog) -> tuple[Path, Checkpoint | None]:
     """Return the run's folder, its log open, and the checkpoint to continue from, if it has one."""
     folder = Path(h.output_dir) / (h.run_id or time.strftime("%Y%m%d-%H%M%S"))
-    saved = None
-    if dist.rank == 0:
-        check_folder(h, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        log.open(folder)
-        saved = Checkpoint.read_newest(folder)
-    return folder, dist.broadcast_object(saved)
+    check_folder(h, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    log.open(folder)
+    saved = Checkpoint.read_newest(folder)
+    if saved is None:
+        log.begin_anew()
+    return folder, saved
 
 
 def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
@@ -4905,7 +4924,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     try:
         blob = export(run, trial, data, 0, trial=True).blob
         log_size(run, "projected artifact", len(blob))
-        export_seconds = time.perf_counter() - began
+        build_seconds = time.perf_counter() - began
+        calibration_seconds = time_calibration(run, trial, data)
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
         for stride in (h.eval_seq_len, h.eval_stride):
@@ -4913,10 +4933,12 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
             if not math.isfinite(loss):
                 raise UserError("the model's loss is not finite; lower the initial gains")
         stage = "choice of the candidate"
+        tokens = data.held_out_stream()
+        part = tokens if dist.compile else tokens[: max(h.eval_seq_len, h.eval_batch_tokens) + 1]
         start = time.perf_counter()
-        evaluate(rebuilt, data.held_out_stream(), h, dist, h.eval_seq_len)
-        # There are up to three candidates, and the artifact of one.
-        choice_seconds = 4 * (time.perf_counter() - start)
+        evaluate(rebuilt, part, h, dist, h.eval_seq_len)
+        seconds = (time.perf_counter() - start) * len(tokens) / len(part)
+        choice_seconds = 4 * seconds  # there are up to three candidates, and the artifact of one
         stage = "disk"
         # Per value: weight 4, optimizer up to 8, EMA 4, SWA 4 bytes, and 4 of a teacher.
         value_bytes = 20 + 4 * h.self_distill
@@ -4927,9 +4949,21 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         raise UserError(f"preflight, {stage}: {error} (before training)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
-    # solve_for_bytes makes two to five artifacts, at most eight, but they share one calibration.
-    exports = 3 if h.target_bytes else 1
-    return exports * export_seconds + choice_seconds
+    builds = 3 if h.target_bytes else 1  # solve_for_bytes makes two to five, at most eight
+    return calibration_seconds + builds * build_seconds + choice_seconds
+
+
+def time_calibration(run: Run, model: LanguageModel, data: TrainingData) -> float:
+    """Return the seconds that a calibration takes, by that of four sequences."""
+    h, dist = run.h, run.dist
+    batches = list(calibration_batches(h, dist, data, 0))
+    rows = [row[None] for batch in batches for row in batch]
+    some = rows[:4]  # the least with the usual share of gradients
+    if not some:
+        return 0.0
+    start = time.perf_counter()
+    calibrate(h, model, dist, some)
+    return (time.perf_counter() - start) * len(rows) / len(some)
 
 
 def reserve_for_export(run: Run, estimate: float) -> float:
@@ -4947,16 +4981,19 @@ def reserve_for_export(run: Run, estimate: float) -> float:
     return reserve
 
 
-def load_teacher(run: Run) -> LanguageModel | None:
-    """Return the model of DISTILL_FROM, if it is set."""
+def load_teacher(run: Run, saved: Checkpoint | None = None) -> LanguageModel | None:
+    """Return the model of DISTILL_FROM, if it is set. UserError if the run began with another."""
     path = run.h.distill_from
     if not path:
         return None
-    with untrusted_input(f"DISTILL_FROM={path}"):
-        blob = Path(path).read_bytes()
+    blob = run.dist.from_rank0(lambda: read_file("DISTILL_FROM", path))
     header, _ = read_artifact(blob)
     if header.get("tokenizer") != run.tokenizer.sha256:
         raise UserError(f"DISTILL_FROM={path}: the teacher has another tokenizer")
+    sha256 = hashlib.sha256(blob).hexdigest()
+    if saved and saved.identity.get("teacher") != sha256:
+        raise UserError(f"DISTILL_FROM={path}: the run began with another teacher")
+    run.identity["teacher"] = sha256
     return model_from_artifact(run.h, blob, run.dist).requires_grad_(False)
 
 
@@ -4999,13 +5036,14 @@ def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.d
     return usable[0] if usable else "none"
 
 
-def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
-    """Log everything needed to repeat the run; return the numbers of parameters."""
+def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
+    """Log everything needed to repeat the run; return the numbers of parameters, and the maps."""
     log = run.log
     log(Path(__file__).read_text(encoding="utf-8"), console=False)
     settings = run.h.as_dict().items()
     log("\n".join(f"{name.upper()}={value}" for name, value in settings), console=False)
-    log("\n".join(describe_maps(model)))
+    rows = map_rows(model)
+    log(describe_rows(rows))
     trained = sum(p.numel() for p in model.parameters())
     maps = model.random_maps()
     frozen = sum(spec.out_features * spec.in_features for spec in maps)
@@ -5019,14 +5057,14 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, int]:
     log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
     dtype = resolve_dtype(run.h, run.dist.on_cuda)
     log(f"attention: {first_usable_attention(run.h, run.dist, dtype)}")
-    return {"trained_parameters": trained, "frozen_parameters": frozen}
+    return {"trained_parameters": trained, "frozen_parameters": frozen, "maps": rows}
 
 
 def train_model(
     run: Run, model: LanguageModel, data: TrainingData, saved: Checkpoint | None
 ) -> tuple[dict[str, Any], Candidates]:
     """Train the model, or the rest of what a checkpoint began; return Trainer.finish's result."""
-    teacher = None if run.h.export_only else load_teacher(run)
+    teacher = None if run.h.export_only else load_teacher(run, saved)
     trainer = Trainer(run, model, data, teacher)
     if not run.h.export_only:
         reserve = reserve_for_export(run, preflight(run, model, data))
@@ -5042,6 +5080,27 @@ def train_model(
     return trainer.finish()
 
 
+# Rounding harms averages of the weights less than the last ones: at 2 bits per value it changed the
+# order of candidates 0.05 nats apart (bench/results/quantize.md).
+NEAR_NATS = 0.1
+
+
+def near_candidates(candidates: Candidates, losses: Mapping[str, float]) -> Candidates:
+    """Return the candidates that rounding can make the best: the first, and those near it.
+
+    Args:
+        candidates: the best one is first.
+        losses: loss on held-out training text of each name, before quantization.
+    """
+    first = next(iter(candidates))
+    limit = losses.get(first, math.nan) + NEAR_NATS
+    return {
+        name: weights
+        for name, weights in candidates.items()
+        if name == first or losses.get(name, math.nan) <= limit
+    }
+
+
 def export_best(
     run: Run,
     model: LanguageModel,
@@ -5051,9 +5110,6 @@ def export_best(
     seconds: float,
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the artifact whose loss on held-out training text is the least, and its metrics.
-
-    Rounding to few bits harms averages of the weights less than the last ones
-    (bench/results/quantize.md), so the order of the candidates may change.
 
     Args:
         run: settings, processes, log and tokenizer.
@@ -5066,11 +5122,14 @@ def export_best(
     tokens = data.held_out_stream()
     exported: dict[str, Artifact] = {}
     scores: dict[str, tuple[bool, bool, float]] = {}  # too large, not finite, held-out loss
+    start = None
+    (seconds,), _ = run.dist.sync_from_rank0(seconds)  # the processes must stop together
     for name, weights in candidates.items():
         began = time.perf_counter()
         with untrusted_input(f"the candidate {name}"):
             model.load_state_dict(weights)
-        exported[name] = export(run, model, data, step)
+        exported[name] = export(run, model, data, step, start)
+        start = exported[name].loss_per_value  # the next candidate needs about the same
         blob = exported[name].blob
         model.load_state_dict(read_artifact(blob)[1])
         loss = evaluate(model, tokens, run.h, run.dist, run.h.eval_seq_len)
@@ -5085,11 +5144,15 @@ def export_best(
         run.log(f"no time is left to export {', '.join(left_out)}")
     best = min(scores, key=scores.get)
     blob = exported[best].blob
-    run.log("\n".join([f"exported:{best}", *describe_codes(model, exported[best])]))
+    codes = code_rows(model, exported[best])
+    sizes = exported[best].sizes
+    text = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    run.log(f"exported:{best}\n{describe_rows(codes)}\nartifact bytes: {text}")
     log_size(run, "artifact", len(blob))
     check_size(run.h, len(blob))
     losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
-    return blob, {"candidate": best, **losses}
+    groups = [{"group": name, "bytes": size} for name, size in sizes.items()]
+    return blob, {"candidate": best, **losses, "codes": codes, "groups": groups}
 
 
 def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[str, Any]]:
@@ -5098,6 +5161,8 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     data = TrainingData(h)
     model = prepare_model(run, saved)
     counts = log_start(run, model)
+    if saved and saved.identity["source"] != run.identity["source"]:
+        run.log("warning: the script has changed since the checkpoint was written")
     is_finished = saved is not None and saved.finished
     if is_finished:
         metrics = saved.metrics
@@ -5105,6 +5170,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     else:
         metrics, candidates = train_model(run, model, data, saved)
         metrics = counts | metrics
+    began = time.perf_counter()
     # EXPORT_ONLY may have read a finished checkpoint from another folder.
     if not is_finished or not (run.folder / "checkpoint.pt").exists():
         save_checkpoint(run, model, model.fingerprint(), {"candidates": candidates}, metrics)
@@ -5113,11 +5179,13 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     if stop:
         continues = f"the same RUN_ID exports {run.folder}/checkpoint.pt"
         raise UserError(f"stopped by a signal; {continues}")
-    began = time.perf_counter()
     time_left = math.inf
     if h.max_wallclock_seconds and not h.export_only:
         time_left = h.max_wallclock_seconds - metrics["train_seconds"] - metrics["choice_seconds"]
-    blob, choice = export_best(run, model, data, candidates, metrics["steps"], time_left)
+        time_left -= time.perf_counter() - began  # to write the checkpoint
+    losses = {name: metrics.get(f"holdout_loss_{name}", math.nan) for name in candidates}
+    near = near_candidates(candidates, losses)
+    blob, choice = export_best(run, model, data, near, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)
     seconds = time.perf_counter() - began + metrics["choice_seconds"]
@@ -5141,7 +5209,10 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
     h, log = run.h, run.log
     header, _ = read_artifact(blob)
     if header.get("tokenizer") != run.tokenizer.sha256:
-        raise UserError(f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer of the artifact")
+        raise UserError(
+            f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer of the artifact; set"
+            " TOKENIZER_PATH and DATA_PATH to those of its training"
+        )
     began = time.perf_counter()
     model = model_from_artifact(h, blob, run.dist)
     metrics: dict[str, Any] = {}
@@ -5155,14 +5226,28 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
         metrics |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_mode": mode}
         name = f"final_int6_brotli_{kind}"  # the challenge's name, whatever MATRIX_BITS is
         log(
-            f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} stride:{stride} mode:{mode}"
-            f" eval_time:{1000 * seconds:.0f}ms"
+            f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} length:{h.eval_seq_len}"
+            f" stride:{stride} mode:{mode} eval_time:{1000 * seconds:.0f}ms"
         )
         log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     seconds = time.perf_counter() - began
     total = code_bytes() + len(blob)
     log(f"artifact {total:,} bytes: code {code_bytes():,}, model {len(blob):,}")
     return metrics | {"eval_seconds": round(seconds, 3)}
+
+
+LOCATIONS = ("data_path", "tokenizer_path")
+
+
+def locations_beside(artifact: str) -> dict[str, str]:
+    """Return data and tokenizer of the run in whose folder an artifact lies, if they exist."""
+    folder = Path(artifact).absolute().parent
+    with contextlib.suppress(LookupError, OSError, TypeError, ValueError):  # it may be anything
+        results = json.loads((folder / "results.json").read_bytes())
+        paths = {name: os.path.normpath(folder / results[name]) for name in LOCATIONS}
+        if all(map(os.path.exists, paths.values())):
+            return paths
+    return {}
 
 
 def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
@@ -5182,19 +5267,41 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "bytes_code": code_bytes(),
         "bytes_code_readable": Path(__file__).stat().st_size,
         "bytes_model": model_bytes,
+        "eval_seq_len": h.eval_seq_len,
+        "eval_stride": h.eval_stride,
+        # As seen from the folder, so that both may move together.
+        **{name: os.path.relpath(getattr(h, name), run.folder) for name in LOCATIONS},
         **metrics,
     }
     content = (json.dumps(results, indent=2) + "\n").encode()
     write_file(run.folder / "results.json", content)
     run.log(f"written: {run.folder}/ model.int6.ptz, results.json, checkpoint.pt, train.log")
+    say_what_is_next(run.folder)
+
+
+def say_what_is_next(folder: Path) -> None:
+    """Print, where the project's tools lie beside this script, how to look at a run."""
+    tools = Path(__file__).resolve().with_name("tools")
+    if (tools / "report.py").exists():
+        python, path, run = (shlex.quote(str(each)) for each in (sys.executable, tools, folder))
+        console = RunLog(rank=0)  # without a file
+        console(f"\n{python} -m pip install -r {path}/requirements.txt  # once")
+        console(f"{python} {path}/report.py {run} --out report.html  # curves and tables")
+        console(f'{python} {path}/sample.py {run} "PROMPT"  # text that the model writes')
 
 
 def settings_from_artifact(h: Hyperparameters, blob: bytes) -> Hyperparameters:
-    """Return the settings with those of the artifact's model."""
+    """Return the settings with those of the artifact's model.
+
+    It is scored as it was when it was written, except for what somebody set.
+    """
     source = f"MODEL_PATH={h.model_path}"
     with untrusted_input(source):
-        stored = read_artifact(blob)[0]["model"]
-        return adopt_settings(h, {name: stored[name] for name in h.model_settings()}, source)
+        header, _ = read_artifact(blob)
+        stored = {name: header["model"][name] for name in h.model_settings()}
+        scoring = header.get("evaluation", {})
+        stored |= {name: scoring[name] for name in SCORING if name in scoring}
+        return adopt_settings(h, stored, source, SCORING)
 
 
 def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperparameters:
@@ -5204,38 +5311,60 @@ def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperpara
     """
     source = f"CHECKPOINT_PATH={h.checkpoint_path}"
     with untrusted_input(source):
-        names = saved.settings.keys() - set(RESUME_OVERRIDES)
+        names = saved.settings.keys() - set(RESUME_OVERRIDES) | {*LOCATIONS, "eval_batch_tokens"}
         stored = {name: saved.settings[name] for name in names}
         return adopt_settings(h, stored, source, stored.keys() - saved.model.keys())
 
 
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    h: Hyperparameters  # of the environment, and of the artifact or checkpoint that is read
+    blob: bytes = b""  # the artifact that is only evaluated
+    saved: Checkpoint | None = None
+    folder: Path | None = None
+
+
+def decide_start(h: Hyperparameters, dist: Distributed, log: RunLog) -> Start:
+    """Decide which settings hold, and read what the run continues from, on rank 0's disk."""
+    if h.eval_only:
+        found = dist.from_rank0(lambda: locations_beside(h.model_path))
+        h = reload_settings(found | {name: getattr(h, name) for name in h.explicit})
+        h = settings_from_manifest(h)
+        blob = dist.from_rank0(lambda: read_file("MODEL_PATH", h.model_path))
+        return Start(settings_from_artifact(h, blob), blob)
+    saved = None
+    if "data_path" in h.explicit:
+        h = settings_from_manifest(h)
+    if h.export_only:
+        saved = dist.from_rank0(lambda: Checkpoint.read(Path(h.checkpoint_path)))
+        h = settings_from_checkpoint(h, saved)
+    folder, resumed = dist.from_rank0(lambda: open_folder(h, log))
+    if resumed:
+        h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
+    return Start(h, saved=resumed or saved, folder=folder)
+
+
 def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal) -> None:
     """Train and export unless there is an artifact, evaluate it from its bytes alone, report."""
-    blob, saved = b"", None
-    if h.eval_only:
-        with untrusted_input(f"MODEL_PATH={h.model_path}"):
-            blob = Path(h.model_path).read_bytes()
-        h = settings_from_artifact(h, blob)
-    elif h.export_only:
-        saved = Checkpoint.read(Path(h.checkpoint_path))
-        h = settings_from_checkpoint(h, saved)
-    folder = None
-    if not h.eval_only:
-        folder, resumed = open_folder(h, dist, log)
-        if resumed:
-            saved = resumed
-            h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
-    dist.adopt(h)
+    h, blob, saved, folder = decide_start(h, dist, log)
+    dist.configure(h)
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
     tokenizer.check_manifest(h)
+    identity = identify(h, tokenizer, dist)
+    if saved:
+        with untrusted_input("the checkpoint"):
+            check_identity(h, saved, identity)
     val = ValidationStream(h, tokenizer)
     if len(val.tokens) <= h.eval_seq_len:
         stream = f"the validation stream of {len(val.tokens)} tokens"
         raise UserError(f"EVAL_SEQ_LEN={h.eval_seq_len} is longer than {stream}")
-    run = Run(h, dist, log, stop, tokenizer, val, folder)
+    run = Run(h, dist, log, stop, tokenizer, val, folder, identity)
     metrics: dict[str, Any] = {}
     if folder:
         blob, metrics = train_and_export(run, saved)
+    else:
+        log(f"evaluating {h.model_path} on {h.data_path} with {h.tokenizer_path}")
     metrics |= evaluate_artifact(run, blob)
     if folder:
         metrics["over_time_limit"] = time_limit_exceeded(run, metrics)

@@ -1,6 +1,6 @@
 """What the processes of a run share, with threads in their place: sums, decisions, first weights.
 
-Real processes train and evaluate together in test_run.py, and die in test_ranks.py.
+Real processes train and evaluate together in test_run.py, and die in test_faults.py.
 """
 
 from __future__ import annotations
@@ -238,4 +238,5 @@ def test_an_evaluation_is_shared_whatever_the_number_of_processes(
             count,
             lambda dist: train_gpt.evaluate(copy.deepcopy(model), stream, h, dist, 8),
         )
-        assert losses == pytest.approx([expected] * count, abs=1e-6)
+        # A mean over 500 tokens, in other batches: float32 sums of 64 terms of about 4.
+        assert losses == pytest.approx([expected] * count, abs=1e-4)

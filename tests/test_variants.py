@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import train_gpt
-from bench.faults import Container
-from helpers import ONE_LAYER, TINY, TWO_PROCESSES, refusal, run_well
+from helpers import ONE_LAYER, TINY, TWO_PROCESSES, Container, refusal, run_well
 
 VARIANT = TINY | {
     "NUM_LAYERS": 3,

@@ -1,0 +1,317 @@
+"""A run keeps its data, tokenizer, code and windows, or says what changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from helpers import ONE_LAYER, SCRIPT, TINY, Seconds, read_shard, refusal, run_well, write_shard
+
+SCORE = r"^final_int6_brotli_sliding_window_exact .*$"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def base(corpus, runs) -> dict:
+    """Settings of a short run on the corpus."""
+    short = {"ITERATIONS": 3, "TRAIN_BATCH_TOKENS": 64, "GPTQ_CALIB_BATCHES": 1}
+    return {**TINY, **ONE_LAYER, **corpus.settings, **short, "OUTPUT_DIR": runs}
+
+
+@pytest.fixture(scope="module")
+def trained(base, runs) -> Path:
+    """The folder of a finished run."""
+    run_well(base | {"RUN_ID": "trained"})
+    return runs / "trained"
+
+
+@pytest.fixture(scope="module")
+def unfinished(base, runs) -> Path:
+    """The folder of a run that trained, and whose artifact was too large."""
+    assert "over the limit" in refusal(base | {"RUN_ID": "unfinished", "ARTIFACT_LIMIT_BYTES": 1})
+    return runs / "unfinished"
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(corpus, tmp_path_factory) -> dict:
+    """Settings of the same shards without their manifest, and of another tokenizer of this size."""
+    folder = tmp_path_factory.mktemp("other")
+    for path in corpus.folder.glob("fineweb_*.bin"):
+        shutil.copy(path, folder)
+    path = folder / "other.model"
+    path.write_bytes(corpus.tokenizer.read_bytes().replace(b"ing", b"gni"))
+    return {"DATA_PATH": folder, "TOKENIZER_PATH": path}
+
+
+@pytest.fixture(scope="module")
+def grown(corpus, tmp_path_factory) -> dict:
+    """Settings of the same data after one more shard has been downloaded."""
+    folder = tmp_path_factory.mktemp("grown")
+    for path in corpus.folder.iterdir():
+        shutil.copy(path, folder)
+    tokens = read_shard(corpus.folder / "fineweb_train_000000.bin")
+    write_shard(folder / "fineweb_train_000001.bin", tokens[:5000])
+    return {"DATA_PATH": folder, "TOKENIZER_PATH": corpus.tokenizer}
+
+
+def score(text: str) -> str:
+    (line,) = re.findall(SCORE, text, re.M)
+    return line
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "train.log").read_text(encoding="utf-8")
+
+
+# ---- A checkpoint and its run ------------------------------------------------------------------
+
+
+def test_an_export_takes_the_data_of_its_run(trained, base, runs):
+    """Nothing but the checkpoint is named; the script's default data do not exist here."""
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "exported"}
+    out = run_well(export | {"OUTPUT_DIR": runs})
+    assert score(out) == score(log_of(trained))
+    artifacts = [runs / name / "model.int6.ptz" for name in ("exported", "trained")]
+    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
+
+
+@pytest.mark.parametrize("export", [True, False])
+def test_another_tokenizer_than_the_runs_is_refused(
+    trained, unfinished, base, other_tokenizer, export
+):
+    """One of the same size: the validation text still has as many bytes as its tokens count."""
+    settings = base | {"RUN_ID": unfinished.name}
+    if export:
+        path = trained / "checkpoint.pt"
+        settings |= {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "tokenizer"}
+    message = refusal(settings | other_tokenizer)
+    assert f"TOKENIZER_PATH={other_tokenizer['TOKENIZER_PATH']}: the tokenizer there" in message
+    assert f"it was {base['TOKENIZER_PATH']}" in message
+
+
+@pytest.mark.parametrize("export", [True, False])
+def test_other_data_than_the_runs_are_refused(trained, unfinished, base, grown, export):
+    """One more shard would move sequences between training and the held-out text."""
+    settings = base | {"RUN_ID": unfinished.name}
+    if export:
+        path = trained / "checkpoint.pt"
+        settings |= {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "data"}
+    message = refusal(settings | grown)
+    assert f"DATA_PATH={grown['DATA_PATH']}: the shards there are not" in message
+    assert f"it was {base['DATA_PATH']}" in message
+
+
+def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinished, runs, tmp_path):
+    """It is told no path; the source that wrote the checkpoint was another one."""
+    folder = shutil.copytree(unfinished, runs / "edited")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["identity"]["source"] = "0" * 64
+    torch.save(saved, folder / "checkpoint.pt")
+    again = {"RUN_ID": "edited", "OUTPUT_DIR": runs, "ARTIFACT_LIMIT_BYTES": 16_000_000}
+    warning = "warning: the script has changed since the checkpoint was written"
+    assert warning in run_well(again)
+    shutil.copytree(unfinished, runs / "same")
+    assert warning not in run_well(again | {"RUN_ID": "same"})
+
+
+def test_another_teacher_than_the_runs_is_refused(trained, base, run_of, settings, tmp_path):
+    """Of the same network, after other steps."""
+    (tmp_path / "teacher.ptz").write_bytes((trained / "model.int6.ptz").read_bytes())
+    run = run_of(settings(distill_from=str(tmp_path / "teacher.ptz")))
+    run.tokenizer.sha256 = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())[0][
+        "tokenizer"
+    ]
+    train_gpt.load_teacher(run, None)
+    saved = copy.copy(train_gpt.Checkpoint.read(trained / "checkpoint.pt"))
+    saved.identity = {"teacher": run.identity["teacher"]}
+    train_gpt.load_teacher(run, saved)
+    saved.identity = {"teacher": "0" * 64}
+    with pytest.raises(train_gpt.UserError, match="the run began with another teacher"):
+        train_gpt.load_teacher(run, saved)
+
+
+@pytest.mark.parametrize("name", ["shards", "tokenizer", "source"])
+def test_processes_with_different_data_or_code_are_refused(name, base, processes, tmp_path):
+    """Each node may have a disk of its own."""
+    h = train_gpt.load_settings({}, data_path=str(base["DATA_PATH"]))
+    tokenizer = train_gpt.Tokenizer(str(base["TOKENIZER_PATH"]), 512)
+    first = train_gpt.identify(h, tokenizer, processes)
+    dist = copy.copy(processes)
+    dist.rank, dist.broadcast_object = 1, lambda value: first
+    assert train_gpt.identify(h, tokenizer, dist) == first
+    dist.broadcast_object = lambda value: first | {name: "0" * 64}
+    with pytest.raises(train_gpt.UserError, match=f"process 1 has another {name} than process 0"):
+        train_gpt.identify(h, tokenizer, dist)
+
+
+# ---- An artifact and its windows -----------------------------------------------------------------
+
+
+def test_an_artifact_is_scored_as_its_run_was(trained, base):
+    """Beside the results of its run it finds data and tokenizer, too."""
+    evaluation = {"EVAL_ONLY": 1, "MODEL_PATH": trained / "model.int6.ptz", "DTYPE": "float32"}
+    out = run_well(evaluation)
+    assert score(out) == score(log_of(trained))
+    assert re.search(r"^final_int6_brotli_sliding_window .* length:32 stride:8 ", out, re.M)
+    assert f"on {base['DATA_PATH'].resolve()} with" in out
+    asked = run_well(evaluation | {"EVAL_SEQ_LEN": 16, "EVAL_STRIDE": 16})
+    assert re.search(r"^final_int6_brotli_sliding_window .* length:16 stride:16 ", asked, re.M)
+
+
+def test_a_run_that_moves_with_its_data_is_still_evaluated(trained, base, tmp_path):
+    """Results name the data as seen from their folder."""
+    shutil.copytree(base["DATA_PATH"], tmp_path / "data")
+    shutil.copy(base["TOKENIZER_PATH"], tmp_path / "data" / "it.model")
+    folder = shutil.copytree(trained, tmp_path / "runs" / "moved")
+    results = json.loads((folder / "results.json").read_text())
+    assert Path(folder / results["data_path"]).name == base["DATA_PATH"].name
+    moved = {"data_path": "../../data", "tokenizer_path": "../../data/it.model"}
+    (folder / "results.json").write_text(json.dumps(results | moved))
+    found = train_gpt.locations_beside(str(folder / "model.int6.ptz"))
+    data = tmp_path / "data"
+    assert found == {"data_path": str(data), "tokenizer_path": str(data / "it.model")}
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '{"data_path": 1, "tokenizer_path": 2}', '"text"']
+)
+def test_an_artifact_without_results_of_use_takes_the_settings_paths(content, tmp_path):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    assert train_gpt.locations_beside(str(tmp_path / "model.int6.ptz")) == {}
+
+
+def test_an_artifact_elsewhere_says_which_paths_it_needs(trained, other_tokenizer, tmp_path):
+    path = shutil.copy(trained / "model.int6.ptz", tmp_path)
+    evaluation = {"EVAL_ONLY": 1, "MODEL_PATH": path, "EVAL_BATCH_TOKENS": 1024}
+    message = refusal(evaluation | other_tokenizer)
+    assert "is not the tokenizer of the artifact; set TOKENIZER_PATH and DATA_PATH" in message
+
+
+# ---- The log, the clock and the processes --------------------------------------------------------
+
+
+def test_a_log_begins_with_the_source_although_an_earlier_start_failed(base, runs):
+    """The first start opens the log and finds that the text is too short."""
+    tall = {"TRAIN_SEQ_LEN": 2**20, "TRAIN_BATCH_TOKENS": 2**20}
+    assert "too few training tokens" in refusal(base | tall | {"RUN_ID": "twice"})
+    assert "too few" in log_of(runs / "twice")
+    run_well(base | {"RUN_ID": "twice"})
+    source, found, _ = log_of(runs / "twice").partition("\nRUN_ID=")
+    assert found and source == SCRIPT.read_text(encoding="utf-8")
+    assert "too few" in (runs / "twice" / "train.previous.log").read_text()
+
+
+@pytest.fixture
+def exporting(data_settings, run_of, monkeypatch):
+    """exporting(limit, saving, rank0): candidates exported by a run that trained for 50 s.
+
+    Saving takes `saving` seconds, each export 5; `rank0` are the seconds of rank 0's clock, if this
+    is another process.
+    """
+    clock = Seconds()
+    monkeypatch.setattr(time, "perf_counter", clock)
+
+    def export(*_):
+        clock.now += 5
+        return train_gpt.Artifact(b"blob", {}, {}, math.nan)
+
+    def trained(run, model, *_):
+        figures = {"steps": 9, "choice_seconds": 0.0, "train_seconds": 50.0}
+        return figures, dict.fromkeys(("last", "ema", "swa"), model.state_dict())
+
+    def run_it(limit: float, saving: float = 0.0, rank0: list[float] | None = None) -> dict:
+        run = run_of(data_settings(max_wallclock_seconds=limit, gptq_reserve_seconds=1))
+        if rank0:
+            run.dist = copy.copy(run.dist)
+            run.dist.sync_from_rank0 = lambda *mine, flag=False: (
+                [rank0.pop(0)] if mine else [],
+                flag,
+            )
+
+        def save(*_):
+            clock.now += saving
+
+        def weights(_):
+            return {}, train_gpt.make_model(run.h).state_dict()
+
+        for name, stand_in in {
+            "export": export,
+            "train_model": trained,
+            "save_checkpoint": save,
+            "read_artifact": weights,
+            "evaluate": lambda *_: 1.0,
+            "log_start": lambda *_: {},
+        }.items():
+            monkeypatch.setattr(train_gpt, name, stand_in)
+        return train_gpt.train_and_export(run, None)[1]
+
+    return run_it
+
+
+def exported(metrics: dict) -> int:
+    return sum(name.startswith("holdout_loss_quantized_") for name in metrics)
+
+
+def test_writing_the_finished_checkpoint_counts(exporting):
+    """It takes time from the export, and a slow disk puts a run over its time."""
+    fast, slow = exporting(limit=68.5), exporting(limit=68.5, saving=6)
+    assert (exported(fast), exported(slow)) == (3, 2)
+    assert fast["export_seconds"] == 3 * 5
+    assert slow["export_seconds"] == 6 + 2 * 5
+
+
+@pytest.mark.parametrize(("rank0", "count"), [([100, 5, 5, 5], 3), ([1, 5], 1)])
+def test_rank_0_decides_for_all_how_many_candidates_are_exported(exporting, rank0, count):
+    """This process would export two."""
+    assert exported(exporting(limit=62.5)) == 2
+    assert exported(exporting(limit=62.5, rank0=rank0)) == count
+
+
+def test_all_processes_write_into_the_folder_that_rank_0_names(settings, processes, tmp_path):
+    """Without RUN_ID its name is the time, and clocks differ."""
+    dist = copy.copy(processes)
+    dist.rank, dist.broadcast_object = 1, lambda value: (tmp_path, None)
+    start = train_gpt.decide_start(settings(), dist, train_gpt.RunLog(1))
+    assert start.folder == tmp_path
+
+
+# ---- Smaller ones --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [1, 4, 5, 9])
+def test_a_streaming_batch_has_as_many_rows_as_asked_for(asked):
+    """But at least one more than what only warms up; 4 rows were warm-up, once at a quarter."""
+    batches = train_gpt.streaming_batches(100 * 8, 8, warm=4, per_batch=asked)
+    assert {len(batch.starts) for batch in batches} == {max(asked, 5)}
+    assert sum(batch.counts.sum() for batch in batches) == 100 * 8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_sensitivities_that_are_not_finite_are_refused(value, data_settings, run_of, monkeypatch):
+    """Rows with such a scale would be stored as zeros."""
+    h = data_settings()
+    model = train_gpt.make_model(h)
+    collect = train_gpt.collect_sensitivities
+
+    def ruined(*arguments):
+        rows, tables = collect(*arguments)
+        next(iter(rows.values()))[0] = value
+        return rows, tables
+
+    monkeypatch.setattr(train_gpt, "collect_sensitivities", ruined)
+    with pytest.raises(train_gpt.UserError, match=r"sensitivity .* is not finite"):
+        train_gpt.export(run_of(h), model, train_gpt.TrainingData(h), 0)
