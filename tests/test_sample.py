@@ -186,6 +186,15 @@ def test_text_follows_the_seed_and_the_options(run, capsys):
     assert write(capsys, run / "model.int6.ptz", "The", "--tokens", 2, "--context", 3)[0]
 
 
+def test_artifact_alone_is_read_as_it_was_scored(run, corpus, tmp_path):
+    """Without log and results it knows its window and its stride; --context makes them shorter."""
+    model = shutil.copy(run / "model.int6.ptz", tmp_path)
+    arguments = [model, "--tokenizer", str(corpus.tokenizer)]
+    for more, expected in (([], (32, 8)), (["--context", "5"], (5, 5))):
+        with sample.open_writer(sample.parse([*arguments, *more])) as writer:
+            assert (writer.window.length, writer.window.stride) == expected
+
+
 def test_memory_limit_is_the_users(run, capsys, monkeypatch):
     monkeypatch.setenv("MODEL_LIMIT_BYTES", "1000")
     assert "MODEL_LIMIT_BYTES=1000" in refusal(capsys, run, "prompt")
@@ -234,8 +243,8 @@ def tear(path: Path) -> None:
         (lambda run: tear(run / "model.int6.ptz"), "the artifact is damaged"),
         (lambda run: (run / "model.int6.ptz").write_bytes(b"text"), "not an artifact"),
         (lambda run: (run / "model.int6.ptz").unlink(), "model.int6.ptz cannot be read"),
-        (lambda run: (run / "train.log").unlink(), "use --tokenizer"),
-        (lambda run: (run / "train.log").write_bytes(b"\xff" * 99), "use --tokenizer"),
+        (lambda run: (run / "results.json").unlink(), "name it with --tokenizer"),
+        (lambda run: (run / "results.json").write_bytes(b"\xff"), "name it with --tokenizer"),
     ],
 )
 def test_damaged_run_is_refused_in_one_line(copied, capsys, damage, message):

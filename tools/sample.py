@@ -5,8 +5,8 @@
     python tools/sample.py runs/ID < FILE     # each line is a prompt
     python tools/sample.py runs/ID            # so is each line that you type; Ctrl-D ends
 
-MODEL is an artifact or the folder of a run. How it was evaluated, and where its tokenizer lies, is
-read from the train.log beside it; without one, --tokenizer says where.
+MODEL is an artifact or the folder of a run. The results.json beside the artifact says where its
+tokenizer lies; without one, --tokenizer does.
 
 The probabilities are those that the evaluation scores: the model sees windows of EVAL_SEQ_LEN
 tokens that move on by EVAL_STRIDE, from the beginning of a document. --context N makes them
@@ -26,11 +26,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 try:
-    import check
     import torch
     from torch import Tensor
 except ImportError as missing:
@@ -207,40 +205,26 @@ class Writer:
         print(f"[{written} of {self.args.tokens} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
 
 
-def find_tokenizer(
-    args: argparse.Namespace, run: dict[str, str], header: dict[str, Any], vocab_size: int
-) -> train_gpt.Tokenizer:
-    """Return the tokenizer of an artifact. UserError if it is not there or is another one."""
-    path = args.tokenizer or run.get("TOKENIZER_PATH", "")
-    if not path:
-        raise UserError("no train.log beside the artifact names its tokenizer; use --tokenizer")
-    if not args.tokenizer and not Path(path).is_file():
-        path = str(ROOT / path)  # runs are often started there
-    tokenizer = train_gpt.Tokenizer(path, vocab_size)
-    if tokenizer.sha256 != header.get("tokenizer"):
-        raise UserError(f"{path} is not the tokenizer of the artifact; name it with --tokenizer")
-    return tokenizer
-
-
 @contextlib.contextmanager
 def open_writer(args: argparse.Namespace) -> Iterator[Writer]:
     """Within, there is a writer with the model of MODEL."""
-    path = args.model / check.ARTIFACT if args.model.is_dir() else args.model
-    with train_gpt.untrusted_input(f"MODEL {path}"):
-        blob = path.read_bytes()
-    run: dict[str, str] = {}
-    with contextlib.suppress(check.CannotCheck):
-        run = check.Submission(path.parent, args).settings
-    limit = {name: text for name, text in os.environ.items() if name == "MODEL_LIMIT_BYTES"}
-    how = {name: run[name] for name in ("DTYPE", "EVAL_SEQ_LEN", "EVAL_STRIDE") if name in run}
-    how |= {"EVAL_ONLY": "1", "MODEL_PATH": str(path), "DEVICE": args.device}
-    h = train_gpt.settings_from_artifact(train_gpt.load_settings(how | limit), blob)
+    path = str(args.model / "model.int6.ptz" if args.model.is_dir() else args.model)
+    blob = train_gpt.read_file("MODEL", path)
+    how = {name: text for name, text in os.environ.items() if name == "MODEL_LIMIT_BYTES"}
+    how |= {"EVAL_ONLY": "1", "MODEL_PATH": path, "DEVICE": args.device}
+    h = train_gpt.settings_from_artifact(train_gpt.load_settings(how), blob)
     length = args.context or h.eval_seq_len
     stride = min(length, h.eval_stride)
     # No table of rotations may be of another length: the base depends on it.
     h = dataclasses.replace(h, eval_seq_len=length, train_seq_len=length, eval_stride=stride)
+    name = args.tokenizer or train_gpt.locations_beside(path).get("tokenizer_path")
+    if not name:
+        problem = f"no results.json beside {path} says where the tokenizer lies"
+        raise UserError(f"{problem}; name it with --tokenizer")
+    tokenizer = train_gpt.Tokenizer(name, h.vocab_size)
     header, _ = train_gpt.read_artifact(blob)
-    tokenizer = find_tokenizer(args, run, header, h.vocab_size)
+    if tokenizer.sha256 != header.get("tokenizer"):
+        raise UserError(f"{name} is not the tokenizer of the artifact; name it with --tokenizer")
     with train_gpt.Distributed(h) as dist:
         model = train_gpt.model_from_artifact(h, blob, dist)
         with torch.inference_mode():

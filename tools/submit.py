@@ -288,7 +288,8 @@ def write_folder(folder: Path, runs: list[Run], packed: bytes, facts: dict[str, 
         "requirements.txt": requirements(first.versions).encode(),
         check.ARTIFACT: first.parts.part(check.ARTIFACT),
     }
-    for name, content in (("submission.json", facts), (check.RESULTS, first.results | sizes)):
+    results = {name: value for name, value in first.results.items() if not name.endswith("_path")}
+    for name, content in (("submission.json", facts), (check.RESULTS, results | sizes)):
         files[name] = (json.dumps(content, indent=2) + "\n").encode()
     for run in runs:
         files[f"train_seed{run.seed}.log"] = run.parts.part("train.log")
