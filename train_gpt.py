@@ -524,27 +524,24 @@ class Role(enum.Enum):
     MATRIX = "matrix"
     FACTOR = "factor"
     EMBEDDING = "embedding"
-    SCALAR = "scalar"
+    SCALAR = "scalar"  # stored as float16
     SPARSE = "sparse"
-    MASK = "mask"
+    MASK = "mask"  # stored as bits
+
+
+StoredTensors = dict[str, "QuantizedTensor | Tensor"]  # by name, as the artifact holds them
+Quantizers = Mapping[Role, "Quantizer"]
 
 
 class QuantizedModule(nn.Module):
-    """A module that says which of its learned tensors are quantized, and how.
-
-    `roles` names them. Every parameter that no module names is a SCALAR, stored as float16.
-    """
+    """A module whose `roles` name its learned tensors; what no module names is a SCALAR."""
 
     roles: ClassVar[dict[str, Role]] = {}
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Return the codes of each tensor in `roles`.
 
-        Args:
-            quantizers: how each role is quantized.
-            hessian: Σ x xᵀ (in, in) over calibration inputs of this module; None: round to nearest.
+        `hessian` is Σ x xᵀ (in, in) over calibration inputs x; None: round to nearest.
         """
         return {
             name: quantizers[role].quantize(getattr(self, name), hessian)
@@ -584,9 +581,7 @@ class LoRA(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Quantize B against its inputs x, then A against its own inputs x B̂ᵀ."""
         quantizer = quantizers[Role.FACTOR]
         b_codes = quantizer.quantize(self.B, hessian)
@@ -606,7 +601,7 @@ class RankStabilizedLoRA(LoRA):
 
 @functools.lru_cache(maxsize=64)
 def shared_factor(rows: int, columns: int, seed: int) -> Tensor:
-    """Return (rows, columns) bfloat16, normal with std 1/√columns; every caller gets one tensor."""
+    """Return (rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
     return gaussian(rows, columns, seed + SHARED_FACTOR_KEY).to(torch.bfloat16)
 
 
@@ -649,9 +644,7 @@ class Sparse(Adapter):
     def correction(self, weight: Tensor) -> Tensor:
         return torch.zeros_like(weight).scatter(1, self.support, self.values.to(weight.dtype))
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
 
@@ -676,9 +669,7 @@ class Mask(Adapter):
         bits = (self.scores > 0).to(weight.dtype) + (soft - soft.detach()).to(weight.dtype)
         return weight * (math.sqrt(2) * bits - 1)
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         return {"scores": self.scores.data > 0}
 
 
@@ -723,17 +714,14 @@ class SharedMatrices(QuantizedModule):
 
     def __init__(self, spec: MapSpec) -> None:
         super().__init__()
-        count = spec.shared_count
-        self.roles = {f"weight{i}": Role.MATRIX for i in range(count)}
+        self.roles = {f"weight{i}": Role.MATRIX for i in range(spec.shared_count)}
         for name in self.roles:
             self.register_parameter(name, nn.Parameter(initial_weight(spec)))
 
     def weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.roles]
 
-    def quantize(
-        self, quantizers: Mapping[Role, Quantizer], hessian: Tensor | None
-    ) -> dict[str, QuantizedTensor | Tensor]:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
         """Quantize each matrix against its own Hessian; `hessian` is (count, in, in)."""
         hessians = [None] * len(self.roles) if hessian is None else hessian
         return {
@@ -766,7 +754,7 @@ class LowRankLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, merged: Tensor, *factors: Tensor) -> Tensor:
-        """Multiply x (..., in) by merged (Σ out, in); `factors` are A, B of each map in turn."""
+        """Multiply x (..., in) by merged (Σ out, in); `factors` are A, B of each map."""
         ctx.save_for_backward(x, merged, *factors)
         return x @ merged.t()
 
@@ -774,18 +762,12 @@ class LowRankLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, merged, *factors = ctx.saved_tensors
         dx = dy @ merged
-        dy = dy.reshape(-1, dy.size(-1))
-        x = x.reshape(-1, x.size(-1))
+        dy, x = dy.reshape(-1, dy.size(-1)), x.reshape(-1, x.size(-1))
         all_a, all_b = factors[::2], factors[1::2]
         gradients = []
         for part, a, b in zip(dy.split([len(a) for a in all_a], 1), all_a, all_b, strict=True):
             gradients += [part.t() @ (x @ b.t()), (part @ a).t() @ x]
         return dx, None, *gradients
-
-
-HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
-# FLOPs that a device does in the time in which it moves one byte (bench/kernels.py).
-MACHINE_BALANCE = {"cuda": 264.0, "cpu": 70.0 if HAS_AMX else 20.0}
 
 
 class MapParts(NamedTuple):
@@ -796,39 +778,34 @@ class MapParts(NamedTuple):
     b: Tensor  # (r, in)
 
     def low_rank_gradient_pays(self, has_scale: bool) -> bool:
-        """Return whether four thin products for a and b take less time than the dense gradient."""
+        """Return whether thin products for a and b take less time than the dense gradient.
+
+        On a CPU FLOPs decide, and a step of cpu/random_adapters takes 7% less time. On a GPU memory
+        bounds thin products, and the dense gradient of the presets' maps is faster.
+        """
         rows, columns = self.weight.shape
-        rank = len(self.b)
-        balance = MACHINE_BALANCE[self.weight.device.type]
-
-        def cost(width: int, length: int) -> float:  # per token, in FLOPs or bytes worth as many
-            return max(2 * width * length, balance * 2 * (width + length))
-
-        thin = 2 * cost(rows, rank) + 2 * cost(columns, rank)
-        scaling = balance * 10 * rows if has_scale else 0
-        return thin + scaling < cost(rows, columns)
+        thin = 2 * len(self.b) * (rows + columns)
+        if has_scale:  # then it multiplies y instead of W, as slow as 100 FLOPs for each value
+            thin += 100 * rows
+        return not self.weight.is_cuda and thin < rows * columns
 
 
 def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | None:
     """Return one factor or bias for the rows of all maps, (Σ out,), or None where none has one."""
-    parts = [getattr(each, name) for each in maps]
-    if all(part is None for part in parts):
+    values = [getattr(each, name) for each in maps]
+    given = [value for value in values if value is not None]
+    if not given:
         return None
+    usual = given[0].new_full((1,), neutral)
     rows = []
-    other = next(part for part in parts if part is not None)
-    for each, part in zip(maps, parts, strict=True):
-        factor = other.new_full((1,), neutral) if part is None else part
-        rows.append(factor.expand(each.out_features))
+    for each, value in zip(maps, values, strict=True):
+        rows.append((usual if value is None else value).expand(each.out_features))
     return torch.cat(rows)
 
 
 def merge_weights(parts: Sequence[MapParts]) -> Tensor:
     """Return the rows of all maps W + A B in one matrix, (Σ out, in)."""
-    weights = []
-    for each in parts:
-        has_factors = len(each.b) > 0
-        weights.append(torch.addmm(*each) if has_factors else each.weight)
-    return torch.cat(weights)
+    return torch.cat([torch.addmm(*each) if len(each.b) else each.weight for each in parts])
 
 
 def use_low_rank_gradients(parts: Sequence[MapParts], has_scale: bool) -> bool:
@@ -847,16 +824,9 @@ def fused_linear(
 ) -> Tensor:
     """Apply maps of one input as a single product: gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
-    One product for q, k and v reads x once instead of three times.
-
-    Args:
-        x: (..., in); everything is computed in its type.
-        maps: maps with `in` inputs.
-        row_scale: (Σ out,), multiplied into the maps' own scales.
-        activation: function of the scaled outputs.
-
-    Returns:
-        (..., Σ out), the outputs of the maps side by side.
+    One product for q, k and v reads x (..., in) once instead of three times. Everything is computed
+    in its type. `row_scale` (Σ out,) is multiplied into the maps' own scales. The outputs of the
+    maps lie side by side, (..., Σ out).
     """
     scale = stack_rows(maps, "scale", 1.0)
     if row_scale is not None:
@@ -895,7 +865,7 @@ class Linear(QuantizedModule):
         self, spec: MapSpec, bias: bool = False, shared: SharedMatrices | None = None
     ) -> None:
         super().__init__()
-        out_features = spec.out_features
+        self.out_features = out_features = spec.out_features
         self.shared_matrices = ()  # a tuple does not register them again
         self.shared_mix = None
         if shared is not None:
@@ -906,25 +876,21 @@ class Linear(QuantizedModule):
             self.register_buffer("weight", generate_map(spec), persistent=False)
         else:
             self.weight = nn.Parameter(initial_weight(spec))
-        self.out_features = out_features
         self.is_frozen = False
         for name, size in spec.adapters().items():
             self.add_module(name, ADAPTERS[name](spec, size))
         scale_shape = {"none": None, "map": 1, "row": out_features}[spec.scale]
         self.scale = None if scale_shape is None else nn.Parameter(torch.ones(scale_shape))
-        self.gate = (
-            None if spec.gate is None else nn.Parameter(torch.full((out_features,), spec.gate))
-        )
+        self.gate = None
+        if spec.gate is not None:
+            self.gate = nn.Parameter(torch.full((out_features,), spec.gate))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def parts(self, dtype: torch.dtype) -> MapParts:
         """Return W with its corrections, and the factors of its low-rank adapters side by side."""
-        weight = self.base_weight().to(dtype)
-        total = weight
+        weight = total = self.base_weight().to(dtype)
         factors = []
         for adapter in self.children():
-            if not isinstance(adapter, Adapter):
-                continue
             correction = adapter.correction(weight)
             if correction is not None:
                 total = total + correction
@@ -957,7 +923,7 @@ class Linear(QuantizedModule):
         return sum(c * w for c, w in zip(self.shared_mix, weights, strict=True))
 
     @property
-    def members(self) -> tuple[QuantizedModule, ...]:
+    def readers(self) -> tuple[QuantizedModule, ...]:
         """The modules that read its input, as in an InputGroup: this one alone."""
         return (self,)
 
@@ -972,25 +938,22 @@ class Linear(QuantizedModule):
 
 
 class InputGroup(nn.Module):
-    """Modules whose weights multiply one and the same input, and so share its Hessian in GPTQ.
+    """Modules that multiply the same input by their weights, and so share its Hessian in GPTQ."""
 
-    The members stay where they are registered: a tuple does not register them again.
-    """
-
-    def __init__(self, *members: QuantizedModule) -> None:
+    def __init__(self, *readers: QuantizedModule) -> None:
         super().__init__()
-        self.members = members
+        self.readers = readers  # a tuple does not register them again
 
 
 class FusedLinear(InputGroup):
     """Maps of one input, computed by one product: x (..., in) -> (..., Σ out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_linear(x, self.members)
+        return fused_linear(x, self.readers)
 
 
 class Embedding(QuantizedModule):
-    """A learned table (vocabulary, dim) in float32; `proj`, if any, maps a row from dim to out.
+    """Learned rows (vocabulary, dim) in float32; `proj`, if any, widens a row from dim to out.
 
     Lookups come in `dtype`. Without `proj`, out is dim.
     """
@@ -998,12 +961,7 @@ class Embedding(QuantizedModule):
     roles: ClassVar = {"weight": Role.EMBEDDING}
 
     def __init__(
-        self,
-        vocabulary: int,
-        dim: int,
-        std: float,
-        dtype: torch.dtype,
-        proj: Linear | None = None,
+        self, vocabulary: int, dim: int, std: float, dtype: torch.dtype, proj: Linear | None = None
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(vocabulary, dim) * std)
@@ -1011,23 +969,61 @@ class Embedding(QuantizedModule):
         self.proj = proj
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up rows: ids (...) -> (..., out)."""
+        """Return the rows of ids (...), (..., out)."""
         x = F.embedding(ids, self.weight).to(self.dtype)
         return x if self.proj is None else self.proj(x)
 
 
-class TiedHead(InputGroup):
-    """Logits c·tanh(z/c) of z = x Eᵀ, with E the table of the token embedding.
+class FrozenRows(nn.Module):
+    """A random map (vocabulary, dim) whose rows tokens select: ids (...) -> (..., dim) bfloat16."""
 
-    Its shapes are (..., dim) -> (..., vocabulary).
+    def __init__(self, spec: MapSpec) -> None:
+        super().__init__()
+        self.register_buffer("weight", generate_map(spec), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class BigramTable(Embedding):
+    """A learned table (rows, dim) whose rows pairs of tokens share by a hash (PR #1113).
+
+    Without signs, the pairs of a row read the same values: the mean of what they want. With signs,
+    each pair reads the row times a frozen random vector of its own, S₁[previous] ⊙ S₂[current] of
+    ±1. The row then holds what each pair wants under the pair's signs, and to the other pairs it is
+    noise of mean zero (signed hashing, arXiv:0902.2206).
     """
+
+    def __init__(
+        self, rows: int, dim: int, dtype: torch.dtype, proj: Linear, signs: Mapping[str, FrozenRows]
+    ) -> None:
+        super().__init__(rows, dim, 0.0, dtype, proj)
+        self.signs = nn.ModuleDict(signs)  # previous and current, or nothing
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up each token with the one before it: ids (B, T) -> (B, T, out).
+
+        The last row is for the first position, whose previous token counts as token 0.
+        """
+        last = len(self.weight) - 1
+        buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
+        buckets = F.pad(buckets, (1, 0), value=last)
+        x = F.embedding(buckets, self.weight).to(self.dtype)  # (B, T, dim)
+        tokens = {"previous": F.pad(ids[:, :-1], (1, 0)), "current": ids}
+        for name, signs in self.signs.items():
+            x = x * signs(tokens[name]).to(x.dtype)
+        return self.proj(x)
+
+
+class TiedHead(InputGroup):
+    """Logits c·tanh(z/c), z = x Eᵀ, with the token embedding E: (..., dim) -> (..., vocabulary)."""
 
     def __init__(self, embedding: Embedding, softcap: float) -> None:
         super().__init__(embedding)
         self.softcap = softcap
 
     def forward(self, x: Tensor) -> Tensor:
-        (embedding,) = self.members
+        (embedding,) = self.readers
         z = F.linear(x, embedding.weight.to(x.dtype)).float()
         c = self.softcap  # c - 2c·sigmoid(-2z/c) is the same as c·tanh(z/c), and faster on a CPU
         return torch.rsub(torch.sigmoid(-2 / c * z), c, alpha=2 * c)
@@ -1101,6 +1097,16 @@ class MapSpec(NamedTuple):
         return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
 
     @property
+    def has_own(self) -> bool:
+        """Whether something is learned beside W: an adapter, a scale or a gate."""
+        return (self.adapter, self.scale, self.gate) != ("none", "none", None)
+
+    @property
+    def is_signs(self) -> bool:
+        """Whether it holds a vector for each token, by which BigramTable multiplies its rows."""
+        return self.kind in BIGRAM_SIGNS
+
+    @property
     def owner(self) -> tuple[str, str]:
         """What stores the map: its kind and basis, without the layer, where layers share it."""
         return re.sub(r"blocks\.\d+\.", "", self.name), self.basis
@@ -1153,8 +1159,9 @@ class MapRule(NamedTuple):
 
     A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, random (also those that are shared),
     attention, mlp, mlp.in (the MLP without its proj) or one such as attention.q. The maps of
-    embeddings are not in all; bigram and value_embedding, or these with .proj, select them. A cell
-    without a selector is for all maps, but an adapter is for random ones.
+    embeddings are not in all; bigram and value_embedding, or these with .proj, select them, and
+    bigram.signs selects the signs of pairs. A cell without a selector is for all maps, but an
+    adapter is for random ones.
     """
 
     selector: str  # as written
@@ -1167,16 +1174,20 @@ class MapRule(NamedTuple):
         kinds = [spec.kind, spec.kind.partition(".")[0]]
         if spec.kind in ("mlp.fc", "mlp.gate"):
             kinds.append("mlp.in")
-        if spec.kind not in EMBEDDING_MAPS:
+        if spec.is_signs:
+            kinds = [spec.kind, "bigram.signs"]
+        elif spec.kind not in EMBEDDING_MAPS:
             kinds += ["all"] if spec.is_learned else ["all", "random"]
         return self.kind in kinds and layer in self.layers and self.member in (None, member)
 
 
 # Maps that widen the rows of an embedding. They are learned unless a selector names them.
 EMBEDDING_MAPS = ("bigram.proj", "value_embedding.proj")
+# Frozen vectors of tokens, not in the model unless MAP_BASIS names a basis for bigram.signs.
+BIGRAM_SIGNS = ("bigram.signs.previous", "bigram.signs.current")
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
 CELL_WORDS = {
-    "basis": ["learned", "shared", *BASES],
+    "basis": ["learned", "shared", "none", *BASES],
     "init": ["orthogonal", "zero"],
     "scale": ["none", "map", "row"],
     "gate": ["none"],
@@ -1250,6 +1261,8 @@ class MapTable:
         "mlp.gate": 12,
         "bigram.proj": 21,
         "value_embedding.proj": 22,
+        "bigram.signs.previous": 30,
+        "bigram.signs.current": 31,
     }
 
     def __init__(self, h: Hyperparameters) -> None:
@@ -1266,18 +1279,21 @@ class MapTable:
             return
         for member in range(h.ensemble):
             for kind, shape in self.embedding_shapes().items():
-                self.specs.append(self.spec(member, None, kind, shape))
+                spec = self.spec(member, None, kind, shape)
+                if not (spec.is_signs and spec.basis == "none"):
+                    self.specs.append(spec)
             for layer in range(h.num_layers):
                 for kind, shape in self.block_shapes().items():
                     self.specs.append(self.spec(member, layer, kind, shape))
         self.check()
 
     def embedding_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return kind -> (out, in) of the maps that widen embeddings."""
+        """Return kind -> (out, in) of the maps that widen embeddings, and of signs."""
         h = self.h
         shapes = {}
         if h.bigram_vocab_size > 1:
             shapes["bigram.proj"] = (h.model_dim, h.bigram_dim)
+            shapes |= dict.fromkeys(BIGRAM_SIGNS, (h.vocab_size, h.bigram_dim))
         if h.value_layers:
             shapes["value_embedding.proj"] = (h.kv_dim, h.ve_dim)
         return shapes
@@ -1298,7 +1314,7 @@ class MapTable:
         return shapes
 
     def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
-        """Return the row of a map in a block, or of an embedding's map (block None)."""
+        """Return the row of a map of a block, or of an embedding (block None)."""
         h = self.h
         layer = block or 0
         prefix = f"members.{member}." if h.ensemble > 1 else ""
@@ -1307,6 +1323,8 @@ class MapTable:
         spec = MapSpec(prefix + kind, *shape, depth=layer / max(h.num_layers - 1, 1))
         if kind in EMBEDDING_MAPS:
             spec = spec._replace(gain=(2 * h.num_layers) ** -0.5)  # as published (PR #1113)
+        if spec.is_signs:
+            spec = spec._replace(basis="none", gain=h.bigram_dim**0.5)  # ±1 instead of ±1/√dim
         for column in COLUMNS:  # the basis first: it decides what `random` selects
             for rule in self.rules[column]:
                 if rule.selects(spec, member, layer):
@@ -1321,39 +1339,44 @@ class MapTable:
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
         h = self.h
+        owners: dict[tuple[str, str], MapSpec] = {}  # the first map of each
         for spec in self.specs:
             with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
                 if spec.adapters() and spec.is_learned:
                     raise ValueError(f"{spec.kind} is learned in full and takes no adapter")
-            has_own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
-            is_trained = spec.is_learned or has_own or spec.shared_count > 1  # then its mix is
+            self.check_signs(spec)
+            is_trained = spec.is_learned or spec.has_own or spec.shared_count > 1  # then its mix is
             if spec.freeze and not is_trained:
                 self.errors.append(
                     f"MAP_FREEZE={h.map_freeze}: {spec.kind} is {spec.basis} and has no adapter,"
                     " scale or gate to freeze"
                 )
-        self.check_shared()
+            first = owners.setdefault(spec.owner, spec)
+            if spec.shared_count and (spec.gain, spec.init) != (first.gain, first.init):
+                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
+                self.errors.append(f"{spec.kind} is shared: {needs}")
+        self.check_rules()
+        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
+
+    def check_signs(self, spec: MapSpec) -> None:
+        """Add to `errors` signs that are not random, and maps that are missing."""
+        if spec.is_signs and (not spec.is_random or spec.has_own or spec.freeze):
+            self.errors.append("bigram.signs are none or random, and take no adapter or scale")
+        if not spec.is_signs and spec.basis == "none":
+            self.errors.append(f"MAP_BASIS={self.h.map_basis}: only bigram.signs can be none")
+
+    def check_rules(self) -> None:
+        """Add to `errors` rules that select no map, and maps with one seed."""
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
                     self.errors.append(f"MAP_{column.upper()}: {rule.selector} selects no map")
         seeds = [spec.seed for spec in self.specs if not spec.is_learned]
         if len(set(seeds)) < len(seeds):
-            stride = f"MAP_SEED_STRIDE={h.map_seed_stride}"
+            stride = f"MAP_SEED_STRIDE={self.h.map_seed_stride}"
             self.errors.append(
                 f"{stride} gives two maps the same seed; choose another, such as 100"
             )
-        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
-
-    def check_shared(self) -> None:
-        """Add to `errors` layers that share a matrix but want other initial values of it."""
-        first: dict[tuple[str, str], MapSpec] = {}
-        for spec in self.specs:
-            other = first.setdefault(spec.owner, spec)
-            if spec.shared_count and (spec.gain, spec.init) != (other.gain, other.init):
-                kind = spec.owner[0]
-                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
-                self.errors.append(f"{kind} is shared: {needs}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -1911,11 +1934,11 @@ def rope_base(h: Hyperparameters, length: int) -> float:
     return h.rope_base * (length / limit) ** (dims / (dims - 2))
 
 
-def rotary_table(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
+def rotations(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
     """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, ROPE_DIMS / 2).
 
-    The last one is the rotation by a whole row, which streaming needs. Without the table, compiled
-    kernels compute the rotations again for every head.
+    The last one is the rotation by a whole row, which streaming needs. Computed in the forward
+    pass, compiled kernels would compute them again for every head.
     """
     exponents = torch.arange(0, h.rope_dims, 2).double() / max(h.rope_dims, 1)
     angles = torch.arange(length + 1)[:, None, None] * rope_base(h, length) ** -exponents
@@ -1999,15 +2022,10 @@ class ScoresFunction(torch.autograd.Function):
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
-    """Attend causally by plain products in blocks of queries, each to at most `span` keys.
+    """Attend causally by plain products in blocks of queries.
 
-    Args:
-        q: (B, n, H, D), queries of the last n positions.
-        k, v: (B, T, H_kv, D); H / H_kv query heads share one of them.
-        span: keys that a query sees, itself included.
-
-    Returns:
-        (B, n, H, D).
+    The queries q (B, n, H, D) of the last n positions see at most `span` keys k (B, T, H_kv, D),
+    their own included; the result is (B, n, H, D).
     """
     kv_heads = k.size(2)
     position = k.size(1) - q.size(1)  # of the first query in the block
@@ -2030,6 +2048,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
     return y.unflatten(0, (-1, kv_heads)).flatten(1, 2).transpose(1, 2)
 
 
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
 # Longest sequence for which a CPU attends by plain products rather than by torch's fused kernel, by
 # (has AMX, with gradients): plain products keep T² weights for the backward pass (bench/cpu.py).
 PLAIN_ATTENTION = {
@@ -2038,8 +2057,6 @@ PLAIN_ATTENTION = {
     (False, True): 2048,
     (False, False): math.inf,
 }
-
-
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -2101,10 +2118,8 @@ def streaming_attention(
     CPU with AMX a layer of 8 x 2,048 tokens takes 57 ms this way, and 84 ms in 16 masked blocks.
     Without a flash kernel, block_attention computes both halves at once.
 
-    Args:
-        q: (B, T, H, D).
-        k, v: (B, T, H_kv, D).
-        row_shift: cosine and sine that rotate keys back by T positions, (1, R) each.
+    Shapes are q (B, T, H, D) and k, v (B, T, H_kv, D). `row_shift` rotates keys back by T
+    positions: cosine and sine, (1, R) each.
     """
     if q.is_cuda:
         has_flash = q.dtype is torch.bfloat16 and q.size(-1) in range(8, 257, 8)
@@ -2149,7 +2164,9 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # (T, 1, R), rotation of each position
     sin: Tensor
     row_shift: tuple[Tensor, Tensor] | None = None  # streaming: see streaming_attention
-    num_queries: int | None = None  # how many of the last positions attend; None: all
+    num_queries: int | None = None  # n, how many of the last positions attend; None: all
+    value_embed: Tensor | None = None  # (B, T, kv_dim), added to the values
+    v0: Tensor | None = None  # (B, T, kv_dim), layer 0's own values; None in layer 0
 
 
 class Attention(nn.Module):
@@ -2185,31 +2202,15 @@ class Attention(nn.Module):
         return causal_attention(keep_last(q, context.num_queries), k, v)
 
     def forward(
-        self,
-        x: Tensor,
-        out_scale: Tensor,
-        context: AttentionContext,
-        value_embed: Tensor | None,
-        v0: Tensor | None,
+        self, x: Tensor, out_scale: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor]:
-        """Return the attention output and the layer's own values.
-
-        Args:
-            x: (B, T, d).
-            out_scale: (d,), factor on the output.
-            context: rotations, and which positions attend.
-            value_embed: (B, T, kv_dim), added to the values, or None.
-            v0: (B, T, kv_dim), layer 0's own values, or None in layer 0.
-
-        Returns:
-            The output (B, n, d) of the positions that attend, and the own values (B, T, kv_dim).
-        """
+        """Attend: x (B, T, d) -> (B, n, d), times out_scale (d,), and own values (B, T, kv_dim)."""
         qk, own_v = self.project_qkv(x).split(self.widths, -1)
         v = own_v
-        if value_embed is not None:
-            v = v + value_embed
+        if context.value_embed is not None:
+            v = v + context.value_embed
         if self.value_gate is not None:  # value residual
-            v = v + torch.sigmoid(self.value_gate).to(x.dtype) * v0
+            v = v + torch.sigmoid(self.value_gate).to(x.dtype) * context.v0
         qk = qk.unflatten(-1, (-1, self.head_dim))  # (B, T, H + H_kv, D)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
         qk = rotate_and_norm(qk, self.head_gains(), context.cos, context.sin)
@@ -2270,23 +2271,14 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.ones(h.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
 
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        context: AttentionContext,
-        value_embed: Tensor | None,
-        v0: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the stream (B, n, d) of the positions that attend, and the layer's own values.
+    def forward(self, x: Tensor, x0: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Return the stream (B, n, d) after the block, and the layer's own values (B, T, kv_dim).
 
-        Args:
-            x, x0: stream and embedding, (B, T, d).
-            context, value_embed, v0: as in Attention.
+        The stream x and the embedding x0 are (B, T, d).
         """
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x, self.norm_scale)
-        y, own_v = self.attention(normed, self.attention_scale, context, value_embed, v0)
+        y, own_v = self.attention(normed, self.attention_scale, context)
         x = keep_last(x, context.num_queries) + self.dropout(y)
         if self.is_parallel:
             normed = keep_last(normed, context.num_queries)
@@ -2307,22 +2299,15 @@ class LanguageModel(nn.Module):
     def predict(
         self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
     ) -> Tensor:
-        """Return float32 logits of the last or all positions, (B, n, vocabulary).
+        """Return float32 logits (B, n, vocabulary) for tokens (B, T).
 
-        Args:
-            ids: (B, T) tokens.
-            logits_to_keep: n, how many last positions; None: all.
-            streaming: each row continues the row above (see streaming_attention).
+        They are those of the last n = `logits_to_keep` positions, or of all. If `streaming`, each
+        row continues the row above (see streaming_attention).
         """
         raise NotImplementedError
 
     def token_losses(self, ids: Tensor, targets: Tensor, streaming: bool = False) -> Tensor:
-        """Return the loss of each target in nats, (B, n) float32.
-
-        Args:
-            ids: (B, T) tokens.
-            targets: (B, n), what follows the last n of them.
-        """
+        """Return the loss in nats, (B, n) float32, of what follows the last n of tokens (B, T)."""
         logits = self.predict(ids, targets.size(1), streaming).flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
@@ -2343,11 +2328,18 @@ class LanguageModel(nn.Module):
 
     def set_recurrence(self, enabled: bool) -> None:
         """Run RECUR_LAYERS several times, or once."""
-        raise NotImplementedError
+        for model in self.modules():
+            if isinstance(model, GPT):
+                model.recurs = enabled
 
     def random_maps(self) -> list[MapSpec]:
         """Return the rows of the map table whose map is random."""
         return [spec for spec in self.table.values() if spec.is_random]
+
+    def linear_maps(self) -> dict[str, Linear]:
+        """Return the modules of the map table by name, without the signs of pairs."""
+        names = [name for name, spec in self.table.items() if not spec.is_signs]
+        return {name: self.get_submodule(name) for name in names}
 
     def fingerprint(self) -> str:
         """Return SHA-256 over all that seeds generated, in the order of the map table."""
@@ -2376,7 +2368,6 @@ class GPT(LanguageModel):
     ) -> None:
         super().__init__(h)
         d = h.model_dim
-
         self.shared = nn.ModuleDict()  # by kind of map and basis
 
         def linear(name: str) -> Linear:
@@ -2388,23 +2379,20 @@ class GPT(LanguageModel):
                 self.shared[key] = SharedMatrices(spec)
             return Linear(spec, shared=self.shared[key])
 
-        def embedding(kind: str, vocabulary: int, dim: int, std: float) -> Embedding:
-            name = f"{kind}.proj"
-            proj = linear(name) if prefix + name in self.table else None
-            return Embedding(vocabulary, dim, std, dtype, proj)
-
         def block(layer: int) -> Block:
             return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
 
-        self.embedding = embedding("embedding", h.vocab_size, d, h.tied_embed_init_std)
-        self.bigram_buckets = h.bigram_vocab_size
+        self.embedding = Embedding(h.vocab_size, d, h.tied_embed_init_std, dtype)
+        self.bigram = None
         if h.bigram_vocab_size > 1:
-            self.bigram = embedding("bigram", h.bigram_vocab_size, h.bigram_dim, 0.0)
+            rows, proj = h.bigram_vocab_size, linear("bigram.proj")
+            self.bigram = BigramTable(rows, h.bigram_dim, dtype, proj, self.bigram_signs(prefix))
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
         self.value_layers = h.value_layers
         if self.value_layers:
-            self.value_embedding = embedding("value_embedding", h.vocab_size, h.ve_dim, 0.01)
+            proj = linear("value_embedding.proj")
+            self.value_embedding = Embedding(h.vocab_size, h.ve_dim, 0.01, dtype, proj)
             self.value_scales = nn.Parameter(torch.full((len(self.value_layers),), 0.1))
         self.blocks = nn.ModuleList(map(block, range(h.num_layers)))
         self.block_orders = {False: list(range(h.num_layers)), True: h.block_order}
@@ -2417,23 +2405,14 @@ class GPT(LanguageModel):
         has_gates = half and h.skip_gates_enabled
         self.skip_gates = nn.Parameter(torch.zeros(half, d)) if has_gates else None
         self.head = TiedHead(self.embedding, h.logit_softcap)
-        self.rotary = functools.partial(rotary_table, h, dtype)
+        self.rotary = functools.partial(rotations, h, dtype)
         for length in {h.train_seq_len, h.eval_seq_len}:
             self.register_buffer(f"rope_{length}", self.rotary(length), persistent=False)
 
-    def set_recurrence(self, enabled: bool) -> None:
-        self.recurs = enabled
-
-    def embed_bigrams(self, ids: Tensor) -> Tensor:
-        """Return the bigram embedding of ids (B, T), (B, T, d).
-
-        The bucket is a hash of two tokens; the last bucket is for the first position.
-        """
-        last = self.bigram_buckets - 1
-        buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
-        buckets = F.pad(buckets, (1, 0), value=last)
-        x = self.bigram(buckets)
-        return x * self.bigram_scale.to(x.dtype)
+    def bigram_signs(self, prefix: str) -> dict[str, FrozenRows]:
+        """Return the signs of pairs that the map table has for this model, by their last word."""
+        specs = [s for name, s in self.table.items() if name.startswith(f"{prefix}bigram.signs.")]
+        return {spec.kind.rpartition(".")[2]: FrozenRows(spec) for spec in specs}
 
     def embed_tokens(self, ids: Tensor, streaming: bool) -> Tensor:
         """Return the input of the blocks for ids (B, T), (B, T, d)."""
@@ -2441,8 +2420,8 @@ class GPT(LanguageModel):
         if streaming:  # one long row: bigrams and smear look back across the rows
             ids = ids.reshape(1, -1)
         x = self.embedding(ids)
-        if self.bigram_buckets > 1:
-            x = x + self.embed_bigrams(ids)
+        if self.bigram is not None:
+            x = x + self.bigram(ids) * self.bigram_scale.to(x.dtype)
         x = norm(x)
         if self.smear_gate is not None:  # SmearGate: a mix with the previous position, per channel
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -2452,10 +2431,10 @@ class GPT(LanguageModel):
     def attention_context(self, x: Tensor, streaming: bool) -> AttentionContext:
         """Return the rotations for x (B, T, d)."""
         length = x.size(1)
-        table = getattr(self, f"rope_{length}", None)
-        if table is None:
-            table = self.rotary(length)
-        cos, sin = table.to(x)
+        rope = getattr(self, f"rope_{length}", None)
+        if rope is None:
+            rope = self.rotary(length)
+        cos, sin = rope.to(x)
         row_shift = (cos[length], -sin[length]) if streaming else None
         return AttentionContext(cos[:length], sin[:length], row_shift)
 
@@ -2480,17 +2459,17 @@ class GPT(LanguageModel):
         """Run the blocks on x0 (B, T, d); the last one computes `num_queries` positions."""
         embedded = self.value_embedding(ids) if self.value_layers else None
         skips: dict[int, Tensor] = {}  # the stream after each layer of the first half
-        x, v0 = x0, None
+        x = x0
         order = self.block_orders[self.recurs]
         for i, layer in enumerate(order, start=1):
             if layer in self.skip_from:
                 x = self.add_skip(x, skips, layer)
             if i == len(order):
                 context = context._replace(num_queries=num_queries)
-            value_embed = self.value_embed(embedded, layer)
-            x, own_v = self.blocks[layer](x, x0, context, value_embed, v0)
-            if v0 is None:
-                v0 = own_v
+            context = context._replace(value_embed=self.value_embed(embedded, layer))
+            x, own_v = self.blocks[layer](x, x0, context)
+            if context.v0 is None:
+                context = context._replace(v0=own_v)
             if layer in self.skip_sources:
                 skips[layer] = x
         return x
@@ -2516,10 +2495,6 @@ class Ensemble(LanguageModel):
         members = [GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble)]
         self.members = nn.ModuleList(members)
 
-    def set_recurrence(self, enabled: bool) -> None:
-        for member in self.members:
-            member.set_recurrence(enabled)
-
     def predict(
         self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
     ) -> Tensor:
@@ -2535,8 +2510,7 @@ class Ensemble(LanguageModel):
 def adapter_ratios(model: LanguageModel) -> dict[str, float]:
     """Return ‖A B‖ / ‖W‖ (Frobenius norms) of every map with low-rank factors."""
     ratios = {}
-    for name in model.table:
-        module = model.get_submodule(name)
+    for name, module in model.linear_maps().items():
         weight, a, b = module.parts(torch.float32)
         if len(b):
             square = ((a.T @ a) * (b @ b.T)).sum()  # of the Frobenius norm of a b
@@ -2555,24 +2529,21 @@ def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return about how many bytes of memory building the model takes."""
     sizes = [math.prod(spec.shape) for spec in table.values()]
-    tables = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
+    embeddings = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
-    total = 4 * (sum(sizes) + h.ensemble * tables) + 64 * max(sizes)
-    shared = {  # stored once for all layers
-        spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
-    }
-    total += sum(shared.values())
-    for spec in table.values():
+    total = 4 * (sum(sizes) + h.ensemble * embeddings) + 64 * max(sizes)
+    shared: dict[tuple, int] = {}  # what several maps share is there once
+    for spec, numel in zip(table.values(), sizes, strict=True):
+        shared[spec.owner] = 4 * spec.shared_count * numel
         for name, size in spec.adapters().items():
             unit = ADAPTERS[name].size_unit
-            numel = math.prod(spec.shape)
             if unit == "rank":
                 total += 4 * int(size) * sum(spec.shape)
             elif unit == "count":
-                total += 4 * int(size) * numel
+                shared[spec.shared_seed, spec.shape, size] = 4 * int(size) * numel
             else:  # positions of sparse values, or scores of masks
                 total += 12 * numel
-    return total
+    return total + sum(shared.values())
 
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -2588,15 +2559,12 @@ def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> Langua
 
 
 def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
-    """Return the map table of a built model for results.json.
-
-    `learned` and `frozen` count values, `bytes` are those of the learned ones before compression.
-    """
+    """Return the map table of a built model, with counts of values and bytes before compression."""
     rows = []
     for spec in model.table.values():
         module = model.get_submodule(spec.name)
-        row = {"name": spec.name, "shape": spec.shape}
-        row |= {name: getattr(spec, name) for name in ("seed", *COLUMNS)}
+        row = {"name": spec.name, "shape": f"{spec.out_features}x{spec.in_features}"}
+        row |= {name: getattr(spec, name) for name in (*COLUMNS, "seed")}
         row["learned"] = sum(p.numel() for p in module.parameters())
         row["frozen"] = math.prod(spec.shape) if spec.is_random else 0
         row["bytes"] = stored_bytes(module)
@@ -2604,25 +2572,14 @@ def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
     return rows
 
 
-def describe_maps(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the rows of `map_rows` as text."""
-    layout = "{:<26} {:>10} {:<15} {:>7} {:<16} {:<5} {:<5} {:<6} {:>10} {:>10} {:>9}"
-    heading = "map shape basis seed adapter scale gate freeze learned frozen bytes"
-    lines = [layout.format(*heading.split())]
+def describe_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of the same columns as a table of text."""
+    lines = [list(row) for row in rows[:1]]
     for row in rows:
-        cells = [
-            row["name"],
-            "{}x{}".format(*row["shape"]),
-            f"{row['gain']:g}·{row['basis']}",
-            row["seed"],
-            row["adapter"],
-            row["scale"],
-            "none" if row["gate"] is None else f"{row['gate']:g}",
-            f"{row['freeze']:g}",
-            *(f"{row[name]:,}" for name in ("learned", "frozen", "bytes")),
-        ]
-        lines.append(layout.format(*cells))
-    return lines
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 # ---- Processes and log -------------------------------------------------------------------------
@@ -3293,10 +3250,9 @@ class Optimizers:
         return self.muon.param_groups + self.adam.param_groups
 
     def step(self, step: int, lr_scale: float) -> dict[str, Tensor]:
-        """Average the gradients over the processes, clip and apply them.
+        """Average the gradients over the processes, clip and apply them; return their norms.
 
-        Returns:
-            The norm of each gradient before the clip, by name.
+        The norms are those before the clip, by name.
         """
         self._set_rates(step, lr_scale)
         trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
@@ -3432,23 +3388,18 @@ class Quantizer:
         return 2 ** (self.bits - 1) - 1
 
     def column_exponents(self, rows: int, curvature: Tensor) -> Tensor | None:
-        """Return the exponents of scales for the columns, or None for none.
-
-        Args:
-            rows: of the matrix.
-            curvature: (columns,) of gptq_factor.
-        """
+        """Return the exponents of scales for the columns by their `curvature`, or None for none."""
         return None
 
     def exponents(
-        self, w: Tensor, column_scales: Tensor | float = 1.0, gain: float = 1.0
+        self, w: Tensor, column_scales: Tensor | float = 1.0, remaining: float = 1.0
     ) -> Tensor:
         """Return the exponent of each row's scale, (..., rows, columns) -> (..., rows) uint8.
 
         Args:
             w: the values.
             column_scales: (columns,), by which the values will be divided.
-            gain: what they and GPTQ leave of the mean curvature of a row's values.
+            remaining: the part of the curvature of a row's values that they and GPTQ leave.
         """
         rms = w.double().square().mean(-1).sqrt()
         return scale_exponents(rms * self.clip_sigmas / self.largest)
@@ -3485,8 +3436,8 @@ class Quantizer:
         column_scales = torch.ones_like(curvature)
         if column_exponents is not None:
             column_scales = scales_of(column_exponents)
-        gain = (curvature[back] * column_scales.square()).mean().item()
-        exponents = self.exponents(w, column_scales, gain)
+        remaining = (curvature[back] * column_scales.square()).mean().item()
+        exponents = self.exponents(w, column_scales, remaining)
         in_scales = w.double() / column_scales / scales_of(exponents)[:, None].clamp(min=1e-30)
         factor = factor / column_scales[order]  # the factor of the inputs times their scales
         codes = self._gptq(in_scales[:, order], kept[:, order], factor)[:, back]
@@ -3541,10 +3492,10 @@ class SensitivityQuantizer(Quantizer):
         return scale_exponents(relative**-self.COLUMN_POWER)
 
     def exponents(
-        self, w: Tensor, column_scales: Tensor | float = 1.0, gain: float = 1.0
+        self, w: Tensor, column_scales: Tensor | float = 1.0, remaining: float = 1.0
     ) -> Tensor:
         """Return the exponents of the rows of a parameter w (rows, columns), (rows,) uint8."""
-        curvature = gain * self.sensitivities[w].double()
+        curvature = remaining * self.sensitivities[w].double()
         scale = (24 * self.loss_per_value / curvature.clamp(min=1e-30)).sqrt()
         # Rows that matter alike take the next exponent one by one: the bytes change smoothly.
         scale = scale * torch.exp2((0.618 * torch.arange(len(w), device=w.device) % 1 - 0.5) / 8)
@@ -3572,11 +3523,10 @@ def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return factor, factor.diagonal().pow(-2) / damped.diagonal().mean()
 
 
-# Roles that are stored as codes; a SCALAR is float16, a MASK is bits.
 CODED_ROLES = (Role.MATRIX, Role.FACTOR, Role.SPARSE, Role.EMBEDDING)
 
 
-def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
+def make_quantizers(h: Hyperparameters) -> Quantizers:
     """Return how each of CODED_ROLES is quantized by the RMS of its rows."""
     matrix = Quantizer(h.matrix_bits, h.matrix_clip_sigmas, h.prune_pct)
     embedding = Quantizer(h.embed_bits, h.embed_clip_sigmas)
@@ -3585,7 +3535,7 @@ def make_quantizers(h: Hyperparameters) -> dict[Role, Quantizer]:
 
 @contextlib.contextmanager
 def weights_as_stored(
-    groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Mapping[Role, Quantizer]
+    groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Quantizers
 ) -> Iterator[None]:
     """Hold rounded values in tensors that are stored as codes: the nearest codes (late QAT).
 
@@ -3619,12 +3569,8 @@ def collect_hessians(
 ) -> dict[nn.Module, Tensor]:
     """Return Σ x xᵀ (in, in) float32 over the inputs of every module with matrices.
 
-    Modules of one input group share a Hessian, and adapters have that of their map.
-
-    Args:
-        model: the model to calibrate.
-        batches: this process's calibration tokens, (B, T) each.
-        dist: the processes, over which the Hessians are summed.
+    Modules of one input group share a Hessian, and adapters have that of their map. The batches of
+    tokens (B, T) are this process's; the Hessians are summed over all processes.
     """
     hessians: dict[nn.Module, Tensor] = {}  # by input group
     precision = torch.get_float32_matmul_precision()
@@ -3641,7 +3587,7 @@ def collect_hessians(
     # Maps inside a FusedLinear are hooked, too, but never called: their hooks add nothing.
     hooks = []
     for group in model.modules():
-        if isinstance(group, (InputGroup, Linear)) and any(map(has_matrices, group.members)):
+        if isinstance(group, (InputGroup, Linear)) and any(map(has_matrices, group.readers)):
             hooks.append(group.register_forward_pre_hook(add))
     for ids in batches:
         model.predict(ids)
@@ -3651,11 +3597,11 @@ def collect_hessians(
     by_module: dict[nn.Module, Tensor] = {}
     for group, hessian in hessians.items():
         dist.all_reduce(hessian)
-        for member in group.members:
-            adapters = [each for each in member.children() if isinstance(each, Adapter)]
-            by_module |= dict.fromkeys([member, *adapters], hessian)
-            for shared in getattr(member, "shared_matrices", ()):  # it has inputs in every layer
-                mix = member.shared_mix
+        for reader in group.readers:
+            adapters = [each for each in reader.children() if isinstance(each, Adapter)]
+            by_module |= dict.fromkeys([reader, *adapters], hessian)
+            for shared in getattr(reader, "shared_matrices", ()):  # it has inputs in every layer
+                mix = reader.shared_mix
                 if mix is None:
                     mix = hessian.new_ones(1)
                 # A layer that mixes a matrix in by c has c² of its error.
@@ -3671,24 +3617,20 @@ def collect_sensitivities(
 
     Its unit is nats per token and squared unit of a value. Labels are drawn from the model's own
     predictions. Gradients of different positions are then uncorrelated, and a batch's squared
-    gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193).
-
-    Args:
-        model: the model to calibrate.
-        batches: this process's calibration tokens, (B, T) each.
-        dist: the processes, over which the estimates are summed.
+    gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193). Each process uses its
+    own batches of tokens (B, T).
 
     Returns:
-        For each parameter the mean over each row's values, (rows,) float64; a row of a table has
-        5% of the table's mean added, since the calibration text may lack its token. For each
+        For each parameter the mean over each row's values, (rows,) float64; a row of an embedding
+        has 5% of its mean added, since the calibration text may lack its token. For each
         embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian,
         by lookups and by the tied head together.
     """
     groups = tensors_by_role(model)
     params = [p for role in CODED_ROLES for p in groups[role].values()]
-    tables = {m.weight: m for m in model.modules() if isinstance(m, Embedding)}
+    embeddings = {m.weight: m for m in model.modules() if isinstance(m, Embedding)}
     rows = {p: torch.zeros(len(p), dtype=torch.float64, device=p.device) for p in params}
-    hessians = dict.fromkeys(tables.values(), 0)
+    hessians = dict.fromkeys(embeddings.values(), 0)
     tokens = torch.zeros((), dtype=torch.float64, device=dist.device)
     generator = torch.Generator(dist.device).manual_seed(dist.rank)
     frozen = [m for m in model.modules() if isinstance(m, Linear) and m.is_frozen]
@@ -3703,13 +3645,13 @@ def collect_sensitivities(
             tokens += part.numel()
             for p, gradient in zip(params, gradients, strict=True):
                 rows[p] += gradient.double().square().mean(1)
-                if p in tables:
-                    hessians[tables[p]] += gradient.T.double() @ gradient.double()
+                if p in embeddings:
+                    hessians[embeddings[p]] += gradient.T.double() @ gradient.double()
     for module in frozen:
         module.set_frozen(True)
     dist.all_reduce(tokens)
     rows = {p: dist.all_reduce(total) / tokens for p, total in rows.items()}
-    rows |= {p: rows[p] + 0.05 * rows[p].mean() for p in tables}
+    rows |= {p: rows[p] + 0.05 * rows[p].mean() for p in embeddings}
     return rows, {module: dist.all_reduce(total) / tokens for module, total in hessians.items()}
 
 
@@ -3725,13 +3667,12 @@ def calibration_batches(
 
 
 class Calibration(NamedTuple):
-    """What the quantizers know of a model, from calibration text."""
+    """What calibration text says of a model."""
 
     hessians: dict[nn.Module, Tensor]  # of each module's inputs, or of an embedding's rows
     sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
 
-    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> dict[Role, Quantizer]:
-        """Return how each role is stored as codes."""
+    def quantizers(self, h: Hyperparameters, loss_per_value: float) -> Quantizers:
         quantizers = make_quantizers(h)
         if self.sensitivities is None:
             return quantizers
@@ -3748,13 +3689,15 @@ class Calibration(NamedTuple):
 def calibrate(
     h: Hyperparameters, model: LanguageModel, dist: Distributed, batches: list[Tensor]
 ) -> Calibration:
-    """Return the calibration by this process's batches (B, T) and those of the others."""
+    """Calibrate by this process's batches (B, T) and those of the others."""
     hessians = collect_hessians(model, batches, dist)
     if h.quantizer == "rms" or not batches:
         return Calibration(hessians, None)
     some = batches[: -(-len(batches) // 4)]  # a gradient takes three times as long
-    sensitivities, tables = collect_sensitivities(model, some, dist)
-    return Calibration(hessians | tables, sensitivities)
+    sensitivities, of_embeddings = collect_sensitivities(model, some, dist)
+    if not all(each.isfinite().all() for each in sensitivities.values()):
+        raise UserError("the loss's sensitivity to the weights is not finite")  # rows of zeros
+    return Calibration(hessians | of_embeddings, sensitivities)
 
 
 # ---- Artifact ----------------------------------------------------------------------------------
@@ -3779,26 +3722,26 @@ VERSIONS = {
 }
 
 
-def stored_parts(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
-    """Return group name -> values of one tensor; `kind` is the last part of its name."""
+def stored_values(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
+    """Return group name -> values of one tensor; `kind` is the last word of its name."""
     if isinstance(tensor, QuantizedTensor):
         codes, exponents, column_exponents = tensor
         # Codes of like spread lie together, which brotli compresses 2% better.
         codes = codes[exponents.argsort(stable=True)]
-        parts = {f"{kind} exponents": exponents}
+        scales = {f"{kind} exponents": exponents}
         if column_exponents is not None:
             codes = codes[:, column_exponents.argsort(stable=True)]
-            parts[f"{kind} columns"] = column_exponents
-        return {f"{kind} codes": codes} | parts
+            scales[f"{kind} columns"] = column_exponents
+        return {f"{kind} codes": codes} | scales
     if tensor.dtype is torch.bool:
         bits = np.packbits(tensor.cpu().numpy())
         return {f"{kind} bits": torch.from_numpy(bits)}
     return {"float16": tensor}
 
 
-def byte_planes(parts: list[Tensor]) -> bytes:
+def byte_planes(group: list[Tensor]) -> bytes:
     """Return the values of one group: their first bytes, then their second bytes, and so on."""
-    return torch.cat(parts)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
+    return torch.cat(group)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
 
 
 def compress(block: bytes, quality: int) -> bytes:
@@ -3807,31 +3750,31 @@ def compress(block: bytes, quality: int) -> bytes:
 
 
 def write_artifact(
-    header: dict[str, Any], tensors: Mapping[str, QuantizedTensor | Tensor], quality: int = 11
+    header: dict[str, Any], tensors: StoredTensors, quality: int = 11
 ) -> tuple[bytes, dict[str, int]]:
     """Return the artifact, and how many bytes each of its groups of like tensors takes.
 
     It is magic, format version and length of the header (little-endian uint32), the header (JSON,
-    brotli) with the tensor table [name, shape, groups] and the groups [name, bytes of each block],
-    the blocks (byte planes, brotli), and SHA-256 over all before it.
+    brotli) with the tensors [name, shape, groups] and the groups [name, bytes of each block], the
+    blocks (byte planes, brotli), and SHA-256 over all before it.
 
     Args:
         header: facts to store.
         tensors: the values by name; floats are stored as float16, bools as bits.
         quality: of brotli, 0 to 11.
     """
-    table = []
+    entries = []
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0].rpartition(".")[-1]):
-        parts = stored_parts(name.rpartition(".")[-1], tensor)
+        stored = stored_values(name.rpartition(".")[-1], tensor)
         shape = tensor.codes.shape if isinstance(tensor, QuantizedTensor) else tensor.shape
-        table.append([name, list(shape), list(parts)])
-        for group, values in parts.items():
+        entries.append([name, list(shape), list(stored)])
+        for group, values in stored.items():
             dtype = GROUP_TYPES[group.split()[-1]]
             groups.setdefault(group, []).append(values.cpu().flatten().to(dtype))
     blocks: list[tuple[str, bytes]] = []
-    for group, parts in groups.items():
-        planes = byte_planes(parts)
+    for group, values in groups.items():
+        planes = byte_planes(values)
         starts = range(0, len(planes), BLOCK_BYTES)
         blocks += [(group, planes[start : start + BLOCK_BYTES]) for start in starts]
     with ThreadPoolExecutor() as pool:
@@ -3839,14 +3782,13 @@ def write_artifact(
     lengths: dict[str, list[int]] = {group: [] for group in groups}
     for (group, _), data in zip(blocks, packed, strict=True):
         lengths[group].append(len(data))
-    header = header | {"versions": VERSIONS, "tensors": table, "groups": list(lengths.items())}
+    header = header | {"versions": VERSIONS, "tensors": entries, "groups": list(lengths.items())}
     text = brotli.compress(json.dumps(header).encode())
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
     body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed])
-    sizes = {group: sum(blocks) for group, blocks in lengths.items()}
-    return body + hashlib.sha256(body).digest(), {
-        "header": len(text) + 48
-    } | sizes  # 48: magic, two numbers, SHA-256
+    sizes = {"header": len(text) + 48}  # magic, two numbers and SHA-256 take 48
+    sizes |= {group: sum(blocks) for group, blocks in lengths.items()}
+    return body + hashlib.sha256(body).digest(), sizes
 
 
 def decompress(packed: bytes, limit: int) -> bytearray:
@@ -3882,14 +3824,14 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return header, dict(read_tensors(header, blob[16 + size : -32]))
 
 
-def group_lengths(table: list) -> dict[str, list[int]]:
+def group_lengths(entries: list) -> dict[str, list[int]]:
     """Return how many elements each tensor has in each group (bits: bytes).
 
-    ValueError for an impossible table.
+    ValueError for impossible shapes.
     """
     lengths: dict[str, list[int]] = {}
     total = 0  # values that are read, whatever they take in the file
-    for _, shape, groups in table:
+    for _, shape, groups in entries:
         if len(shape) > 2 or not all(type(n) is int and 0 <= n < 2**26 for n in shape):
             raise ValueError(f"{shape} is not a valid shape")
         counts = [math.prod(shape)]
@@ -3909,7 +3851,7 @@ def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tenso
     """Return the stored values of each group, one tensor after the other."""
     lengths = group_lengths(header["tensors"])
     position = 0
-    parts: dict[str, Iterator[Tensor]] = {}
+    tensors: dict[str, Iterator[Tensor]] = {}
     for group, blocks in header["groups"]:
         dtype = GROUP_TYPES[group.split()[-1]]
         counts = lengths.pop(group)  # KeyError where a group comes twice
@@ -3923,16 +3865,16 @@ def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tenso
         if len(raw) != size:
             raise ValueError(f"{group} has {len(raw)} bytes, not {size}")
         planes = torch.from_numpy(np.frombuffer(raw, np.uint8)).view(dtype.itemsize, -1)
-        parts[group] = iter(planes.t().flatten().view(dtype).split(counts))
+        tensors[group] = iter(planes.t().flatten().view(dtype).split(counts))
     if position != len(body):
         raise ValueError(f"its groups have {position} bytes, the file has {len(body)} for them")
-    return parts
+    return tensors
 
 
 def restore_codes(
     stored: Tensor, exponents: Tensor, column_exponents: Tensor | None = None
 ) -> QuantizedTensor:
-    """Undo the order in which `stored_parts` stores codes (rows, columns)."""
+    """Undo the order in which `stored_values` stores codes (rows, columns)."""
     codes = stored[exponents.argsort(stable=True).argsort()]
     if column_exponents is not None:
         codes = codes[:, column_exponents.argsort(stable=True).argsort()]
@@ -3941,9 +3883,9 @@ def restore_codes(
 
 def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Tensor]]:
     """Yield name and values of every tensor of an artifact, in float32."""
-    parts = read_groups(header, body)
+    stored = read_groups(header, body)
     for name, shape, groups in header["tensors"]:
-        values, *exponents = (next(parts[group]) for group in groups)
+        values, *exponents = (next(stored[group]) for group in groups)
         if groups[0].endswith("bits"):
             bits = np.unpackbits(values.numpy(), count=math.prod(shape))
             values = torch.from_numpy(bits)
@@ -3956,12 +3898,10 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
 
 
 def quantize_model(
-    model: LanguageModel,
-    quantizers: Mapping[Role, Quantizer],
-    hessians: Mapping[nn.Module, Tensor],
-) -> dict[str, QuantizedTensor | Tensor]:
-    """Return everything that is learned as it is stored, by name."""
-    tensors: dict[str, QuantizedTensor | Tensor] = dict(model.state_dict())
+    model: LanguageModel, quantizers: Quantizers, hessians: Mapping[nn.Module, Tensor]
+) -> StoredTensors:
+    """Return everything that is learned as it is stored."""
+    tensors: StoredTensors = dict(model.state_dict())
     for prefix, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             codes = module.quantize(quantizers, hessians.get(module))
@@ -3973,8 +3913,7 @@ def quantize_model(
 def code_bytes() -> int:
     """Return how many bytes this script takes at most as it ships: compressed, self-extracting.
 
-    It ships without comments and docstrings. The challenge counts what `tools/submit.py` writes,
-    which is smaller still.
+    The challenge counts what `tools/submit.py` writes, which is smaller still.
     """
     source = Path(__file__).read_bytes()
     tree = ast.parse(source)
@@ -3988,11 +3927,11 @@ def code_bytes() -> int:
 
 
 class Artifact(NamedTuple):
-    """An artifact, and what it is made of."""
+    """The bytes of an artifact, and what it is made of."""
 
     blob: bytes
     sizes: dict[str, int]  # bytes of each group of like tensors
-    tensors: dict[str, QuantizedTensor | Tensor]
+    tensors: StoredTensors
     loss_per_value: float  # at which the scales were chosen
 
 
@@ -4002,7 +3941,7 @@ def entropy_bytes(codes: Tensor) -> float:
     return (counts * (counts.sum() / counts).log2()).sum().item() / 8
 
 
-def estimate_bytes(model: LanguageModel, quantizers: Mapping[Role, Quantizer]) -> float:
+def estimate_bytes(model: LanguageModel, quantizers: Quantizers) -> float:
     """Return about the bytes of a model's codes: the nearest ones, by their entropy."""
     groups = tensors_by_role(model)
     total = 0.0
@@ -4020,17 +3959,13 @@ def solve_for_bytes(
 ) -> Artifact:
     """Return the largest artifact found of up to `target` bytes, else the smallest one found.
 
-    The search ends within 0.5% under the target, after eight artifacts, or where other scales give
-    the same codes.
-
-    Args:
-        build: makes an artifact at a loss per value, in seconds to minutes.
-        estimate: about the bytes of its codes, fast. Twice the loss saves half a bit per value.
-        target: bytes of the artifact.
-        loss: loss per value (nats per token) at which the search begins.
+    The search begins at a loss per value (nats per token). It ends within 0.5% under the target,
+    after eight artifacts, or where other scales give the same codes. `build` takes seconds to
+    minutes; `estimate` gives about the bytes of the codes, fast. Twice the loss saves half a bit
+    per value.
     """
     tried: list[Artifact] = []
-    octaves = [i / 100 for i in range(-600, 600)]
+    steps = range(-600, 600)  # of 0.01 octaves of the loss
     low, high = 0.0, math.inf  # losses between which the answer lies
     estimated = estimate(loss)
     for _ in range(8):
@@ -4048,7 +3983,7 @@ def solve_for_bytes(
         codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
         wanted = estimated * (1 + (0.9975 * target - size) / codes)
         # More loss means fewer bytes, and bisect needs a rising key: hence the minus signs.
-        step = bisect.bisect(octaves, -wanted, key=lambda octave: -estimate(loss * 2**octave))
+        step = bisect.bisect(steps, -wanted, key=lambda step: -estimate(loss * 2 ** (step / 100)))
         loss *= 2 ** (step / 100 - 6)
         if low and high < math.inf and not low < loss < high:  # the bytes jump between them
             loss = math.sqrt(low * high)
@@ -4061,33 +3996,22 @@ def solve_for_bytes(
 
 
 def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
-    """Return for each role the values of its codes, their bytes by entropy, bits a value, and loss.
+    """Return values of each role's codes, bytes and bits a value by their entropy, and the loss.
 
     The loss (nats per token) is what rounding may cost; scales by RMS do not know it (None).
     """
     rows = []
-    loss_per_value = artifact.loss_per_value
+    loss = artifact.loss_per_value
     for role, group in tensors_by_role(model).items():
         stored = [artifact.tensors.get(name) for name in group]
         codes = [tensor.codes.flatten() for tensor in stored if isinstance(tensor, QuantizedTensor)]
         if codes:
             values = sum(map(len, codes))
             size = entropy_bytes(torch.cat(codes))
-            loss = None if math.isnan(loss_per_value) else values * loss_per_value
             row = {"role": role.value, "values": values, "bytes": round(size)}
-            rows.append(row | {"bits": 8 * size / values, "loss": loss})
+            row |= {"bits": 8 * size / values, "loss": None if math.isnan(loss) else values * loss}
+            rows.append(row)
     return rows
-
-
-def describe_codes(rows: Iterable[Mapping[str, Any]], artifact: Artifact) -> list[str]:
-    """Return the rows of `code_rows` as text, and the bytes of each group of the artifact."""
-    lines = ["{:<10} {:>11} {:>11} {:>10} {:>9}".format("codes", "values", "bytes", "bits", "loss")]
-    for row in rows:
-        loss = math.nan if row["loss"] is None else row["loss"]
-        cells = row["role"], row["values"], row["bytes"], row["bits"], loss
-        lines.append("{:<10} {:>11,} {:>11,} {:>10.2f} {:>9.5f}".format(*cells))
-    sizes = ", ".join(f"{name} {size:,}" for name, size in artifact.sizes.items())
-    return [*lines, f"artifact bytes: {sizes}"]
 
 
 def describe_size(size: int) -> str:
@@ -4124,19 +4048,23 @@ def check_size(h: Hyperparameters, size: int) -> None:
 
 
 def export(
-    run: Run, model: LanguageModel, data: TrainingData, step: int, trial: bool = False
+    run: Run,
+    model: LanguageModel,
+    data: TrainingData,
+    step: int,
+    start: float | None = None,
+    trial: bool = False,
 ) -> Artifact:
     """Return the artifact of the model; on processes other than rank 0 only its bytes.
 
-    Args:
-        run: settings, processes, log and tokenizer.
-        model: the model to export.
-        data: training text for the calibration.
-        step: the training steps that are done; calibration text comes after theirs.
-        trial: for the preflight; scales by RMS, without TARGET_BYTES.
+    Calibration text comes after that of the steps that are done. The search for TARGET_BYTES begins
+    at the loss per value `start`, or at LOSS_PER_VALUE. With `trial`, for the preflight, one
+    sequence calibrates, scales are by RMS and TARGET_BYTES is ignored.
     """
     h, dist = run.h, run.dist
     batches = list(calibration_batches(h, dist, data, step))
+    if trial:
+        batches = [batch[:1] for batch in batches[:1]]
     calibration = calibrate(h, model, dist, batches)
     if dist.rank:
         return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
@@ -4146,9 +4074,6 @@ def export(
         "fingerprint": model.fingerprint(),
         "tokenizer": run.tokenizer.sha256,
     }
-    for sensitivity in (calibration.sensitivities or {}).values():
-        if not sensitivity.isfinite().all():  # its row would be stored as zeros
-            raise UserError("the loss's sensitivity to the weights is not finite")
     if trial:  # what the loss feels before training says nothing about what it feels later
         calibration = calibration._replace(sensitivities=None)
 
@@ -4160,7 +4085,10 @@ def export(
     def estimate(loss_per_value: float) -> float:
         return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
 
-    start = h.loss_per_value if calibration.sensitivities else math.nan
+    if calibration.sensitivities is None:
+        start = math.nan
+    elif start is None:
+        start = h.loss_per_value
     if h.target_bytes and not trial:
         artifact = solve_for_bytes(build, estimate, largest_model(h), start)
     else:
@@ -4174,20 +4102,14 @@ def rebuild_model(
 ) -> LanguageModel:
     """Return the model of an artifact or a checkpoint, in evaluation mode.
 
-    Its maps are generated anew and proved the same by their fingerprint.
-
-    Args:
-        h: settings that include those of the model.
-        stored: `model` (settings), `fingerprint` and `versions`.
-        tensors: everything that was learned, by name.
-        dist: where the model goes.
+    Its maps are generated anew and proved the same by their fingerprint. `stored` has `model` (its
+    settings, which `h` includes), `fingerprint` and `versions`.
     """
     with untrusted_input("the stored model"):
         # Checked before any map is generated: a forged header could ask for a huge one.
-        maps = [name for name in build_map_table(h) if "blocks." in name]
-        blocks = {name.rsplit(".", 2)[0] for name in maps}
-        widths = {tuple(tensors[f"{block}.mlp_scale"].shape) for block in blocks}
-        if stored["model"] != h.model_settings() or widths != {(h.model_dim,)}:
+        widths = [len(tensors[name]) for name in tensors if name.endswith(".mlp_scale")]
+        expected = [h.model_dim] * (h.num_layers * h.ensemble)
+        if stored["model"] != h.model_settings() or widths != expected:
             raise ValueError("its settings and tensors are not those of one model")
         model = make_model(h, resolve_dtype(h, dist.on_cuda))
         here, there = model.fingerprint(), stored["fingerprint"]
@@ -4299,7 +4221,8 @@ def evaluate(
         h: EVAL_SEQ_LEN, EVAL_MODE and EVAL_BATCH_TOKENS.
         dist: the processes.
         stride: new tokens that each window scores.
-        trial: compute three batches only; the result shows whether losses are finite.
+        trial: compute one batch only, or one of each shape where they are compiled; the result
+            shows whether losses are finite.
     """
     model.eval()
     num_targets = len(tokens) - 1
@@ -4316,8 +4239,8 @@ def evaluate(
     pays = dist.compile and len(batches) > COMPILED_BATCHES[dist.device.type] * dist.world_size
     compiled = torch.compile(model.token_losses, dynamic=False, disable=not pays)
     mine = batches[dist.rank :: dist.world_size]
-    if trial:
-        mine = mine[:2] + mine[2:][-1:]  # the first scores all of its first window
+    if trial:  # the first batch scores all of its first window
+        mine = mine[:2] + mine[2:][-1:] if pays else mine[:1]
     # Tokens and plan are on the device: a copy per batch would stop it each time.
     tokens = F.pad(tokens, (0, length)).to(dist.device)
     offsets = torch.arange(length + 1, device=dist.device)
@@ -4582,9 +4505,9 @@ class Phases:
     def set_frozen(self, boundary: float) -> int:
         """Freeze the maps whose time has come, and no others; return how many."""
         count = 0
-        for spec in self.model.table.values():
-            is_frozen = 0 < spec.freeze <= boundary
-            self.model.get_submodule(spec.name).set_frozen(is_frozen)
+        for name, module in self.model.linear_maps().items():
+            is_frozen = 0 < self.model.table[name].freeze <= boundary
+            module.set_frozen(is_frozen)
             count += is_frozen
         return count
 
@@ -4980,7 +4903,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     try:
         blob = export(run, trial, data, 0, trial=True).blob
         log_size(run, "projected artifact", len(blob))
-        export_seconds = time.perf_counter() - began
+        build_seconds = time.perf_counter() - began
+        calibration_seconds = time_calibration(run, trial, data)
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
         for stride in (h.eval_seq_len, h.eval_stride):
@@ -4988,10 +4912,12 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
             if not math.isfinite(loss):
                 raise UserError("the model's loss is not finite; lower the initial gains")
         stage = "choice of the candidate"
+        tokens = data.held_out_stream()
+        part = tokens if dist.compile else tokens[: max(h.eval_seq_len, h.eval_batch_tokens) + 1]
         start = time.perf_counter()
-        evaluate(rebuilt, data.held_out_stream(), h, dist, h.eval_seq_len)
-        # There are up to three candidates, and the artifact of one.
-        choice_seconds = 4 * (time.perf_counter() - start)
+        evaluate(rebuilt, part, h, dist, h.eval_seq_len)
+        seconds = (time.perf_counter() - start) * len(tokens) / len(part)
+        choice_seconds = 4 * seconds  # there are up to three candidates, and the artifact of one
         stage = "disk"
         # Per value: weight 4, optimizer up to 8, EMA 4, SWA 4 bytes, and 4 of a teacher.
         value_bytes = 20 + 4 * h.self_distill
@@ -5002,9 +4928,21 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         raise UserError(f"preflight, {stage}: {error} (before training)") from error
     seconds = time.perf_counter() - began
     run.log(f"preflight: export, reading back and evaluation work, {seconds:.1f} s")
-    # solve_for_bytes makes two to five artifacts, at most eight, but they share one calibration.
-    exports = 3 if h.target_bytes else 1
-    return exports * export_seconds + choice_seconds
+    builds = 3 if h.target_bytes else 1  # solve_for_bytes makes two to five, at most eight
+    return calibration_seconds + builds * build_seconds + choice_seconds
+
+
+def time_calibration(run: Run, model: LanguageModel, data: TrainingData) -> float:
+    """Return the seconds that a calibration takes, by that of four sequences."""
+    h, dist = run.h, run.dist
+    batches = list(calibration_batches(h, dist, data, 0))
+    rows = [row[None] for batch in batches for row in batch]
+    some = rows[:4]  # the least with the usual share of gradients
+    if not some:
+        return 0.0
+    start = time.perf_counter()
+    calibrate(h, model, dist, some)
+    return (time.perf_counter() - start) * len(rows) / len(some)
 
 
 def reserve_for_export(run: Run, estimate: float) -> float:
@@ -5084,7 +5022,7 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     settings = run.h.as_dict().items()
     log("\n".join(f"{name.upper()}={value}" for name, value in settings), console=False)
     rows = map_rows(model)
-    log("\n".join(describe_maps(rows)))
+    log(describe_rows(rows))
     trained = sum(p.numel() for p in model.parameters())
     maps = model.random_maps()
     frozen = sum(spec.out_features * spec.in_features for spec in maps)
@@ -5121,6 +5059,27 @@ def train_model(
     return trainer.finish()
 
 
+# Rounding harms averages of the weights less than the last ones: at 2 bits per value it changed the
+# order of candidates 0.05 nats apart (bench/results/quantize.md).
+NEAR_NATS = 0.1
+
+
+def near_candidates(candidates: Candidates, losses: Mapping[str, float]) -> Candidates:
+    """Return the candidates that rounding can make the best: the first, and those near it.
+
+    Args:
+        candidates: the best one is first.
+        losses: loss on held-out training text of each name, before quantization.
+    """
+    first = next(iter(candidates))
+    limit = losses.get(first, math.nan) + NEAR_NATS
+    return {
+        name: weights
+        for name, weights in candidates.items()
+        if name == first or losses.get(name, math.nan) <= limit
+    }
+
+
 def export_best(
     run: Run,
     model: LanguageModel,
@@ -5130,9 +5089,6 @@ def export_best(
     seconds: float,
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the artifact whose loss on held-out training text is the least, and its metrics.
-
-    Rounding to few bits harms averages of the weights less than the last ones
-    (bench/results/quantize.md), so the order of the candidates may change.
 
     Args:
         run: settings, processes, log and tokenizer.
@@ -5145,12 +5101,14 @@ def export_best(
     tokens = data.held_out_stream()
     exported: dict[str, Artifact] = {}
     scores: dict[str, tuple[bool, bool, float]] = {}  # too large, not finite, held-out loss
+    start = None
     (seconds,), _ = run.dist.sync_from_rank0(seconds)  # the processes must stop together
     for name, weights in candidates.items():
         began = time.perf_counter()
         with untrusted_input(f"the candidate {name}"):
             model.load_state_dict(weights)
-        exported[name] = export(run, model, data, step)
+        exported[name] = export(run, model, data, step, start)
+        start = exported[name].loss_per_value  # the next candidate needs about the same
         blob = exported[name].blob
         model.load_state_dict(read_artifact(blob)[1])
         loss = evaluate(model, tokens, run.h, run.dist, run.h.eval_seq_len)
@@ -5166,11 +5124,13 @@ def export_best(
     best = min(scores, key=scores.get)
     blob = exported[best].blob
     codes = code_rows(model, exported[best])
-    run.log("\n".join([f"exported:{best}", *describe_codes(codes, exported[best])]))
+    sizes = exported[best].sizes
+    text = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    run.log(f"exported:{best}\n{describe_rows(codes)}\nartifact bytes: {text}")
     log_size(run, "artifact", len(blob))
     check_size(run.h, len(blob))
     losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
-    groups = [{"group": name, "bytes": size} for name, size in exported[best].sizes.items()]
+    groups = [{"group": name, "bytes": size} for name, size in sizes.items()]
     return blob, {"candidate": best, **losses, "codes": codes, "groups": groups}
 
 
@@ -5202,7 +5162,9 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     if h.max_wallclock_seconds and not h.export_only:
         time_left = h.max_wallclock_seconds - metrics["train_seconds"] - metrics["choice_seconds"]
         time_left -= time.perf_counter() - began  # to write the checkpoint
-    blob, choice = export_best(run, model, data, candidates, metrics["steps"], time_left)
+    losses = {name: metrics.get(f"holdout_loss_{name}", math.nan) for name in candidates}
+    near = near_candidates(candidates, losses)
+    blob, choice = export_best(run, model, data, near, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)
     seconds = time.perf_counter() - began + metrics["choice_seconds"]

@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common import t
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_gpt as t
 
 FACTORS = (1.4, 1.0, 0.7)  # divide both clip sigmas: a scale becomes finer
 LOSSES = (1e-9, 1.5e-9, 3e-9, 5e-9, 8e-9, 12e-9)

@@ -1,4 +1,4 @@
-"""System A as a textbook would write it: the other side of bench/step.py.
+"""System A as a textbook would write it: the reference of bench/speed.py.
 
 It is the network of train_gpt.GPT (the same weights give the same loss: tests/test_bench.py) and
 shares no line of its computation. It differs in how it computes:
@@ -10,7 +10,7 @@ shares no line of its computation. It differs in how it computes:
 - gradients are torch's: `zero_grad`, `backward`, `clip_grad_norm_`.
 
 Late fake quantization, SWA and what other presets need are left out: the measured steps do not
-reach them. Of train_gpt.py it takes names of settings, of weights and of the map table's columns.
+reach them. Of train_gpt.py it takes the names of settings and of weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from train_gpt import Hyperparameters, LanguageModel
+
+
+MAPS = ("attention.q", "attention.k", "attention.v", "attention.proj", "mlp.fc", "mlp.proj")
 
 
 class TwoPathLinear(nn.Module):
@@ -96,7 +99,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = h.num_heads, h.num_kv_heads, h.head_dim
         self.xsa = layer >= h.num_layers - h.xsa_last_n
-        self.q, self.k, self.v, self.proj = maps["q"], maps["k"], maps["v"], maps["proj"]
+        self.q, self.k, self.v, self.proj = (maps[path] for path in MAPS[:4])
         self.q_gain = nn.Parameter(torch.zeros(h.num_heads, 1))
         if layer > 0:
             self.value_gate = nn.Parameter(torch.zeros(1))
@@ -138,7 +141,7 @@ class MLP(nn.Module):
 
     def __init__(self, maps: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.fc, self.proj = maps["fc"], maps["proj"]
+        self.fc, self.proj = maps["mlp.fc"], maps["mlp.proj"]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(torch.square(F.leaky_relu(self.fc(x), negative_slope=0.5)))
@@ -147,16 +150,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP on a mix of stream and embedding."""
 
-    def __init__(
-        self,
-        h: Hyperparameters,
-        layer: int,
-        attention_maps: dict[str, nn.Module],
-        mlp_maps: dict[str, nn.Module],
-    ) -> None:
+    def __init__(self, h: Hyperparameters, layer: int, maps: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.attention = Attention(h, layer, attention_maps)
-        self.mlp = MLP(mlp_maps)
+        self.attention = Attention(h, layer, maps)
+        self.mlp = MLP(maps)
         self.norm_scale = 1 / math.sqrt(layer + 1) if h.ln_scale else 1.0
         self.stream_mix = nn.Parameter(torch.zeros(h.model_dim))
         self.embedding_mix = nn.Parameter(torch.zeros(h.model_dim))
@@ -181,13 +178,6 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * y, values
 
 
-def copy_map(ours: LanguageModel, path: str, dtype: torch.dtype) -> TwoPathLinear:
-    """Return one of our maps, still without the values of its adapter."""
-    rank = int(ours.table[path].adapters()["lora"])
-    weight = ours.get_submodule(path).weight.detach().clone()
-    return TwoPathLinear(weight, rank, dtype)
-
-
 class Textbook(nn.Module):
     """The network of a train_gpt.GPT of system A, with that model's weights and maps."""
 
@@ -195,7 +185,6 @@ class Textbook(nn.Module):
         """Copy the weights of `ours`; `dtype` is that of activations and adapters."""
         super().__init__()
         self.h, self.dtype = h, dtype
-        kinds = {"attention": ("q", "k", "v", "proj"), "mlp": ("fc", "proj")}
         self.embedding = CastEmbedding(h.vocab_size, h.model_dim, dtype)
         self.bigram = CastEmbedding(h.bigram_vocab_size, h.bigram_dim, dtype, h.model_dim)
         self.bigram_scale = nn.Parameter(torch.zeros(1))
@@ -205,12 +194,13 @@ class Textbook(nn.Module):
         self.skips = h.num_layers // 2
         self.skip_weights = nn.Parameter(torch.zeros(self.skips, h.model_dim))
         self.blocks = nn.ModuleList()
-        for layer in range(h.num_layers):
-            attention_maps, mlp_maps = (
-                {name: copy_map(ours, f"blocks.{layer}.{family}.{name}", dtype) for name in names}
-                for family, names in kinds.items()
-            )
-            self.blocks.append(Block(h, layer, attention_maps, mlp_maps))
+        for layer, block in enumerate(ours.blocks):
+            maps = {}
+            for path in MAPS:
+                ours_map = block.get_submodule(path)
+                rank = len(ours_map.lora.B)
+                maps[path] = TwoPathLinear(ours_map.weight.detach().clone(), rank, dtype)
+            self.blocks.append(Block(h, layer, maps))
         weights = {name.replace(".lora.", "."): w for name, w in ours.state_dict().items()}
         if dtype is torch.float64:
             self.double()
@@ -274,12 +264,7 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalized Nesterov momentum, one matrix after the other."""
 
-    def __init__(
-        self,
-        groups: list[dict],
-        momentum: float,
-        steps: int,
-    ) -> None:
+    def __init__(self, groups: list[dict], momentum: float, steps: int) -> None:
         super().__init__(groups, {"momentum": momentum})
         self.steps = steps
 

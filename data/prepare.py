@@ -20,29 +20,25 @@ from __future__ import annotations
 import argparse
 import ast
 import bz2
-import codecs
-import collections
 import contextlib
 import functools
 import glob
 import gzip
 import hashlib
-import importlib
 import importlib.util
 import io
-import itertools
 import json
 import lzma
 import os
+import re
 import shutil
 import sys
 import sysconfig
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import Any, TypeAlias
 
 try:
     import numpy as np
@@ -52,7 +48,7 @@ except ImportError as missing:
 
 try:
     from tqdm import tqdm
-except ImportError:  # an extra of data/requirements.txt: without it there is no bar
+except ImportError:  # comes with data/requirements.txt; without it there is no progress bar
     tqdm = None
 
 SHARD_MAGIC = 20240520
@@ -60,24 +56,22 @@ SHARD_VERSION = 1
 HEADER_INTS = 256
 SHARD_TOKENS = 100_000_000
 DOCUMENT_CHARACTERS = 100_000  # a longer text file becomes several documents
-TRAINER_CHARACTERS = 64_000_000  # the most a tokenizer is trained on: some 6 seconds on 2 cores
+TRAINER_BYTES = 64_000_000  # about the most a tokenizer is trained on: 6 seconds on 2 cores
 BATCH_CHARACTERS = 4_000_000
-BLOCK_BYTES = 1 << 20
-PIECE_CHARACTERS = 1 << 16  # the most of one line that is read at a time
+PIECE_CHARACTERS = 1 << 16  # the most of one line of a text file that is read at a time
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-TABLE_SUFFIXES = (".parquet", ".arrow")  # .arrow is what the cache of `datasets` consists of
-KNOWN_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", *TABLE_SUFFIXES)
+# What the package `datasets` reads, by the name that it has for the format.
+TABLE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json"}
+# What is read of a folder. A file that is named itself may have any suffix.
+FOLDER_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet", ".arrow")
+SKIPPED_SOURCES = {"site-packages", "dist-packages", "tests", "test", "idlelib"}
 HUB = "hf:"
+EXTRAS = "pip install -r data/requirements.txt"
 
 
 class PrepareError(Exception):
     """Something a person can mend; the message says what and how."""
-
-
-class NullCharacterError(ValueError):
-    """A text file holds a null character, so it is not text."""
 
 
 # ---- Shards --------------------------------------------------------------------------------------
@@ -112,64 +106,43 @@ def write_whole(path: Path, data: bytes) -> Path:
     return part.replace(path)
 
 
-class ShardWriter:
-    """Write one split's tokens into shards of SHARD_TOKENS, and count what goes in."""
+class SplitWriter:
+    """Encode one split's documents into shards of SHARD_TOKENS, and count what goes in."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        self.folder, self.split = folder, split
-        self.documents = self.tokens = self.bytes = self.shards = self.in_shard = 0
-        self.waiting: list[str] = []
-        self.file: BinaryIO | None = None
+    def __init__(
+        self, folder: Path, split: str, tokenizer: sentencepiece.SentencePieceProcessor
+    ) -> None:
+        self.folder, self.split, self.tokenizer = folder, split, tokenizer
+        self.counts = {"documents": 0, "tokens": 0, "bytes": 0, "shards": 0}
+        self.texts: list[str] = []  # documents that wait to be encoded
+        self.characters = 0  # of self.texts
+        self.tokens = [np.empty(0, "<u2")]  # that are in no shard yet
 
-    def flush(self, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
-        """Encode the documents that wait and write their tokens."""
-        if not self.waiting:
-            return
-        encoded = tokenizer.encode(self.waiting, out_type=int, num_threads=os.cpu_count())
-        self.documents += len(self.waiting)
-        self.bytes += sum(map(utf8_length, self.waiting))
-        self.waiting.clear()
-        self.write(np.concatenate([np.array([tokenizer.bos_id(), *ids], "<u2") for ids in encoded]))
+    def add(self, text: str) -> None:
+        """Take one document."""
+        self.texts.append(text)
+        self.characters += len(text)
+        self.counts["documents"] += 1
+        self.counts["bytes"] += len(text.encode())
+        if self.characters >= BATCH_CHARACTERS:
+            self.write(SHARD_TOKENS)
 
-    def write(self, tokens: np.ndarray) -> None:
-        """Append tokens, which begin a new shard wherever one is full."""
-        self.tokens += len(tokens)
-        while len(tokens):
-            if self.file is None:
-                self.file = (self.folder / f"fineweb_{self.split}_{self.shards:06d}.bin").open("wb")
-                self.file.write(shard_header(0))
-            part = tokens[: SHARD_TOKENS - self.in_shard]
-            self.file.write(part.tobytes())
-            self.in_shard += len(part)
-            tokens = tokens[len(part) :]
-            if self.in_shard == SHARD_TOKENS:
-                self.close()
-
-    def close(self) -> None:
-        """Complete the shard that is open, if one is."""
-        if self.file is None:
-            return
-        self.file.seek(0)
-        self.file.write(shard_header(self.in_shard))
-        self.file.close()
-        self.file, self.in_shard, self.shards = None, 0, self.shards + 1
-
-    def counts(self) -> dict[str, int]:
-        """Return what the manifest says of this split."""
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "shards": self.shards,
-        }
+    def write(self, least: int) -> None:
+        """Encode the documents that wait; write shards until fewer than `least` tokens are left."""
+        threads = os.cpu_count()
+        for ids in self.tokenizer.encode(self.texts, add_bos=True, num_threads=threads):
+            self.tokens.append(np.array(ids, "<u2"))
+            self.counts["tokens"] += len(ids)
+        self.texts, self.characters = [], 0
+        while self.counts["tokens"] - self.counts["shards"] * SHARD_TOKENS >= least:
+            tokens = np.concatenate(self.tokens)
+            name = f"fineweb_{self.split}_{self.counts['shards']:06d}.bin"
+            write_shard(self.folder / name, tokens[:SHARD_TOKENS])
+            self.counts["shards"] += 1
+            self.tokens = [tokens[SHARD_TOKENS:]]
 
 
 # ---- Documents of Python -------------------------------------------------------------------------
-
-
-def document_share(key: str) -> float:
-    """Return a number in [0, 1) that depends on the key alone; it decides a document's split."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
 
 def python_documents() -> dict[str, str]:
@@ -186,35 +159,27 @@ def python_documents() -> dict[str, str]:
         if text not in seen:
             documents[f"topic {name}"] = text
             seen.add(text)
-    numpy_root = os.path.dirname(importlib.util.find_spec("numpy").origin)
-    roots = {"stdlib": sysconfig.get_paths()["stdlib"], "numpy": numpy_root}
+    numpy_root = Path(importlib.util.find_spec("numpy").origin).parent
+    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"]), "numpy": numpy_root}
     for label, root in roots.items():
-        for path in sorted(source_files(root)):
+        for path in sorted(root.rglob("*.py")):
+            name = path.relative_to(root)
+            if SKIPPED_SOURCES & set(name.parts[:-1]):
+                continue
             texts = [text for text in module_docstrings(path) if text not in seen]
             seen.update(texts)
             if texts:
-                documents[f"{label} {path.relative_to(root).as_posix()}"] = "\n\n".join(texts)
+                documents[f"{label} {name.as_posix()}"] = "\n\n".join(texts)
     return documents
 
 
-def source_files(root: str) -> Iterator[Path]:
-    """Yield the Python files below a folder, without tests and what is not Python's own."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = set(folders) - {"site-packages", "dist-packages", "tests", "test", "idlelib"}
-        yield from (Path(folder, name) for name in files if name.endswith(".py"))
-
-
-def module_docstrings(path: Path) -> list[str]:
-    """Return the docstrings of a source file."""
-    try:
-        return list(docstrings(ast.parse(path.read_bytes())))
-    except (SyntaxError, ValueError):
-        return []  # files that are wrong on purpose
-
-
-def docstrings(tree: ast.Module) -> Iterator[str]:
+def module_docstrings(path: Path) -> Iterator[str]:
     """Yield the docstrings of a module, its classes and functions, and those of `add_newdoc`."""
-    for node in statements(tree):
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # a file that is wrong on purpose
+    for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
@@ -225,453 +190,297 @@ def docstrings(tree: ast.Module) -> Iterator[str]:
             yield from (text.strip() for text in values if isinstance(text, str) and len(text) > 80)
 
 
-def statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Yield a module, its statements, and expressions that stand alone, breadth first.
-
-    They are a tenth of what `ast.walk` yields.
-    """
-    nodes = collections.deque([tree])
-    while nodes:
-        node = nodes.popleft()
-        yield node
-        if isinstance(node, ast.Expr):
-            nodes.append(node.value)
-        elif isinstance(node, ast.stmt | ast.Module | ast.excepthandler | ast.match_case):
-            for field in ("body", "handlers", "cases", "orelse", "finalbody"):
-                nodes.extend(getattr(node, field, ()))
-
-
 # ---- Documents of files --------------------------------------------------------------------------
+
+Rows: TypeAlias = Any  # a split as `datasets` returns it, which is imported only if it is needed
+Source: TypeAlias = Path | Rows  # a file of text or of JSON lines, or rows with a `text`
+
+
+def documents_of(source: Source, cut: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
+    """Yield each `text` of JSON lines and rows, or parts, by `cut` characters, of a text file."""
+    if not isinstance(source, Path):
+        for rows in source.select_columns("text").iter(batch_size=1000):
+            yield from filter(None, rows["text"])
+    elif kind(source) == ".jsonl":
+        yield from json_documents(source)
+    else:
+        yield from text_documents(source, cut)
 
 
 def kind(path: Path) -> str:
     """Return the suffix that says how to read a file: `.txt` for `book.txt.gz`."""
-    packed = path.suffix.lower() in OPENERS
+    packed = path.suffix.lower() in (*OPENERS, ".zst")
     return Path(path.stem if packed else path.name).suffix.lower()
 
 
-def is_table(path: Path) -> bool:
-    """Return whether pyarrow reads a file."""
-    return kind(path) in TABLE_SUFFIXES
+def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
+    """Yield the number, from 1, and the text of each line of a file, which may be compressed.
 
-
-def file_documents(
-    path: Path, errors: str = "strict", cut: int = DOCUMENT_CHARACTERS
-) -> Iterator[str]:
-    """Yield the documents of one file: each `text` of .jsonl and tables, or parts of a text file.
-
-    Args:
-        path: The file; its suffix says how to read it.
-        errors: What becomes of bytes that are not text, "strict" or "replace".
-        cut: Length of a document, in characters, from which a text file is cut.
+    A line longer than `limit` characters comes in pieces. PrepareError says which line is not text.
     """
+    opener = OPENERS.get(path.suffix.lower(), open)
+    number = 1
     try:
-        yield from table_documents(path) if is_table(path) else read_documents(path, errors, cut)
-    except FileNotFoundError:
-        raise PrepareError(f"{path}: no such file") from None
+        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as file:
+            for line in iter(functools.partial(file.readline, limit), ""):
+                wrong = "a null character" if "\0" in line else None
+                try:
+                    line.encode()
+                except UnicodeEncodeError as error:  # the byte was read as U+DC00 + byte
+                    wrong = f"byte {ord(line[error.start]) - 0xDC00:#x}"
+                if wrong:
+                    raise PrepareError(
+                        f"{path}, line {number}: not UTF-8 text ({wrong}); convert the file, for"
+                        " example by `iconv -f latin1 -t utf-8`"
+                    )
+                yield number, line
+                number += line.endswith("\n")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise PrepareError(f"{path}: cannot be read to its end ({error})") from None
 
 
-def read_documents(path: Path, errors: str, cut: int) -> Iterator[str]:
-    """Yield the documents of a file that consists of text; `file_documents` says which."""
-    opener = OPENERS.get(path.suffix.lower(), open)
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors=errors) as file:
-            if kind(path) == ".jsonl":
-                yield from json_documents(path, file)
-            else:
-                yield from text_documents(file, errors, cut)
-    except (UnicodeDecodeError, NullCharacterError):
-        raise PrepareError(where_not_text(path)) from None
-
-
-def where_not_text(path: Path) -> str:
-    """Say which byte of a file is the first that is not text."""
-    opener = OPENERS.get(path.suffix.lower(), open)
-    with opener(path, "rb") as file:
-        offset, what = first_bad_byte(file)
-    unpacked = ", unpacked" if opener is not open else ""
-    return (
-        f"{path}: not UTF-8 text ({what} at byte {offset:,}{unpacked});"
-        " convert the file to UTF-8, or use --errors replace"
-    )
-
-
-def first_bad_byte(file: BinaryIO) -> tuple[int, str]:
-    """Return offset and description of the first byte that is not UTF-8 or is null."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    for block in itertools.chain(iter(functools.partial(file.read, BLOCK_BYTES), b""), [b""]):
-        held = decoder.getstate()[0]  # the begun character at the end of the block before
-        data = held + block
-        null = data.find(b"\0")
-        try:
-            decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            if not 0 <= null < error.start:
-                wrong = data[error.start : error.end]
-                return offset - len(held) + error.start, f"{error.reason}: {wrong!r}"
-        if null >= 0:
-            return offset - len(held) + null, "a null character"
-        offset += len(block)
-    raise AssertionError("called for a file that is text")
-
-
-def json_documents(path: Path, lines: Iterable[str]) -> Iterator[str]:
+def json_documents(path: Path) -> Iterator[str]:
     """Yield the "text" of each line."""
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
             text.encode()  # half a surrogate pair, which JSON can write, is no text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
             raise PrepareError(
-                f"{path}, line {number}:"
-                ' needs a JSON object with a string "text" of whole characters'
-            )
+                f'{path}, line {number}: needs a JSON object with a string "text" of whole'
+                " characters"
+            ) from None
         if text:
             yield text
 
 
-def text_documents(
-    file: TextIO, errors: str = "strict", cut: int = DOCUMENT_CHARACTERS
-) -> Iterator[str]:
-    """Yield a text as documents that together are the text.
+def text_documents(path: Path, cut: int) -> Iterator[str]:
+    """Yield a text as documents that together are the text, without those that are blank.
 
     A document ends at the first blank line after `cut` characters. Where there is none before twice
     as many, it ends at a line's end or, in a line that long, anywhere.
     """
     part, size = [], 0
-    for piece in iter(functools.partial(file.readline, min(cut, PIECE_CHARACTERS)), ""):
-        if "\0" in piece:
-            if errors == "strict":
-                raise NullCharacterError
-            piece = piece.replace("\0", "\N{REPLACEMENT CHARACTER}")
+    for _, piece in read_lines(path, min(cut, PIECE_CHARACTERS)):
         part.append(piece)
         size += len(piece)
         if size >= (cut if piece.isspace() else 2 * cut):
-            yield from not_blank("".join(part))
+            yield from filter(str.strip, ["".join(part)])
             part, size = [], 0
-    yield from not_blank("".join(part))
+    yield from filter(str.strip, ["".join(part)])
 
 
-def not_blank(text: str) -> list[str]:
-    """Return the text in a list, which is empty if the text is."""
-    return [text] if text and not text.isspace() else []
+def load_rows(name: str, *args: str | None, **options) -> dict[str, Rows]:
+    """Return the splits that `datasets.load_dataset(*args, **options)` returns.
 
-
-def table_documents(path: Path) -> Iterator[str]:
-    """Yield the strings in the column `text` of a .parquet file or of the cache of `datasets`."""
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = 0
+    PrepareError, about `name`, if they do not hold strings named `text`.
+    """
+    try:  # for a folder such as data/datasets this fails too: it is a package without contents
+        from datasets import load_dataset
+    except ImportError:
+        raise PrepareError(f"{name} needs the package datasets: {EXTRAS}") from None
     try:
-        if kind(path) == ".parquet":
-            table = pyarrow.parquet.ParquetFile(path)
-            check_column(path, table.schema_arrow)
-            batches = table.iter_batches(batch_size=1024, columns=["text"])
-        else:
-            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-            check_column(path, batches.schema)
-        for batch in batches:
-            yield from filter(None, batch.column("text").to_pylist())
-            rows += batch.num_rows
-    except UnicodeDecodeError:
-        raise PrepareError(f"{path}: a text after row {rows:,} is not UTF-8") from None
-    except pyarrow.ArrowException as error:
-        raise PrepareError(f"{path}: cannot be read as {kind(path)} ({one_line(error)})") from None
+        splits = load_dataset(*args, **options)
+    except Exception as error:
+        cause = error.__cause__ or error  # `datasets` wraps what it meets while it reads
+        raise PrepareError(f"{name}: could not be loaded ({one_line(cause)})") from None
+    if "train" not in splits:
+        raise PrepareError(f"{name}: has no split train; it has {', '.join(splits)}")
+    for rows in splits.values():
+        held = getattr(rows.features.get("text"), "dtype", None)
+        if held not in ("string", "large_string"):
+            columns = ", ".join(rows.column_names)
+            raise PrepareError(f"{name}: needs a column text of strings; it has {columns}")
+    return splits
 
 
-def check_column(path: Path, schema) -> None:
-    """Refuse a table without a column `text` of strings."""
-    import pyarrow
-
-    if "text" not in schema.names:
-        raise PrepareError(f"{path}: no column text; its columns are {', '.join(schema.names)}")
-    held = schema.field("text").type
-    if not (pyarrow.types.is_string(held) or pyarrow.types.is_large_string(held)):
-        raise PrepareError(f"{path}: the column text holds {held}, not strings")
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line ends."""
+    return " ".join(str(error).split())
 
 
 # ---- Files of a command line ---------------------------------------------------------------------
 
 
-class Inputs(NamedTuple):
-    """The files that `text` reads."""
-
-    train: list[Path]
-    val: list[Path]
-
-
-def find_inputs(args: argparse.Namespace) -> Inputs:
-    """Find the files that the arguments name, and refuse those that cannot be read."""
-    train, hub_val = [], []
-    for name in args.files:
+def find_sources(names: list[str], val_names: list[str]) -> tuple[list[Source], list[Source]]:
+    """Return what the arguments name for training and for validation."""
+    hub = []
+    for name in names:
         if name.startswith(HUB):
-            files, more = hub_files(name)
-            train += files
-            hub_val += more
-        else:
-            train += named_files(name, args.suffix)
-    val = [path for name in args.val or () for path in named_files(name, args.suffix)]
-    held_out = unique(val or hub_val)
+            repository, _, config = name.removeprefix(HUB).partition(":")
+            hub.append(load_rows(name, repository, config or None))
+    held_out = named_files(val_names)
+    files = named_files([name for name in names if not name.startswith(HUB)])
     # A folder may hold the files of --val too. They are not to be trained on.
-    training = [path for key, path in unique(train).items() if key not in held_out]
-    if not training:
+    train = [open_file(path) for key, path in files.items() if key not in held_out]
+    train += [splits["train"] for splits in hub]
+    if not train:
         raise PrepareError("there is no training text: --val names every file")
-    inputs = Inputs(training, list(held_out.values()))
-    tables = [path for path in (*inputs.train, *inputs.val) if is_table(path)]
-    if tables:
-        require("pyarrow", str(tables[0]))
-    return inputs
+    val = [open_file(path) for path in held_out.values()]
+    return train, val or [splits["validation"] for splits in hub if "validation" in splits]
 
 
-def unique(paths: list[Path]) -> dict[Path, Path]:
-    """Return the paths by the place they lead to, each place once."""
-    return {path.resolve(): path for path in paths}
+def named_files(names: list[str]) -> dict[Path, Path]:
+    """Return the files that names, folders and patterns stand for, each once.
 
-
-def named_files(name: str, suffixes: list[str] | None) -> list[Path]:
-    """Return the file of this name, those below the folder, or those that match the pattern."""
-    path = Path(name)
-    if path.is_dir():
-        return folder_files(path, suffixes or KNOWN_SUFFIXES)
-    if path.exists():
-        found = [path]
-    elif is_pattern(name):
-        found = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))))
-    else:
-        raise PrepareError(f"{name}: no such file or folder")
-    if not found:
-        raise PrepareError(f"{name}: no file matches")
-    for path in found:
-        if not path.is_file():
-            raise PrepareError(f"{path}: not a regular file, which can be read more than once")
-        # A name without a suffix, such as README, is taken for text.
-        if kind(path) not in ("", *KNOWN_SUFFIXES, *(suffixes or ())):
-            raise PrepareError(
-                f"{path}: only {' '.join(KNOWN_SUFFIXES)} are read, also with .gz, .bz2 or .xz"
-                f" behind; --suffix {kind(path)} reads it as plain text"
-            )
+    The key of a file is the place that its path leads to.
+    """
+    found = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            paths = folder_files(path)
+        elif path.exists():
+            paths = [path]
+        else:
+            paths = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))))
+        if not paths:
+            raise PrepareError(f"{name}: no such file or folder, or a pattern that no file matches")
+        if not all(path.is_file() for path in paths):
+            raise PrepareError(f"{name}: not a regular file, which can be read more than once")
+        found |= {path.resolve(): path for path in paths}
     return found
 
 
-def is_pattern(name: str) -> bool:
-    """Return whether a name stands for several."""
-    return any(sign in name for sign in "*?[")
-
-
-def folder_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Return the files with these suffixes below a folder, without what is hidden or generated."""
+def folder_files(folder: Path) -> list[Path]:
+    """Return the files of text below a folder, without what is hidden or generated."""
     found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    found = sorted(path for path in found if kind(path) in suffixes and path.is_file())
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        skipped = any(part.startswith((".", "__pycache__")) for part in parts)
+        if kind(path) in FOLDER_SUFFIXES and path.is_file() and not skipped:
+            found.append(path)
     if not found:
         raise PrepareError(
-            f"{folder}: no file with {' '.join(suffixes)} in this folder; --suffix names others"
+            f"{folder}: no file with {' '.join(FOLDER_SUFFIXES)} in this folder; a quoted pattern"
+            " such as 'FOLDER/**/*.html' names others"
         )
     return found
 
 
-def hub_files(name: str) -> tuple[list[Path], list[Path]]:
-    """Return the cached files of a dataset's training and validation split.
-
-    Args:
-        name: `hf:owner/name` or `hf:owner/name:config`, as `datasets.load_dataset` takes them.
-    """
-    datasets = require("datasets", name)
-    repository, _, config = name.removeprefix(HUB).partition(":")
-    try:
-        splits = datasets.load_dataset(repository, config or None)
-    except Exception as error:
-        raise PrepareError(f"{name}: could not be loaded ({one_line(error)})") from None
-    if "train" not in splits:
-        raise PrepareError(f"{name}: has no split train; it has {', '.join(splits)}")
-    files = {
-        split: [Path(file["filename"]) for file in data.cache_files]
-        for split, data in splits.items()
-    }
-    return files["train"], files.get("validation", [])
-
-
-def require(package: str, what: str) -> ModuleType:
-    """Return an optional package; PrepareError says how to get it where it is missing."""
-    # Python takes a folder of the package's name, such as data/datasets, for an empty package.
-    with contextlib.suppress(ImportError):
-        module = importlib.import_module(package)
-        if module.__file__:
-            return module
-    raise PrepareError(f"{what} needs the package {package}: pip install {package}")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message without line ends."""
-    return " ".join(str(error).split())
-
-
-def digest(paths: list[Path], report: Callable[[int], object]) -> str:
-    """Return a hash of the files' bytes, whatever the files are called."""
-    whole = hashlib.sha256()
-    for path in paths:
-        one = hashlib.sha256()
-        with path.open("rb") as file:
-            for block in iter(functools.partial(file.read, BLOCK_BYTES), b""):
-                one.update(block)
-                report(len(block))
-        whole.update(one.digest())
-    return whole.hexdigest()
+def open_file(path: Path) -> Source:
+    """Return the file if it is read here, or its rows, which `datasets` reads."""
+    packed = path.suffix.lower() == ".zst"  # which Python cannot unpack
+    form = "json" if packed and kind(path) == ".jsonl" else TABLE_FORMATS.get(kind(path))
+    if form is None:
+        return path
+    options = {"keep_default_na": False} if form == "csv" else {}  # "NA" is a text, too
+    return load_rows(str(path), form, data_files=glob.escape(str(path)), **options)["train"]
 
 
 # ---- Training and validation ---------------------------------------------------------------------
 
 
-class Corpus(NamedTuple):
-    """Text whose every document has been read once, and how it parts into two splits."""
+def document_share(key: str) -> float:
+    """Return a number in [0, 1) that depends on the key alone; it decides a document's split."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
 
-    inputs: Inputs
-    errors: str
-    bytes: int
-    split: str  # in words
-    side: Callable[[int, str], str]  # of a document of inputs.train that begins at a character
-    cut: int = DOCUMENT_CHARACTERS
+
+def letters(text: str) -> int:
+    """Return the number of characters but white space.
+
+    Their sum over the documents of a text does not depend on where it is cut or what is blank.
+    """
+    return sum(map(len, text.split()))
+
+
+def progress(documents: Iterable, what: str) -> Iterable:
+    """Return the documents; on a terminal, a line counts them."""
+    if tqdm is None:
+        return documents
+    return tqdm(documents, desc=what, unit=" documents", disable=None, leave=False)
+
+
+class Corpus:
+    """Text, and how it parts into two splits.
+
+    All is read once at the start, so that what is wrong with it comes out first.
+
+    Without sources of validation text, a fraction of the training text is held out: the last part
+    of a single text file, else documents drawn by their hash.
+    """
+
+    def __init__(self, train: list[Source], val: list[Source], fraction: float) -> None:
+        self.train, self.val = train, val
+        self.cut = DOCUMENT_CHARACTERS
+        self.is_file = len(train) == 1 and isinstance(train[0], Path) and kind(train[0]) != ".jsonl"
+        self.bytes = 0
+        found = {"train": 0, "val": 0}  # letters
+        shares = [1.0, 0.0]  # the lowest and the highest
+        seen = hashlib.sha256()
+        for split, text in progress(self.documents(), "reading"):
+            found[split] += letters(text)
+            self.bytes += len(text.encode())
+            share = document_share(text)
+            shares = [min(share, shares[0]), max(share, shares[1])]
+            seen.update(f"{split} {len(text)} {text}".encode())
+        self.sha256 = seen.hexdigest()
+        if not found["train"]:
+            raise PrepareError("there is no training text in what is named")
+        if val and not found["val"]:
+            raise PrepareError("there is no val text in what --val names")
+        self.choose_split(found["train"], shares, fraction)
+
+    def choose_split(self, count: int, shares: list[float], fraction: float) -> None:
+        """Choose which of `count` letters, or which documents, are held out."""
+        # Equal documents have equal shares and stay together. One at least is held out.
+        self.limit = max(fraction, shares[0])
+        self.start = (1 - fraction) * count
+        if self.val:
+            self.split = "validation has files of its own"
+        elif self.is_file:
+            self.split = f"validation is the last {100 * fraction:g} %"
+            # Documents are so short that some begin in the last part, whatever its length.
+            self.cut = min(int(count * min(fraction, 1 - fraction) / 4), self.cut)
+            if not self.cut:
+                raise PrepareError(f"{self.train[0]}: {count} characters are too few")
+        else:
+            self.split = f"validation is about {100 * fraction:g} % of the documents"
+            if shares[1] <= self.limit:
+                raise PrepareError(
+                    "there is no val text: too few documents for both training and validation;"
+                    " name more text, another --val-fraction or --val files"
+                )
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Yield (split, text) of each document, as if nothing were held out."""
+        for split, sources in (("val", self.val), ("train", self.train)):
+            for source in sources:
+                for text in documents_of(source, self.cut):
+                    yield split, text
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Yield (split, text) of each document."""
-        for path in self.inputs.val:
-            for text in file_documents(path, self.errors):
-                yield "val", text
         place = 0
-        for path in self.inputs.train:
-            for text in file_documents(path, self.errors, self.cut):
-                yield self.side(place, text), text
-                place += len(text)
-
-
-class Measure(NamedTuple):
-    """What a look at some documents gives."""
-
-    bytes: int
-    characters: int
-    lowest: float  # share of a document
-    highest: float
-
-
-def measure(files: list[Path], errors: str, report: Callable[[int], object]) -> Measure:
-    """Read all documents of some files."""
-    total = characters = 0
-    lowest, highest = 1.0, 0.0
-    for path in files:
-        for text in file_documents(path, errors):
-            size, share = utf8_length(text), document_share(text)
-            total += size
-            characters += len(text)
-            lowest, highest = min(lowest, share), max(highest, share)
-            report(size)
-    return Measure(total, characters, lowest, highest)
-
-
-def survey(inputs: Inputs, fraction: float, errors: str) -> Corpus:
-    """Read all text once, so that what is wrong with it comes out first, and choose the splits."""
-    with progress("reading", text_size([*inputs.train, *inputs.val])) as report:
-        val, train = (measure(files, errors, report) for files in (inputs.val, inputs.train))
-    if not train.characters:
-        raise PrepareError(f"there is no training text in {inputs.train[0]}")
-    if inputs.val and not val.characters:
-        raise PrepareError(f"there is no val text in {inputs.val[0]}")
-    corpus = functools.partial(Corpus, inputs, errors, train.bytes + val.bytes)
-    if inputs.val:
-        return corpus("validation has files of its own", lambda place, text: "train")
-    if (
-        len(inputs.train) == 1
-        and not is_table(inputs.train[0])
-        and kind(inputs.train[0]) != ".jsonl"
-    ):
-        # Documents are so short that some begin in the last part, whatever its length.
-        cut = int(train.characters * min(fraction, 1 - fraction) / 4)
-        if not cut:
-            raise PrepareError(f"{inputs.train[0]}: {train.characters} characters are too few")
-        start = (1 - fraction) * train.characters
-        return corpus(
-            f"validation is the last {100 * fraction:g} %",
-            lambda place, text: "val" if place >= start else "train",
-            min(cut, DOCUMENT_CHARACTERS),
-        )
-    # Equal documents have equal shares and stay together. Validation has one document at least.
-    limit = max(fraction, train.lowest)
-    if train.highest <= limit:
-        raise PrepareError(
-            "there is no val text: too few documents for both training and validation;"
-            " name more text, another --val-fraction or --val files"
-        )
-    return corpus(
-        f"validation is about {100 * fraction:g} % of the documents, drawn by hash",
-        lambda place, text: "val" if document_share(text) <= limit else "train",
-    )
-
-
-def text_size(files: list[Path]) -> int | None:
-    """Return the size of files, None if it does not tell how much text they hold."""
-    if any(is_table(path) or path.suffix.lower() in OPENERS for path in files):
-        return None
-    return sum(path.stat().st_size for path in files)
-
-
-def utf8_length(text: str) -> int:
-    """Return the length of a text in bytes."""
-    return len(text.encode())
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], object]]:
-    """Show a bar with rate and time left, on a terminal; yield what to tell the bytes done."""
-    if tqdm is None:
-        yield lambda count: None
-        return
-    options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "leave": False}
-    with tqdm(desc=what, total=total, disable=None, **options) as bar:  # None: if not a terminal
-        yield bar.update
+        for split, text in self.documents():
+            if self.val:
+                yield split, text
+            else:
+                held = place >= self.start if self.is_file else document_share(text) <= self.limit
+                yield "val" if held else "train", text
+            place += letters(text)
 
 
 # ---- Tokenizer -----------------------------------------------------------------------------------
 
 
-def sample(documents: Iterable[str], limit: int) -> list[str]:
-    """Return documents of at most about `limit` characters together, spread over all of them.
-
-    They are read in one pass, and no more than about `limit` characters are held.
-    """
-    kept, size, share = [], 0, 1.0
+def sample(documents: Iterable[str], size: int) -> Iterator[str]:
+    """Yield documents of about TRAINER_BYTES, spread over all; `size` is the bytes of all."""
     for number, text in enumerate(documents):
-        place = document_share(f"tokenizer {number}")
-        if place < share:
-            kept.append((place, text))
-            size += len(text)
-        while size > limit and len(kept) > 1:
-            share /= 2
-            kept = [(place, text) for place, text in kept if place < share] or kept[:1]
-            size = sum(len(text) for _, text in kept)
-    return [text for _, text in kept]
+        if number == 0 or document_share(f"tokenizer {number}") * size < TRAINER_BYTES:
+            yield text
 
 
 def train_tokenizer(documents: Iterable[str], vocab: int) -> bytes:
     """Return a SentencePiece BPE model with the challenge's settings.
 
-    It is trained on a sample of at most about TRAINER_CHARACTERS. A short text gives fewer pieces
-    than `vocab`; PrepareError if `vocab` is too small for any.
+    A short text gives fewer pieces than `vocab`; PrepareError if `vocab` is too small for any.
     """
-    texts = sample(documents, TRAINER_CHARACTERS)
-    if not texts:
-        raise PrepareError("there is no training text to make a tokenizer from")
     lines = (
         line[at : at + 4000]
-        for text in texts
+        for text in documents
         for line in text.split("\n")
         for at in range(0, len(line), 4000)
     )
@@ -705,7 +514,7 @@ def train_tokenizer(documents: Iterable[str], vocab: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(model: bytes, where: object) -> sentencepiece.SentencePieceProcessor:
     """Return the tokenizer of a model, and refuse one that train_gpt.py could not use."""
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -723,60 +532,38 @@ def load_tokenizer(model: bytes, where: str) -> sentencepiece.SentencePieceProce
 # ---- Datasets ------------------------------------------------------------------------------------
 
 
-def dataset_folder(out: Path, name: str, vocab: int) -> Path:
-    """Return where a dataset lies."""
-    return out / "datasets" / f"{name}_sp{vocab}"
-
-
-def tokenizer_file(out: Path, name: str, vocab: int) -> Path:
-    """Return where a dataset's tokenizer lies."""
-    return out / "tokenizers" / f"{name}_{vocab}_bpe.model"
-
-
-def refuse_to_replace(out: Path, name: str, vocab: int, model: bytes | None = None) -> None:
-    """Refuse to write where a dataset, or a tokenizer other than this model, lies already."""
-    folder, tokenizer = dataset_folder(out, name, vocab), tokenizer_file(out, name, vocab)
-    if folder.exists():
-        raise PrepareError(
-            f"{folder} is there already, made from something else or with other options;"
-            f" move it and {tokenizer} away, or choose another --name"
-        )
-    if model is not None and tokenizer.exists() and tokenizer.read_bytes() != model:
-        raise PrepareError(
-            f"{tokenizer} is another tokenizer; move it away or choose another --name"
-        )
-
-
 def write_dataset(
-    out: Path,
-    name: str,
-    model: bytes,
-    source: dict,
-    documents: Iterable[tuple[str, str]],
-    total: int | None = None,
+    out: Path, name: str, model: bytes, source: dict, documents: Iterable[tuple[str, str]]
 ) -> None:
     """Encode (split, text) pairs into shards; they and the tokenizer appear when all is there.
 
-    Args:
-        out: The folder to write below.
-        name: First part of the dataset's name.
-        model: The tokenizer.
-        source: What the manifest says of where the text is from.
-        documents: The text.
-        total: Bytes of text, if known.
+    `source` is what the manifest says of where the text is from.
     """
     tokenizer = load_tokenizer(model, f"the tokenizer of {name}")
     vocab = tokenizer.vocab_size()
-    folder, tokenizer_path = dataset_folder(out, name, vocab), tokenizer_file(out, name, vocab)
-    refuse_to_replace(out, name, vocab, model)
+    folder = out / "datasets" / f"{name}_sp{vocab}"
+    tokenizer_path = out / "tokenizers" / f"{name}_{vocab}_bpe.model"
+    if folder.exists():
+        raise PrepareError(
+            f"{folder} is there already, made from something else or with other options;"
+            f" move it and {tokenizer_path} away, or choose another --name"
+        )
+    if tokenizer_path.exists() and tokenizer_path.read_bytes() != model:
+        raise PrepareError(
+            f"{tokenizer_path} is another tokenizer; move it away or choose another --name"
+        )
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # what an interrupted run of this program left
     part.mkdir(parents=True)
     began = time.perf_counter()
     try:
-        counts = write_splits(part, tokenizer, documents, total)
-        manifest = {"source": source, **tokenizer_entry(tokenizer_path, model), **counts}
-        write_json(part / "manifest.json", manifest)
+        writers = {split: SplitWriter(part, split, tokenizer) for split in ("val", "train")}
+        for split, text in progress(documents, "encoding"):
+            writers[split].add(text)
+        for writer in writers.values():
+            writer.write(1)
+        counts = {split: writer.counts for split, writer in writers.items()}
+        manifest = write_manifest(part, source, tokenizer_path, model, counts)
         tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(tokenizer_path, model)
         part.replace(folder)
@@ -787,63 +574,24 @@ def write_dataset(
     print(f"{in_words(folder, manifest)}, in {time.perf_counter() - began:.0f} s")
 
 
-def write_splits(
-    folder: Path,
-    tokenizer: sentencepiece.SentencePieceProcessor,
-    documents: Iterable[tuple[str, str]],
-    total: int | None,
-) -> dict[str, dict[str, int]]:
-    """Write the shards of both splits, and return what the manifest says of each."""
-    writers = {split: ShardWriter(folder, split) for split in ("val", "train")}
-    with progress("encoding", total) as report:
-        waiting = 0
-        for split, text in documents:
-            writers[split].waiting.append(text)
-            waiting += len(text)
-            if waiting >= BATCH_CHARACTERS:
-                encode_waiting(writers, tokenizer, report)
-                waiting = 0
-        encode_waiting(writers, tokenizer, report)
-    for split, writer in writers.items():
-        writer.close()
-        if not writer.tokens:
-            raise PrepareError(
-                f"there is no {split} text; name more text, another --val-fraction or --val files"
-            )
-    return {split: writer.counts() for split, writer in writers.items()}
-
-
-def encode_waiting(
-    writers: dict[str, ShardWriter],
-    tokenizer: sentencepiece.SentencePieceProcessor,
-    report: Callable[[int], object],
-) -> None:
-    """Encode the documents that wait in each writer, and report how many bytes they are."""
-    for writer in writers.values():
-        before = writer.bytes
-        writer.flush(tokenizer)
-        report(writer.bytes - before)
-
-
-def tokenizer_entry(path: Path, model: bytes) -> dict:
-    """Return what the manifest says of the tokenizer."""
-    return {
-        "vocab_size": load_tokenizer(model, str(path)).vocab_size(),
+def write_manifest(folder: Path, source: dict, path: Path, model: bytes, counts: dict) -> dict:
+    """Write and return what a reader of a dataset should know; `path` is its tokenizer's."""
+    manifest = {
+        "source": source,
+        "vocab_size": load_tokenizer(model, path).vocab_size(),
         "tokenizer": f"../../tokenizers/{path.name}",
         "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
+        **counts,
     }
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a file of JSON, which appears when it is whole."""
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_whole(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+    return manifest
 
 
 def in_words(folder: Path, manifest: dict) -> str:
     """Return what the last line printed says of a dataset."""
-    tokens = {split: manifest[split]["tokens"] for split in ("train", "val")}
+    train, val = (manifest[split]["tokens"] for split in ("train", "val"))
     return (
-        f"{folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens,"
+        f"{folder}: {train:,} training and {val:,} validation tokens,"
         f" vocabulary {manifest['vocab_size']}"
     )
 
@@ -854,28 +602,16 @@ def made_before(out: Path, name: str, source: dict) -> str | None:
     A dataset that is not whole any more is refused.
     """
     for path in sorted((out / "datasets").glob(f"{glob.escape(name)}_sp*/manifest.json")):
-        try:
-            manifest = json.loads(path.read_bytes())
-        except ValueError:
-            continue
-        if not isinstance(manifest, dict) or manifest.get("source") != source:
-            continue
-        if not is_whole(path.parent, manifest):
-            raise PrepareError(
-                f"{path.parent} or its tokenizer is damaged; remove it and try again"
-            )
-        return in_words(path.parent, manifest)
+        folder, manifest = path.parent, json.loads(path.read_bytes())
+        if manifest.get("source") == source:
+            model = folder / manifest["tokenizer"]
+            sha256 = hashlib.sha256(model.read_bytes()).hexdigest() if model.exists() else None
+            tokens = {split: split_tokens(folder, split) for split in ("train", "val")}
+            whole = all(count == manifest[split]["tokens"] for split, count in tokens.items())
+            if not whole or sha256 != manifest["tokenizer_sha256"]:
+                raise PrepareError(f"{folder} or its tokenizer is damaged; remove it and try again")
+            return in_words(folder, manifest)
     return None
-
-
-def is_whole(folder: Path, manifest: dict) -> bool:
-    """Return whether shards and tokenizer are those that the manifest was written for."""
-    model = folder / manifest["tokenizer"]
-    if not model.is_file():
-        return False
-    if hashlib.sha256(model.read_bytes()).hexdigest() != manifest["tokenizer_sha256"]:
-        return False
-    return all(split_tokens(folder, s) == manifest[s]["tokens"] for s in ("train", "val"))
 
 
 def split_tokens(folder: Path, split: str) -> int:
@@ -888,8 +624,6 @@ def split_tokens(folder: Path, split: str) -> int:
 
 def prepare_docs(args: argparse.Namespace) -> None:
     """Make a dataset of the English that comes with Python."""
-    name = args.name or "docs"
-    refuse_to_replace(args.out, name, args.vocab)
     documents = python_documents()
     order = sorted(documents, key=document_share)
     validation, size, total = set(), 0, sum(map(len, documents.values()))
@@ -901,209 +635,100 @@ def prepare_docs(args: argparse.Namespace) -> None:
     pairs = [("val" if key in validation else "train", documents[key]) for key in order]
     model = train_tokenizer((text for split, text in pairs if split == "train"), args.vocab)
     source = {"kind": "docs", "python": sys.version.split()[0], "numpy": np.__version__}
-    size = sum(map(utf8_length, documents.values()))
-    write_dataset(args.out, name, model, source, pairs, size)
+    write_dataset(args.out, args.name or "docs", model, source, pairs)
 
 
 def prepare_text(args: argparse.Namespace) -> None:
-    """Make a dataset of a person's own text; stop at once if it has been made before."""
+    """Make a dataset of a person's own text, unless it has been made before."""
     model = args.tokenizer.read_bytes() if args.tokenizer else None
-    vocab = args.vocab
     if model is not None:
-        vocab = load_tokenizer(model, str(args.tokenizer)).vocab_size()
-    inputs = find_inputs(args)
+        load_tokenizer(model, args.tokenizer)
+    corpus = Corpus(*find_sources(args.files, args.val), args.val_fraction)
     name = args.name or name_of(args.files[0])
-    source = text_source(args, inputs, model)
+    source = {
+        "kind": "text",
+        "sha256": corpus.sha256,
+        "split": corpus.split,
+        "val_fraction": None if corpus.val else args.val_fraction,
+        "vocab": args.vocab if model is None else None,
+        "tokenizer_sha256": None if model is None else hashlib.sha256(model).hexdigest(),
+    }
     before = made_before(args.out, name, source)
     if before is not None:
         print(f"{before}, made from the same text before")
         return
-    refuse_to_replace(args.out, name, vocab, model)
-    corpus = survey(inputs, args.val_fraction, args.errors)
-    files = len(inputs.train) + len(inputs.val)
-    print(
-        f"{name}: {corpus.bytes:,} bytes of text in {files:,} file(s); {corpus.split}", flush=True
-    )
+    print(f"{name}: {corpus.bytes:,} bytes of text; {corpus.split}", flush=True)
     if model is None:
-        with progress("sampling", corpus.bytes) as report:
-            model = train_tokenizer(training_text(corpus, report), vocab)
-    write_dataset(args.out, name, model, source, corpus.pairs(), corpus.bytes)
-
-
-def training_text(corpus: Corpus, report: Callable[[int], object]) -> Iterator[str]:
-    """Yield the documents a tokenizer may see."""
-    for split, text in corpus.pairs():
-        report(utf8_length(text))
-        if split == "train":
-            yield text
-
-
-def text_source(args: argparse.Namespace, inputs: Inputs, model: bytes | None) -> dict:
-    """Return all that decides what `text` makes, for the manifest."""
-    files = [*inputs.val, *inputs.train]
-    with progress("comparing", sum(path.stat().st_size for path in files)) as report:
-        hashes = [digest(paths, report) for paths in inputs]
-    return {
-        "kind": "text",
-        "files": [short_name(name) for name in args.files],
-        "val_files": [short_name(name) for name in args.val or ()],
-        "train_sha256": hashes[0],
-        "val_sha256": hashes[1],
-        "val_fraction": None if inputs.val else args.val_fraction,
-        "errors": args.errors,
-        "vocab": args.vocab if model is None else None,
-        "tokenizer_sha256": hashlib.sha256(model).hexdigest() if model is not None else None,
-    }
-
-
-def short_name(name: str) -> str:
-    """Return an argument without the folders before it."""
-    return name if name.startswith(HUB) else Path(name).name or name
+        pairs = progress(corpus.pairs(), "sampling")
+        texts = (text for split, text in pairs if split == "train")
+        model = train_tokenizer(sample(texts, corpus.bytes), args.vocab)
+    write_dataset(args.out, name, model, source, corpus.pairs())
 
 
 def name_of(argument: str) -> str:
     """Return the first part of a dataset's name: that of the file, folder or repository."""
     if argument.startswith(HUB):
-        return argument.removeprefix(HUB).partition(":")[0].rstrip("/").split("/")[-1] or "text"
-    parts = Path(argument).parts
-    if not Path(argument).exists():  # a pattern: the folder whose files it matches
-        parts = itertools.takewhile(lambda part: not is_pattern(part), parts)
-    return os.path.basename(os.path.abspath(Path(*parts))).split(".")[0] or "text"
+        argument = argument.removeprefix(HUB).partition(":")[0]
+    elif not Path(argument).exists():  # a pattern: what stands before its first sign
+        argument = re.split(r"[*?[]", argument)[0]
+    return os.path.basename(os.path.abspath(argument)).split(".")[0] or "text"
 
 
 def prepare_fineweb(args: argparse.Namespace) -> None:
     """Fetch the published shards one by one; those that are there and whole are kept."""
-    require("huggingface_hub", "fineweb")
     download = args.out / ".fineweb_download"
     fetch = functools.partial(fetch_file, args.repo, download)
     published = json.loads(fetch("datasets/manifest.json").read_text())
     name = f"{args.name or 'fineweb10B'}_{args.variant}"
-    entry = published_entry(args, published, name)
-    shards = [f"fineweb_val_{i:06d}.bin" for i in range(int(entry["stats"]["files_val"]))]
-    shards += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
+    entries = {each["name"]: each for each in published["datasets"]}
+    if name not in entries:
+        there = ", ".join(sorted(entries))
+        raise PrepareError(f"--variant {args.variant}: no {name} in {args.repo}; there are {there}")
+    counts = entries[name]["stats"]
+    if not 1 <= args.train_shards <= int(counts["files_train"]):
+        raise PrepareError(
+            f"--train-shards {args.train_shards}: {name} has {counts['files_train']}"
+        )
     folder = args.out / "datasets" / name
     folder.mkdir(parents=True, exist_ok=True)
+    shards = [f"fineweb_val_{i:06d}.bin" for i in range(int(counts["files_val"]))]
+    shards += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
     for number, shard in enumerate(shards, 1):
-        fetch_shard(fetch, f"datasets/datasets/{name}/{shard}", folder / shard, args.repo)
+        if not (folder / shard).exists() or shard_tokens(folder / shard) is None:
+            path = fetch(f"datasets/datasets/{name}/{shard}")
+            if shard_tokens(path) is None:
+                path.unlink()
+                raise PrepareError(f"{args.repo}: {shard} is not a shard; run the command again")
+            path.replace(folder / shard)
         print(f"{number}/{len(shards)} {shard}", file=sys.stderr)
-    tokenizers = {each["name"]: each["model_path"] for each in published["tokenizers"]}
-    model_path = args.out / "tokenizers" / Path(tokenizers[entry["tokenizer_name"]]).name
+    models = {each["name"]: each["model_path"] for each in published["tokenizers"]}
+    model_path = args.out / "tokenizers" / Path(models[entries[name]["tokenizer_name"]]).name
     model_path.parent.mkdir(parents=True, exist_ok=True)
     if not model_path.exists():
         fetch(f"datasets/tokenizers/{model_path.name}").replace(model_path)
-    manifest = {
-        "source": {"kind": "fineweb", "repository": args.repo, "variant": args.variant},
-        **tokenizer_entry(model_path, model_path.read_bytes()),
-        **{split: {"tokens": split_tokens(folder, split)} for split in ("train", "val")},
-    }
-    write_json(folder / "manifest.json", manifest)
+    source = {"kind": "fineweb", "repository": args.repo, "variant": args.variant}
+    tokens = {split: {"tokens": split_tokens(folder, split)} for split in ("train", "val")}
+    manifest = write_manifest(folder, source, model_path, model_path.read_bytes(), tokens)
     shutil.rmtree(download, ignore_errors=True)
     print(in_words(folder, manifest))
 
 
 def fetch_file(repository: str, download: Path, path: str) -> Path:
     """Fetch one file of the export; what of it has come stays for the next try."""
-    from huggingface_hub import hf_hub_download
-
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise PrepareError(f"fineweb needs the package huggingface_hub: {EXTRAS}") from None
     try:
         return Path(hf_hub_download(repository, path, repo_type="dataset", local_dir=download))
     except Exception as error:
         raise PrepareError(
-            f"{repository}/{path} could not be fetched ({error}); run the command again to carry"
-            " on where it stopped"
+            f"{repository}/{path} could not be fetched ({one_line(error)}); run the command again"
+            " to carry on where it stopped"
         ) from None
 
 
-def published_entry(args: argparse.Namespace, published: dict, name: str) -> dict:
-    """Return what the export says of one of its datasets, and refuse what it does not have."""
-    entries = {each["name"]: each for each in published["datasets"]}
-    if name not in entries:
-        there = ", ".join(sorted(entries))
-        raise PrepareError(f"--variant {args.variant}: no {name} in {args.repo}; there are {there}")
-    available = int(entries[name]["stats"]["files_train"])
-    if not 1 <= args.train_shards <= available:
-        raise PrepareError(f"--train-shards {args.train_shards}: {name} has {available}")
-    return entries[name]
-
-
-def fetch_shard(fetch: Callable[[str], Path], source: str, target: Path, repository: str) -> None:
-    """Fetch a shard, unless it is there and whole."""
-    if target.exists() and shard_tokens(target) is not None:
-        return
-    path = fetch(source)
-    if shard_tokens(path) is None:
-        path.unlink()
-        raise PrepareError(
-            f"{repository}/{target.name}: its header and its size disagree; run the command again"
-        )
-    path.replace(target)
-
-
 # ---- Command line --------------------------------------------------------------------------------
-
-
-def vocabulary_size(text: str) -> int:
-    """Return the value of --vocab."""
-    if not text.isdecimal() or not 256 <= int(text) <= 65_536:
-        raise argparse.ArgumentTypeError("needs a whole number from 256 to 65536")
-    return int(text)
-
-
-def folder_name(text: str) -> str:
-    """Return the value of --name."""
-    if not text or Path(text).name != text:
-        raise argparse.ArgumentTypeError("needs the name of a folder, not a path")
-    return text
-
-
-def fraction(text: str) -> float:
-    """Return the value of --val-fraction."""
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError("needs a number between 0 and 1")
-
-
-def suffix(text: str) -> str:
-    """Return a value of --suffix."""
-    if Path("name" + text).suffix != text or not text or text.lower() in OPENERS:
-        raise argparse.ArgumentTypeError(
-            f"needs suffixes such as .md, not {text}; name files and folders before it"
-        )
-    return text.lower()
-
-
-def add_text_options(text: argparse.ArgumentParser) -> None:
-    """Add what only `text` takes."""
-    text.add_argument(
-        "files",
-        nargs="+",
-        metavar="INPUT",
-        help="file, folder, quoted pattern such as 'notes/**/*.md', or hf:OWNER/NAME[:CONFIG]",
-    )
-    text.add_argument(
-        "--val",
-        nargs="+",
-        metavar="INPUT",
-        help="validation text; else the last part of a single text file, or a share of documents",
-    )
-    text.add_argument(
-        "--suffix",
-        type=suffix,
-        nargs="+",
-        metavar="SUFFIX",
-        help=f"which files of a folder to read, unknown ones as plain text"
-        f" ({' '.join(KNOWN_SUFFIXES)})",
-    )
-    text.add_argument(
-        "--errors",
-        choices=("strict", "replace"),
-        default="strict",
-        help="refuse bytes that are not UTF-8, or replace them by U+FFFD (%(default)s)",
-    )
-    text.add_argument(
-        "--tokenizer", type=Path, metavar="MODEL", help="use this SentencePiece model"
-    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1113,49 +738,60 @@ def build_parser() -> argparse.ArgumentParser:
     )
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here, help="folder to write below")
-    sources = parser.add_subparsers(required=True)
-    docs = sources.add_parser("docs", help="the English that comes with every Python")
-    docs.set_defaults(prepare=prepare_docs)
-    text = sources.add_parser("text", help="your own text, in files of many kinds")
-    text.set_defaults(prepare=prepare_text)
-    add_text_options(text)
-    for source in (docs, text):
-        source.add_argument(
-            "--vocab",
-            type=vocabulary_size,
-            default=1024,
-            help="pieces, such as 1024, 4096 or 8192, from 256 to 65536 (%(default)s)",
-        )
-        source.add_argument(
-            "--val-fraction", type=fraction, default=0.04, help="share of validation (%(default)s)"
-        )
-    fineweb = sources.add_parser("fineweb", help="the challenge's published shards")
-    fineweb.set_defaults(prepare=prepare_fineweb)
-    fineweb.add_argument(
-        "--variant", default="sp1024", help="tokenizer of the export (%(default)s)"
-    )
-    fineweb.add_argument(
-        "--train-shards", type=int, default=80, help="of 100 M tokens each (%(default)s)"
-    )
-    fineweb.add_argument(
-        "--repo", default="willdepueoai/parameter-golf", help="Hugging Face dataset"
-    )
-    for source in (docs, text, fineweb):
-        source.add_argument("--name", type=folder_name, help="first part of the dataset's name")
+    commands = parser.add_subparsers(required=True)
+    docs = commands.add_parser("docs", help="the English that comes with every Python")
+    text = commands.add_parser("text", help="your own text, in files of many kinds")
+    fineweb = commands.add_parser("fineweb", help="the challenge's published shards")
+    for command, function in (
+        (docs, prepare_docs),
+        (text, prepare_text),
+        (fineweb, prepare_fineweb),
+    ):
+        command.set_defaults(prepare=function)
+        command.add_argument("--name", default="", help="first part of the dataset's name")
+    for command in (docs, text):
+        add = command.add_argument
+        add("--vocab", type=int, default=1024, help="pieces, 256 to 65536 (%(default)s)")
+        add("--val-fraction", type=float, default=0.04, help="share held out (%(default)s)")
+    add = text.add_argument
+    kinds = "file, folder, quoted pattern such as 'notes/**/*.md', or hf:OWNER/NAME[:CONFIG]"
+    add("files", nargs="+", metavar="INPUT", help=kinds)
+    held = "validation text; else the last part of a single text file, or a share of documents"
+    add("--val", nargs="+", metavar="INPUT", default=[], help=held)
+    add("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model; else one is trained")
+    add = fineweb.add_argument
+    add("--variant", default="sp1024", help="tokenizer of the export (%(default)s)")
+    add("--train-shards", type=int, default=80, help="of 100 M tokens each (%(default)s)")
+    add("--repo", default="willdepueoai/parameter-golf", help="Hugging Face dataset")
     return parser
 
 
-def main() -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Raise PrepareError if an option has no meaning."""
+    if args.name and Path(args.name).name != args.name:
+        raise PrepareError(f"--name {args.name}: needs the name of a folder, not a path")
+    if args.prepare is prepare_fineweb:
+        return
+    if not 256 <= args.vocab <= 65_536:
+        raise PrepareError(f"--vocab {args.vocab}: needs a whole number from 256 to 65536")
+    if not 0 < args.val_fraction < 1:
+        raise PrepareError(f"--val-fraction {args.val_fraction}: needs a number between 0 and 1")
+
+
+def main(arguments: list[str] | None = None) -> int:
     """Run the subcommand; what a person can mend ends it with one line and exit code 1."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(arguments)
     try:
+        check_options(args)
         args.prepare(args)
     except (PrepareError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import zlib
@@ -25,44 +24,19 @@ os.environ["OMP_NUM_THREADS"] = "1"
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
-SPECIAL_MARKS = ("campaign", "gpu")
-# Begun last, they would leave one worker idle. The one that waits longest is first.
-SLOW_FILES = (
-    "test_ranks",
-    "test_variants",
-    "test_faults",
-    "test_run",
-    "test_check",
-    "test_submit",
-    "test_run_sh",
-)
-
 
 def pytest_configure(config):
     """Let tests interrupt the processes they start: jobs in a background ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    helpers.server_address = getattr(config, "workerinput", {}).get("server_address")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node):
-    """Let the processes of pytest-xdist share one server that forks."""
-    node.workerinput["server_address"] = helpers.fork_server().address
 
 
 def pytest_collection_modifyitems(config, items):
-    """Begin with slow files; leave out campaigns and what needs a GPU, unless `-m` chooses."""
-    items.sort(key=lambda item: (*SLOW_FILES, item.path.stem).index(item.path.stem))
+    """Leave out what needs a GPU, unless `-m` chooses."""
     if config.getoption("-m"):
         return
-    left_out = [item for item in items if any(map(item.get_closest_marker, SPECIAL_MARKS))]
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
-
-
-def pytest_collection_finish(session):
-    """Let garbage collections pass over what imports made: a twentieth of all time."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,28 +1,18 @@
-"""The measuring programs of bench/: the textbook's model is ours, and every program runs."""
+"""bench/speed.py: the textbook's model is ours, and every subcommand runs."""
 
 from __future__ import annotations
 
+import multiprocessing.dummy
 import os
+import subprocess
+import sys
+from unittest import mock
 
 import pytest
 import torch
 
-import helpers
-from bench import common, textbook
+from bench import speed, textbook
 from helpers import ROOT, train_gpt
-
-PROGRAMS = (
-    "cpu",
-    "memory",
-    "kernels",
-    "step",
-    "roofline",
-    "eval",
-    "export",
-    "start",
-    "scaling",
-    "target",
-)
 
 
 def textbook_name(name: str) -> str:
@@ -83,7 +73,7 @@ def test_textbook_takes_our_step(settings, random_model, processes, batches):
     ours = random_model(h)
     theirs = textbook.Textbook(h, ours, torch.float32)
     step = textbook.TextbookStep(h, theirs, compiled=False)
-    our_step = common.OurStep(h, processes, ours, compiled=False)
+    our_step = speed.OurStep(h, processes, ours, compiled=False)
     for _ in range(2):
         loss = our_step(batches)
         assert step(batches).item() == pytest.approx(loss.item(), rel=1e-5)
@@ -93,16 +83,89 @@ def test_textbook_takes_our_step(settings, random_model, processes, batches):
         torch.testing.assert_close(other, p, rtol=1e-3, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_program_runs_and_prints_its_table(program):
-    # With the allocator's variables, the program need not start itself again.
-    kept = {"OMP_NUM_THREADS": "1"} | common.KEEP_FREED_MEMORY
-    command = [ROOT / "bench" / f"{program}.py", "--smoke"]
-    process = helpers.fork_server().start(command, os.environ | kept, with_children=True)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert f"# {program}.py: smoke run" in out
-    assert f"torch {torch.__version__}" in out
-    first = {"roofline": "part", "target": "preset"}.get(program, "what")
-    table = out[out.index(f"| {first} |") :].split("\n\n")[0]
-    assert len(table.splitlines()) >= 4  # header, rule, and some rows
+# ---- Subcommands ---------------------------------------------------------------------------------
+
+
+def measure_here(sides, options, calls=1):
+    """Do the work of speed.compare in this process, each side once."""
+    facts = {}
+    for side in sides:
+        with mock.patch.dict(os.environ, side.variables):
+            h = train_gpt.load_settings()
+            with train_gpt.Distributed(h) as dist:
+                seconds, result = speed.timed(side.build(h, dist))
+        values = {name: float(value) for name, value in result.items()}
+        facts[side.name] = {"seconds": seconds, "memory": 0} | values
+    return facts
+
+
+@pytest.fixture
+def shown(capsys, monkeypatch):
+    """shown(*arguments): what a subcommand prints at its smallest size, without its processes."""
+    monkeypatch.setattr(speed, "ON_CUDA", False)
+    monkeypatch.setattr(speed, "PROCESSES", multiprocessing.dummy)
+    monkeypatch.setattr(speed, "compare", measure_here)
+
+    def show(*arguments):
+        with mock.patch.dict(os.environ, {"DEVICE": "cpu", "DTYPE": "float32"}):
+            speed.main([*arguments, "--smoke"])
+        return capsys.readouterr().out
+
+    return show
+
+
+def column(text, name):
+    """Return the cells of a column of the table that has it, by the first cell of their row."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    begin = next(i for i, row in enumerate(rows) if name in row)
+    place = rows[begin].index(name)
+    table = [row for row in rows[begin + 2 :] if len(row) == len(rows[begin])]
+    return {row[0]: row[place] for row in table}
+
+
+def test_all_sides_of_a_step_compute_the_same_loss(shown):
+    losses = column(shown("step", "--with", "MAP_ADAPTER=lora:8"), "last loss")
+    assert float(losses["ours"]) == pytest.approx(float(losses["textbook"]), abs=2e-4)
+    assert "ours, MAP_ADAPTER=lora:8" in losses and "learned in full" in losses
+
+
+def test_the_evaluation_and_the_loops_over_its_windows_agree(shown):
+    losses = column(shown("eval"), "nats per token")
+    exact = float(losses.pop("exact"))
+    assert set(losses) == {"streaming", "loop over the same model", "loop over the textbook"}
+    for name, loss in losses.items():
+        assert float(loss) == pytest.approx(exact, abs=1e-2 if name == "streaming" else 2e-6)
+
+
+def test_the_export_is_timed_by_stage(shown):
+    table = column(shown("export"), "calibration")
+    assert table["ours"].endswith("s") and "GPTQ one by one" in table
+
+
+def test_kernels_are_timed_beside_torchs(shown):
+    text = shown("kernels")
+    assert len(column(text, "thin")) >= 4
+    assert len(column(text, "fused")) == 2 and len(column(text, "torch's")) == 1
+
+
+def test_the_parts_of_a_start_are_timed(shown, monkeypatch):
+    monkeypatch.setattr(
+        speed.subprocess, "run", lambda *_, **__: mock.Mock(stdout=b"", returncode=0)
+    )
+    assert len(column(shown("start"), "time")) == 4
+
+
+def test_sides_are_processes_that_take_turns(tmp_path):
+    command = [sys.executable, ROOT / "bench" / "speed.py", "step", "--smoke"]
+    command += ["--with", "MODEL_DIM=33", "--only", "ours", "ours, MODEL_DIM=33"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert f"torch {torch.__version__}" in result.stdout
+    assert "MODEL_DIM=33: failed" in result.stdout  # and does not hold up the other side
+    assert list(column(result.stdout, "tokens/s")) == ["ours"]
+
+
+def test_an_unknown_side_is_refused_and_the_sides_are_named(shown):
+    with pytest.raises(SystemExit, match="--only mine: the sides are ours, textbook"):
+        shown("step", "--only", "mine")

@@ -49,37 +49,21 @@ def test_header_is_skipped_to_the_byte(tmp_path):
     assert read("val") == [[65_535, 3]]
 
 
-def test_what_prepare_wrote_is_read_back(corpus):
-    (tokens,) = train_gpt.read_shards(str(corpus.folder), "val")
-    assert tokens[0] == BOS
-    assert (tokens == BOS).sum() == len(corpus.documents)
-    assert np.array_equal(tokens, read_shard(corpus.folder / "fineweb_val_000000.bin"))
+SPOILED = {
+    "wrong magic": lambda path: write_shard(path, range(50), magic=20240521),
+    "wrong version": lambda path: write_shard(path, range(50), version=2),
+    "a token short": lambda path: write_shard(path, range(50), count=51),
+    "a token too long": lambda path: write_shard(path, range(50), count=49),
+    "negative count": lambda path: write_shard(path, range(50), count=-1),
+    "no tokens": lambda path: write_shard(path, []),
+    "an error page": lambda path: path.write_bytes(b"<html>Not Found</html>" * 100),
+    "half a token": lambda path: path.write_bytes(path.read_bytes()[: 1024 + 99]),
+    "part of the header": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "empty": lambda path: path.write_bytes(b""),
+}
 
 
-def truncated(path, size):
-    path.write_bytes(path.read_bytes()[:size])
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        pytest.param(lambda path: write_shard(path, range(50), magic=20240521), id="wrong magic"),
-        pytest.param(lambda path: write_shard(path, range(50), version=2), id="wrong version"),
-        pytest.param(lambda path: write_shard(path, range(50), count=51), id="a token short"),
-        pytest.param(lambda path: write_shard(path, range(50), count=49), id="a token too long"),
-        pytest.param(lambda path: write_shard(path, range(50), count=-1), id="negative count"),
-        pytest.param(lambda path: write_shard(path, []), id="no tokens"),
-        pytest.param(lambda path: path.write_bytes(b""), id="empty"),
-        pytest.param(
-            lambda path: path.write_bytes(b"<html>Not Found</html>" * 100), id="an error page"
-        ),
-        pytest.param(lambda path: truncated(path, 1024 + 99), id="half a token"),
-        pytest.param(lambda path: truncated(path, 1024), id="header only"),
-        pytest.param(lambda path: truncated(path, 20), id="part of the header"),
-        pytest.param(lambda path: truncated(path, 5), id="five bytes"),
-        pytest.param(lambda path: truncated(path, 8), id="magic and version only"),
-    ],
-)
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_damaged_shard_is_refused_by_name(tmp_path, spoil):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(50))
     damaged = write_shard(tmp_path / "fineweb_train_000001.bin", range(50))
@@ -234,13 +218,7 @@ def test_counted_bytes_are_the_decoded_text_document_by_document(corpus, tokeniz
     assert counted(tokenizer, stream) == len(tokenizer.decode(stream)) == total
 
 
-def test_plain_text_counts_its_own_length(tokenizer):
-    text = "Déjà vu, 日本語 🎉 and a line."
-    tokens = np.array([BOS, *tokenizer.model.encode(text)])
-    assert counted(tokenizer, tokens) == len(text.encode())
-
-
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.text(max_size=40) | st.text("a ▁\n\té") | st.sampled_from(UNUSUAL_DOCUMENTS), max_size=4
@@ -268,42 +246,20 @@ def test_a_first_token_of_text_is_not_counted(tokenizer, tmp_path):
     assert stream.bytes == len("plain words of text") - len(first)
 
 
-def twice_counted_space(tokenizer):
-    tokenizer.own_bytes = tokenizer.own_bytes + tokenizer.has_space
+MISTAKES = {
+    "a space counts twice": lambda t: t.own_bytes + t.has_space,
+    "a byte is as long as its piece, <0xE6>": lambda t: np.where(t.is_byte, 6, t.own_bytes),
+    "control tokens have bytes": lambda t: np.where(t.is_control, 3, t.own_bytes),
+    "no space counts": lambda t: t.own_bytes - t.has_space,
+}
 
 
-def three_bytes_a_byte(tokenizer):
-    tokenizer.own_bytes = np.where(tokenizer.is_byte, 3, tokenizer.own_bytes)
-
-
-def six_characters_a_byte(tokenizer):
-    """The length of the piece as it is written, <0xE6>."""
-    tokenizer.own_bytes = np.where(tokenizer.is_byte, 6, tokenizer.own_bytes)
-
-
-def bytes_of_control_tokens(tokenizer):
-    tokenizer.own_bytes = np.where(tokenizer.is_control, 3, tokenizer.own_bytes)
-
-
-def forgotten_space(tokenizer):
-    tokenizer.has_space = np.zeros_like(tokenizer.has_space)
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        twice_counted_space,
-        three_bytes_a_byte,
-        six_characters_a_byte,
-        bytes_of_control_tokens,
-        forgotten_space,
-    ],
-)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path, mistake):
     wrong = train_gpt.Tokenizer(str(corpus.tokenizer), 512)
     tokens = [BOS, *wrong.model.encode("plain text and 日本語 too")]
     stream_of(tokens, wrong, tmp_path)
-    mistake(wrong)
+    wrong.own_bytes = mistake(wrong)
     with pytest.raises(UserError, match="validation tokens count"):
         stream_of(tokens, wrong, tmp_path)
 
@@ -346,35 +302,26 @@ def test_space_at_the_start_of_a_document_is_not_text(corpus, tokenizer, tmp_pat
 # ---- Tokenizers --------------------------------------------------------------------------------
 
 
-def trained_tokenizer(path, lines, vocab: int = 280):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        vocab_size=vocab,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
-    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    return str(path), trained.vocab_size()
-
-
 def test_tokenizer_without_a_piece_for_the_space_is_refused(tmp_path):
-    path, vocab = trained_tokenizer(
-        tmp_path / "nospace.model", ["abcdefgh", "hgfedcba", "aabbccdd"] * 20
-    )
-    with pytest.raises(UserError, match="the vocabulary has no piece ▁"):
-        train_gpt.Tokenizer(path, vocab)
-    lines = ["abcd efgh", "hgfe dcba", "aabb ccdd"] * 20
-    train_gpt.Tokenizer(*trained_tokenizer(tmp_path / "space.model", lines))
+    path = tmp_path / "some.model"
+    for lines, has_space in ((["abcd efgh"] * 20, True), (["abcdefgh"] * 20, False)):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=(model := io.BytesIO()),
+            vocab_size=280,
+            model_type="bpe",
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        path.write_bytes(model.getvalue())
+        vocabulary = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+        if has_space:
+            train_gpt.Tokenizer(str(path), vocabulary)
+            continue
+        with pytest.raises(UserError, match="the vocabulary has no piece ▁"):
+            train_gpt.Tokenizer(str(path), vocabulary)
 
 
 def test_tokenizer_of_another_size_is_refused(corpus):
@@ -409,18 +356,7 @@ def test_tokenizer_that_did_not_make_the_shards_is_refused(corpus, tokenizer, tm
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        {},
-        [],
-        "text",
-        3,
-        {"tokenizer_sha256": None},
-        {"tokenizer": "some.model"},
-        ["tokenizer_sha256"],
-    ],
-    ids=repr,
+    "content", [None, [], 3, {"tokenizer_sha256": None}, {"tokenizer": "some.model"}], ids=repr
 )
 def test_manifest_of_another_form_is_ignored(tokenizer, tmp_path, content):
     """Shards from elsewhere have none, or one that says other things."""
@@ -432,7 +368,7 @@ def test_manifest_of_another_form_is_ignored(tokenizer, tmp_path, content):
 # ---- Windows -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.data(), st.integers(1, 400))
 def test_windows_score_every_token_once(data, targets):
     length = data.draw(st.integers(1, targets), "length")
@@ -448,13 +384,6 @@ def test_windows_score_every_token_once(data, targets):
     assert scored == list(range(targets))  # each once, left to right, the tail too
 
 
-@pytest.mark.parametrize("stride", [2048, 4096])
-def test_windows_of_a_stream_that_is_shorter(stride):
-    """`evaluate` cuts the window to the stream, the stride stays as it was set."""
-    starts, counts = train_gpt.plan_windows(100, 100, stride)
-    assert (starts.tolist(), counts.tolist()) == ([0], [100])
-
-
 # ---- Evaluation --------------------------------------------------------------------------------
 
 
@@ -467,9 +396,10 @@ def stream(corpus, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(corpus):
-    """A model whose predictions depend on the context: large embeddings, adapters not at zero."""
+    """A model in float64 whose predictions depend on the context."""
     torch.manual_seed(0)
-    model = train_gpt.GPT(corpus_settings(corpus, tied_embed_init_std=1.0), torch.float32)
+    h = corpus_settings(corpus, tied_embed_init_std=1.0)
+    model = train_gpt.GPT(h, torch.float64).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -493,13 +423,29 @@ def slow_evaluation(model, tokens, length: int, stride: int) -> float:
             return total / scored
 
 
+LOGIT_ERROR = 10 * 2 * 30 * 2**-24  # the logits, c·tanh(z/c) with c = 30, are float32
+
+
+@pytest.mark.parametrize("batch", [1, 100, 131_072])
 @pytest.mark.parametrize(
-    ("length", "stride"), [(32, 32), (32, 8), (32, 5), (17, 1), (64, 63), (1, 1)]
+    ("length", "stride", "size"),
+    [(32, 32, 331), (32, 5, 331), (17, 1, 331), (1, 1, 331), (32, 8, 2), (32, 8, 33), (32, 32, 34)],
 )
-def test_evaluation_equals_a_slow_loop(corpus, processes, model, stream, length, stride):
-    h = corpus_settings(corpus, eval_seq_len=length, eval_stride=1)
-    loss = train_gpt.evaluate(model, stream.tokens, h, processes, stride)
-    assert loss == pytest.approx(slow_evaluation(model, stream.tokens, length, stride), abs=2e-6)
+def test_evaluation_equals_a_slow_loop(
+    corpus, processes, model, stream, length, stride, size, batch
+):
+    """Whatever the batch, also where the stream is shorter than a window."""
+    h = corpus_settings(corpus, eval_seq_len=length, eval_stride=1, eval_batch_tokens=batch)
+    tokens = stream.tokens[:size]
+    loss = train_gpt.evaluate(model, tokens, h, processes, stride)
+    expected = slow_evaluation(model, tokens, length, stride)
+    assert loss == pytest.approx(expected, abs=LOGIT_ERROR)
+
+
+def test_context_helps_or_these_tests_show_nothing(model, stream):
+    plans = (32, 32), (32, 8), (8, 8)
+    losses = [slow_evaluation(model, stream.tokens, length, stride) for length, stride in plans]
+    assert max(losses) - min(losses) > 100 * LOGIT_ERROR
 
 
 def test_bits_per_byte_divide_all_nats_by_all_bytes(stream):
@@ -507,38 +453,3 @@ def test_bits_per_byte_divide_all_nats_by_all_bytes(stream):
     nats = 2.5 * (len(stream.tokens) - 1)
     expected = nats / math.log(2) / len(stream.text)
     assert stream.bits_per_byte(2.5) == pytest.approx(expected, rel=1e-12)
-
-
-def test_context_helps_or_these_tests_show_nothing(corpus, model, stream):
-    plans = (32, 32), (32, 8), (8, 8)
-    losses = [slow_evaluation(model, stream.tokens, length, stride) for length, stride in plans]
-    assert max(losses) - min(losses) > 1e-3
-
-
-@pytest.mark.parametrize("stride", [32, 5])
-def test_evaluation_does_not_depend_on_the_batch(corpus, processes, model, stream, stride):
-    losses = []
-    for tokens in (1, 32, 100, 1000, 131_072):
-        h = corpus_settings(corpus, eval_batch_tokens=tokens)
-        losses.append(train_gpt.evaluate(model, stream.tokens, h, processes, stride))
-    assert max(losses) - min(losses) < 1e-6
-
-
-@pytest.mark.parametrize("size", [2, 3, 20, 32, 33, 34])
-def test_stream_shorter_than_a_window(processes, model, stream, size):
-    tokens, h = stream.tokens[:size], tiny_settings(vocab_size=512)
-    for stride in (h.eval_seq_len, h.eval_stride):
-        loss = train_gpt.evaluate(model, tokens, h, processes, stride)
-        assert loss == pytest.approx(slow_evaluation(model, tokens, 32, stride), abs=2e-6)
-
-
-def test_prediction_depends_on_the_prefix_alone_and_sums_to_one(model, stream):
-    """What makes a score valid: a later token, changed, moves no earlier prediction."""
-    ids = stream.tokens[None, :32]
-    changed = ids.clone()
-    changed[0, 20:] = (changed[0, 20:] + 7) % 512
-    with torch.no_grad():
-        one, other = (model.predict(x)[0] for x in (ids, changed))
-    assert torch.equal(one[:20], other[:20])
-    assert not torch.equal(one[20:], other[20:])
-    assert (one.double().softmax(-1).sum(-1) - 1).abs().max() < 1e-12

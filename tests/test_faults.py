@@ -1,214 +1,617 @@
-"""Tests by a small sample of bench/faults.py, and properties of what a run stores.
+"""Faults: kills, signals, full disks, missing, torn and forged files, NaN, processes that die.
 
-The program injects faults into real processes. `pytest -m campaign tests/test_faults.py` takes more
-of them, `python bench/faults.py` all. Those of two ranks are in test_ranks.py.
+A run that was disturbed ends in the very bytes of one that was not. What cannot be used is refused
+with one clear message, and the last good checkpoint still loads.
 """
 
 from __future__ import annotations
 
+import collections
+import errno
+import functools
+import io
+import itertools
+import json
 import math
+import os
+import pickle
 import random
-import string
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
 
-import hypothesis
+import brotli
 import numpy as np
 import pytest
 import torch
-from hypothesis import strategies as st
 
 import train_gpt
-from bench import faults
-from helpers import nothing_lost
+from helpers import (
+    ROOT,
+    TINY,
+    TWO_PROCESSES,
+    Container,
+    Corpus,
+    finish,
+    refusal,
+    run,
+    run_well,
+    sealed,
+    start,
+)
 
-LARGER = 0.1  # fraction of the campaign behind the marker
+# Every state that a checkpoint must hold: optimizers, averages, dropout, a teacher, phases.
+SETTINGS = TINY | {
+    "NUM_LAYERS": 2,
+    "ITERATIONS": 12,
+    "GPTQ_CALIB_BATCHES": 1,
+    "EVAL_STRIDE": 32,
+    "EMA_DECAY": 0.9,
+    "LATE_QAT_THRESHOLD": 0.4,
+    "MAP_BASIS": "orthogonal,mlp.fc=learned",
+    "MAP_FREEZE": "mlp.fc=0.5",
+    "DROPOUT": 0.1,
+    "SELF_DISTILL": 1,
+    "DISTILL_START_FRAC": 0.3,
+    "DISTILL_END_FRAC": 0.8,
+    "RECUR_LAYERS": 1,
+}
+ARTIFACT = "model.int6.ptz"
+
+# Runs the script with slow steps, so that a fault finds it in training, and leaves process ids.
+DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import train_gpt
+rank = os.environ.get("RANK", "0")
+Path(os.environ["OUTPUT_DIR"], os.environ["RUN_ID"] + "." + rank).write_text(str(os.getpid()))
+train_step = train_gpt.Trainer.train_step
+
+def slow_step(trainer, plan):
+    if sys.argv[1] == "hang" and rank == "1" and trainer.step == 3:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(600)
+    time.sleep(0.2)
+    return train_step(trainer, plan)
+
+train_gpt.Trainer.train_step = slow_step
+train_gpt.main()
+"""
+
+
+class Site:
+    """Where runs and copies of them lie, and the run that nothing happened to."""
+
+    def __init__(self, folder: Path, corpus: Corpus) -> None:
+        self.folder, self.corpus, self.numbers = folder, corpus, itertools.count()
+        self.driver = folder / "driver.py"
+        self.driver.write_text(DRIVER.format(root=str(ROOT)))
+        self.killed: dict[str, Path] = {}  # what a kill at a moment leaves
+        with pytest.MonkeyPatch.context() as patch:
+            settings = self.settings()
+            self.whole = self.run_of(settings)
+            call_at_moments(patch, self.keep)
+            run_well(settings)
+
+    def settings(self, **changes: object) -> dict:
+        own = {"OUTPUT_DIR": self.folder, "RUN_ID": f"run{next(self.numbers)}"}
+        return SETTINGS | self.corpus.settings | own | changes
+
+    def run_of(self, settings: dict) -> Path:
+        return self.folder / settings["RUN_ID"]
+
+    def keep(self, moment: str) -> None:
+        """Copy the run's folder as it is at a moment; half of what is being written is there."""
+        if moment in self.killed:
+            return
+        copy = self.killed[moment] = self.folder / moment
+        shutil.copytree(self.whole, copy)
+        if moment.endswith("written"):
+            (part,) = copy.glob("*.part")
+            os.truncate(part, part.stat().st_size // 2)
+
+    def after_kill(self, moment: str) -> dict:
+        """Return the settings of a run that was killed at a moment."""
+        settings = self.settings()
+        shutil.copytree(self.killed[moment], self.run_of(settings))
+        return settings
+
+    def ends_whole(self, settings: dict) -> str:
+        """Continue a run, see that it ends as if nothing had been, and return its log."""
+        run_well(settings)
+        folder = self.run_of(settings)
+        assert (folder / ARTIFACT).read_bytes() == (self.whole / ARTIFACT).read_bytes()
+        ours, theirs = results_of(folder), results_of(self.whole)
+        for key in ("steps", "val_loss", "val_bpb", "bytes_model", "candidate"):
+            assert ours[key] == theirs[key], key
+        assert not list(folder.glob("*.part"))
+        return (folder / "train.log").read_text(encoding="utf-8")
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def call_at_moments(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
+    """Save at steps 5 and 9; call `act` around what replaces a file, and where stages begin."""
+    counts: collections.Counter = collections.Counter()
+    file = "none"
+    write_file, fsync, replace = train_gpt.write_file, os.fsync, Path.replace
+    plan_step = train_gpt.Trainer.plan_step
+
+    def counted_write(path: Path, *given: object) -> None:
+        nonlocal file
+        counts[path.name] += 1
+        file = f"{path.name} {counts[path.name]}"
+        write_file(path, *given)
+
+    def fsync_later(number: int) -> None:
+        act(f"{file}: written")
+        fsync(number)
+
+    def replace_and_act(path: Path, target: Path) -> None:
+        replace(path, target)
+        act(f"{file}: {'replaced' if path.suffix == '.part' else 'kept'}")
+
+    def acting(moment: str, function: Callable) -> Callable:
+        def call(*given: object, **more: object) -> object:
+            act(moment)
+            return function(*given, **more)
+
+        return call
+
+    patch.setattr(train_gpt, "write_file", counted_write)
+    patch.setattr(os, "fsync", fsync_later)
+    patch.setattr(Path, "replace", replace_and_act)
+    patch.setattr(
+        train_gpt.Trainer,
+        "plan_step",
+        lambda trainer: plan_step(trainer)._replace(save=trainer.step in (5, 9)),
+    )
+    for owner, name in (
+        (train_gpt, "preflight"),
+        (train_gpt.Trainer, "rank_candidates"),
+        (train_gpt.Trainer, "validate"),
+    ):
+        patch.setattr(owner, name, acting(name, getattr(owner, name)))
 
 
 @pytest.fixture(scope="module")
 def site(corpus, tmp_path_factory):
-    """Where the runs lie; the undisturbed run, and one killed in training, are made once."""
-    return faults.Site(tmp_path_factory.mktemp("faults"), corpus, forks=True)
+    return Site(tmp_path_factory.mktemp("faults"), corpus)
 
 
-# ---- Processes ---------------------------------------------------------------------------------
+# ---- Kills and full disks ------------------------------------------------------------------------
+
+# Moment of the kill -> the step after which training continues; None: from the start, or not at
+# all since it had ended. Checkpoint 3 ends the training, 4 holds the candidates, too.
+MOMENTS = {
+    "preflight": None,
+    "checkpoint.pt 1: replaced": 5,
+    "checkpoint.pt 2: written": 5,
+    "checkpoint.pt 2: kept": 5,
+    "checkpoint.pt 2: replaced": 9,
+    "rank_candidates": 12,
+    "validate": 12,
+    "checkpoint.pt 4: kept": 12,
+    f"{ARTIFACT} 1: written": None,
+    "results.json 1: written": None,
+}
 
 
-def test_killed_runs_end_as_if_nothing_had_been(site):
-    moments = ["operation", "export"]
-    nothing_lost(faults.kills(site, 2, seed=7, variants=[faults.USUAL], moments=moments), 2)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_been(site, moment):
+    log = site.ends_whole(site.after_kill(moment))
+    found = [int(step) for step in re.findall(r"^continued after step (\d+)", log, re.M)]
+    assert found == [step for step in [MOMENTS[moment]] if step]
 
 
-def test_a_signal_in_training_saves_and_leaves(site):
-    nothing_lost(faults.signals(site, 1, seed=1, moments=["training"]), 1)
+@pytest.mark.parametrize("moment", [name for name in MOMENTS if name.endswith("written")])
+def test_a_full_disk_costs_no_checkpoint(site, moment):
+    def fill(now: str) -> None:
+        if now == moment:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-
-def test_a_file_that_cannot_grow_costs_no_checkpoint(site):
-    nothing_lost(faults.disk(site, 1, seed=1, only=["file size limit"]), 1)
-
-
-def test_a_missing_file_is_named(site):
-    nothing_lost(faults.disk(site, 1, seed=2, only=["missing"]), 1)
-
-
-def test_a_missing_package_is_named_at_once(site):
-    nothing_lost(faults.packages(site, 4, seed=1), 4)
-
-
-def test_not_a_number_is_found_and_the_last_checkpoint_exports(site):
-    nothing_lost(faults.not_a_number(site, 1, seed=1), 1)
-
-
-def test_two_processes_of_one_run_do_not_meet(site):
-    nothing_lost(faults.twice(site, 1, seed=1), 1)
-
-
-# ---- Files -------------------------------------------------------------------------------------
+    settings = site.settings()
+    with pytest.MonkeyPatch.context() as patch:
+        call_at_moments(patch, fill)
+        message = refusal(settings)
+    assert "Errno 28" in message and "check that file and its disk" in message
+    assert not list(site.run_of(settings).glob("*.part"))
+    site.ends_whole(settings)
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("artifacts", 20), ("shards", 40), ("checkpoints", 20)]
+    ("error", "remedy"),
+    [
+        (MemoryError("no room"), "lower MICRO_BATCH_TOKENS"),
+        (RuntimeError("[gloo] Connection closed by peer"), "another process died"),
+    ],
 )
-def test_spoiled_files_are_refused(site, kind, count):
-    tally = getattr(faults, kind)(site, count, seed=1)
-    nothing_lost(tally, count)
-    assert tally.seconds < faults.SLOWEST
-    assert tally.memory < faults.LARGEST
-    refused = sum(found for where, found in tally.landed.items() if "refused" in where)
-    assert refused > count / 3, "the rest is harmless: the sample must not be"
+def test_an_error_of_the_machine_has_a_remedy(site, monkeypatch, error, remedy):
+    def fail(trainer: train_gpt.Trainer, plan: train_gpt.StepPlan) -> None:
+        raise error
+
+    monkeypatch.setattr(train_gpt.Trainer, "train_step", fail)
+    message = refusal(site.settings())
+    assert remedy in message and "The same RUN_ID continues a run" in message
 
 
-def test_a_loss_is_counted(site):
-    """The campaign itself must see one: here a run that ended in other bytes, and a torn file."""
-    settings = site.copy_of(site.undisturbed())
-    folder = site.runs / settings["RUN_ID"]
-    blob = (folder / "model.int6.ptz").read_bytes()
-    (folder / "model.int6.ptz").write_bytes(blob[:-1])
-    (folder / "checkpoint.pt").write_bytes(b"")
-    (folder / "results.json.part").touch()
-    first, second, third = site.ends_like(settings)
-    assert (first, second) == ("the artifact has other bytes", "results.json.part was left")
-    assert "no checkpoint loads" in third
-    tally = faults.Tally("a kind")
-    tally.add("export", [first, second], faults=2)
-    assert (tally.injected, tally.survived, len(tally.lost)) == (2, 0, 2)
-    assert "| a kind | 2 | 0 | 2 |" in tally.row()
+# ---- Processes -----------------------------------------------------------------------------------
 
 
-def test_a_run_that_fails_by_itself_is_no_survivor(site):
-    """As where the script has changed so that a fault has no place in it."""
-    settings = site.settings(faults.USUAL) | {"ITERATIONS": "many"}
-    with pytest.raises(RuntimeError, match="ITERATIONS"):
-        faults.kill_once(site, settings, faults.USUAL, "operation", random.Random(1))
+def start_and_wait(
+    site: Site, settings: dict, *arguments: str, launcher: tuple = ()
+) -> subprocess.Popen:
+    """Start a process with slow steps, and wait until its second step and a checkpoint."""
+    process = start(settings, launcher, script=site.driver, arguments=arguments)
+    folder, end = site.run_of(settings), time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < end:
+        log = folder / "train.log"
+        is_training = log.exists() and "\nstep:2/" in log.read_text(encoding="utf-8")
+        if is_training and (folder / "checkpoint.pt").exists():
+            return process
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(process.communicate())
 
 
-@pytest.mark.campaign
-@pytest.mark.parametrize("kind", faults.KINDS)
-def test_campaign(site, kind):
-    function, full = faults.KINDS[kind]
-    nothing_lost(function(site, math.ceil(LARGER * full), seed=2), 1)
+def test_a_killed_process_ends_as_if_nothing_had_been(site):
+    settings = site.settings(CHECKPOINT_SECONDS=0.01)
+    process = start_and_wait(site, settings, "slow")
+    process.kill()
+    assert finish(process).returncode == -signal.SIGKILL
+    assert "continued after step" in site.ends_whole(settings)
 
 
-# ---- Properties --------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_signal_in_training_saves_and_leaves(site, number):
+    settings = site.settings(CHECKPOINT_SECONDS=0.01)
+    process = start_and_wait(site, settings, "slow")
+    process.send_signal(number)
+    result = finish(process)
+    assert result.returncode == 1
+    first, second = result.stderr.splitlines()
+    assert first.startswith("saving after this step")
+    saved = re.match(r"error: stopped by a signal; .*checkpoint\.pt of step (\d+)", second)
+    log = site.ends_whole(settings)
+    assert f"continued after step {saved[1]}\n" in log
+    steps = re.findall(r"^step:\d+/12 train_loss", log.partition("error: stopped")[0], re.M)
+    assert int(saved[1]) == len(steps)
 
-examples = hypothesis.settings(max_examples=60, database=None)
-NAMES = st.lists(
-    st.text(string.ascii_lowercase + ".", min_size=1, max_size=8), unique=True, max_size=6
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_second_signal_leaves_at_once_as_does_one_before_training(monkeypatch, number):
+    """But Ctrl-C may come twice, from the terminal and from torchrun."""
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(os, "write", lambda *_: None)
+    stop = train_gpt.StopSignal()
+    stop._handle(number, None)
+    assert codes == [128 + number]
+    stop.can_save, stop.requested_at = True, 0.0
+    stop._handle(number, None)
+    stop._handle(number, None)
+    assert stop.requested and codes == [128 + number]
+    stop.requested_at -= 1.1
+    stop._handle(number, None)
+    assert codes == [128 + number] * 2
+
+
+def test_two_processes_of_one_run_do_not_meet(site):
+    settings = site.after_kill("checkpoint.pt 2: replaced")
+    with train_gpt.RunLog(rank=0) as log:
+        log.open(site.run_of(settings))
+        message = refusal(settings)
+        assert "another process is using this run" in message and settings["RUN_ID"] in message
+    site.ends_whole(settings)
+
+
+@pytest.fixture(scope="module")
+def alone(site):
+    """The folder of a run of one process without dropout, which each process draws for itself."""
+    settings = site.settings(DROPOUT=0)
+    run_well(settings)
+    return site.run_of(settings)
+
+
+@pytest.mark.parametrize("fault", ["killed", "hung", "restarted"])
+def test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again(site, alone, fault):
+    """Dead, silent beyond TIMEOUT_SECONDS, and dead under torchrun's --max-restarts."""
+    timeout = 20 if fault == "hung" else 600
+    settings = site.settings(CHECKPOINT_SECONDS=0.01, TIMEOUT_SECONDS=timeout, DROPOUT=0)
+    launcher = TWO_PROCESSES + (("--max-restarts=1",) if fault == "restarted" else ())
+    way = "hang" if fault == "hung" else "slow"
+    process = start_and_wait(site, settings, way, launcher=launcher)
+    if fault != "hung":
+        rank = int(fault == "restarted")
+        os.kill(int(Path(f"{site.run_of(settings)}.{rank}").read_text()), signal.SIGKILL)
+    result = finish(process)
+    assert 'train_gpt.py", line' not in result.stderr, "the launcher alone has a traceback"
+    if fault == "restarted":
+        assert result.returncode == 0, result.stderr
+    else:
+        assert result.returncode != 0
+        assert re.search(r"^error: .* another process died, or hung", result.stderr, re.M)
+        run_well(settings)
+    ours, theirs = (results_of(folder)["val_bpb"] for folder in (site.run_of(settings), alone))
+    assert ours == pytest.approx(theirs, abs=0.01)
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
+
+
+def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch):
+    settings = site.settings(WARMUP_STEPS=0)
+    step, name = 11, "blocks.1.attention.q.lora.A"
+    accumulate, passes = train_gpt.accumulate_gradients, itertools.count(1)
+
+    def poisoned(forward: torch.nn.Module, *given: object) -> torch.Tensor:
+        loss = accumulate(forward, *given)
+        if next(passes) == step:
+            dict(forward.named_parameters())[name].grad.view(-1)[-1] = math.nan
+        return loss
+
+    with monkeypatch.context() as patch:
+        call_at_moments(patch, lambda moment: None)
+        patch.setattr(train_gpt, "accumulate_gradients", poisoned)
+        message = refusal(settings)
+    assert f"step {step}: {name} not finite" in message
+    assert "good checkpoint is checkpoint.pt of step 9" in message
+    checkpoint = site.run_of(settings) / "checkpoint.pt"
+    exported = site.settings(EXPORT_ONLY=1, CHECKPOINT_PATH=checkpoint, WARMUP_STEPS=0)
+    run_well(exported)
+    assert results_of(site.run_of(exported))["steps"] == 9
+
+
+# ---- Missing files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"DATA_PATH": "{gone}"}, "DATA_PATH={gone}"),
+        ({"TOKENIZER_PATH": "{gone}"}, "TOKENIZER_PATH={gone}"),
+        ({"TOKENIZER_PATH": "{data}"}, "directory"),
+        ({"OUTPUT_DIR": "{tokenizer}"}, "{tokenizer}"),
+        ({"DISTILL_FROM": "{gone}", "SELF_DISTILL": 0}, "DISTILL_FROM={gone}"),
+        ({"EVAL_ONLY": 1, "MODEL_PATH": "{gone}"}, "MODEL_PATH={gone}"),
+        ({"EXPORT_ONLY": 1, "CHECKPOINT_PATH": "{gone}"}, "{gone}"),
+    ],
 )
-SHAPES = st.lists(st.integers(0, 9), max_size=2)  # what an artifact may hold
+def test_a_missing_file_is_named(site, changes, named):
+    places = {
+        "gone": site.folder / "gone",
+        "data": site.corpus.folder,
+        "tokenizer": site.corpus.tokenizer,
+    }
+    given = {key: str(value).format(**places) for key, value in changes.items()}
+    message = refusal(site.settings(**given))
+    assert named.format(**places) in message
+    assert message.count("\n") == 1
 
 
-@st.composite
-def stored(draw):
-    """Draw {name: codes, floats or a mask} of any shapes, empty ones and single numbers too."""
-    tensors = {}
-    for name in draw(NAMES):
-        kind = draw(st.sampled_from(("codes", "floats", "mask")))
-        generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-        shape = draw(SHAPES)
-        if kind == "codes":
-            rows, columns = draw(st.integers(0, 9)), draw(st.integers(0, 9))
-            codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
-            exponents = torch.randint(0, 256, (rows,), generator=generator, dtype=torch.uint8)
-            column_exponents = torch.randint(0, 256, (columns,), generator=generator).byte()
-            has_columns = draw(st.booleans())
-            tensors[name] = train_gpt.QuantizedTensor(
-                codes, exponents, column_exponents if has_columns else None
-            )
-        elif kind == "mask":
-            tensors[name] = torch.rand(shape, generator=generator) < 0.5
-        else:
-            tensors[name] = (100 * torch.randn(shape, generator=generator)).half().float()
-    return tensors
+# ---- Artifacts -----------------------------------------------------------------------------------
 
 
-@examples
-@hypothesis.given(tensors=stored(), note=st.text(max_size=10))
-def test_an_artifact_gives_back_what_was_put_in(tensors, note):
-    blob, sizes = train_gpt.write_artifact({"note": note}, tensors, 4)
-    header, found = train_gpt.read_artifact(blob)
-    assert header["note"] == note
-    assert sum(sizes.values()) == len(blob)
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        is_coded = isinstance(tensor, train_gpt.QuantizedTensor)
-        expected = tensor.dequantize() if is_coded else tensor.float()
-        assert found[name].shape == expected.shape
-        assert torch.equal(found[name], expected)
+def evaluation_of(site: Site, blob: bytes) -> dict:
+    """Return the settings of an evaluation of these bytes."""
+    path = site.folder / "spoiled.ptz"
+    path.write_bytes(blob)
+    names = "DATA_PATH", "TOKENIZER_PATH", "EVAL_SEQ_LEN", "EVAL_STRIDE", "DTYPE"
+    given = site.settings()
+    return {name: given[name] for name in names} | {"EVAL_ONLY": 1, "MODEL_PATH": path}
 
 
-@examples
-@hypothesis.given(
-    values=st.lists(st.floats(-6e4, 6e4, width=16), min_size=1, max_size=30),
-    bits=st.lists(st.booleans(), min_size=1, max_size=30),
-)
-def test_groups_are_byte_planes(values, bits):
-    """All low bytes and then all high ones; a mask takes a bit each."""
-    tensors = {"a.f": torch.tensor(values), "a.m": torch.tensor(bits)}
-    raw = faults.Container(train_gpt.write_artifact({}, tensors, 4)[0]).groups()
-    halves = np.array(values, "<f2").view(np.uint8).reshape(-1, 2)
-    (floats,) = (data for name, data in raw.items() if name.endswith("float16"))
-    (mask,) = (data for name, data in raw.items() if name.endswith("bits"))
-    assert floats == halves[:, 0].tobytes() + halves[:, 1].tobytes()
-    assert mask == np.packbits(bits).tobytes()
+@pytest.fixture
+def one_gibibyte_more():
+    """Let this process have so much more memory than it has: no file may fill it."""
+    statm = Path("/proc/self/statm")  # of Linux
+    own = resource.getrlimit(resource.RLIMIT_AS)
+    if statm.exists():
+        used = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, own[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, own)
 
 
-@examples
-@hypothesis.given(
-    seed=st.integers(0, 10**6),
-    rows=st.integers(1, 8),
-    columns=st.integers(1, 40),
-    scale=st.integers(-12, 12),
-    bits=st.integers(2, 8),
-    sigmas=st.floats(0.5, 30),
-    zero=st.booleans(),
-)
-def test_quantizer_errs_by_half_a_scale_and_once(seed, rows, columns, scale, bits, sigmas, zero):
-    quantizer, largest = train_gpt.Quantizer(bits, sigmas), 2 ** (bits - 1) - 1
-    w = 2.0**scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    w[0] *= not zero
-    codes = quantizer.quantize(w)
-    scales = train_gpt.scales_of(codes.exponents)[:, None]
-    inside = w.double().abs() <= largest * scales
-    error = (codes.dequantize().double() - w.double()).abs()
-    assert (error <= 0.500001 * scales)[inside].all()
-    assert (codes.codes.abs() == largest)[~inside].all(), "what is clipped takes the largest code"
-    assert not zero or (codes.exponents[0] == 0 and not codes.dequantize()[0].any())
-    again = (codes.dequantize().double() / scales.clamp(min=1e-30)).round()
-    assert torch.equal(again.to(torch.int8), codes.codes), "its own quantization is the same"
+@functools.cache
+def zeros_packed(size: int) -> bytes:
+    """Return so many zeros, whole blocks of 16 MiB and a rest, in a few bytes."""
+    compressor, block = brotli.Compressor(quality=5, lgwin=24), bytes(2**24)
+    parts = [compressor.process(block) for _ in range(size // len(block))]
+    return b"".join([*parts, compressor.process(bytes(size % len(block))), compressor.finish()])
 
 
-@examples
-@hypothesis.given(data=st.data(), targets=st.integers(1, 400))
-def test_windows_score_every_target_once_with_all_the_context_they_have(data, targets):
-    length = data.draw(st.integers(1, targets))
-    stride = data.draw(st.integers(1, length))
-    starts, counts = train_gpt.plan_windows(targets, length, stride)
-    scored = [
-        (start + place, place)
-        for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
-        for place in range(length - count, length)
-    ]
-    assert [target for target, _ in scored] == list(range(targets)), "each once, in order"
-    assert starts[0] == 0
-    assert starts[-1] + length == targets
-    for target, before in scored:
-        assert before >= min(target, length - stride), "tokens of its window before it"
+def with_model(container: Container, **changes: object) -> bytes:
+    return container.blob({"model": container.header["model"] | changes})
+
+
+def with_table(container: Container, shape: list, kind: str, data: bytes) -> bytes:
+    return container.blob({"tensors": [["x", shape, [kind]]], "groups": [[kind, []]]}, [[data]])
+
+
+def with_header(container: Container, text: bytes) -> bytes:
+    return container.blob(text=brotli.compress(text, quality=5))
+
+
+def with_sizes(container: Container, sizes: object) -> bytes:
+    (first, _), *groups = container.header["groups"]
+    return container.blob({"groups": [[first, sizes], *groups]}, mend=False)
+
+
+def with_first_group(container: Container, *blocks: bytes) -> bytes:
+    return container.blob(blocks=[list(blocks), *container.blocks[1:]])
+
+
+NOT_FINITE = brotli.compress(np.array([1, np.nan], "<f2").tobytes())
+BOMB = 3 * 2**29  # bytes that it unpacks to
+# Name -> artifact that somebody made on purpose, with a right checksum, of a sound one's parts.
+FORGED: dict[str, Callable[[Container], bytes]] = {
+    "cut in the header": lambda c: sealed(c.blob()[:100]),
+    "cut in the values": lambda c: sealed(c.blob()[:-1000]),
+    "another version": lambda c: sealed(c.blob()[:8] + b"\x07" + c.blob()[9:-32]),
+    "a bomb for a header": lambda c: c.blob(text=zeros_packed(BOMB)),
+    "a bomb for a group": lambda c: with_first_group(c, zeros_packed(BOMB)),
+    "a bomb for a block": lambda c: with_first_group(c, *c.blocks[0], zeros_packed(BOMB)),
+    "1 KB that asks for 100 GB": lambda c: with_table(c, [160_000] * 2, "x codes", b"\x06"),
+    "a product over 64 bits": lambda c: with_table(c, [2**25] * 9, "x codes", b"\x06"),
+    "not finite": lambda c: with_table(c, [2], "x float16", NOT_FINITE),
+    "bits past the limit": lambda c: c.blob(
+        {"tensors": [[f"x{i}", [2**25], ["x bits"]] for i in range(2000)]}
+    ),
+    "a block of negative size": lambda c: with_sizes(c, [-5, 5]),
+    "sizes that are no numbers": lambda c: with_sizes(c, ["1", None]),
+    "4 MiB of brackets": lambda c: with_header(c, b"[" * (2**22 - 10)),
+    "a long number": lambda c: with_header(c, b'{"tensors": [["x", [' + b"9" * 100_000),
+    "a header that is a list": lambda c: with_header(c, b"[]"),
+    "no JSON": lambda c: with_header(c, b"\xff\xfe\x00"),
+    "too few tensors": lambda c: c.blob({"tensors": c.header["tensors"][1:]}),
+    "no tensors": lambda c: c.blob({"tensors": [], "groups": []}, []),
+    "another map's fingerprint": lambda c: c.blob({"fingerprint": "0" * 64}),
+    "an unknown setting": lambda c: with_model(c, no_such_setting=1),
+    "a setting that is not the model's": lambda c: with_model(c, output_dir="/tmp/elsewhere"),
+    "wide": lambda c: with_model(c, model_dim=16_384, num_heads=256, num_kv_heads=256),
+    "deep": lambda c: with_model(c, num_layers=256, ve_layers="0-255", ensemble=16),
+    "many buckets": lambda c: with_model(c, bigram_vocab_size=2**24, bigram_dim=4096),
+    "a selector of patience": lambda c: with_model(c, map_basis=",".join(["all@0-=uniform"] * 999)),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_artifact_is_refused(site, one_gibibyte_more, name):
+    blob = FORGED[name](Container((site.whole / ARTIFACT).read_bytes()))
+    assert "allocate" not in refusal(evaluation_of(site, blob))
+
+
+EVIL = [-1, 0, 2**63, 2**200, 0.5, math.nan, math.inf, True, None, "", "x", "-1", "shared:99"]
+EVIL += [[], [[]], [-1], [2**40], [3, -3], {}, {"x": 1}]
+
+
+def spoil_json(value: object, draw: random.Random) -> None:
+    """Change one thing somewhere in a JSON value, in place."""
+    while True:
+        key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        inside = value[key]
+        if not (inside and isinstance(inside, (dict, list))) or draw.random() < 0.15:
+            break
+        value = inside
+    if draw.random() < 0.2:
+        del value[key]
+    else:
+        value[key] = draw.choice(EVIL)
+
+
+def test_an_artifact_with_a_spoiled_header_is_refused_or_harmless(site, one_gibibyte_more):
+    """With a right checksum: values may be others, but no exception reaches the user."""
+    container, refused = Container((site.whole / ARTIFACT).read_bytes()), 0
+    for i in range(40):
+        header = json.loads(json.dumps(container.header))
+        spoil_json(header, random.Random(i))
+        result = run(evaluation_of(site, container.blob(header, mend=False)))
+        refused += result.returncode
+        assert result.stderr.startswith("error: " * result.returncode), i
+    assert refused > 10, "the sample must not be harmless"
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+class Executes:
+    """What a hostile pickle holds: unpickling it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def rezipped(data: bytes, change: Callable[[str, bytes], bytes], **more: int) -> bytes:
+    """Return an archive with other contents of its entries, checksums right."""
+    source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    with zipfile.ZipFile(target, "w", **more) as archive:
+        for entry in source.namelist():
+            archive.writestr(entry, change(entry, source.read(entry)))
+    return target.getvalue()
+
+
+def saved_by_torch(value: object, **more: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, **more)
+    return buffer.getvalue()
+
+
+def with_pickle(whole: bytes, code: bytes) -> bytes:
+    return rezipped(whole, lambda name, data: code if name.endswith("data.pkl") else data)
+
+
+def bomb(name: str, data: bytes) -> bytes:
+    return bytes(2**28) if name.endswith("/data/0") else data
+
+
+LEGACY = {"_use_new_zipfile_serialization": False}
+# Name -> file, of a whole checkpoint and a folder that executed code would make.
+HOSTILE: dict[str, Callable[[bytes, Path], bytes]] = {
+    "a pickle with code": lambda whole, trap: with_pickle(whole, pickle.dumps(Executes(trap), 2)),
+    "code in the old format": lambda whole, trap: saved_by_torch(Executes(trap), **LEGACY),
+    "code in torch's format": lambda whole, trap: saved_by_torch({"weights": Executes(trap)}),
+    "a zip bomb": lambda whole, trap: rezipped(whole, bomb, compression=zipfile.ZIP_DEFLATED),
+    "another program's": lambda whole, trap: saved_by_torch({"model": {}, "step": 3}),
+    "cut": lambda whole, trap: whole[: len(whole) // 2],
+    "text": lambda whole, trap: b"not a checkpoint\n" * 100,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_and_never_executed(site, tmp_path, name):
+    path, trap = tmp_path / "checkpoint.pt", tmp_path / "executed"
+    path.write_bytes(HOSTILE[name]((site.whole / "checkpoint.pt").read_bytes(), trap))
+    message = refusal(site.settings(EXPORT_ONLY=1, CHECKPOINT_PATH=path))
+    assert str(path) in message
+    assert not trap.exists()
+
+
+def spoil_bytes(data: bytes, draw: random.Random) -> bytes:
+    """Do one of the things that happen to bytes."""
+    i, j = sorted(draw.sample(range(len(data)), 2))
+    j = min(j, i + draw.choice((1, 4, 64, len(data))))
+    other = draw.choice((draw.randbytes(j - i), bytes(j - i), b"", 2 * data[i:j], data[j:]))
+    return data[:i] + other + data[j:]
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before(site, tmp_path):
+    """Whatever happened to it, what is read is one of the two, or the run says so."""
+    source = site.killed["checkpoint.pt 2: replaced"]
+    names = "checkpoint.pt", "checkpoint.previous.pt"
+    known = [train_gpt.Checkpoint.read(source / name) for name in names]
+    assert [saved.training["step"] for saved in known] == [9, 5]
+    whole = (source / names[0]).read_bytes()
+    shutil.copy(source / names[1], tmp_path)
+    steps = []
+    for i in range(20):
+        (tmp_path / names[0]).write_bytes(spoil_bytes(whole, random.Random(i)))
+        found = train_gpt.Checkpoint.read_newest(tmp_path)
+        steps.append(found.training["step"])
+        expected = known[steps[-1] == 5].weights
+        assert all(torch.equal(found.weights[key], expected[key]) for key in expected), i
+    assert steps.count(5) > 15
+
+
+# ---- Shards --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_torn_shard_is_named(site, tmp_path, split):
+    data = shutil.copytree(site.corpus.folder, tmp_path / "data")
+    path = data / f"fineweb_{split}_000000.bin"
+    os.truncate(path, path.stat().st_size - 2)
+    message = refusal(site.settings(DATA_PATH=data, TOKENIZER_PATH=site.corpus.tokenizer))
+    assert str(path) in message

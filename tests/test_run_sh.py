@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -162,3 +163,31 @@ def test_the_default_run_cut_short(place):
     log = (folder / "train.log").read_text()
     for line in ("TRAIN_SEQ_LEN=256", "NUM_LAYERS=2", "ITERATIONS=2", "VOCAB_SIZE=512"):
         assert f"\n{line}\n" in log
+
+
+WAITING = """
+import signal, sys, time
+if "--plan" in sys.argv: sys.exit(print("0,,"))
+def leave(number, frame): sys.exit(print("saved") or 5)
+for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, leave)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "send"), [("SIGTERM", os.kill), ("SIGINT", os.killpg)])
+def test_signals_reach_the_script(place, number, send):
+    """SIGTERM to run.sh alone, Ctrl-C to all: the script has taken its place."""
+    (place / "train_gpt.py").write_text(WAITING)
+    process = subprocess.Popen(
+        ["bash", place / "run.sh"],
+        env=os.environ | {"DEVICE": "cpu", "DATA_PATH": str(place)},
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while process.stdout.readline() != "started\n":
+        assert process.poll() is None
+    send(process.pid, signal.Signals[number])
+    out, _ = process.communicate(timeout=100)
+    assert (process.returncode, out) == (5, "saved\n")

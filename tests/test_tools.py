@@ -1,4 +1,4 @@
-"""All tools: what each says where a package is missing."""
+"""The script and all tools: what each says where a package is missing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from helpers import ROOT, run_without
 
+RUN_NEEDS = ("brotli", "numpy", "sentencepiece", "torch")
 # A tool, a package that it needs, and the file that names this package.
 NEEDED = [
     ("data/prepare.py", "sentencepiece", "requirements.txt"),
@@ -16,7 +17,7 @@ NEEDED = [
     ("tools/sample.py", "torch", "requirements.txt"),
     ("tools/submit.py", "brotli", "tools/requirements.txt"),
     ("tools/tensorboard.py", "torch", "tools/requirements.txt"),
-    ("train_gpt.py", "brotli", "requirements.txt"),
+    *(("train_gpt.py", name, "requirements.txt") for name in RUN_NEEDS),
 ]
 
 

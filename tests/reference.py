@@ -1,0 +1,75 @@
+"""What several tests compare with, written anew from the definitions, and their random inputs.
+
+Nothing here calls the functions that it is compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+
+import brotli
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    """Return random tokens of a vocabulary of 64."""
+    return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Return normal values in float64."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def linear_map(
+    layer: torch.nn.Module,
+    p: Mapping[str, Tensor],
+    x: Tensor,
+    activation: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return gate · activation(scale · y + bias), y = x Wᵀ plus a path of its own per adapter.
+
+    Args:
+        layer: what holds the frozen map, and what adapters generate by their seeds.
+        p: the learned values by name; those of a mask are its bits.
+        x: (..., in).
+        activation: of the scaled output.
+    """
+    w = p.get("weight", layer.weight).to(x.dtype)
+    if "mask.scores" in p:
+        w = math.sqrt(2) * w * p["mask.scores"]
+    y = x @ w.T
+    if "lora.A" in p:
+        y = y + (x @ p["lora.B"].T) @ p["lora.A"].T
+    if "rslora.A" in p:
+        y = y + (x @ p["rslora.B"].T) @ p["rslora.A"].T / math.sqrt(p["rslora.A"].shape[1])
+    if "vera.d" in p:
+        y = y + ((x @ layer.vera.A.T.to(x)) * p["vera.d"]) @ layer.vera.B.T.to(x) * p["vera.b"]
+    if "combination.coefficients" in p:
+        pairs = zip(p["combination.coefficients"], layer.combination.maps, strict=True)
+        y = y + sum(coefficient * (x @ r.T.to(x)) for coefficient, r in pairs)
+    if "sparse.values" in p:
+        rows = zip(p["sparse.values"], layer.sparse.support, strict=True)
+        y = y + torch.stack([(x[..., places] * values).sum(-1) for values, places in rows], -1)
+    y = y * p["scale"] if "scale" in p else y
+    y = y + p["bias"] if "bias" in p else y
+    y = y if activation is None else activation(y)
+    return y * p["gate"] if "gate" in p else y
+
+
+def artifact_groups(blob: bytes) -> dict[str, bytes]:
+    """Return the values of each group of an artifact, by the description of the format alone."""
+    assert blob[:8] == b"RANDMAPS"
+    _, size = np.frombuffer(blob[8:16], "<u4").tolist()
+    place, groups = 16 + size, {}
+    for name, lengths in json.loads(brotli.decompress(blob[16:place]))["groups"]:
+        groups[name] = b""
+        for length in lengths:
+            groups[name] += brotli.decompress(blob[place : place + length])
+            place += length
+    assert place == len(blob) - 32, "a SHA-256 ends the file"
+    return groups
