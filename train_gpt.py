@@ -6,6 +6,7 @@ quantized, compressed and written as one file. The score is read from that file 
 is an environment variable.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # train, export, evaluate
+    PRESET=mask python train_gpt.py                            # with settings of presets/mask.env
     EVAL_ONLY=1 MODEL_PATH=model.int6.ptz python train_gpt.py  # evaluate an artifact
     python train_gpt.py --help                                 # list all settings
 
@@ -5358,7 +5359,7 @@ REMEDIES = {
 
 
 def plan_of_run(environment: Mapping[str, str]) -> str:
-    """Return GPUS,VOCAB_SIZE,TEACHER_PRESET of a run; empty: nobody set it."""
+    """Return GPUS,VOCAB_SIZE,TEACHER_PRESET of a run for run.sh; empty: nobody set it."""
     device = environment.get("DEVICE", "auto")
     gpus = 0 if device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
     preset = load_preset(environment["PRESET"], device) if environment.get("PRESET") else {}
