@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,15 @@ def test_a_manifest_names_tokenizer_and_vocabulary_unless_somebody_does(tmp_path
     assert (h.tokenizer_path, h.vocab_size, h.num_layers) == ("mine.model", 600, 3)
     (tmp_path / "manifest.json").write_text("[]")
     assert train_gpt.settings_from_manifest(load_settings({})) == load_settings({})
+
+
+def test_help_says_what_each_setting_allows():
+    text = train_gpt.settings_help()
+    for line in (
+        r"  NUM_LAYERS +\(11\) +transformer blocks \[1 to 256\]",
+        r"  DEVICE +\(auto\) .* \[auto, cpu, cuda\]",
+        r"  TARGET_BYTES +\(0\) .* \[at least 0\]",
+        r"  MAP_BASIS +\(orthogonal\) +learned, .* random map",
+        r"  STRIDE +EVAL_STRIDE=VALUE: another name of it",
+    ):
+        assert re.search(f"^{line}$", text, re.MULTILINE), line

@@ -64,6 +64,7 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 
 import train_gpt
+from train_gpt import UserError
 
 # The variables that the script and its launcher read; none may come from the shell.
 NAMES = {*train_gpt.SETTINGS, *train_gpt.ALIASES, *train_gpt.UNSUPPORTED, "preset"}
@@ -92,10 +93,6 @@ FIGURES = {
     "val_bpb_roundtrip": "val_bpb_roundtrip",
     "val_bpb_sliding": "val_bpb_sliding_window",
 }
-
-
-class UserError(Exception):
-    """An error that the user can fix: the message says what is wrong and what to do."""
 
 
 class RunFailed(Exception):
@@ -222,7 +219,10 @@ def complete(
     variant: Variant, common: dict[str, str], data: str | None, teachers: dict[str, Variant]
 ) -> None:
     """Put preset, data and common settings below the variant's changes, and find its teacher."""
-    settings = load_preset(variant.preset) | common | variant.settings
+    preset, given = load_preset(variant.preset), common | variant.settings
+    if "MAP_BASIS" in given:  # the preset's other columns are about other maps, as for PRESET
+        preset = {key: text for key, text in preset.items() if not key.startswith("MAP_")}
+    settings = preset | given
     teacher = settings.pop("TEACHER_PRESET", "")
     settings = {key: text for key, text in settings.items() if key not in CONTROLLED}
     variant.settings = with_data(settings, data)
@@ -266,7 +266,7 @@ def check(variants: list[Variant], budget: Budget, processes: int) -> None:
         launcher = {"WORLD_SIZE": str(processes)}
         try:
             h = train_gpt.load_settings(variant.settings | teacher | launcher)
-        except train_gpt.UserError as error:
+        except UserError as error:
             problems.append(f"{variant.label}: {error}")
             continue
         variant.step_tokens = h.train_batch_tokens
