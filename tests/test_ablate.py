@@ -261,7 +261,7 @@ A = ("--presets", "a.env", *BUDGET)
 @pytest.mark.parametrize(
     "words, message",
     (
-        (["--presets", "nope", *BUDGET], r"no preset 'nope'; there are: .*random_adapters"),
+        (["--presets", "nope", *BUDGET], "nope.*random_adapters"),
         ([*A, "dim=3"], "'dim=3' is not KEY=VALUE"),
         ([*A, "MODEL_WIDTH=3"], "a.env: MODEL_WIDTH: no such setting"),
         ([*A, "MODEL_DIM=0"], "(?s)a.env: .*MODEL_DIM"),
