@@ -81,7 +81,8 @@ MACHINE = re.compile(r"(OMP|MKL|MALLOC|GLIBC|CUDA|NCCL|TORCH|TORCHINDUCTOR|TRITO
 ARTIFACT = "model.int6.ptz"
 GRACE_SECONDS = 60  # for a run that was told to stop: it finishes its step and saves a checkpoint
 # Columns of results.csv: those with text, and those with figures by their keys in results.json.
-TEXT = ("label", "family", "preset", "settings", "budget", "script", "variant", "run", "error")
+TEXT = ("label", "family", "preset", "settings", "budget")
+TEXT += ("script", "torch", "variant", "run", "error")
 FIGURES = {
     "steps": "steps",
     "seconds": "train_seconds",
@@ -391,6 +392,7 @@ class Runner:
         row |= {"preset": variant.preset, "seed": seed, "variant": variant.id, "script": self.sha}
         words = [f"{key}={text}" for key, text in variant.settings.items()]
         row |= {"settings": " ".join(words), "budget": str(self.budget)}
+        row["torch"] = torch.__version__
         try:
             return row | self.run(variant, seed), ""
         except RunFailed as error:
