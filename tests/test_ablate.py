@@ -291,14 +291,6 @@ def test_bad_input_is_refused_at_once(place, words, message):
     assert not place.out.exists()
 
 
-def test_preset_says_what_its_base_does_not(place):
-    place.preset("common", MODEL_DIM=16, EVAL_STRIDE=4, TEACHER_PRESET="a.env")
-    (place.folder / "heir.env").write_text("PRESET_BASE=common.env\nMODEL_DIM=48\n")
-    settings = ablate.load_preset("heir.env")
-    assert (settings["MODEL_DIM"], settings["EVAL_STRIDE"]) == ("48", "4")
-    assert not {"PRESET_BASE", "TEACHER_PRESET"} & settings.keys()
-
-
 # ---- Report --------------------------------------------------------------------------------------
 
 
