@@ -51,6 +51,7 @@ run_comparison() {
             --val "$books/val4.jsonl.xz" --tokenizer "$books/sp1024_bpe.model"
         books=$out/books/datasets/books_sp1024
     fi
+    [ -z "$smoke" ] || books=${BOOKS:-$root/data/datasets/docs_sp1024}
     local plan=comparison tokens=12000000 batch=16384 warmdown=400
     [ -z "$smoke" ] || plan=narrow tokens=2048 batch=1024 warmdown=1
     "$python" "$root/tools/ablate.py" --out "$out/comparison" --plan "$root/bench/$plan.plan" \

@@ -77,7 +77,7 @@ train_step = train_gpt.Trainer.train_step
 def slow_step(trainer, plan):
     if sys.argv[1] == "hang" and rank == "1" and trainer.step == 3:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(600)
+        time.sleep(120)
     time.sleep(0.2)
     return train_step(trainer, plan)
 

@@ -197,16 +197,6 @@ def test_a_run_limited_by_time_warms_down_over_its_last_steps_slow_steps_or_not(
     assert clock.elapsed <= 100.0 + 0.1
 
 
-@pytest.mark.parametrize("steps", [180, 74])
-def test_a_warm_down_by_a_fraction_keeps_its_shape_on_a_slow_machine(steps):
-    clock = train_gpt.Clock(iterations=180, seconds=150)
-    scales = simulate(clock, lambda step: 150 / steps, warmdown_frac=0.667)
-    assert abs(len(scales) - steps) <= 1
-    assert scales[: steps // 3] == [1.0] * (steps // 3)
-    assert scales[2 * steps // 3] == pytest.approx(0.5, abs=0.02)
-    assert scales[-1] <= 2 / steps / 0.667
-
-
 def test_a_slow_step_costs_its_time_and_no_more():
     clock = train_gpt.Clock(20_000, 555.0)
     took(clock, *[0.1] * 50)

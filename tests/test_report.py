@@ -229,7 +229,8 @@ def test_unfinished_run_is_shown_on_demand(copied, tmp_path, capsys):
 def test_no_text_of_a_run_can_break_the_page(copied, tmp_path):
     """Text from a file is text on the page, in tables and in the data of the charts."""
     maps = [map_row(HOSTILE, HOSTILE, 5)]
-    claim(copied, model=HOSTILE, maps=maps, settings={"RUN": HOSTILE}, **{HOSTILE: HOSTILE})
+    settings = {"RUN": HOSTILE, "A=1; rm": "2"}
+    claim(copied, model=HOSTILE, maps=maps, settings=settings, **{HOSTILE: HOSTILE})
     folder = copied.rename(tmp_path / "<!--<script>")
     other = shutil.copytree(folder, tmp_path / "deep" / "<!--<script>")
     out = tmp_path / "page.html"
@@ -240,6 +241,7 @@ def test_no_text_of_a_run_can_break_the_page(copied, tmp_path):
         assert "<" not in data
     assert page.data_of("maps1")[0]["name"] == HOSTILE
     assert page.text.count(HOSTILE) > 5 and "deep/<!--<script>" in page.text
+    assert "rm" not in page.text.partition("The command")[2].partition("train_gpt.py")[0]
 
 
 # ---- Bad input -----------------------------------------------------------------------------------

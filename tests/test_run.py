@@ -273,10 +273,12 @@ def test_artifact_alone_repeats_the_score(trained, eval_only, tmp_path):
 @pytest.mark.parametrize("task", ["evaluation", "export"])
 def test_another_model_than_was_asked_for_is_refused(trained, eval_only, base, runs, task):
     """Whoever sets a variable of the model expects it to hold; so do the published names for it."""
-    checkpoint = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "no"}
+    model, checkpoint = trained / "model.int6.ptz", trained / "checkpoint.pt"
+    places = {name: base[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "OUTPUT_DIR")}
+    export = places | {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": checkpoint, "RUN_ID": "no"}
     settings, source = {
-        "evaluation": (eval_only, f"MODEL_PATH={trained / 'model.int6.ptz'}"),
-        "export": (base | checkpoint, f"CHECKPOINT_PATH={trained / 'checkpoint.pt'}"),
+        "evaluation": (eval_only, f"MODEL_PATH={model}"),
+        "export": (export, f"CHECKPOINT_PATH={checkpoint}"),
     }[task]
     others = {"NUM_LAYERS": 12, "LOGIT_SOFTCAP": 10, "RANDOM_ADAPTER_RANK": 8, "MAP_SEED": 7}
     message = refusal(settings | others)

@@ -64,7 +64,7 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 
 import train_gpt
-from train_gpt import UserError
+from train_gpt import UserError, load_preset
 
 # The variables that the script and its launcher read; none may come from the shell.
 NAMES = {*train_gpt.SETTINGS, *train_gpt.ALIASES, *train_gpt.UNSUPPORTED, "preset"}
@@ -81,7 +81,8 @@ MACHINE = re.compile(r"(OMP|MKL|MALLOC|GLIBC|CUDA|NCCL|TORCH|TORCHINDUCTOR|TRITO
 ARTIFACT = "model.int6.ptz"
 GRACE_SECONDS = 60  # for a run that was told to stop: it finishes its step and saves a checkpoint
 # Columns of results.csv: those with text, and those with figures by their keys in results.json.
-TEXT = ("label", "family", "preset", "settings", "budget", "script", "variant", "run", "error")
+TEXT = ("label", "family", "preset", "settings", "budget")
+TEXT += ("script", "torch", "variant", "run", "error")
 FIGURES = {
     "steps": "steps",
     "seconds": "train_seconds",
@@ -171,22 +172,6 @@ def parse_settings(words: list[str], where: str) -> dict[str, str]:
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", word):
             raise UserError(f"{where}: {word!r} is not KEY=VALUE")
     return dict(word.split("=", 1) for word in words)
-
-
-def load_preset(name: str) -> dict[str, str]:
-    """Return the settings of presets/NAME.env, or of a file, over those of its PRESET_BASE."""
-    folder = ROOT / "presets"
-    path = folder / f"{name.removesuffix('.env')}.env"
-    path = path if path.is_file() else Path(name)
-    if not path.is_file():
-        names = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*.env"))
-        raise UserError(f"no preset {name!r}; there are: {' '.join(names)}")
-    words = split_words(path.read_text(encoding="utf-8"), str(path))
-    settings = parse_settings(words, str(path))
-    base = settings.pop("PRESET_BASE", "")
-    inherited = load_preset(base) if base else {}
-    inherited.pop("TEACHER_PRESET", None)  # a preset names its own teacher
-    return inherited | settings
 
 
 def with_data(settings: dict[str, str], data: str | None) -> dict[str, str]:
@@ -391,6 +376,7 @@ class Runner:
         row |= {"preset": variant.preset, "seed": seed, "variant": variant.id, "script": self.sha}
         words = [f"{key}={text}" for key, text in variant.settings.items()]
         row |= {"settings": " ".join(words), "budget": str(self.budget)}
+        row["torch"] = torch.__version__
         try:
             return row | self.run(variant, seed), ""
         except RunFailed as error:

@@ -543,7 +543,7 @@ def train(script: ModuleType, text: str) -> dict[str, Any]:
     for name, weight in sorted(saved["weights"].items()):
         values = weight.contiguous().view(-1).view(torch.uint8).numpy()
         digest.update(name.encode() + values.tobytes())
-    log = (run / "train.log").read_text("utf-8")
+    log = (run / "train.log").read_text("utf-8").rpartition("\nRUN_ID=")[2]  # below the source
     return {
         "weights": digest.hexdigest(),
         "artifact": hashlib.sha256((run / ARTIFACT).read_bytes()).hexdigest(),

@@ -71,6 +71,8 @@ class Run:
     def rows(self, name: str, *columns: str) -> pd.DataFrame:
         """Return a table of results.json; empty if it is not there, as in runs of old scripts."""
         frame = pd.DataFrame(self.results.get(name) or [])
+        if "bytes" in frame:
+            frame["bytes"] = pd.to_numeric(frame["bytes"], errors="coerce")
         return frame if set(columns) <= set(frame) else pd.DataFrame(columns=list(columns))
 
     @property
@@ -93,10 +95,16 @@ class Run:
     def command(self) -> str:
         """What repeats the run; empty if its results do not hold its settings."""
         settings = self.results.get("settings") or {}
-        words = [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
-        processes = str(self.results.get("hardware", "1")).split()[0]
-        launcher = f"torchrun --standalone --nproc_per_node={processes}"
-        start = "python" if processes == "1" else launcher
+        # Somebody will run it, so nothing but settings may come from the file.
+        words = [
+            f"{name}={shlex.quote(str(value))}"
+            for name, value in settings.items()
+            if name.isidentifier()
+        ]
+        processes = str(self.results.get("hardware", "")).partition(" ")[0]
+        start = "python"
+        if processes.isdigit() and processes != "1":
+            start = f"torchrun --standalone --nproc_per_node={processes}"
         return " \\\n    ".join([*words, f"{start} train_gpt.py"]) if words else ""
 
 
