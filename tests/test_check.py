@@ -11,8 +11,10 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers import ROOT, SCRIPT, TINY, finish, run_well, start
 
@@ -128,12 +130,33 @@ def test_run_that_was_killed_and_continued_passes(corpus, tmp_path):
 
 
 def test_other_types_and_modes_are_probed_as_such(copied):
-    """Sums in bfloat16 depend on the shape of a batch; streaming windows see other windows."""
+    """The child computes in bfloat16, and streaming windows see the windows above."""
     replace(copied / "train.log", "\nDTYPE=float32\n", "\nDTYPE=bfloat16\n")
     replace(copied / "train.log", "\nEVAL_MODE=exact\n", "\nEVAL_MODE=streaming\n")
     s = submission(copied)
     results = [check.perform(name, s) for name in ("probabilities", "scoring")]
     assert [result.verdict for result in results] == ["pass", "pass"], results
+
+
+class Rounding:
+    """A fair model whose rounding depends on a batch's shape and on the row, as on a GPU."""
+
+    def predict(self, ids: torch.Tensor, n: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1000 * ids.size(0) + ids.size(1))
+        noise = torch.randn(*ids.shape, 64, generator=generator)
+        return (torch.nn.functional.one_hot(ids, 64) + 0.01 * noise)[:, -n:]
+
+    def token_losses(self, ids: torch.Tensor, targets: torch.Tensor, streaming: bool):
+        logits = self.predict(ids, targets.size(1))
+        return -logits.log_softmax(-1).gather(2, targets[..., None])[..., 0]
+
+
+def test_rounding_that_depends_on_the_shape_is_no_failure():
+    h = SimpleNamespace(vocab_size=64, eval_seq_len=32, eval_stride=8, eval_mode="exact")
+    val = SimpleNamespace(tokens=torch.arange(100) % 64)
+    p = check.Probed(None, h, SimpleNamespace(device="cpu"), Rounding(), val)
+    assert check.distance_from_softmax(p) <= check.PROBABILITY
+    assert max(check.changes_of_losses(p)) <= check.PROBABILITY
 
 
 # ---- Falsified claims ----------------------------------------------------------------------------
