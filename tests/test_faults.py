@@ -488,7 +488,7 @@ FORGED: dict[str, Callable[[Container], bytes]] = {
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_artifact_is_refused(site, one_gibibyte_more, name):
     blob = FORGED[name](Container((site.whole / ARTIFACT).read_bytes()))
-    assert "allocate" not in refusal(evaluation_of(site, blob))
+    assert not re.search("allocate|MemoryError", refusal(evaluation_of(site, blob)))
 
 
 EVIL = [-1, 0, 2**63, 2**200, 0.5, math.nan, math.inf, True, None, "", "x", "-1", "shared:99"]

@@ -371,11 +371,10 @@ def test_two_processes_train_as_one(base, runs, one, machines, tmp_path):
     losses, expected = metrics_of(ours, "train_loss"), metrics_of(theirs, "train_loss")
     assert losses == pytest.approx(expected, abs=1e-3)
     # AdamW divides a gradient by its own size, so that rounding may move a weight whose gradient is
-    # nearly zero as far as any other. Few are such: most weights must agree in a part of a step.
-    rate = tiny_settings().matrix_lr
+    # nearly zero as far as any other. Few are such: the median must agree to a part of a step.
     weights, expected = weights_of(ours), weights_of(theirs)
     for name, weight in expected.items():
-        assert (weights[name] - weight).square().mean().sqrt() < 0.1 * rate, name
+        assert (weights[name] - weight).abs().median() < 0.01 * tiny_settings().matrix_lr, name
 
 
 @pytest.fixture(scope="module")

@@ -270,7 +270,7 @@ def readme(runs: list[Run], facts: dict[str, Any], script: Path, table: str) -> 
         versions=", ".join(f"{name} {version}" for name, version in first.versions.items()),
         tokenizer=hashlib.sha256(first.parts.tokenizer.read_bytes()).hexdigest(),
         command=command(first, script),
-        steps=SHORT_STEPS,
+        steps=first.parts.options.steps,
         table=table,
         seed=first.seed,
     )
