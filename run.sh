@@ -51,19 +51,6 @@ fi
 
 setup "$root/requirements.txt"
 
-# The GPUs that torch can use. Where there is one that it cannot use, a CPU would take days.
-gpus=0
-if [ "${DEVICE:-}" != cpu ]; then
-    gpus=$("$python" -W ignore -c 'import torch; print(torch.cuda.device_count())') ||
-        fail "$python cannot import torch"
-    if [[ $gpus = 0 && ${CUDA_VISIBLE_DEVICES-all} != @(|-1) ]] &&
-        nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
-        fail "this machine has a GPU, but torch cannot use it. nvidia-smi names the CUDA version of" \
-            "the driver: install a torch build for that or an older one into $venv (see" \
-            "pytorch.org), or a newer driver. DEVICE=cpu trains on the CPU."
-    fi
-fi
-
 # The arguments: a preset, or files of text.
 texts=()
 for word in "$@"; do
@@ -88,32 +75,38 @@ elif [ -f "$OUTPUT_DIR/${RUN_ID:-}/checkpoint.pt" ]; then
 else
     export PRESET=${PRESET:-random_adapters}
 fi
-if [[ $trains = 1 && -n ${PRESET:-} ]]; then
-    # Train the preset's teacher first, with the same variables, unless there is an artifact of one.
-    places=("$PRESET" "$root/$PRESET" "$root/presets/$PRESET.env")
-    teacher=$(sed -n 's/^TEACHER_PRESET=//p' "${places[@]}" 2>/dev/null | head -n 1) || true
-    if [ -n "$teacher" ] && [ -z "${DISTILL_FROM:-}" ]; then
-        export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}
-        echo "teacher $teacher, run $RUN_ID-teacher"
-        [ -f "$OUTPUT_DIR/$RUN_ID-teacher/results.json" ] ||
-            PRESET=$teacher RUN_ID=$RUN_ID-teacher bash "$root/run.sh" "${texts[@]}"
-        export DISTILL_FROM=$OUTPUT_DIR/$RUN_ID-teacher/model.int6.ptz
-    fi
-    echo "preset  $PRESET"
+echo "preset  ${PRESET:-that of the run}"
+
+# A GPU that torch cannot use ends here: training on the CPU would take days.
+IFS=, read -r gpus vocabulary teacher < <("$python" -W ignore "$root/train_gpt.py" --plan) || exit 1
+if [[ $gpus = 0 && ${DEVICE:-} != cpu && ${CUDA_VISIBLE_DEVICES-all} != @(|-1) ]] &&
+    nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    fail "this machine has a GPU, but torch cannot use it. nvidia-smi names the CUDA version of the" \
+        "driver: install a torch build for that or an older one into $venv (see pytorch.org), or a" \
+        "newer driver. DEVICE=cpu trains on the CPU."
+fi
+
+# Train the preset's teacher first, with the same variables, unless there is an artifact of one.
+if [[ $trains = 1 && -n $teacher && -z ${DISTILL_FROM:-} ]]; then
+    export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}
+    echo "teacher $teacher, run $RUN_ID-teacher"
+    [ -f "$OUTPUT_DIR/$RUN_ID-teacher/results.json" ] ||
+        PRESET=$teacher RUN_ID=$RUN_ID-teacher bash "$root/run.sh" "${texts[@]}"
+    export DISTILL_FROM=$OUTPUT_DIR/$RUN_ID-teacher/model.int6.ptz
 fi
 
 # The data: the given text, else DATA_PATH, else the English text that comes with Python.
 if [ ${#texts[@]} -gt 0 ]; then
     [ -z "${DATA_PATH:-}" ] || fail "DATA_PATH and ${texts[0]} are two datasets; unset one"
     output=$("$python" "$root/data/prepare.py" text "${texts[@]}" \
-        ${VOCAB_SIZE:+--vocab "$VOCAB_SIZE"} ${TOKENIZER_PATH:+--tokenizer "$TOKENIZER_PATH"})
+        ${vocabulary:+--vocab "$vocabulary"} ${TOKENIZER_PATH:+--tokenizer "$TOKENIZER_PATH"})
     echo "$output"
     DATA_PATH=${output##*$'\n'}                            # the last line
     export DATA_PATH=${DATA_PATH%: [0-9]* training and *} # begins with the folder
 elif [[ -z ${DATA_PATH:-} && $brings_data = 0 ]]; then
-    export DATA_PATH=$root/data/datasets/docs_sp${VOCAB_SIZE:-1024}
+    export DATA_PATH=$root/data/datasets/docs_sp${vocabulary:=1024}
     [ -f "$DATA_PATH/manifest.json" ] ||
-        "$python" "$root/data/prepare.py" docs --vocab "${VOCAB_SIZE:-1024}"
+        "$python" "$root/data/prepare.py" docs --vocab "$vocabulary"
 fi
 echo "data    ${DATA_PATH:-those of the run}"
 

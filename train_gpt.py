@@ -6,6 +6,7 @@ quantized, compressed and written as one file. The score is read from that file 
 is an environment variable.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py      # train, export, evaluate
+    PRESET=mask python train_gpt.py                            # with settings of presets/mask.env
     EVAL_ONLY=1 MODEL_PATH=model.int6.ptz python train_gpt.py  # evaluate an artifact
     python train_gpt.py --help                                 # list all settings
 
@@ -754,7 +755,7 @@ class LowRankLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, merged: Tensor, *factors: Tensor) -> Tensor:
-        """Multiply x (..., in) by merged (Σ out, in); `factors` are A, B of each map in turn."""
+        """Multiply x (..., in) by merged (Σ out, in); `factors` are A, B of each map."""
         ctx.save_for_backward(x, merged, *factors)
         return x @ merged.t()
 
@@ -792,14 +793,14 @@ class MapParts(NamedTuple):
 
 def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | None:
     """Return one factor or bias for the rows of all maps, (Σ out,), or None where none has one."""
-    parts = [getattr(each, name) for each in maps]
-    if all(part is None for part in parts):
+    values = [getattr(each, name) for each in maps]
+    given = [value for value in values if value is not None]
+    if not given:
         return None
+    usual = given[0].new_full((1,), neutral)
     rows = []
-    other = next(part for part in parts if part is not None)
-    for each, part in zip(maps, parts, strict=True):
-        factor = other.new_full((1,), neutral) if part is None else part
-        rows.append(factor.expand(each.out_features))
+    for each, value in zip(maps, values, strict=True):
+        rows.append((usual if value is None else value).expand(each.out_features))
     return torch.cat(rows)
 
 
@@ -1776,11 +1777,12 @@ def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -
     own = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
+        if not text:
+            continue
         key, equals, value = text.partition("=")
-        if text and not (equals and re.fullmatch(r"[A-Z][A-Z0-9_]*", key)):
+        if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
             raise UserError(f"{path}: not KEY=VALUE: {text}")
         own[key] = value
-    own.pop("", None)  # of lines without text
     base = own.pop("PRESET_BASE", None)
     if not base:
         return own
@@ -2163,7 +2165,9 @@ class AttentionContext(NamedTuple):
     cos: Tensor  # (T, 1, R), rotation of each position
     sin: Tensor
     row_shift: tuple[Tensor, Tensor] | None = None  # streaming: see streaming_attention
-    num_queries: int | None = None  # how many of the last positions attend; None: all
+    num_queries: int | None = None  # n, how many of the last positions attend; None: all
+    value_embed: Tensor | None = None  # (B, T, kv_dim), added to the values
+    v0: Tensor | None = None  # (B, T, kv_dim), layer 0's own values; None in layer 0
 
 
 class Attention(nn.Module):
@@ -2199,28 +2203,15 @@ class Attention(nn.Module):
         return causal_attention(keep_last(q, context.num_queries), k, v)
 
     def forward(
-        self,
-        x: Tensor,
-        out_scale: Tensor,
-        context: AttentionContext,
-        value_embed: Tensor | None,
-        v0: Tensor | None,
+        self, x: Tensor, out_scale: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor]:
-        """Return the output (B, n, d) of the positions that attend, and own values (B, T, kv_dim).
-
-        Args:
-            x: (B, T, d).
-            out_scale: (d,), factor on the output.
-            context: rotations, and which positions attend.
-            value_embed: (B, T, kv_dim), added to the values, or None.
-            v0: (B, T, kv_dim), layer 0's own values, or None in layer 0.
-        """
+        """Attend: x (B, T, d) -> (B, n, d), times out_scale (d,), and own values (B, T, kv_dim)."""
         qk, own_v = self.project_qkv(x).split(self.widths, -1)
         v = own_v
-        if value_embed is not None:
-            v = v + value_embed
+        if context.value_embed is not None:
+            v = v + context.value_embed
         if self.value_gate is not None:  # value residual
-            v = v + torch.sigmoid(self.value_gate).to(x.dtype) * v0
+            v = v + torch.sigmoid(self.value_gate).to(x.dtype) * context.v0
         qk = qk.unflatten(-1, (-1, self.head_dim))  # (B, T, H + H_kv, D)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
         qk = rotate_and_norm(qk, self.head_gains(), context.cos, context.sin)
@@ -2281,21 +2272,14 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.ones(h.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
 
-    def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        context: AttentionContext,
-        value_embed: Tensor | None,
-        v0: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the stream (B, n, d) of the positions that attend, and the layer's own values.
+    def forward(self, x: Tensor, x0: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Return the stream (B, n, d) after the block, and the layer's own values (B, T, kv_dim).
 
-        The stream x and the embedding x0 are (B, T, d); the rest is as in Attention.
+        The stream x and the embedding x0 are (B, T, d).
         """
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x, self.norm_scale)
-        y, own_v = self.attention(normed, self.attention_scale, context, value_embed, v0)
+        y, own_v = self.attention(normed, self.attention_scale, context)
         x = keep_last(x, context.num_queries) + self.dropout(y)
         if self.is_parallel:
             normed = keep_last(normed, context.num_queries)
@@ -2476,17 +2460,17 @@ class GPT(LanguageModel):
         """Run the blocks on x0 (B, T, d); the last one computes `num_queries` positions."""
         embedded = self.value_embedding(ids) if self.value_layers else None
         skips: dict[int, Tensor] = {}  # the stream after each layer of the first half
-        x, v0 = x0, None
+        x = x0
         order = self.block_orders[self.recurs]
         for i, layer in enumerate(order, start=1):
             if layer in self.skip_from:
                 x = self.add_skip(x, skips, layer)
             if i == len(order):
                 context = context._replace(num_queries=num_queries)
-            value_embed = self.value_embed(embedded, layer)
-            x, own_v = self.blocks[layer](x, x0, context, value_embed, v0)
-            if v0 is None:
-                v0 = own_v
+            context = context._replace(value_embed=self.value_embed(embedded, layer))
+            x, own_v = self.blocks[layer](x, x0, context)
+            if context.v0 is None:
+                context = context._replace(v0=own_v)
             if layer in self.skip_sources:
                 skips[layer] = x
         return x
@@ -2549,21 +2533,18 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     embeddings = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
     total = 4 * (sum(sizes) + h.ensemble * embeddings) + 64 * max(sizes)
-    shared = {  # once for all layers
-        spec.owner: 4 * spec.shared_count * math.prod(spec.shape) for spec in table.values()
-    }
-    banks = set()  # of seeded matrices, once for all maps of a shape
-    for spec in table.values():
-        numel = math.prod(spec.shape)
+    shared: dict[tuple, int] = {}  # what several maps share is there once
+    for spec, numel in zip(table.values(), sizes, strict=True):
+        shared[spec.owner] = 4 * spec.shared_count * numel
         for name, size in spec.adapters().items():
             unit = ADAPTERS[name].size_unit
             if unit == "rank":
                 total += 4 * int(size) * sum(spec.shape)
             elif unit == "count":
-                banks.add((spec.shared_seed, spec.shape, int(size)))
+                shared[spec.shared_seed, spec.shape, size] = 4 * int(size) * numel
             else:  # positions of sparse values, or scores of masks
                 total += 12 * numel
-    return total + sum(shared.values()) + sum(4 * n * math.prod(shape) for _, shape, n in banks)
+    return total + sum(shared.values())
 
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -3589,8 +3570,8 @@ def collect_hessians(
 ) -> dict[nn.Module, Tensor]:
     """Return Σ x xᵀ (in, in) float32 over the inputs of every module with matrices.
 
-    Modules of one input group share a Hessian, and adapters have that of their map. Each process
-    calibrates by its own batches of tokens (B, T); the Hessians are summed over all.
+    Modules of one input group share a Hessian, and adapters have that of their map. The batches of
+    tokens (B, T) are this process's; the Hessians are summed over all processes.
     """
     hessians: dict[nn.Module, Tensor] = {}  # by input group
     precision = torch.get_float32_matmul_precision()
@@ -3985,7 +3966,7 @@ def solve_for_bytes(
     per value.
     """
     tried: list[Artifact] = []
-    octaves = [i / 100 for i in range(-600, 600)]
+    steps = range(-600, 600)  # of 0.01 octaves of the loss
     low, high = 0.0, math.inf  # losses between which the answer lies
     estimated = estimate(loss)
     for _ in range(8):
@@ -4003,7 +3984,7 @@ def solve_for_bytes(
         codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
         wanted = estimated * (1 + (0.9975 * target - size) / codes)
         # More loss means fewer bytes, and bisect needs a rising key: hence the minus signs.
-        step = bisect.bisect(octaves, -wanted, key=lambda octave: -estimate(loss * 2**octave))
+        step = bisect.bisect(steps, -wanted, key=lambda step: -estimate(loss * 2 ** (step / 100)))
         loss *= 2 ** (step / 100 - 6)
         if low and high < math.inf and not low < loss < high:  # the bytes jump between them
             loss = math.sqrt(low * high)
@@ -4127,10 +4108,9 @@ def rebuild_model(
     """
     with untrusted_input("the stored model"):
         # Checked before any map is generated: a forged header could ask for a huge one.
-        maps = [name for name in build_map_table(h) if "blocks." in name]
-        blocks = {name.rsplit(".", 2)[0] for name in maps}
-        widths = {tuple(tensors[f"{block}.mlp_scale"].shape) for block in blocks}
-        if stored["model"] != h.model_settings() or widths != {(h.model_dim,)}:
+        widths = [len(tensors[name]) for name in tensors if name.endswith(".mlp_scale")]
+        expected = [h.model_dim] * (h.num_layers * h.ensemble)
+        if stored["model"] != h.model_settings() or widths != expected:
             raise ValueError("its settings and tensors are not those of one model")
         model = make_model(h, resolve_dtype(h, dist.on_cuda))
         here, there = model.fingerprint(), stored["fingerprint"]
@@ -5378,6 +5358,15 @@ REMEDIES = {
 }
 
 
+def plan_of_run(environment: Mapping[str, str]) -> str:
+    """Return GPUS,VOCAB_SIZE,TEACHER_PRESET of a run for run.sh; empty: nobody set it."""
+    device = environment.get("DEVICE", "auto")
+    gpus = 0 if device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+    preset = load_preset(environment["PRESET"], device) if environment.get("PRESET") else {}
+    vocabulary = environment.get("VOCAB_SIZE", preset.get("VOCAB_SIZE", ""))
+    return f"{gpus},{vocabulary},{preset.get('TEACHER_PRESET', '')}"
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     """Run the script; `arguments` are those of the command line."""
     parser = argparse.ArgumentParser(
@@ -5385,8 +5374,12 @@ def main(arguments: Sequence[str] = ()) -> None:
         epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.parse_args(arguments)
+    parser.add_argument("--plan", action="store_true", help="print what run.sh needs, then end")
+    options = parser.parse_args(arguments)
     try:
+        if options.plan:
+            print(plan_of_run(os.environ))
+            return
         h = load_settings()
         stop = StopSignal()
         stop.install()

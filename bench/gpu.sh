@@ -30,8 +30,8 @@ run_main() {
     local data=$root/data/datasets/docs_sp1024 tokenizer=$root/data/tokenizers/docs_1024_bpe.model
     [ -f "$data/manifest.json" ] || "$python" "$root/data/prepare.py" docs --vocab 1024
     local size="ITERATIONS=25 WARMUP_STEPS=3 TRAIN_BATCH_TOKENS=98304 TRAIN_LOG_EVERY=5"
-    [ -z "$smoke" ] || size="ITERATIONS=3 WARMUP_STEPS=1 TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=128 NUM_LAYERS=2 MODEL_DIM=64
-        HOLDOUT_TOKENS=1024 EVAL_SEQ_LEN=128 EVAL_STRIDE=128 GPTQ_CALIB_BATCHES=1"
+    [ -z "$smoke" ] || size="ITERATIONS=3 WARMUP_STEPS=1 TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=128 NUM_LAYERS=2
+        MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=2 HOLDOUT_TOKENS=1024 EVAL_SEQ_LEN=128 EVAL_STRIDE=128 GPTQ_CALIB_BATCHES=1"
     # shellcheck disable=SC2086  # words of a list
     env DATA_PATH="$data" TOKENIZER_PATH="$tokenizer" OUTPUT_DIR="$out/runs" RUN_ID=main RESUME=0 $size \
         "$python" -m torch.distributed.run --standalone --nproc_per_node=1 "$root/train_gpt.py"
@@ -39,9 +39,11 @@ run_main() {
 }
 
 run_speed() {
+    local command status=0
     for command in step eval export kernels start; do
-        "$python" -u "$root/bench/speed.py" "$command" $smoke
+        "$python" -u "$root/bench/speed.py" "$command" $smoke || status=1
     done
+    return "$status"
 }
 
 run_comparison() {
@@ -51,6 +53,7 @@ run_comparison() {
             --val "$books/val4.jsonl.xz" --tokenizer "$books/sp1024_bpe.model"
         books=$out/books/datasets/books_sp1024
     fi
+    [ -z "$smoke" ] || books=${BOOKS:-$root/data/datasets/docs_sp1024}
     local plan=comparison tokens=12000000 batch=16384 warmdown=400
     [ -z "$smoke" ] || plan=narrow tokens=2048 batch=1024 warmdown=1
     "$python" "$root/tools/ablate.py" --out "$out/comparison" --plan "$root/bench/$plan.plan" \
@@ -71,6 +74,6 @@ for name in $parts; do
     left=$((limit - SECONDS > 5 ? limit - SECONDS : 5))
     export -f run_main run_speed run_comparison
     export root python out smoke
-    timeout -s INT -k 20 "$left" bash -c "$command" >"$out/$name.log" 2>&1
+    timeout -s INT -k 20 "$left" bash -ec "$command" >"$out/$name.log" 2>&1
     echo "$name: exit code $?, $((SECONDS - began)) s, log in $out/$name.log"
 done

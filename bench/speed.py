@@ -189,27 +189,33 @@ def serve(side: Side, calls: int, pipe: multiprocessing.connection.Connection) -
             pipe.send({"seconds": seconds, "memory": peak} | facts)
 
 
-def start_process(side: Side, calls: int) -> multiprocessing.connection.Connection:
-    """Start the process of a side; return the end of its pipe."""
-    ours, theirs = PROCESSES.Pipe()
-    before = dict(os.environ)
-    for name, value in side.variables.items():
-        os.environ.pop(name, None)
-        if value:
-            os.environ[name] = value
-    PROCESSES.Process(target=serve, args=(side, calls, theirs), daemon=True).start()
-    theirs.close()  # so that the end of the process ends the pipe
-    os.environ.clear()
-    os.environ.update(before)
-    return ours
+class SideProcess:
+    """The process of a side, as seen by the program."""
 
+    def __init__(self, side: Side, calls: int) -> None:
+        self.pipe, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(target=serve, args=(side, calls, theirs), daemon=True)
+        before = dict(os.environ)
+        for name, value in side.variables.items():
+            os.environ.pop(name, None)
+            if value:
+                os.environ[name] = value
+        self.process.start()
+        os.environ.clear()
+        os.environ.update(before)
+        theirs.close()  # so that the end of the process ends the pipe
 
-def receive(pipe: multiprocessing.connection.Connection, deadline: float) -> Facts | None:
-    """Return what a side sends until the deadline; None if it has ended or is late."""
-    try:
-        return pipe.recv() if pipe.poll(max(0, deadline - time.monotonic())) else None
-    except EOFError:
+    def receive(self, deadline: float) -> Facts | None:
+        """Return what the side sends until the deadline; None, and its end, if it sends nothing."""
+        with contextlib.suppress(EOFError):  # it has ended
+            if self.pipe.poll(max(0, deadline - time.monotonic())):
+                return self.pipe.recv()
+        self.process.kill()
         return None
+
+    def send(self, go_on: bool) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self.pipe.send(go_on)
 
 
 def compare(sides: Sequence[Side], options: argparse.Namespace, calls: int = 1) -> dict[str, Facts]:
@@ -217,24 +223,24 @@ def compare(sides: Sequence[Side], options: argparse.Namespace, calls: int = 1) 
     cores = str(max(1, (os.cpu_count() or 1) // len(sides)))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", cores)
     began = time.monotonic()
-    pipes = {side.name: start_process(side, calls) for side in sides}
-    for name, pipe in list(pipes.items()):
-        if receive(pipe, began + options.wait) is None:
+    processes = {side.name: SideProcess(side, calls) for side in sides}
+    for name, process in list(processes.items()):
+        if process.receive(began + options.wait) is None:
             print(f"{name}: failed, or not ready after {options.wait:g} s", flush=True)
-            del pipes[name]
+            del processes[name]
         else:
             print(f"{name}: ready after {time.monotonic() - began:.0f} s", flush=True)
-    measured = {name: [] for name in pipes}
+    measured = {name: [] for name in processes}
     for _ in range(options.runs):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            facts = receive(pipe, time.monotonic() + options.wait)
+        for name, process in processes.items():
+            process.send(True)
+            facts = process.receive(time.monotonic() + options.wait)
             if facts:
                 measured[name].append(facts)
                 print(f"{name}: {duration(facts['seconds'])}", flush=True)
-    for pipe in pipes.values():
-        with contextlib.suppress(OSError):  # it has ended
-            pipe.send(False)
+    for process in processes.values():
+        process.send(False)
+        process.process.join()
     medians = {name: medians_of(results) for name, results in measured.items() if results}
     if not medians:
         raise SystemExit("error: no side could be measured")

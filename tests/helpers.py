@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -368,10 +367,6 @@ def refusal(settings: dict, **options: Any) -> str:
     assert result.stderr.startswith("error: "), result.stderr
     assert "Traceback" not in result.stderr
     return result.stderr
-
-
-def fork_children(check: ModuleType, patch: pytest.MonkeyPatch, fresh: Sequence[str] = ()) -> None:
-    """Do nothing: children of tools/check.py are processes of their own."""
 
 
 def tool_refusal(capsys: Any, main: Callable[[list[str]], int], *arguments: object) -> str:

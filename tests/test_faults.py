@@ -44,11 +44,13 @@ from helpers import (
     run_well,
     sealed,
     start,
-    write_shard,
 )
 
 # Every state that a checkpoint must hold: optimizers, averages, dropout, a teacher, phases.
 SETTINGS = TINY | {
+    "NUM_LAYERS": 2,
+    "ITERATIONS": 12,
+    "GPTQ_CALIB_BATCHES": 1,
     "EVAL_STRIDE": 32,
     "EMA_DECAY": 0.9,
     "LATE_QAT_THRESHOLD": 0.4,
@@ -75,7 +77,7 @@ train_step = train_gpt.Trainer.train_step
 def slow_step(trainer, plan):
     if sys.argv[1] == "hang" and rank == "1" and trainer.step == 3:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(600)
+        time.sleep(120)
     time.sleep(0.2)
     return train_step(trainer, plan)
 
@@ -138,7 +140,7 @@ def results_of(folder: Path) -> dict:
 
 
 def call_at_moments(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
-    """Save at steps 8 and 14; call `act` around what replaces a file, and where stages begin."""
+    """Save at steps 5 and 9; call `act` around what replaces a file, and where stages begin."""
     counts: collections.Counter = collections.Counter()
     file = "none"
     write_file, fsync, replace = train_gpt.write_file, os.fsync, Path.replace
@@ -171,7 +173,7 @@ def call_at_moments(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> No
     patch.setattr(
         train_gpt.Trainer,
         "plan_step",
-        lambda trainer: plan_step(trainer)._replace(save=trainer.step in (8, 14)),
+        lambda trainer: plan_step(trainer)._replace(save=trainer.step in (5, 9)),
     )
     for owner, name in (
         (train_gpt, "preflight"),
@@ -192,13 +194,13 @@ def site(corpus, tmp_path_factory):
 # all since it had ended. Checkpoint 3 ends the training, 4 holds the candidates, too.
 MOMENTS = {
     "preflight": None,
-    "checkpoint.pt 1: replaced": 8,
-    "checkpoint.pt 2: written": 8,
-    "checkpoint.pt 2: kept": 8,
-    "checkpoint.pt 2: replaced": 14,
-    "rank_candidates": 20,
-    "validate": 20,
-    "checkpoint.pt 4: kept": 20,
+    "checkpoint.pt 1: replaced": 5,
+    "checkpoint.pt 2: written": 5,
+    "checkpoint.pt 2: kept": 5,
+    "checkpoint.pt 2: replaced": 9,
+    "rank_candidates": 12,
+    "validate": 12,
+    "checkpoint.pt 4: kept": 12,
     f"{ARTIFACT} 1: written": None,
     "results.json 1: written": None,
 }
@@ -222,9 +224,7 @@ def test_a_full_disk_costs_no_checkpoint(site, moment):
         call_at_moments(patch, fill)
         message = refusal(settings)
     assert "Errno 28" in message and "check that file and its disk" in message
-    folder = site.run_of(settings)
-    assert not list(folder.glob("*.part"))
-    train_gpt.Checkpoint.read_newest(folder)
+    assert not list(site.run_of(settings).glob("*.part"))
     site.ends_whole(settings)
 
 
@@ -283,7 +283,7 @@ def test_a_signal_in_training_saves_and_leaves(site, number):
     saved = re.match(r"error: stopped by a signal; .*checkpoint\.pt of step (\d+)", second)
     log = site.ends_whole(settings)
     assert f"continued after step {saved[1]}\n" in log
-    steps = re.findall(r"^step:\d+/20 train_loss", log.partition("error: stopped")[0], re.M)
+    steps = re.findall(r"^step:\d+/12 train_loss", log.partition("error: stopped")[0], re.M)
     assert int(saved[1]) == len(steps)
 
 
@@ -348,10 +348,9 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again(site, alo
 # ---- Numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [2, 17])
-def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch, step):
+def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch):
     settings = site.settings(WARMUP_STEPS=0)
-    name = "blocks.1.attention.q.lora.A"
+    step, name = 11, "blocks.1.attention.q.lora.A"
     accumulate, passes = train_gpt.accumulate_gradients, itertools.count(1)
 
     def poisoned(forward: torch.nn.Module, *given: object) -> torch.Tensor:
@@ -364,14 +363,12 @@ def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch
         call_at_moments(patch, lambda moment: None)
         patch.setattr(train_gpt, "accumulate_gradients", poisoned)
         message = refusal(settings)
-    last = 14 if step > 14 else None
     assert f"step {step}: {name} not finite" in message
-    assert f"checkpoint is {f'checkpoint.pt of step {last}' if last else 'none'}" in message
-    if last:
-        checkpoint = site.run_of(settings) / "checkpoint.pt"
-        exported = site.settings(EXPORT_ONLY=1, CHECKPOINT_PATH=checkpoint, WARMUP_STEPS=0)
-        run_well(exported)
-        assert results_of(site.run_of(exported))["steps"] == last
+    assert "good checkpoint is checkpoint.pt of step 9" in message
+    checkpoint = site.run_of(settings) / "checkpoint.pt"
+    exported = site.settings(EXPORT_ONLY=1, CHECKPOINT_PATH=checkpoint, WARMUP_STEPS=0)
+    run_well(exported)
+    assert results_of(site.run_of(exported))["steps"] == 9
 
 
 # ---- Missing files -------------------------------------------------------------------------------
@@ -454,18 +451,6 @@ def with_first_group(container: Container, *blocks: bytes) -> bytes:
     return container.blob(blocks=[list(blocks), *container.blocks[1:]])
 
 
-def one_layer(container: Container, dim: int, **changes: object) -> bytes:
-    """Return a model of one layer of a width, and no tensor but the one that proves the width."""
-    own = {"num_layers": 1, "model_dim": dim, "num_heads": 1, "num_kv_heads": 1}
-    changes |= own | {"ve_enabled": 0, "recur_layers": ""}
-    parts = {
-        "model": container.header["model"] | changes,
-        "tensors": [["blocks.0.mlp_scale", [dim], ["a float16"]]],
-        "groups": [["a float16", []]],
-    }
-    return container.blob(parts, [[zeros_packed(2 * dim)]])
-
-
 NOT_FINITE = brotli.compress(np.array([1, np.nan], "<f2").tobytes())
 BOMB = 3 * 2**29  # bytes that it unpacks to
 # Name -> artifact that somebody made on purpose, with a right checksum, of a sound one's parts.
@@ -490,14 +475,12 @@ FORGED: dict[str, Callable[[Container], bytes]] = {
     "no JSON": lambda c: with_header(c, b"\xff\xfe\x00"),
     "too few tensors": lambda c: c.blob({"tensors": c.header["tensors"][1:]}),
     "no tensors": lambda c: c.blob({"tensors": [], "groups": []}, []),
-    "another map": lambda c: with_model(c, map_gain="1e6"),
     "another map's fingerprint": lambda c: c.blob({"fingerprint": "0" * 64}),
     "an unknown setting": lambda c: with_model(c, no_such_setting=1),
     "a setting that is not the model's": lambda c: with_model(c, output_dir="/tmp/elsewhere"),
     "wide": lambda c: with_model(c, model_dim=16_384, num_heads=256, num_kv_heads=256),
     "deep": lambda c: with_model(c, num_layers=256, ve_layers="0-255", ensemble=16),
     "many buckets": lambda c: with_model(c, bigram_vocab_size=2**24, bigram_dim=4096),
-    "large shared matrices": lambda c: one_layer(c, 2000, map_basis="shared:99"),
     "a selector of patience": lambda c: with_model(c, map_basis=",".join(["all@0-=uniform"] * 999)),
 }
 
@@ -505,7 +488,7 @@ FORGED: dict[str, Callable[[Container], bytes]] = {
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_artifact_is_refused(site, one_gibibyte_more, name):
     blob = FORGED[name](Container((site.whole / ARTIFACT).read_bytes()))
-    assert "allocate" not in refusal(evaluation_of(site, blob))
+    assert not re.search("allocate|MemoryError", refusal(evaluation_of(site, blob)))
 
 
 EVIL = [-1, 0, 2**63, 2**200, 0.5, math.nan, math.inf, True, None, "", "x", "-1", "shared:99"]
@@ -526,32 +509,16 @@ def spoil_json(value: object, draw: random.Random) -> None:
         value[key] = draw.choice(EVIL)
 
 
-def spoil_bytes(data: bytes, draw: random.Random) -> bytes:
-    """Do one of the things that happen to bytes."""
-    i, j = sorted(draw.sample(range(len(data)), 2))
-    j = min(j, i + draw.choice((1, 4, 64, len(data))))
-    other = draw.choice((draw.randbytes(j - i), bytes(j - i), b"", 2 * data[i:j], data[j:]))
-    return data[:i] + other + data[j:]
-
-
-@pytest.mark.parametrize("part", ["header", "block"])
-def test_a_spoiled_artifact_is_refused_or_harmless(site, one_gibibyte_more, part):
+def test_an_artifact_with_a_spoiled_header_is_refused_or_harmless(site, one_gibibyte_more):
     """With a right checksum: values may be others, but no exception reaches the user."""
     container, refused = Container((site.whole / ARTIFACT).read_bytes()), 0
-    for i in range(25):
-        draw, header = random.Random(f"{part} {i}"), json.loads(json.dumps(container.header))
-        blocks = [list(group) for group in container.blocks]
-        group = draw.randrange(len(blocks))
-        if part == "header":
-            spoil_json(header, draw)
-        else:
-            blocks[group][0] = spoil_bytes(blocks[group][0], draw)
-        blob = container.blob(header, blocks, mend=part != "header")
-        result = run(evaluation_of(site, blob))
+    for i in range(40):
+        header = json.loads(json.dumps(container.header))
+        spoil_json(header, random.Random(i))
+        result = run(evaluation_of(site, container.blob(header, mend=False)))
         refused += result.returncode
-        if result.returncode:
-            assert result.stderr.startswith("error: "), f"{part} {i}"
-    assert refused > 8, "the sample must not be harmless"
+        assert result.stderr.startswith("error: " * result.returncode), i
+    assert refused > 10, "the sample must not be harmless"
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -569,11 +536,8 @@ class Executes:
 
 def rezipped(data: bytes, change: Callable[[str, bytes], bytes], **more: int) -> bytes:
     """Return an archive with other contents of its entries, checksums right."""
-    target = io.BytesIO()
-    with (
-        zipfile.ZipFile(io.BytesIO(data)) as source,
-        zipfile.ZipFile(target, "w", **more) as archive,
-    ):
+    source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
+    with zipfile.ZipFile(target, "w", **more) as archive:
         for entry in source.namelist():
             archive.writestr(entry, change(entry, source.read(entry)))
     return target.getvalue()
@@ -593,20 +557,13 @@ def bomb(name: str, data: bytes) -> bytes:
     return bytes(2**28) if name.endswith("/data/0") else data
 
 
-def half(name: str, data: bytes) -> bytes:
-    return data[: len(data) // 2] if "/data/" in name else data
-
-
 LEGACY = {"_use_new_zipfile_serialization": False}
-DEFLATED = {"compression": zipfile.ZIP_DEFLATED}
 # Name -> file, of a whole checkpoint and a folder that executed code would make.
 HOSTILE: dict[str, Callable[[bytes, Path], bytes]] = {
     "a pickle with code": lambda whole, trap: with_pickle(whole, pickle.dumps(Executes(trap), 2)),
     "code in the old format": lambda whole, trap: saved_by_torch(Executes(trap), **LEGACY),
     "code in torch's format": lambda whole, trap: saved_by_torch({"weights": Executes(trap)}),
-    "a zip bomb": lambda whole, trap: rezipped(whole, bomb, **DEFLATED),
-    "compressed": lambda whole, trap: rezipped(whole, lambda _, data: data, **DEFLATED),
-    "storages cut short": lambda whole, trap: rezipped(whole, half),
+    "a zip bomb": lambda whole, trap: rezipped(whole, bomb, compression=zipfile.ZIP_DEFLATED),
     "another program's": lambda whole, trap: saved_by_torch({"model": {}, "step": 3}),
     "cut": lambda whole, trap: whole[: len(whole) // 2],
     "text": lambda whole, trap: b"not a checkpoint\n" * 100,
@@ -622,42 +579,39 @@ def test_a_hostile_checkpoint_is_refused_and_never_executed(site, tmp_path, name
     assert not trap.exists()
 
 
+def spoil_bytes(data: bytes, draw: random.Random) -> bytes:
+    """Do one of the things that happen to bytes."""
+    i, j = sorted(draw.sample(range(len(data)), 2))
+    j = min(j, i + draw.choice((1, 4, 64, len(data))))
+    other = draw.choice((draw.randbytes(j - i), bytes(j - i), b"", 2 * data[i:j], data[j:]))
+    return data[:i] + other + data[j:]
+
+
 def test_a_torn_checkpoint_gives_way_to_the_one_before(site, tmp_path):
     """Whatever happened to it, what is read is one of the two, or the run says so."""
     source = site.killed["checkpoint.pt 2: replaced"]
     names = "checkpoint.pt", "checkpoint.previous.pt"
     known = [train_gpt.Checkpoint.read(source / name) for name in names]
-    assert [saved.training["step"] for saved in known] == [14, 8]
+    assert [saved.training["step"] for saved in known] == [9, 5]
     whole = (source / names[0]).read_bytes()
     shutil.copy(source / names[1], tmp_path)
     steps = []
-    for i in range(40):
+    for i in range(20):
         (tmp_path / names[0]).write_bytes(spoil_bytes(whole, random.Random(i)))
         found = train_gpt.Checkpoint.read_newest(tmp_path)
         steps.append(found.training["step"])
-        expected = known[steps[-1] == 8].weights
+        expected = known[steps[-1] == 5].weights
         assert all(torch.equal(found.weights[key], expected[key]) for key in expected), i
-    assert steps.count(8) > 30
+    assert steps.count(5) > 15
 
 
 # ---- Shards --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda path: os.truncate(path, path.stat().st_size - 2),
-        lambda path: os.truncate(path, 1000),
-        lambda path: write_shard(path, range(100), count=99),
-        lambda path: write_shard(path, range(100), version=2),
-        lambda path: path.unlink(),
-    ],
-    ids=["cut", "half a header", "another count", "another version", "missing"],
-)
-def test_a_spoiled_shard_is_named(site, tmp_path, split, spoil):
+def test_a_torn_shard_is_named(site, tmp_path, split):
     data = shutil.copytree(site.corpus.folder, tmp_path / "data")
     path = data / f"fineweb_{split}_000000.bin"
-    spoil(path)
+    os.truncate(path, path.stat().st_size - 2)
     message = refusal(site.settings(DATA_PATH=data, TOKENIZER_PATH=site.corpus.tokenizer))
-    assert str(path if path.exists() else f"fineweb_{split}_*.bin") in message
+    assert str(path) in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,31 @@ def test_a_manifest_names_tokenizer_and_vocabulary_unless_somebody_does(tmp_path
     assert (h.tokenizer_path, h.vocab_size, h.num_layers) == ("mine.model", 600, 3)
     (tmp_path / "manifest.json").write_text("[]")
     assert train_gpt.settings_from_manifest(load_settings({})) == load_settings({})
+
+
+@pytest.mark.parametrize(
+    ("variables", "plan"),
+    [
+        ({}, "2,,"),
+        ({"PRESET": "cpu/distill_from"}, "2,,cpu/baseline"),
+        ({"PRESET": "random_basis_mlp"}, "2,4096,"),
+        ({"PRESET": "random_basis_mlp", "VOCAB_SIZE": "512"}, "2,512,"),
+        ({"PRESET": "random_basis_mlp", "DEVICE": "cpu"}, "0,,"),
+    ],
+)
+def test_run_sh_learns_gpus_vocabulary_and_teacher(monkeypatch, variables, plan):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert train_gpt.plan_of_run(variables) == plan
+
+
+def test_help_says_what_each_setting_allows():
+    text = train_gpt.settings_help()
+    for line in (
+        r"  NUM_LAYERS +\(11\) +transformer blocks \[1 to 256\]",
+        r"  DEVICE +\(auto\) .* \[auto, cpu, cuda\]",
+        r"  TARGET_BYTES +\(0\) .* \[at least 0\]",
+        r"  MAP_BASIS +\(orthogonal\) +learned, .* random map",
+        r"  STRIDE +EVAL_STRIDE=VALUE: another name of it",
+    ):
+        assert re.search(f"^{line}$", text, re.MULTILINE), line

@@ -156,21 +156,6 @@ def test_a_step_of_several_processes_is_one_on_their_mean_gradients(on_ranks, pr
             torch.testing.assert_close(found[name], value, msg=name)
 
 
-def test_the_logged_loss_is_the_mean_of_all_processes(on_ranks):
-    logged = []
-
-    def log(dist):
-        trainer = SimpleNamespace(
-            h=tiny_settings(), step=1, dist=dist, log=logged.append, lr_scale=1.0
-        )
-        trainer.finite = SimpleNamespace(gradient_norm=lambda: 1.0)
-        trainer.log_metrics = lambda **_: None
-        train_gpt.Trainer.log_loss(trainer, torch.tensor(2.0 + dist.rank))
-
-    on_ranks(2, log)
-    assert logged == ["train_loss:2.5000"] * 2
-
-
 # ---- Calibration and evaluation ------------------------------------------------------------------
 
 

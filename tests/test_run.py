@@ -162,11 +162,12 @@ def test_log_holds_all_that_the_run_depends_on(trained, base):
     for name, field in train_gpt.SETTINGS.items():
         expected = type(field.default)(base.get(name.upper(), field.default))
         assert logged[name.upper()] == str(expected), name
-    row = r"^(blocks\.\S+) +\d+x\d+ +1·orthogonal +(\d+) lora:4 "
-    found = re.findall(row, text, re.M)
+    rows = results_of(trained)["maps"]
+    assert train_gpt.describe_rows(rows) in text
     table = train_gpt.build_map_table(tiny_settings())
-    expected = [(spec.name, str(spec.seed)) for spec in table.values() if spec.is_random]
-    assert found == expected
+    assert {row["name"]: row["seed"] for row in rows} == {
+        name: spec.seed for name, spec in table.items()
+    }
 
 
 def test_loss_falls(trained):
@@ -216,12 +217,6 @@ def test_same_seed_gives_the_same_bytes(trained, base, runs):
     run_well(base | {"RUN_ID": "again"}, fresh=True)
     assert artifact_of(runs / "again") == artifact_of(trained)
     assert losses_of(log_of(runs / "again")) == losses_of(log_of(trained))
-
-
-def test_another_seed_gives_another_run(trained, base, runs):
-    run_well(base | {"RUN_ID": "seed", "SEED": 43})
-    assert artifact_of(runs / "seed") != artifact_of(trained)
-    assert losses_of(log_of(runs / "seed")) != losses_of(log_of(trained))
 
 
 def test_validation_text_has_no_part_in_training(trained, base, runs, corpus, tmp_path):
@@ -275,19 +270,28 @@ def test_artifact_alone_repeats_the_score(trained, eval_only, tmp_path):
     assert list(tmp_path.iterdir()) == [script]  # an evaluation writes nothing
 
 
-def test_evaluation_of_another_model_than_was_asked_for_is_refused(eval_only):
+@pytest.mark.parametrize("task", ["evaluation", "export"])
+def test_another_model_than_was_asked_for_is_refused(trained, eval_only, base, runs, task):
     """Whoever sets a variable of the model expects it to hold; so do the published names for it."""
+    model, checkpoint = trained / "model.int6.ptz", trained / "checkpoint.pt"
+    places = {name: base[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "OUTPUT_DIR")}
+    export = places | {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": checkpoint, "RUN_ID": "no"}
+    settings, source = {
+        "evaluation": (eval_only, f"MODEL_PATH={model}"),
+        "export": (export, f"CHECKPOINT_PATH={checkpoint}"),
+    }[task]
     others = {"NUM_LAYERS": 12, "LOGIT_SOFTCAP": 10, "RANDOM_ADAPTER_RANK": 8, "MAP_SEED": 7}
-    message = refusal(eval_only | others)
-    assert f"MODEL_PATH={eval_only['MODEL_PATH']} has other settings" in message
+    message = refusal(settings | others)
     for part in (
+        f"{source} has other settings",
         f"NUM_LAYERS=12 here, {TINY['NUM_LAYERS']} there",
         "LOGIT_SOFTCAP=10.0 here, 30.0 there",
         "MAP_ADAPTER=lora:8 here, lora:4 there",
         "MAP_SEED=7 here, 12345 there",
     ):
         assert part in message
-    assert "MODEL_DIM" not in message, "nobody asked for it"
+    assert "MODEL_DIM" not in message, "it is as stored, or nobody asked for it"
+    assert not (runs / "no").exists()
 
 
 @pytest.mark.parametrize(
@@ -335,17 +339,6 @@ def test_a_run_says_at_its_end_how_to_see_it(tmp_path, monkeypatch, capsys):
     assert shlex.split(line, comments=True)[1:] == [tool, "runs/my own", "--out", "report.html"]
 
 
-def test_another_tokenizer_than_the_artifacts_is_refused(eval_only, corpus, tmp_path):
-    """One of the same size whose text is another: its bytes per token would be wrong."""
-    proto = corpus.tokenizer.read_bytes()
-    assert proto.count(b"the") > 0
-    other = tmp_path / "other.model"
-    other.write_bytes(proto.replace(b"the", b"eht"))
-    message = refusal(eval_only | {"TOKENIZER_PATH": other})
-    assert f"TOKENIZER_PATH={other}" in message
-    assert "artifact" in message
-
-
 # ---- Several processes -------------------------------------------------------------------------
 
 
@@ -378,11 +371,10 @@ def test_two_processes_train_as_one(base, runs, one, machines, tmp_path):
     losses, expected = metrics_of(ours, "train_loss"), metrics_of(theirs, "train_loss")
     assert losses == pytest.approx(expected, abs=1e-3)
     # AdamW divides a gradient by its own size, so that rounding may move a weight whose gradient is
-    # nearly zero as far as any other. Few are such: most weights must agree in a part of a step.
-    rate = tiny_settings().matrix_lr
+    # nearly zero as far as any other. Few are such: the median must agree to a part of a step.
     weights, expected = weights_of(ours), weights_of(theirs)
     for name, weight in expected.items():
-        assert (weights[name] - weight).square().mean().sqrt() < 0.1 * rate, name
+        assert (weights[name] - weight).abs().median() < 0.01 * tiny_settings().matrix_lr, name
 
 
 @pytest.fixture(scope="module")
@@ -429,17 +421,6 @@ def test_its_checkpoint_exports_what_the_run_would_have(over_the_limit, trained,
     assert results_of(runs / "exported")["steps"] == 20
 
 
-def test_checkpoint_brings_the_settings_of_its_run(trained, base, runs):
-    """Who exports need not know how the model was built, trained and evaluated."""
-    where = {name: base[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "OUTPUT_DIR")}
-    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "forgotten"}
-    (runs / "forgotten").mkdir()
-    (runs / "forgotten" / "train.log").write_text("a start that came no further\n")
-    out = run_well(where | export)
-    assert final(out) == pytest.approx(final(log_of(trained)), abs=1e-8)
-    assert results_of(runs / "forgotten")["seed"] == base["SEED"]
-
-
 def test_a_continued_run_computes_in_its_own_type_and_may_take_smaller_batches(
     over_the_limit, trained, base, runs
 ):
@@ -472,22 +453,6 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
     stop._handle(2, None)
     assert log_of(tmp_path) == "a line\n"
     assert stop.requested
-
-
-def test_checkpoint_of_another_model_than_was_asked_for_is_refused(trained, base, runs):
-    """Other maps than it was trained around would give a whole artifact of garbage."""
-    others = {"RANDOM_ADAPTER_SEED": 7, "LOGIT_SOFTCAP": 10, "NUM_LAYERS": 3, "XSA_LAST_N": 0}
-    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "others"}
-    message = refusal(base | export | others)
-    for name in (
-        "CHECKPOINT_PATH",
-        "MAP_SEED=7",
-        "LOGIT_SOFTCAP=10",
-        "NUM_LAYERS=3",
-        "XSA_LAST_N=0",
-    ):
-        assert name in message
-    assert not (runs / "others").exists()
 
 
 # ---- Other configurations ----------------------------------------------------------------------
@@ -555,6 +520,7 @@ def test_nothing_compiles_in_the_timed_region(base, dynamo, monkeypatch):
     assert losses == pytest.approx(expected, abs=1e-2)  # other codes where a last bit differs
 
 
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
 def test_compiled_gradients_of_embeddings_add_up_in_order(dynamo, monkeypatch):
     """Inductor would add by atomic operations, whose order and so last bits differ in each run."""
     from torch._inductor.decomposition import decompositions

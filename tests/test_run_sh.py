@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -22,8 +23,11 @@ pytestmark = pytest.mark.skipif(
 
 # It keeps what it was told, and leaves the files that a run leaves.
 STAND_IN = """
-import json, os
+import json, os, sys
 from pathlib import Path
+if "--plan" in sys.argv:
+    teacher = "baseline" if "distill_from" in os.environ.get("PRESET", "") else ""
+    sys.exit(print(0, os.environ.get("VOCAB_SIZE", ""), teacher, sep=","))
 folder = Path(os.environ["OUTPUT_DIR"]) / os.environ.get("RUN_ID", "unnamed")
 folder.mkdir(parents=True, exist_ok=True)
 for name in ("model.int6.ptz", "results.json"):
@@ -130,6 +134,15 @@ def test_what_brings_its_data_gets_no_others(place):
         assert not {"DATA_PATH", "PRESET"} & got.keys()
 
 
+def test_what_the_script_says_against_a_preset_ends_it(place):
+    shutil.copy(SCRIPT, place)
+    process = run_sh(place, "none.env")
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: PRESET=none.env: no such file;")
+    assert not (place / "runs").exists()
+
+
 def test_the_default_run_cut_short(place):
     """The real script: it trains, exports and scores, and the log says by which settings."""
     shutil.copy(SCRIPT, place)
@@ -150,3 +163,31 @@ def test_the_default_run_cut_short(place):
     log = (folder / "train.log").read_text()
     for line in ("TRAIN_SEQ_LEN=256", "NUM_LAYERS=2", "ITERATIONS=2", "VOCAB_SIZE=512"):
         assert f"\n{line}\n" in log
+
+
+WAITING = """
+import signal, sys, time
+if "--plan" in sys.argv: sys.exit(print("0,,"))
+def leave(number, frame): sys.exit(print("saved") or 5)
+for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, leave)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "send"), [("SIGTERM", os.kill), ("SIGINT", os.killpg)])
+def test_signals_reach_the_script(place, number, send):
+    """SIGTERM to run.sh alone, Ctrl-C to all: the script has taken its place."""
+    (place / "train_gpt.py").write_text(WAITING)
+    process = subprocess.Popen(
+        ["bash", place / "run.sh"],
+        env=os.environ | {"DEVICE": "cpu", "DATA_PATH": str(place)},
+        text=True,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    while process.stdout.readline() != "started\n":
+        assert process.poll() is None
+    send(process.pid, signal.Signals[number])
+    out, _ = process.communicate(timeout=100)
+    assert (process.returncode, out) == (5, "saved\n")

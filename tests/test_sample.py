@@ -103,24 +103,13 @@ def test_probabilities_are_those_that_the_evaluation_scores(changes, processes):
     sample.fold_adapters(model, torch.float32)
     window = sample.Window(model, length, stride)
     text = tokens.tolist()
-    sampling = sample.Sampling()
     ours = []
     for i in range(1, count + 1):
-        probabilities = sampling.probabilities(window.next_logits(text[:i]))
+        probabilities = sample.probabilities(window.next_logits(text[:i]))
         assert probabilities.sum().item() == pytest.approx(1)
         ours.append(-probabilities[text[i]].log().item())
     np.testing.assert_allclose(ours, scored.tolist(), atol=2e-4, rtol=1e-4)
     assert np.mean(ours) == pytest.approx(expected, abs=2e-5)
-
-
-def test_folded_maps_compute_the_same_bits(processes):
-    h = tiny_settings(map_adapter="lora:4", map_scale="row", map_gate="mlp.fc=1")
-    model = random_model(h)
-    ids = torch.arange(32)[None]
-    with torch.no_grad():
-        before = model.predict(ids)
-        sample.fold_adapters(model, torch.float32)
-        assert torch.equal(model.predict(ids), before)
 
 
 def test_each_token_is_read_once(monkeypatch):
@@ -142,22 +131,22 @@ def test_each_token_is_read_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sampling, expected",
+    "options, expected",
     [
-        (sample.Sampling(), [0.1, 0.2, 0.3, 0.4]),
-        (sample.Sampling(temperature=0), [0, 0, 0, 1]),
-        (sample.Sampling(temperature=0.5), [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
-        (sample.Sampling(top_k=2), [0, 0, 3 / 7, 4 / 7]),
-        (sample.Sampling(top_k=9), [0.1, 0.2, 0.3, 0.4]),
-        (sample.Sampling(top_p=0.69), [0, 0, 3 / 7, 4 / 7]),
-        (sample.Sampling(top_p=0.71), [0, 2 / 9, 3 / 9, 4 / 9]),
-        (sample.Sampling(top_p=1e-9), [0, 0, 0, 1]),
-        (sample.Sampling(top_k=3, top_p=0.5), [0, 0, 3 / 7, 4 / 7]),
+        ({}, [0.1, 0.2, 0.3, 0.4]),
+        ({"temperature": 0}, [0, 0, 0, 1]),
+        ({"temperature": 0.5}, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+        ({"top_k": 2}, [0, 0, 3 / 7, 4 / 7]),
+        ({"top_k": 9}, [0.1, 0.2, 0.3, 0.4]),
+        ({"top_p": 0.69}, [0, 0, 3 / 7, 4 / 7]),
+        ({"top_p": 0.71}, [0, 2 / 9, 3 / 9, 4 / 9]),
+        ({"top_p": 1e-9}, [0, 0, 0, 1]),
+        ({"top_k": 3, "top_p": 0.5}, [0, 0, 3 / 7, 4 / 7]),
     ],
 )
-def test_choices(sampling, expected):
+def test_choices(options, expected):
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log() + 5
-    assert sampling.probabilities(logits).tolist() == pytest.approx(expected)
+    assert sample.probabilities(logits, **options).tolist() == pytest.approx(expected)
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -175,7 +164,7 @@ def test_pieces_are_whole_characters_and_together_the_text(writer, corpus, monke
         given, written = tokens[:cut], tokens[cut:]
         monkeypatch.setattr(writer, "encode", lambda prompt, given=given: list(given))
         monkeypatch.setattr(writer, "tokens", lambda *_, written=written: iter(written))
-        *pieces, rest = writer.pieces("", 10)
+        *pieces, rest = writer.pieces("")
         assert "".join([before, *pieces, rest]) == decode(tokens)
         assert not any(sample.UNDECODED in piece for piece in pieces)
 
@@ -184,7 +173,7 @@ def test_document_ends_with_a_control_token(writer, monkeypatch):
     logits = torch.zeros(writer.window.model.embedding.weight.size(0))
     logits[writer.tokenizer.model.bos_id()] = 100
     monkeypatch.setattr(writer.window, "next_logits", lambda text: logits)
-    assert list(writer.tokens([5], 10)) == []
+    assert list(writer.tokens([5])) == []
 
 
 def test_text_follows_the_seed_and_the_options(run, capsys):
@@ -197,58 +186,48 @@ def test_text_follows_the_seed_and_the_options(run, capsys):
     assert write(capsys, run / "model.int6.ptz", "The", "--tokens", 2, "--context", 3)[0]
 
 
-def test_prompts_of_a_file_do_not_depend_on_each_other(run, tmp_path, capsys):
-    file = tmp_path / "prompts"
-    file.write_text("One\n\nTwo ÄÖ\n", encoding="utf-8")
-    both, _ = write(capsys, run, "--prompts", file, "--tokens", 20, "--seed", 3)
-    alone, _ = write(capsys, run, "Two ÄÖ", "--tokens", 20, "--seed", 3)
-    assert both.split("\n---\n\n")[1] == alone
-    assert both.startswith("One")
+def test_artifact_alone_is_read_as_it_was_scored(run, corpus, tmp_path):
+    """Without log and results it knows its window and its stride; --context makes them shorter."""
+    model = shutil.copy(run / "model.int6.ptz", tmp_path)
+    arguments = [model, "--tokenizer", str(corpus.tokenizer)]
+    for more, expected in (([], (32, 8)), (["--context", "5"], (5, 5))):
+        with sample.open_writer(sample.parse([*arguments, *more])) as writer:
+            assert (writer.window.length, writer.window.stride) == expected
 
 
-def test_prompt_from_the_standard_input_and_a_reader_that_leaves(run):
-    command = [sys.executable, str(TOOL), str(run), "--tokens", "2000", "--top-k", "5"]
-    process = subprocess.Popen(
-        command,
-        env=environment({}),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def test_memory_limit_is_the_users(run, capsys, monkeypatch):
+    monkeypatch.setenv("MODEL_LIMIT_BYTES", "1000")
+    assert "MODEL_LIMIT_BYTES=1000" in refusal(capsys, run, "prompt")
+
+
+def command(run: Path, *arguments: object, **options) -> subprocess.Popen:
+    """Start the tool as a user does."""
+    words = [sys.executable, TOOL, run, *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([str(word) for word in words], env=environment({}), **streams)
+
+
+def test_each_line_is_a_prompt_also_at_a_terminal(run, capsys):
+    """One prompt does not depend on the others."""
+    outer, inner = pty.openpty()
+    process = command(run, "--tokens", 5, "--seed", 3, stdin=inner)
+    os.close(inner)
+    os.write(outer, "First\n\nSecond ÄÖ\n\x04".encode())
+    out, err = (stream.decode() for stream in process.communicate(timeout=200))
+    os.close(outer)
+    assert process.returncode == 0, err
+    assert out.startswith("First") and err.count("tokens/s]") == 2
+    assert out.endswith(write(capsys, run, "Second ÄÖ", "--tokens", 5, "--seed", 3)[0])
+
+
+def test_reader_that_leaves_is_no_error(run):
+    process = command(run, "--tokens", 2000, "--top-k", 5, stdin=subprocess.PIPE)
     process.stdin.write(b"A prompt\n")
     process.stdin.close()
     assert process.stdout.read(8) == b"A prompt"
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()
-    assert process.wait(100) == 0
-
-
-def test_terminal_asks_for_prompts(run):
-    outer, inner = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(TOOL), str(run), "--tokens", "5"],
-        env=environment({}),
-        stdin=inner,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(inner)
-    os.write(outer, b"First prompt\nSecond prompt\n\x04")
-    out, err = process.communicate(timeout=100)
-    os.close(outer)
-    assert process.returncode == 0, err
-    assert "First prompt" in out and "Second prompt" in out
-    assert err.count("tokens/s]") == 2
-
-
-def test_tokenizer_is_that_of_the_manifest_wherever_the_log_says(copied, capsys):
-    log = copied / "train.log"
-    text = log.read_text(encoding="utf-8")
-    before, mark, after = text.partition("\nTOKENIZER_PATH=")
-    rest = after.partition("\n")[2]
-    log.write_text(f"{before}{mark}nowhere.model\n{rest}", encoding="utf-8")
-    assert write(capsys, copied, "A", "--tokens", 1)[0].startswith("A")
+    assert process.wait(200) == 0
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
@@ -263,9 +242,9 @@ def tear(path: Path) -> None:
     [
         (lambda run: tear(run / "model.int6.ptz"), "the artifact is damaged"),
         (lambda run: (run / "model.int6.ptz").write_bytes(b"text"), "not an artifact"),
-        (lambda run: (run / "model.int6.ptz").unlink(), "the run is still going"),
-        (lambda run: (run / "train.log").unlink(), "name it with --tokenizer"),
-        (lambda run: (run / "train.log").write_bytes(b"\xff" * 99), "name it with --tokenizer"),
+        (lambda run: (run / "model.int6.ptz").unlink(), "model.int6.ptz cannot be read"),
+        (lambda run: (run / "results.json").unlink(), "name it with --tokenizer"),
+        (lambda run: (run / "results.json").write_bytes(b"\xff"), "name it with --tokenizer"),
     ],
 )
 def test_damaged_run_is_refused_in_one_line(copied, capsys, damage, message):
@@ -274,43 +253,19 @@ def test_damaged_run_is_refused_in_one_line(copied, capsys, damage, message):
 
 
 def test_other_bad_input_is_refused_in_one_line(run, corpus, tmp_path, capsys, monkeypatch):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "not a run's folder" in refusal(capsys, empty, "prompt")
     assert "No such file" in refusal(capsys, tmp_path / "nowhere", "prompt")
     foreign = tmp_path / "foreign.model"
     foreign.write_bytes(corpus.tokenizer.read_bytes() + b"\0")
     message = refusal(capsys, run, "prompt", "--tokenizer", foreign)
     assert "not the tokenizer of the artifact" in message or "cannot be used" in message
     assert "cannot be" in refusal(capsys, run, "prompt", "--tokenizer", run / "results.json")
-    binary = tmp_path / "binary"
-    for content, problem in (
-        (b"\xff\xfe", "not UTF-8"),
-        (b"a\0b", "not text"),
-        (b"\n", "no prompt"),
-    ):
-        binary.write_bytes(content)
-        assert problem in refusal(capsys, run, "--prompts", binary)
-    assert "cannot be read" in refusal(capsys, run, "--prompts", tmp_path / "nowhere")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     assert "standard input is not UTF-8" in refusal(capsys, run)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["model", "--tokens", "0"],
-        ["model", "--temperature", "-1"],
-        ["model", "--temperature", "nan"],
-        ["model", "--top-k", "-1"],
-        ["model", "--top-p", "0"],
-        ["model", "--top-p", "1.1"],
-        ["model", "--context", "0"],
-        ["model", "prompt", "--prompts", "file"],
-    ],
-)
-def test_unusable_arguments(arguments):
-    with pytest.raises(SystemExit) as ended:
-        sample.main(arguments)
-    assert ended.value.code == 2
+def test_unusable_arguments():
+    words = "--tokens 0,--temperature -1,--temperature nan,--top-k -1,--top-p 0,--top-p 1.1"
+    for options in (f"{words},--context 0").split(","):
+        with pytest.raises(SystemExit) as ended:
+            sample.main(["model", *options.split()])
+        assert ended.value.code == 2, options

@@ -1,4 +1,4 @@
-"""The script and all tools: what each says where a package is missing."""
+"""The script and its tools: what each says where a package is missing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ NEEDED = [
     ("data/prepare.py", "sentencepiece", "requirements.txt"),
     ("tools/ablate.py", "pandas", "tools/requirements.txt"),
     ("tools/check.py", "numpy", "requirements.txt"),
-    ("tools/report.py", "jinja2", "tools/requirements.txt"),
-    ("tools/report.py", "sentencepiece", "requirements.txt"),
     ("tools/sample.py", "torch", "requirements.txt"),
-    ("tools/submit.py", "brotli", "tools/requirements.txt"),
-    ("tools/tensorboard.py", "torch", "tools/requirements.txt"),
     *(("train_gpt.py", name, "requirements.txt") for name in RUN_NEEDS),
 ]
 

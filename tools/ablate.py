@@ -64,6 +64,7 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 
 import train_gpt
+from train_gpt import UserError, load_preset
 
 # The variables that the script and its launcher read; none may come from the shell.
 NAMES = {*train_gpt.SETTINGS, *train_gpt.ALIASES, *train_gpt.UNSUPPORTED, "preset"}
@@ -80,7 +81,8 @@ MACHINE = re.compile(r"(OMP|MKL|MALLOC|GLIBC|CUDA|NCCL|TORCH|TORCHINDUCTOR|TRITO
 ARTIFACT = "model.int6.ptz"
 GRACE_SECONDS = 60  # for a run that was told to stop: it finishes its step and saves a checkpoint
 # Columns of results.csv: those with text, and those with figures by their keys in results.json.
-TEXT = ("label", "family", "preset", "settings", "budget", "script", "variant", "run", "error")
+TEXT = ("label", "family", "preset", "settings", "budget")
+TEXT += ("script", "torch", "variant", "run", "error")
 FIGURES = {
     "steps": "steps",
     "seconds": "train_seconds",
@@ -92,10 +94,6 @@ FIGURES = {
     "val_bpb_roundtrip": "val_bpb_roundtrip",
     "val_bpb_sliding": "val_bpb_sliding_window",
 }
-
-
-class UserError(Exception):
-    """An error that the user can fix: the message says what is wrong and what to do."""
 
 
 class RunFailed(Exception):
@@ -176,22 +174,6 @@ def parse_settings(words: list[str], where: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def load_preset(name: str) -> dict[str, str]:
-    """Return the settings of presets/NAME.env, or of a file, over those of its PRESET_BASE."""
-    folder = ROOT / "presets"
-    path = folder / f"{name.removesuffix('.env')}.env"
-    path = path if path.is_file() else Path(name)
-    if not path.is_file():
-        names = sorted(each.relative_to(folder).as_posix() for each in folder.rglob("*.env"))
-        raise UserError(f"no preset {name!r}; there are: {' '.join(names)}")
-    words = split_words(path.read_text(encoding="utf-8"), str(path))
-    settings = parse_settings(words, str(path))
-    base = settings.pop("PRESET_BASE", "")
-    inherited = load_preset(base) if base else {}
-    inherited.pop("TEACHER_PRESET", None)  # a preset names its own teacher
-    return inherited | settings
-
-
 def with_data(settings: dict[str, str], data: str | None) -> dict[str, str]:
     """Add the settings that name the data, tokenizer and vocabulary, as run.sh does."""
     default = ROOT / "data" / "datasets" / f"docs_sp{settings.get('VOCAB_SIZE', 1024)}"
@@ -222,7 +204,10 @@ def complete(
     variant: Variant, common: dict[str, str], data: str | None, teachers: dict[str, Variant]
 ) -> None:
     """Put preset, data and common settings below the variant's changes, and find its teacher."""
-    settings = load_preset(variant.preset) | common | variant.settings
+    preset, given = load_preset(variant.preset), common | variant.settings
+    if "MAP_BASIS" in given:  # the preset's other columns are about other maps, as for PRESET
+        preset = {key: text for key, text in preset.items() if not key.startswith("MAP_")}
+    settings = preset | given
     teacher = settings.pop("TEACHER_PRESET", "")
     settings = {key: text for key, text in settings.items() if key not in CONTROLLED}
     variant.settings = with_data(settings, data)
@@ -266,7 +251,7 @@ def check(variants: list[Variant], budget: Budget, processes: int) -> None:
         launcher = {"WORLD_SIZE": str(processes)}
         try:
             h = train_gpt.load_settings(variant.settings | teacher | launcher)
-        except train_gpt.UserError as error:
+        except UserError as error:
             problems.append(f"{variant.label}: {error}")
             continue
         variant.step_tokens = h.train_batch_tokens
@@ -391,6 +376,7 @@ class Runner:
         row |= {"preset": variant.preset, "seed": seed, "variant": variant.id, "script": self.sha}
         words = [f"{key}={text}" for key, text in variant.settings.items()]
         row |= {"settings": " ".join(words), "budget": str(self.budget)}
+        row["torch"] = torch.__version__
         try:
             return row | self.run(variant, seed), ""
         except RunFailed as error:

@@ -5,8 +5,9 @@
 
 FOLDER holds train.log, model.int6.ptz and results.json. Its train_gpt.py is the code under
 examination; without one it is the source at the beginning of the log. Settings are those of the
-log, and so are DATA_PATH and TOKENIZER_PATH unless they are given. The exit code is 0 if every
-check passes, 1 if one fails or cannot be made, 2 for unusable arguments.
+log, and so are DATA_PATH and TOKENIZER_PATH unless they are given; MODEL_LIMIT_BYTES is that of the
+environment if it is set there. The exit code is 0 if every check passes, 1 if one fails or cannot
+be made, 2 for unusable arguments.
 
 The examined script runs in child processes only, without network, each in an empty folder with a
 clean environment. Their reports reveal mistakes and plain cheats, not a script that attacks its
@@ -27,8 +28,6 @@ import json
 import math
 import os
 import re
-import runpy
-import signal
 import site
 import socket
 import subprocess
@@ -37,9 +36,8 @@ import tempfile
 import textwrap
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 try:
@@ -52,23 +50,15 @@ except ImportError as missing:
 if TYPE_CHECKING:  # a child imports torch once the examined script runs
     from torch import Tensor
 
-INHERITED = re.compile(r"PATH|LANG|LC_ALL|LD_LIBRARY_PATH|OMP_NUM_THREADS|(CUDA|MALLOC)_\w+")
-# Settings of a run that decide how its artifact is scored.
-SCORING = (
-    "EVAL_SEQ_LEN",
-    "EVAL_STRIDE",
-    "EVAL_MODE",
-    "EVAL_BATCH_TOKENS",
-    "DEVICE",
-    "DTYPE",
-    "COMPILE",
-)
+INHERITED = r"PATH|LANG|LC_ALL|LD_LIBRARY_PATH|OMP_NUM_THREADS|MODEL_LIMIT_BYTES|(CUDA|MALLOC)_\w+"
+# Settings that say where a run lies and how it was started, not what it computes.
+PLACES = {"RUN_ID", "OUTPUT_DIR", "RESUME", "DATA_PATH", "TOKENIZER_PATH"}
+PLACES |= {"EVAL_ONLY", "MODEL_PATH", "EXPORT_ONLY", "CHECKPOINT_PATH"}
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev")  # any process opens these
-RESULTS = "results.json"
+ARTIFACT, RESULTS = "model.int6.ptz", "results.json"
 MAX_SEQUENCES = 8  # of one step of the short training
-PROBABILITY = 1e-4  # how far a sum of probabilities may be from 1, and a log-probability may move
+PROBABILITY = 1e-4  # nats between two computations of the same shape
 EXACT = 1e-6  # between figures that differ only by rounding in print
-LOOP = 1e-3  # nats between two orders of the same sums, in bfloat16 too
 
 
 class CannotCheck(Exception):
@@ -82,86 +72,68 @@ class Result(NamedTuple):
     evidence: str
 
 
-def true_ones(statements: dict[str, object]) -> list[str]:
-    """Return the statements that are true."""
-    return [text for text, is_true in statements.items() if is_true]
-
-
-def judge(problems: list[str], evidence: str) -> Result:
-    """Return FAIL if there are problems, else pass."""
-    return Result("FAIL" if problems else "pass", "; ".join([*problems, evidence]))
+def judge(problems: dict[str, object], evidence: str) -> Result:
+    """Return FAIL if one of the statements in `problems` is true, else pass."""
+    found = [text for text, is_one in problems.items() if is_one]
+    return Result("FAIL" if found else "pass", "; ".join([*found, evidence]))
 
 
 # ---- The submission ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line sets; see `parse`."""
-
-    data: str = ""
-    tokenizer: str = ""
-    train_limit: float = 600.0
-    eval_limit: float = 600.0
-    size_limit: int = 16_000_000
-    tolerance: float = 1e-4
-    steps: int = 3
-    timeout: float = 3600.0
-
-
 class Submission:
-    """The parts of a folder, each read when it is first needed. CannotCheck if one is missing."""
+    """The parts of a run's folder, each read when it is first needed.
 
-    def __init__(self, folder: Path, options: Options) -> None:
+    CannotCheck if one is missing, or if the run is still going.
+    """
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options = folder, options
+        log = folder / "train.log"
+        if not log.is_file():
+            raise CannotCheck(f"{folder} has no train.log; it is not a run's folder")
+        with log.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                problem = f"{folder}: the run is still going"
+                raise CannotCheck(f"{problem}; wait until it ends") from None
 
     def part(self, name: str) -> bytes:
         """Return the content of a file."""
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
-            raise CannotCheck(
-                f"{name}: {error.strerror}; copy the run's {name} to {self.folder}"
-            ) from None
+            problem = f"{name}: {error.strerror}"
+            raise CannotCheck(f"{problem}; copy the run's {name} to {self.folder}") from None
 
     @functools.cached_property
-    def log(self) -> str:
-        return self.part("train.log").decode("utf-8", "replace")
+    def starts(self) -> list[str]:
+        """The log, cut before the settings; the last part belongs to the last start.
 
-    @functools.cached_property
-    def logged_script(self) -> bytes:
-        """The source at the beginning of the log, before the settings."""
-        source, mark, _ = self.log.partition("\nRUN_ID=")
-        if not mark:
+        A run writes its source and its settings when it starts, and again when it continues.
+        """
+        starts = self.part("train.log").decode("utf-8", "replace").split("\nRUN_ID=")
+        if len(starts) == 1:
             raise CannotCheck("train.log has no source and settings; give the run's whole log")
-        return source.encode()
+        return starts
 
     @functools.cached_property
     def script(self) -> bytes:
         has_script = (self.folder / "train_gpt.py").exists()
-        return self.part("train_gpt.py") if has_script else self.logged_script
-
-    @functools.cached_property
-    def artifact(self) -> bytes:
-        return self.part("model.int6.ptz")
-
-    @functools.cached_property
-    def record(self) -> str:
-        """The log below the source."""
-        return self.log[len(self.logged_script.decode()) :]
+        return self.part("train_gpt.py") if has_script else self.starts[0].encode()
 
     @functools.cached_property
     def settings(self) -> dict[str, str]:
-        return dict(re.findall(r"^([A-Z][A-Z0-9_]*)=(.*)$", self.record, re.M))
+        """The settings of the last start."""
+        return dict(re.findall(r"^([A-Z][A-Z0-9_]*)=(.*)$", f"RUN_ID={self.starts[-1]}", re.M))
 
     def setting(self, name: str) -> int:
         """Return a whole number among the settings."""
-        try:
-            return int(self.settings[name])
-        except (KeyError, ValueError):
-            raise CannotCheck(
-                f"train.log has no whole number {name}=; give the run's whole log"
-            ) from None
+        text = self.settings.get(name, "")
+        if not text.isdecimal():
+            raise CannotCheck(f"train.log has no whole number {name}=; give the run's whole log")
+        return int(text)
 
     def claim(self, name: str) -> float:
         """Return a figure of the results."""
@@ -170,21 +142,8 @@ class Submission:
         except (KeyError, TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value):
-            raise CannotCheck(f"{RESULTS} has no figure {name}; the run writes it")
+            raise CannotCheck(f"{RESULTS} has no figure {name}; a run writes it at its end")
         return value
-
-    def found(self, pattern: str, what: str) -> list[tuple[str, ...]]:
-        """Return the groups of all lines of the log that match; there must be one."""
-        matches = re.findall(f"^{pattern}$", self.record, re.M)
-        if not matches:
-            raise CannotCheck(
-                f"train.log has no line of {what}; give the log of the run that trained"
-            )
-        return matches
-
-    def final(self, kind: str = "sliding_window") -> tuple[float, float]:
-        """Return val_loss and val_bpb of the log's exact line."""
-        return final_scores(self.record, kind)
 
     @functools.cached_property
     def tokenizer(self) -> Path:
@@ -198,83 +157,46 @@ class Submission:
         folder = Path(self.options.data or self.settings.get("DATA_PATH", ""))
         paths = sorted(folder.absolute().glob(f"fineweb_{split}_*.bin"))
         if not paths:
-            raise CannotCheck(
-                f"no fineweb_{split}_*.bin in {folder}; name their folder with --data"
-            )
+            missing = f"no fineweb_{split}_*.bin in {folder}"
+            raise CannotCheck(f"{missing}; name their folder with --data")
         return paths
 
     def tokens(self, split: str, count: int | None = None) -> np.ndarray:
-        """Return the first tokens of a split, or all, (n,) uint16, without the script's reader."""
-        parts, left = [], count
-        for path in self.shards(split):
-            parts.append(np.fromfile(path, "<u2", -1 if left is None else left, offset=1024))
-            if left is not None and (left := left - len(parts[-1])) <= 0:
-                break
-        return np.concatenate(parts)
+        """Return the first tokens of a split, (n,) uint16, without the script's reader."""
+        shards = [np.memmap(path, "<u2", "r", 1024) for path in self.shards(split)]
+        return np.concatenate([shard[:count] for shard in shards])[:count]
 
     @functools.cached_property
-    def probing(self) -> dict:
-        """The answer of the child that probes the script's functions on the artifact."""
-        length, stride = self.setting("EVAL_SEQ_LEN"), self.setting("EVAL_STRIDE")
-        with tempfile.TemporaryDirectory() as name:
-            folder = lay_out(self, Path(name), artifact=True)
-            write_shard(
-                folder / "data", "val", self.tokens("val", length + 3 * stride + stride // 2 + 2)
-            )
-            return run_child(
-                "probe", folder, scoring(self) | {"COMPILE": "0"}, self.options.timeout
-            )
+    def training(self) -> dict:
+        return train_briefly(self)
 
-    def probed(self) -> dict:
-        """Return the figures of `probe`."""
-        if error := self.probing["error"]:
-            raise CannotCheck(f"the script cannot be probed on the artifact: {error}")
-        return self.probing["figures"]
+    @functools.cached_property
+    def evaluation(self) -> dict:
+        """The answer of the child that evaluates the artifact and probes the script's functions."""
+        files = {f"data/{path.name}": path for path in self.shards("val")}
+        changes = {"EVAL_ONLY": 1, "MODEL_PATH": ARTIFACT, "DATA_PATH": "data"}
+        return run_child("evaluate", self, files | {ARTIFACT: self.part(ARTIFACT)}, changes)
 
 
-def final_scores(text: str, kind: str) -> tuple[float, float]:
-    """Return val_loss and val_bpb of the last exact line of this kind."""
-    line = rf"^final_int6_\w+_{kind}_exact val_loss:([\d.]+) val_bpb:([\d.]+)$"
-    if not (found := re.findall(line, text, re.M)):
-        raise CannotCheck(
-            f"no line final_int6_*_{kind}_exact; give the log of a run that came to its end"
-        )
+def final_scores(text: str) -> tuple[float, float]:
+    """Return val_loss and val_bpb of the last exact line of sliding windows."""
+    line = r"^final_int6_\w+_sliding_window_exact val_loss:([\d.]+) val_bpb:([\d.]+)$"
+    found = re.findall(line, text, re.M)
+    if not found:
+        missing = "no line final_int6_*_sliding_window_exact"
+        raise CannotCheck(f"{missing}; give the log of a run that came to its end")
     loss, bpb = found[-1]
     return float(loss), float(bpb)
 
 
-def scoring(s: Submission) -> dict[str, str]:
-    """Return the environment of an evaluation: paths and how to score."""
-    asked = {name: s.settings[name] for name in SCORING if name in s.settings}
-    return asked | {
-        "EVAL_ONLY": "1",
-        "MODEL_PATH": "model.int6.ptz",
-        "DATA_PATH": "data",
-        "TOKENIZER_PATH": "tokenizer.model",
-    }
+# ---- Children ------------------------------------------------------------------------------------
 
 
-def lay_out(s: Submission, folder: Path, artifact: bool) -> Path:
-    """Fill the empty folder of a child with script, tokenizer, artifact and an empty data/."""
-    (folder / "data").mkdir()
-    (folder / "train_gpt.py").write_bytes(s.script)
-    (folder / "tokenizer.model").write_bytes(s.tokenizer.read_bytes())
-    if artifact:
-        (folder / "model.int6.ptz").write_bytes(s.artifact)
-    return folder
-
-
-def write_shard(folder: Path, split: str, tokens: np.ndarray) -> None:
-    """Write tokens as the only shard of a split."""
+def shard(tokens: np.ndarray) -> bytes:
+    """Return a shard of these tokens."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens)
-    folder.mkdir(exist_ok=True)
-    (folder / f"fineweb_{split}_000000.bin").write_bytes(
-        header.tobytes() + tokens.astype("<u2").tobytes()
-    )
-
-
-# ---- Children ------------------------------------------------------------------------------------
+    return header.tobytes() + tokens.astype("<u2").tobytes()
 
 
 @functools.cache
@@ -282,50 +204,98 @@ def namespace() -> tuple[str, ...]:
     """Return what starts a command without network interfaces, if the system lets a user do it."""
     command = ("unshare", "--map-root-user", "--net", "--")
     try:
-        works = subprocess.run([*command, "true"], capture_output=True, timeout=10).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        works = False
-    return command if works else ()
+        subprocess.run([*command, "true"], capture_output=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return command
 
 
-def run_child(task: str, folder: Path, settings: dict[str, str], timeout: float) -> dict:
-    """Run a task in this folder; return the child's report, whose `error` is empty if it worked."""
-    clean = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)}
-    clean |= {"HOME": str(folder), "TMPDIR": str(folder), "PYTHONUSERBASE": site.getuserbase()}
+def run_child(
+    task: str, s: Submission, files: dict[str, bytes | Path], changes: dict[str, object]
+) -> dict:
+    """Run a task on the script, in a folder with these files, by the settings of the run.
+
+    Returns the report of `child` and what the script printed. CannotCheck if there is no report.
+
+    Args:
+        task: train or evaluate.
+        s: what is examined.
+        files: content by name, or the path to which the name is a link.
+        changes: settings that are not those of the run.
+    """
+    settings = {name: value for name, value in s.settings.items() if name not in PLACES}
+    settings |= {name: str(value) for name, value in changes.items()}
+    settings["TOKENIZER_PATH"] = "tokenizer.model"
+    files = {"train_gpt.py": s.script, "tokenizer.model": s.tokenizer.read_bytes()} | files
+    clean = {name: value for name, value in os.environ.items() if re.fullmatch(INHERITED, name)}
     command = [*namespace(), sys.executable, "-B", str(Path(__file__).absolute()), "--child", task]
-    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as errors:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=clean | settings,
-            stdout=out,
-            stderr=errors,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            if isinstance(content, Path):
+                path.symlink_to(content.absolute())
+            else:
+                path.write_bytes(content)
+        clean |= {"HOME": folder, "TMPDIR": folder, "PYTHONUSERBASE": site.getuserbase()}
+        options = {"cwd": folder, "env": settings | clean, "timeout": s.options.timeout}
         try:
-            process.wait(timeout)
+            done = subprocess.run(
+                command, **options, stdin=subprocess.DEVNULL, capture_output=True, errors="replace"
+            )
         except subprocess.TimeoutExpired:
-            raise CannotCheck(
-                f"{task} takes over {timeout:g} s here; give more with --timeout"
-            ) from None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    output, errors = (
-        (folder / name).read_text("utf-8", "replace") for name in ("stdout", "stderr")
-    )
-    if not (folder / "answer.json").exists():
-        last = (errors.strip() or "no message").splitlines()[-1]
-        raise CannotCheck(f"the child for {task} ended with {process.returncode}: {last}")
-    return json.loads((folder / "answer.json").read_text()) | {"output": output}
+            late = f"{task} takes over {s.options.timeout:g} s here"
+            raise CannotCheck(f"{late}; give more with --timeout") from None
+        answer = Path(folder, "answer.json")
+        if not answer.exists():
+            last = done.stderr.strip().rpartition("\n")[2] or "no message"
+            raise CannotCheck(f"the child for {task} ended with {done.returncode}: {last}")
+        return json.loads(answer.read_text()) | {"output": done.stdout}
 
 
-# ---- The checks, in the order of the table -------------------------------------------------------
+def train_briefly(s: Submission) -> dict:
+    """Train the first steps and export, twice: with the validation text and with another one.
+
+    Training validates after each step. It runs on the CPU, where sums have one order, and without
+    TARGET_BYTES, which makes the scales depend on the bytes of the code.
+
+    Returns the child's answer: `val` and `other` are what came out with each text.
+    """
+    length, window = s.setting("TRAIN_SEQ_LEN"), s.setting("EVAL_SEQ_LEN")
+    batch = min(MAX_SEQUENCES, max(1, s.setting("TRAIN_BATCH_TOKENS") // length)) * length
+    count = max(s.options.steps * batch, 2 * window) + 1
+    training = s.tokens("train", 2 * count + length)
+    changes = {
+        "ITERATIONS": s.options.steps,
+        "TRAIN_BATCH_TOKENS": batch,
+        "MAX_WALLCLOCK_SECONDS": 0,
+        "CHECKPOINT_SECONDS": 0,
+        "TARGET_BYTES": 0,
+        "COMPILE": 0,
+        "DEVICE": "cpu",
+        "VAL_LOSS_EVERY": 1,
+        "TRAIN_LOG_EVERY": 1,
+        "EVAL_STRIDE": window,
+        "WARMUP_STEPS": min(1, s.setting("WARMUP_STEPS")),
+        "GPTQ_CALIB_BATCHES": min(2, s.setting("GPTQ_CALIB_BATCHES")),
+    }
+    files: dict[str, bytes | Path] = {}
+    for text, validation in (("val", s.tokens("val", count)), ("other", training[:count])):
+        files[f"{text}/fineweb_val_000000.bin"] = shard(validation)
+        files[f"{text}/fineweb_train_000000.bin"] = shard(training)
+    teacher = s.settings.get("DISTILL_FROM")
+    if teacher:
+        files["teacher"] = Path(teacher)
+        changes["DISTILL_FROM"] = "teacher"
+    answer = run_child("train", s, files, changes)
+    if answer["error"]:
+        raise CannotCheck(f"the short training ended in: {answer['error']}")
+    return answer
 
 
-@functools.cache
+# ---- The checks ----------------------------------------------------------------------------------
+
+
 def count_code(script: bytes) -> int:
     """Return the bytes of a script as it ships, by the rule of the script's `code_bytes`.
 
@@ -342,286 +312,142 @@ def count_code(script: bytes) -> int:
 
 def check_size(s: Submission) -> Result:
     """Count the bytes of code and model; code counts as it ships."""
-    code, model = count_code(s.script), len(s.artifact)
-    problems = []
-    if code + model > s.options.size_limit:
-        problems.append(f"{code + model - s.options.size_limit:,} bytes over the limit")
+    code, model, limit = count_code(s.script), len(s.part(ARTIFACT)), s.options.size_limit
+    problems = {f"{code + model - limit:,} bytes over the limit": code + model > limit}
     for name, size in (("bytes_code", code), ("bytes_total", code + model)):
-        if s.claim(name) != size:
-            problems.append(f"{RESULTS} has {name} {s.claim(name):,.0f}, not {size:,}")
-    return judge(
-        problems,
-        f"code {code:,} + model {model:,} = {code + model:,} bytes of {s.options.size_limit:,}",
-    )
-
-
-def check_seconds(s: Submission) -> Result:
-    """Compare the claimed times with the limits, with each other and with the log's clock."""
-    names = "train_seconds", "export_seconds", "eval_seconds", "steps", "tokens_per_second"
-    train, export, evaluation, steps, speed = (s.claim(name) for name in names)
-    clock = s.found(r"step:(\d+)/\d+ .*train_time:(\d+)ms step_avg:([\d.]+)ms", "train_time")
-    clock = [(int(step), int(time), float(average)) for step, time, average in clock]
-    last, milliseconds, _ = clock[-1]
-    each = sum(int(ms) for ms in s.found(r"final_int6_.* eval_time:(\d+)ms", "eval_time")) / 1000
-    tokens = s.setting("TRAIN_BATCH_TOKENS") * steps
-    wrong = {
-        f"training and export over {s.options.train_limit:g} s": train + export
-        > s.options.train_limit,
-        f"evaluation over {s.options.eval_limit:g} s": evaluation > s.options.eval_limit,
-        "a time is negative": min(train, export, evaluation) < 0,
-        f"the log's clock ends at {milliseconds / 1000:g} s": abs(1000 * train - milliseconds) > 1,
-        f"the log ends at step {last}, {RESULTS} at {steps:g}": last != steps,
-        "step_avg × steps is not train_time": any(
-            abs(step * average - time) > 1 + 0.006 * step for step, time, average in clock
-        ),
-        "train_time runs backwards": [time for _, time, _ in clock]
-        != sorted(time for _, time, _ in clock),
-        f"the log's evaluations took {each:g} s": each > evaluation + 0.005,
-        f"{tokens:,.0f} tokens are not {speed:,.0f} a second": abs(tokens - speed * train)
-        > speed * 0.002 + train + 1,
-    }
-    return judge(
-        true_ones(wrong),
-        f"training {train:g} + export {export:g} = {train + export:.3f} s of"
-        f" {s.options.train_limit:g}, evaluation {evaluation:g} s of"
-        f" {s.options.eval_limit:g}; {steps:g} steps by the log's clock",
-    )
+        claimed = s.claim(name)
+        problems[f"{RESULTS} has {name} {claimed:,.0f}, not {size:,}"] = claimed != size
+    return judge(problems, f"code {code:,} + model {model:,} = {code + model:,} bytes of {limit:,}")
 
 
 def check_untouched(s: Submission) -> Result:
-    """Train the first steps and export, twice: with the validation text and with other text.
-
-    Training validates after each step, so a script that trains on validation text, or chooses by
-    it, gets other weights. This runs on the CPU, where sums have one order.
-    """
-    length, steps = s.setting("TRAIN_SEQ_LEN"), s.options.steps
-    batch = min(MAX_SEQUENCES, max(1, s.setting("TRAIN_BATCH_TOKENS") // length)) * length
-    count = max(steps * batch, 2 * s.setting("EVAL_SEQ_LEN")) + 1
-    validation = s.tokens("val", count)
-    model = sentencepiece.SentencePieceProcessor(model_file=str(s.tokenizer))
-    page = model.encode(" ".join(__doc__.split()))
-    other = [int(validation[0]), *(page * (count // len(page) + 1))[: count // 2 + 1]]
-    changes = {
-        "ITERATIONS": steps,
-        "TRAIN_BATCH_TOKENS": batch,
-        "MAX_WALLCLOCK_SECONDS": 0,
-        "COMPILE": 0,
-        "VAL_LOSS_EVERY": 1,
-        "TRAIN_LOG_EVERY": 1,
-        "EVAL_STRIDE": s.setting("EVAL_SEQ_LEN"),
-        "WARMUP_STEPS": min(1, s.setting("WARMUP_STEPS")),
-        "DEVICE": "cpu",
-        "GPTQ_CALIB_BATCHES": min(2, s.setting("GPTQ_CALIB_BATCHES")),
-        "EXPORT_ONLY": 0,
-        "OUTPUT_DIR": "runs",
-        "TOKENIZER_PATH": "tokenizer.model",
-    }
-    with tempfile.TemporaryDirectory() as name:
-        folder = lay_out(s, Path(name), artifact=False)
-        if teacher := s.settings.get("DISTILL_FROM"):
-            (folder / "teacher").write_bytes(Path(teacher).read_bytes())
-            changes["DISTILL_FROM"] = "teacher"
-        for split, tokens in (("val", validation), ("other", np.array(other))):
-            write_shard(folder / split, "val", tokens)
-            write_shard(folder / split, "train", s.tokens("train", 2 * count + length))
-        settings = s.settings | {name: str(value) for name, value in changes.items()}
-        answer = run_child("train", folder, settings, s.options.timeout)
-        if answer["error"]:
-            raise CannotCheck(f"the short training ended in: {answer['error']}")
-        artifacts = [
-            (folder / "runs" / split / "model.int6.ptz").read_bytes() for split in ("val", "other")
-        ]
-        logs = [
-            (folder / "runs" / split / "train.log").read_text("utf-8") for split in ("val", "other")
-        ]
-    losses, scores = (
-        [re.findall(pattern, log, re.M) for log in logs]
-        for pattern in (r"^average .*|train_loss:\S+", r"^final_int6_.*_exact .*")
-    )
+    """Replace the validation text of a short training: nothing that is learned may change."""
+    answer = s.training
+    ours, theirs = answer["val"], answer["other"]
     readers = answer["opened"]["val"]
     strangers = [by for by in readers if "ValidationStream." not in by]
-    wrong = {
+    problems = {
         f"validation shards opened by {', '.join(strangers)}": strangers,
         "no validation shard was seen being opened": not readers,
-        f"other files opened: {', '.join(answer['other'][:5])}": answer["other"],
-        "other validation text gives other weights": len(set(answer["figures"]["weights"])) != 1,
-        "other validation text gives another artifact": artifacts[0] != artifacts[1],
-        "other validation text gives other training losses": losses[0] != losses[1],
-        "the two texts score alike, so the comparison says nothing": scores[0] == scores[1],
+        f"other files opened: {', '.join(answer['files'][:5])}": answer["files"],
+        "the two texts score alike, so the comparison says nothing": ours["scores"]
+        == theirs["scores"],
     }
+    for what in ("weights", "artifact", "losses"):
+        problems[f"other validation text gives other {what}"] = ours[what] != theirs[what]
     return judge(
-        true_ones(wrong),
-        f"{steps} steps and export: validation shards opened by {', '.join(readers)}; weights"
-        f" {answer['figures']['weights'][0][:12]} and artifact {len(artifacts[0]):,} bytes, the"
-        f" same after {len(validation):,} validation tokens became {len(other):,} others",
+        problems,
+        f"{s.options.steps} steps and export: validation shards opened by {', '.join(readers)};"
+        f" weights {ours['weights'][:12]} and artifact {ours['artifact'][:12]} are the same with"
+        " another validation text",
     )
 
 
 def check_evaluation(s: Submission) -> Result:
     """Score again, from script, artifact, tokenizer and validation shards in an empty folder."""
-    claimed, (_, logged) = s.claim("val_bpb"), s.final()
-    with tempfile.TemporaryDirectory() as name:
-        folder = lay_out(s, Path(name), artifact=True)
-        for path in s.shards("val"):
-            (folder / "data" / path.name).symlink_to(path)
-        answer = run_child("evaluate", folder, scoring(s), s.options.timeout)
-    network = answer["network"]
-    off = (
-        "an isolated namespace"
-        if network["kernel"]
-        else "sockets refused in Python, no namespace here"
-    )
-    evidence = f"network off: {off} ({network['kernel'] or network['python']})"
-    problems = (
-        [f"the script used the network: {', '.join(answer['refused'])}"]
-        if answer["refused"]
-        else []
-    )
-    if not network["python"]:
-        problems.append("the network could be reached")
-    if answer["other"]:
-        problems.append(f"other files opened: {', '.join(answer['other'][:5])}")
+    said = {"train.log": final_scores(s.starts[-1])[1], RESULTS: s.claim("val_bpb")}
+    answer = s.evaluation
+    how = "an isolated namespace" if namespace() else "sockets refused in Python, no namespace here"
+    evidence = f"network off: {how}"
+    problems = {
+        f"the script used the network: {', '.join(answer['refused'])}": answer["refused"],
+        f"other files opened: {', '.join(answer['files'][:5])}": answer["files"],
+    }
     if answer["error"]:
-        return judge([*problems, f"the evaluation ended in: {answer['error']}"], evidence)
-    _, bpb = final_scores(answer["output"], "sliding_window")
-    for source, said in (("train.log", logged), (RESULTS, claimed)):
-        if not abs(said - bpb) <= s.options.tolerance:
-            problems.append(f"{source} has val_bpb {said:.8f}")
+        return judge(problems | {f"the evaluation ended in: {answer['error']}": True}, evidence)
+    _, bpb = final_scores(answer["output"])
+    for source, claimed in said.items():
+        is_near = abs(claimed - bpb) <= s.options.tolerance
+        problems[f"{source} has val_bpb {claimed:.8f}"] = not is_near
     return judge(
         problems,
-        f"val_bpb {bpb:.8f} here, {logged:.8f} in the log; {evidence}; opened only script,"
-        " artifact, tokenizer and validation shards",
+        f"val_bpb {bpb:.8f} here, {said['train.log']:.8f} in the log; {evidence}; opened only"
+        " script, artifact, tokenizer and validation shards",
     )
 
 
-def check_probabilities(s: Submission) -> Result:
-    """Sum probabilities, and look for effects of later tokens and of other rows."""
-    p = s.probed()["probabilities"]
-    wrong = {
-        "probabilities do not sum to one": not 1 - PROBABILITY
-        <= p["least"]
-        <= p["most"]
-        <= 1 + PROBABILITY,
-        "predict and losses disagree": not p["predicted"] <= PROBABILITY,
-        "the future changes the past": not p["future"] <= PROBABILITY,
-        "other windows of a batch change a window": not p["others"] <= PROBABILITY,
-    }
-    return judge(
-        true_ones(wrong),
-        f"over {p['vocabulary']} targets at {p['positions']} positions they sum to"
-        f" {p['least']:.7f} to {p['most']:.7f}; {p['cuts']} changed futures move"
-        f" earlier log-probabilities by {p['future']:.1e} at most, other windows"
-        f" by {p['others']:.1e}",
-    )
-
-
-def check_scoring(s: Submission) -> Result:
-    """Give `evaluate` a different loss for each token: one left out or counted twice shows."""
-    once, (ours, theirs) = s.probed()["once"], s.probed()["loop"]
-    wrong = [
-        f"{case['tokens']} tokens: mean {case['mean']:.6f}, not {case['expected']:.6f}; total"
-        f" {case['total']:.4f}, not {case['expected_total']:.4f}"
-        for case in once
-        if not abs(case["mean"] - case["expected"]) <= EXACT
-        or not abs(case["total"] - case["expected_total"]) <= EXACT * case["tokens"]
-    ]
-    wrong += [
-        f"{case['tokens']} tokens: a target is not the token after its window"
-        for case in once
-        if not case["aligned"]
-    ]
-    if not abs(ours - theirs) <= LOOP:
-        wrong.append(f"a plain loop has {ours:.6f} nats per token, evaluate {theirs:.6f}")
-    lengths = ", ".join(str(case["tokens"]) for case in once)
-    return judge(
-        wrong,
-        f"streams of {lengths} tokens, where every token after the first counts once; a plain"
-        f" loop has {ours:.6f} nats per token, evaluate {theirs:.6f}",
-    )
+def found_by_child(name: str, s: Submission) -> Result:
+    """Return what `probe` found in the child."""
+    error = s.evaluation["error"]
+    if error:
+        raise CannotCheck(f"the script cannot be probed on the artifact: {error}")
+    return Result(*s.evaluation[name])
 
 
 def check_bytes(s: Submission) -> Result:
     """Decode all documents; the log's bits per byte must follow from the length of the text."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(s.tokenizer))
-    tokens, (loss, bpb) = s.tokens("val"), s.final()
+    tokens, (loss, bpb) = s.tokens("val"), final_scores(s.starts[-1])
     if tokens.max() >= model.vocab_size() or not model.is_control(int(tokens[0])):
-        raise CannotCheck(
-            "the validation stream is not this tokenizer's, or has no BOS at its beginning"
-        )
+        problem = "the validation stream is not this tokenizer's"
+        raise CannotCheck(f"{problem}, or has no BOS at its beginning")
     end = len(tokens)
     while model.is_byte(int(tokens[end - 1])):
         end -= 1  # the stream may end within a character: bytes there count one by one
-    starts = np.flatnonzero(tokens[:end] == tokens[0])
-    size = len(tokens) - end
-    for some in np.split(starts, range(1000, len(starts), 1000)):
-        after = starts[np.searchsorted(starts, some[-1]) + 1 :]
-        part = tokens[some[0] : after[0] if len(after) else end]
-        documents = [document.tolist() for document in np.split(part, some[1:] - some[0])]
-        size += sum(len(text.encode()) for text in model.decode(documents))
+    documents = np.split(tokens[:end], np.flatnonzero(tokens[:end] == tokens[0]))
+    texts = (model.decode(document.tolist()) for document in documents)
+    size = len(tokens) - end + sum(len(text.encode()) for text in texts)
     expected = loss * (len(tokens) - 1) / math.log(2) / size
-    problems = [] if abs(bpb - expected) <= EXACT else [f"the log has val_bpb {bpb:.8f}"]
     return judge(
-        problems,
+        {f"the log has val_bpb {bpb:.8f}": not abs(bpb - expected) <= EXACT},
         f"{len(tokens):,} tokens decode to {size:,} bytes; val_loss {loss:.8f} then is"
         f" val_bpb {expected:.8f}",
     )
 
 
-def check_agreement(s: Submission) -> Result:
-    """Compare what log, results and artifact say of the same facts."""
-    pairs = []  # what, one side, the other side
-    for kind in ("roundtrip", "sliding_window"):
-        for name, logged in zip(("val_loss", "val_bpb"), s.final(kind), strict=True):
-            pairs.append((f"{name}_{kind}", f"{logged:.8f}", f"{s.claim(f'{name}_{kind}'):.8f}"))
-    pairs += [
-        (name, f"{logged:.8f}", f"{s.claim(name):.8f}")
-        for name, logged in zip(("val_loss", "val_bpb"), s.final(), strict=True)
-    ]
-    (*_, sizes) = s.found(r"artifact code ([\d,]+) \+ model ([\d,]+) = .*", "the artifact's bytes")
-    counted = (f"{count_code(s.script):,}", f"{len(s.artifact):,}")
-    pairs += [("bytes in the log", sizes, counted)]
-    claims = json.loads(s.part(RESULTS))
-    pairs += [
-        ("seed", claims.get("seed"), s.setting("SEED")),
-        ("dataset", claims.get("dataset"), Path(s.settings.get("DATA_PATH", "")).name),
-        (
-            "SHA-256 of the code and the log's",
-            *(hashlib.sha256(source).hexdigest()[:12] for source in (s.script, s.logged_script)),
-        ),
-    ]
-    try:
-        header = s.probed()["header"]
-        pairs += [
-            (name.upper(), str(value), s.settings.get(name.upper()))
-            for name, value in header["model"].items()
-        ]
-        digest = hashlib.sha256(s.tokenizer.read_bytes()).hexdigest()
-        pairs.append(("the artifact's tokenizer", header["tokenizer"], digest))
-        unread = None
-    except CannotCheck as error:
-        unread = error
-    problems = [f"{what}: {one} and {other}" for what, one, other in pairs if one != other]
-    if unread and not problems:
-        raise unread
-    return judge(problems, f"{len(pairs)} facts compared, val_bpb {s.claim('val_bpb'):.8f}")
+def check_claims(s: Submission) -> Result:
+    """Compare the times with the limits, and what log and results say of the same facts."""
+    clock = re.findall(r"^step:(\d+)/\d+ .*train_time:(\d+)ms ", "".join(s.starts), re.M)
+    if not clock:
+        raise CannotCheck("train.log has no train_time; give the log of the run that trained")
+    (steps, milliseconds), (loss, bpb) = clock[-1], final_scores(s.starts[-1])
+    pairs = {  # in the log, and how far the result may be from it
+        "val_loss": (loss, EXACT),
+        "val_bpb": (bpb, EXACT),
+        "train_seconds": (int(milliseconds) / 1000, 0.002),
+        "steps": (int(steps), 0),
+        "seed": (s.setting("SEED"), 0),
+    }
+    problems: dict[str, object] = {}
+    for name, (logged, gap) in pairs.items():
+        claimed = s.claim(name)
+        text = f"{name}: {logged:.8g} in the log, {claimed:.8g} in {RESULTS}"
+        problems[text] = not abs(logged - claimed) <= gap
+    train, export, evaluation = (s.claim(f"{name}_seconds") for name in ("train", "export", "eval"))
+    train_limit, eval_limit = s.options.train_limit, s.options.eval_limit
+    has_same_script = s.script == s.starts[0].encode()
+    goes_on = all(start.endswith(s.starts[0]) for start in s.starts[:-1])
+    problems |= {
+        f"training and export over {train_limit:g} s": train + export > train_limit,
+        f"evaluation over {eval_limit:g} s": evaluation > eval_limit,
+        "a time is negative": min(train, export, evaluation) < 0,
+        "train_gpt.py is not the source in the log": not has_same_script,
+        "the run was continued with another source": not goes_on,
+    }
+    return judge(
+        problems,
+        f"training {train:g} + export {export:g} = {train + export:.3f} s of {train_limit:g},"
+        f" evaluation {evaluation:g} s of {eval_limit:g}; the log says the same of"
+        f" {', '.join(pairs)}",
+    )
 
 
 CHECKS: dict[str, Callable[[Submission], Result]] = {
     "size": check_size,
-    "seconds": check_seconds,
     "untouched": check_untouched,
     "evaluation": check_evaluation,
-    "probabilities": check_probabilities,
-    "scoring": check_scoring,
+    "probabilities": functools.partial(found_by_child, "probabilities"),
+    "scoring": functools.partial(found_by_child, "scoring"),
     "bytes": check_bytes,
-    "agreement": check_agreement,
+    "claims": check_claims,
 }
 
 
-def perform(check: Callable[[Submission], Result], s: Submission) -> Result:
+def perform(name: str, s: Submission) -> Result:
     """Return the result of a check. What keeps it from one is reported, and never passes."""
+    print(f"checking {name} ...", file=sys.stderr, flush=True)
     try:
-        return check(s)
+        return CHECKS[name](s)
     except CannotCheck as error:
         return Result("not checked", str(error))
     except Exception as error:  # malformed files have many shapes; the other checks go on
@@ -636,66 +462,42 @@ class Watch:
     """An audit hook, which Python code cannot remove: it notes files and refuses the network."""
 
     def __init__(self, script: Path) -> None:
-        self.script, self.folder, self.refusing = str(script), str(script.parent), True
+        self.script = str(script)
         # By split: the functions on the stack when a shard was opened.
-        self.opened: dict[str, set[str]] = {"train": set(), "val": set()}
+        self.opened: dict[str, list[str]] = {"train": [], "val": []}
         self.files, self.refused = set(), []
 
     def __call__(self, event: str, arguments: tuple) -> None:
         if event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             path = os.path.abspath(os.fsdecode(arguments[0]))
             self.files.add(path)
-            if shard := re.match(r"fineweb_(train|val)_.*\.bin", os.path.basename(path)):
-                self.opened[shard[1]].add(" > ".join(self.callers(sys._getframe(1))))
-        elif self.refusing and self.is_network(event, arguments):
-            self.refused.append(f"{event}{tuple(str(argument) for argument in arguments[-2:])}")
+            shard = re.match(r"fineweb_(train|val)_.*\.bin", os.path.basename(path))
+            if shard:
+                by = " > ".join(self.callers())
+                self.opened[shard[1]] = sorted({*self.opened[shard[1]], by})
+        elif event in ("socket.__new__", "socket.getaddrinfo", "socket.gethostbyname"):
+            if event == "socket.__new__" and arguments[1] == socket.AF_UNIX:
+                return
+            self.refused.append(f"{event}{tuple(map(str, arguments[1:]))}")
             raise PermissionError(f"no network in an evaluation: {event}")
 
-    def is_network(self, event: str, arguments: tuple) -> bool:
-        """Return whether an event uses the network."""
-        if event == "socket.__new__":
-            return arguments[1] in (socket.AF_INET, socket.AF_INET6)
-        calls = ("getaddrinfo", "gethostbyname", "connect", "sendto")
-        return event in [f"socket.{call}" for call in calls]
-
-    def callers(self, frame: FrameType | None) -> list[str]:
+    def callers(self) -> list[str]:
         """Return the script's functions on the stack, with their classes, outermost first."""
         names = []
-        while frame:
+        for frame, _ in traceback.walk_stack(None):
             name, owner = frame.f_code.co_name, frame.f_locals.get("self")
             if frame.f_code.co_filename == self.script and not name.startswith("<"):
                 names.append(f"{type(owner).__name__}.{name}" if owner is not None else name)
-            frame = frame.f_back
         return names[::-1]
 
     def others(self) -> list[str]:
         """Return the opened files outside the child's folder, Python and the system."""
-        roots = {
-            self.folder,
-            sys.prefix,
-            sys.base_prefix,
-            site.getuserbase(),
-            *sys.path,
-            *SYSTEM,
-        } - {""}
-        inside = tuple(
-            os.path.join(path, "") for root in roots for path in (root, os.path.realpath(root))
-        )
-        return sorted(
-            path
-            for path in self.files - {os.path.abspath(__file__)}
-            if not path.startswith(inside) and os.path.isfile(path)
-        )
-
-
-def reach_network() -> str:
-    """Return the network's error, empty if it works. This asks for a route and sends nothing."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            s.connect(("192.0.2.1", 9))
-    except OSError as error:
-        return str(error)
-    return ""
+        python = {sys.prefix, sys.base_prefix, site.getuserbase(), *sys.path}
+        roots = {os.path.dirname(self.script), *python, *SYSTEM} - {""}
+        roots |= {os.path.realpath(root) for root in roots}
+        inside = tuple(os.path.join(root, "") for root in roots)
+        outside = [path for path in self.files if not path.startswith(inside)]
+        return sorted(path for path in outside if os.path.isfile(path) and path != __file__)
 
 
 def load(script: Path) -> ModuleType:
@@ -710,51 +512,48 @@ def child(task: str) -> None:
     """Carry out a task on the script in this folder and write answer.json."""
     script = Path.cwd() / "train_gpt.py"
     sys.path[0], sys.argv = str(script.parent), [str(script)]
-    kernel = reach_network()
-    watch, figures, problem = Watch(script), {}, ""
+    watch, found, problem = Watch(script), {}, ""
     sys.addaudithook(watch)
-    network = {"kernel": kernel, "python": reach_network()}
-    watch.refused.clear()
     try:
         if task == "train":
-            figures = {"weights": [train(script, data) for data in ("val", "other")]}
-        elif task == "evaluate":
-            runpy.run_path(str(script), run_name="__main__")
+            found = {text: train(load(script), text) for text in ("val", "other")}
         else:
-            figures = probe(load(script))
+            module = load(script)
+            module.main()
+            found = probe(module)
     except SystemExit as error:
         problem = str(error)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         traceback.print_exc()
-    answer = {
-        "error": problem,
-        "figures": figures,
-        "network": network,
-        "refused": watch.refused,
-        "opened": {split: sorted(by) for split, by in watch.opened.items()},
-        "other": watch.others(),
-    }
-    Path(script.parent, "answer.json").write_text(json.dumps(answer))
+    seen = {"opened": watch.opened, "refused": watch.refused, "files": watch.others()}
+    content = json.dumps({"error": problem, **seen, **found})
+    Path(script.parent, "answer.json").write_text(content)
 
 
-def train(script: Path, data: str) -> str:
-    """Train on a folder of data; return SHA-256 over the weights."""
+def train(script: ModuleType, text: str) -> dict[str, Any]:
+    """Train on a folder of data; return SHA-256 of what was learned, the losses and the scores."""
     import torch
 
-    os.environ |= {"DATA_PATH": data, "RUN_ID": data}
-    runpy.run_path(str(script), run_name="__main__")
-    saved = torch.load(Path("runs", data, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    os.environ |= {"DATA_PATH": text, "OUTPUT_DIR": "runs", "RUN_ID": text}
+    script.main()
+    run = Path("runs", text)
+    saved = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
     digest = hashlib.sha256()
     for name, weight in sorted(saved["weights"].items()):
-        digest.update(
-            name.encode() + weight.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
+        values = weight.contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(name.encode() + values.tobytes())
+    log = (run / "train.log").read_text("utf-8").rpartition("\nRUN_ID=")[2]  # below the source
+    return {
+        "weights": digest.hexdigest(),
+        "artifact": hashlib.sha256((run / ARTIFACT).read_bytes()).hexdigest(),
+        "losses": re.findall(r"^average .*|train_loss:\S+", log, re.M),
+        "scores": re.findall(r"^final_int6_.*_exact .*", log, re.M),
+    }
 
 
 class Probed(NamedTuple):
-    """The script, its model from the artifact, and the validation stream."""
+    """The script, its model from the artifact, and the validation text."""
 
     script: ModuleType
     h: Any  # settings
@@ -762,195 +561,139 @@ class Probed(NamedTuple):
     model: Any
     val: Any
 
-    def losses(self, ids: Tensor, targets: Tensor, *streaming: bool) -> Tensor:
-        """Return the model's loss of each target, (B, n) float64."""
+    def losses(self, ids: Tensor, targets: Tensor, streaming: bool = False) -> Tensor:
+        """Return the model's loss of each target, (B, n) float64 on the CPU."""
         ids, targets = ids.to(self.dist.device), targets.to(self.dist.device)
-        return self.model.token_losses(ids, targets, *streaming).double()
-
-    def evaluate(self, model: Any, tokens: Tensor) -> float:
-        """Return the script's mean loss in nats."""
-        return self.script.evaluate(model, tokens, self.h, self.dist, self.h.eval_stride)
+        return self.model.token_losses(ids, targets, streaming).double().cpu()
 
 
-def probe(script: ModuleType) -> dict:
-    """Return figures of the artifact's model, of its losses and of `evaluate`."""
+def probe(script: ModuleType) -> dict[str, Result]:
+    """Look at the artifact's model, at its losses and at `evaluate`."""
     import torch
 
-    blob = Path(os.environ["MODEL_PATH"]).read_bytes()
-    header, _ = script.read_artifact(blob)
-    h = script.load_settings(**header["model"])
+    os.environ["COMPILE"] = "0"
+    h = script.load_settings()
+    blob = Path(h.model_path).read_bytes()
+    h = script.settings_from_artifact(h, blob)
     with torch.no_grad(), script.Distributed(h) as dist:
         model = script.model_from_artifact(h, blob, dist)
         val = script.ValidationStream(h, script.Tokenizer(h.tokenizer_path, h.vocab_size))
         p = Probed(script, h, dist, model, val)
-        return {
-            "header": {"model": header["model"], "tokenizer": header["tokenizer"]},
-            "probabilities": probe_sums(p) | probe_causality(p),
-            "once": probe_scoring(p),
-            "loop": probe_loop(p),
-        }
-
-
-def probe_sums(p: Probed) -> dict:
-    """Sum the probabilities that losses give to all targets, and compare them with `predict`."""
-    import torch
-
-    vocabulary = p.h.vocab_size
-    # Each row has another target at each position; over the rows, each position has every target.
-    short = min(p.h.eval_seq_len, len(p.val.tokens) - 1, 24)
-    ids = p.val.tokens[None, :short]
-    targets = (torch.arange(vocabulary)[:, None] + 7 * torch.arange(short)) % vocabulary
-    parts = [p.losses(ids.expand(len(part), -1), part) for part in targets.split(64)]
-    losses = torch.cat(parts)  # (vocabulary, short)
-    sums = (-losses).exp().sum(0)
-    logits = p.model.predict(ids.to(p.dist.device), short)[0]
-    predicted = -logits.double().log_softmax(-1)  # (short, vocabulary)
-    gap = (losses - predicted.gather(1, targets.t().to(p.dist.device)).t()).abs().max()
-    return {
-        "vocabulary": vocabulary,
-        "positions": short,
-        "least": sums.min().item(),
-        "most": sums.max().item(),
-        "predicted": gap.item(),
+        distance, (future, others) = distance_from_softmax(p), changes_of_losses(p)
+        scoring = probe_scoring(p)
+    problems = {
+        "losses are not those of one distribution": not distance <= PROBABILITY,
+        "the future changes the past": not future <= PROBABILITY,
+        "other windows of a batch change a window": not others <= PROBABILITY,
     }
+    evidence = (
+        f"losses of all {h.vocab_size} targets are within {distance:.1e} of the softmax of"
+        f" `predict`; changed futures move earlier log-probabilities by {future:.1e} at most,"
+        f" other windows by {others:.1e}"
+    )
+    return {"probabilities": judge(problems, evidence), "scoring": scoring}
 
 
-def probe_causality(p: Probed) -> dict:
-    """Change later tokens and other rows; return how much that moves a row's earlier losses."""
+def distance_from_softmax(p: Probed) -> float:
+    """Return how far losses of all targets are from the softmax of `predict`, which sees none.
+
+    All batches have one shape, and each row is compared with itself: rounding depends on both.
+    """
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    rows, length = 64, min(p.h.eval_seq_len, len(p.val.tokens) - 1, 24)
+    ids = p.val.tokens[:length].expand(rows, -1)
+    logits = p.model.predict(ids.to(p.dist.device), length)
+    expected = -logits.double().cpu().log_softmax(-1)  # (rows, length, vocabulary)
+    distances = []
+    for first in range(0, p.h.vocab_size, rows):
+        # Each position has another target; over the batches it has all of them.
+        row = first + torch.arange(rows)[:, None]
+        targets = (row + 7 * torch.arange(length)) % p.h.vocab_size
+        chosen = expected.gather(2, targets[..., None])[..., 0]
+        distances.append((p.losses(ids, targets) - chosen).abs().max())
+    return torch.stack(distances).max().item()
+
+
+def changes_of_losses(p: Probed) -> tuple[float, float]:
+    """Return how much later tokens, and other rows of a batch, move losses of earlier tokens."""
+    import torch
+
     length = min(p.h.eval_seq_len, len(p.val.tokens) - 1)
     window = p.val.tokens[: length + 1]
+    generator = torch.Generator().manual_seed(0)
     shift = torch.randint(1, p.h.vocab_size, (5, length + 1), generator=generator)
     strange = (window + shift) % p.h.vocab_size
 
-    def moved(cuts: list[int], scored: int) -> float:
-        """Return the largest change of the last `scored` losses up to each cut."""
-        rows = window.repeat(1 + len(cuts), 1)
-        targets = rows[:, 1:].clone()
-        for row, cut in enumerate(cuts, 1):
-            rows[row, cut + 1 :] = strange[row, cut + 1 :]
-            targets[row, cut + 1 :] = rows[row, cut + 2 :]  # the loss at the cut is of the past
-        losses, skipped = p.losses(rows[:, :-1], targets[:, -scored:]), length - scored
-        return max(
-            (losses[row, : cut + 1 - skipped] - losses[0, : cut + 1 - skipped]).abs().max().item()
-            for row, cut in enumerate(cuts, 1)
-        )
+    def moved(cuts: list[int], scored: int, streaming: bool = False) -> Tensor:
+        """Put strange tokens after the cut of each row; return how far losses before it move."""
+        is_future = torch.arange(length + 1) > torch.tensor(cuts)[:, None]
+        is_past = ~is_future[:, :-1]
+        if streaming:  # a row continues the row above
+            is_past = is_past.flatten().long().cumprod(0).view_as(is_past).bool()
+        windows = window.expand(len(cuts), -1)
+        rows = torch.where(is_future, strange[: len(cuts)], windows)
+        # The loss at the cut itself is of the past, too, with the target of the window.
+        targets = torch.where(is_past, windows[:, 1:], rows[:, 1:])[:, -scored:]
+        before = p.losses(windows[:, :-1], windows[:, -scored:], streaming)
+        after = p.losses(rows[:, :-1], targets, streaming)
+        return (before - after).abs()[is_past[:, -scored:]].max()
 
-    def moved_in_stream() -> float:
-        """Return the same for a row of a stream that continues the row above."""
-        rows = window.repeat(3, 1)
-        cut = length // 2
-        before = p.losses(rows[:, :-1], rows[:, 1:], True)
-        rows[1, cut + 1 :] = strange[1, cut + 1 :]
-        rows[2] = strange[2]
-        targets = rows[:, 1:].clone()
-        targets[1, cut] = window[cut + 1]
-        after = p.losses(rows[:, :-1], targets, True)
-        return (before - after).flatten()[: length + cut + 1].abs().max().item()
-
-    cuts = torch.linspace(0, length - 1, 6)[1:-1].long().tolist()
     # A model may compute a window's few last positions in another way than all of them.
-    few = max(2, min(p.h.eval_stride, length))
-    future = 0.0
-    if length > 1:
-        future = max(moved(cuts, length), moved([length - 1 - few // 2], few))
+    few = min(p.h.eval_stride, length)
+    future = [
+        moved([length * i // 5 for i in range(1, 5)], length),
+        moved([length - 1 - few // 2], few),
+    ]
     if p.h.eval_mode == "streaming":
-        future = max(future, moved_in_stream())
-    before, after = (
-        p.losses(rows[:, :-1], rows[:, 1:])
-        for rows in (window.repeat(5, 1), torch.cat([window[None], strange[1:]]))
-    )
-    return {
-        "cuts": len(cuts) + 1,
-        "future": future,
-        "others": (before[0] - after[0]).abs().max().item(),
-    }
+        future.append(moved([length, length // 2, 0], length, streaming=True))
+    others = moved([length, -1, -1, -1, -1], length)
+    return torch.stack(future).max().item(), others.item()
 
 
 class Ledger:
-    """In place of a model: the loss of token number i is entry i of a table."""
+    """In place of a model, for streams where token number i is i: its loss is entry i of a table.
+
+    It notes whether each window is a piece of the stream, and each target the token after it.
+    """
 
     def __init__(self, table: Tensor) -> None:
-        self.table, self.aligned = table, True
+        self.table, self.is_aligned = table, True
 
     def eval(self) -> Ledger:
         return self
 
     def token_losses(self, ids: Tensor, targets: Tensor, streaming: bool = False) -> Tensor:
-        """Look the losses up, and note whether each target is the token after its window."""
         follows = ids[:, -targets.size(1) :] + 1 == targets
-        is_beyond = targets == 0  # after the stream; 0 itself is never a target
-        self.aligned &= bool((follows | is_beyond).all())
+        goes_on = ids[:, :-1] + 1 == ids[:, 1:]
+        # Behind the stream there are zeros; 0 itself is never a target.
+        self.is_aligned &= bool((follows | (targets == 0)).all())
+        self.is_aligned &= bool((goes_on | (ids[:, 1:] == 0)).all())
         return self.table.to(targets.device)[targets]
 
 
-def probe_scoring(p: Probed) -> list[dict]:
-    """Evaluate streams where token number i is i, so that a loss tells its token."""
+def probe_scoring(p: Probed) -> Result:
+    """Give `evaluate` a different loss for each token: one left out or counted twice shows."""
     import torch
 
-    generator, cases = torch.Generator().manual_seed(0), []
+    generator, problems = torch.Generator().manual_seed(0), {}
     length, stride = p.h.eval_seq_len, p.h.eval_stride
-    # The last three have windows after the first.
-    beyond = (1 - length // 2, 0, 1, stride, 3 * stride // 2)
-    for targets in sorted({1, *(length + more for more in beyond)}):
-        table = torch.rand(targets + 1, generator=generator)
+    counts = [1, length, length + 1, length + 3 * stride // 2]  # the last two have two windows
+    for count in counts:
+        ledger = Ledger(torch.rand(count + 1, generator=generator))
         stream = copy.copy(p.val)
-        stream.tokens, stream.bytes = torch.arange(targets + 1), 3 * targets
-        ledger = Ledger(table)
-        mean = p.evaluate(ledger, stream.tokens)
-        expected = table[1:].double().sum().item()
-        cases.append(
-            {
-                "tokens": targets + 1,
-                "mean": mean,
-                "expected": expected / targets,
-                "total": stream.bits_per_byte(mean) * math.log(2) * stream.bytes,
-                "expected_total": expected,
-                "aligned": ledger.aligned,
-            }
-        )
-    return cases
-
-
-def probe_loop(p: Probed) -> tuple[float, float]:
-    """Return the nats per token of a plain loop over windows, and of `evaluate`.
-
-    In streaming mode the loop is a single batch that holds the whole stream.
-    """
-    targets = len(p.val.tokens) - 1
-    length, stride = min(p.h.eval_seq_len, targets), p.h.eval_stride
-    if p.h.eval_mode == "streaming" and stride < length < targets:
-        total = whole_stream(p, length)
-    else:
-        total = window_by_window(p, length, stride)
-    return total / targets, p.evaluate(p.model, p.val.tokens)
-
-
-def window_by_window(p: Probed, length: int, stride: int) -> float:
-    """Return the sum of all losses, each from its own window."""
-    targets = len(p.val.tokens) - 1
-    end, total = 0, 0.0
-    while end < targets:
-        new = min(stride if end else length, targets - end)
-        end += new
-        window = p.val.tokens[None, end - length : end + 1]
-        # All positions' losses: a model that computes few of them in another way must agree.
-        total += p.losses(window[:, :-1], window[:, 1:])[:, -new:].sum().item()
-    return total
-
-
-def whole_stream(p: Probed, length: int) -> float:
-    """Return the sum of all losses of a stream that is cut into the rows of one batch."""
-    import torch
-
-    targets = len(p.val.tokens) - 1
-    rows = -(-targets // length)
-    beyond = p.val.tokens.new_zeros(rows * length - targets)
-    tokens = torch.cat([p.val.tokens, beyond])
-    losses = p.losses(tokens[:-1].view(rows, length), tokens[1:].view(rows, length), True)
-    return losses.flatten()[:targets].sum().item()
+        stream.tokens, stream.bytes = torch.arange(count + 1), 3 * count
+        mean = p.script.evaluate(ledger, stream.tokens, p.h, p.dist, stride)
+        expected = ledger.table[1:].double().mean().item()
+        bpb, expected_bpb = stream.bits_per_byte(mean), expected / math.log(2) / 3
+        where = f"{count + 1} tokens: "
+        problems |= {
+            f"{where}mean {mean:.6f}, not {expected:.6f}": not abs(mean - expected) <= EXACT,
+            f"{where}BPB {bpb:.6f}, not {expected_bpb:.6f}": not abs(bpb - expected_bpb) <= EXACT,
+            f"{where}a target is not the token after its window": not ledger.is_aligned,
+        }
+    sizes = ", ".join(str(count + 1) for count in counts)
+    return judge(problems, f"in streams of {sizes} tokens every token after the first counts once")
 
 
 # ---- Command -------------------------------------------------------------------------------------
@@ -958,83 +701,54 @@ def whole_stream(p: Probed, length: int) -> float:
 
 def table(results: dict[str, Result]) -> str:
     """Return the results as text."""
-    lines = []
+    rows = []
     for name, (verdict, evidence) in results.items():
-        head = f"{name:<15}{verdict:<13}"
-        lines += textwrap.wrap(
-            evidence,
-            110,
-            initial_indent=head,
-            subsequent_indent=" " * len(head),
-            break_long_words=False,
-            break_on_hyphens=False,
-        ) or [head]
-    return "\n".join(lines)
+        indents = {"initial_indent": f"{name:<15}{verdict:<13}", "subsequent_indent": 28 * " "}
+        rows.append(textwrap.fill(evidence, 110, **indents, break_on_hyphens=False))
+    return "\n".join(rows)
 
 
-def is_going(log: Path) -> bool:
-    """Return whether a process is at the run of this log: it has locked the file."""
-    with log.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the checks need to know to a command line."""
+    add = parser.add_argument
+    add("--data", default="", help="folder of fineweb_{train,val}_*.bin (default: the log's)")
+    add("--tokenizer", default="", help="SentencePiece model (default: the log's)")
+    add("--train-limit", type=float, default=600, help="seconds of training and export (600)")
+    add("--eval-limit", type=float, default=600, help="seconds of evaluation (600)")
+    add("--size-limit", type=int, default=16_000_000, help="bytes of code and model (16 million)")
+    add("--tolerance", type=float, default=1e-4, help="BPB between two evaluations (0.0001)")
+    add("--steps", type=int, default=3, help="steps of the short training (3)")
+    add("--timeout", type=float, default=3600, help="seconds that one child may take (3600)")
 
 
-def parse(arguments: list[str]) -> tuple[Path, Options]:
-    """Return the folder and the options of a command line."""
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="RUN_OR_FOLDER")
-    meanings = {
-        "data": "folder of fineweb_{train,val}_*.bin",
-        "tokenizer": "SentencePiece model",
-        "train_limit": "seconds of training and export",
-        "eval_limit": "seconds of evaluation",
-        "size_limit": "bytes of code and model",
-        "tolerance": "bits per byte between two evaluations",
-        "steps": "steps of the short training",
-        "timeout": "seconds that one child may take",
-    }
-    for name, meaning in meanings.items():
-        default = getattr(Options, name)
-        parser.add_argument(
-            "--" + name.replace("_", "-"),
-            type=type(default),
-            default=default,
-            help=meaning + (f" (default {default})" if default else " (default: the log's)"),
-        )
-    given = vars(parser.parse_args(arguments))
-    folder, options = given.pop("folder"), Options(**given)
-    if not folder.is_dir():
-        parser.error(f"{folder} is no folder; name a run's, such as runs/ID")
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        parser.error(f"{options.folder} is no folder; name a run's, such as runs/ID")
     if options.steps < 1 or options.timeout <= 0 or options.tolerance < 0:
         parser.error("--steps and --timeout must be over 0, --tolerance not under 0")
-    return folder, options
+    return options
 
 
 def main(arguments: list[str]) -> int:
     """Run all checks; return the exit code."""
-    submission = Submission(*parse(arguments))
-    log = submission.folder / "train.log"
-    if not log.is_file():
-        print(f"error: {log.parent} has no train.log; it is not a run's folder", file=sys.stderr)
+    options = parse(arguments)
+    try:
+        submission = Submission(options.folder, options)
+    except CannotCheck as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    if is_going(log):
-        print(f"error: {log.parent}: the run is still going; wait until it ends", file=sys.stderr)
-        return 1
-    results = {}
-    for name, check in CHECKS.items():
-        print(f"checking {name} ...", file=sys.stderr)
-        results[name] = perform(check, submission)
+    results = {name: perform(name, submission) for name in CHECKS}
     bad = [name for name, result in results.items() if result.verdict != "pass"]
     print(table(results))
-    print(
-        f"{len(results) - len(bad)} of {len(results)} checks pass"
-        + (f"; not: {', '.join(bad)}" if bad else "")
-    )
+    summary = f"{len(results) - len(bad)} of {len(results)} checks pass"
+    print(f"{summary}; not: {', '.join(bad)}" if bad else summary)
     return 1 if bad else 0
 
 
