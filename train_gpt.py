@@ -9,24 +9,9 @@ is an environment variable.
     EVAL_ONLY=1 MODEL_PATH=model.int6.ptz python train_gpt.py  # evaluate an artifact
     python train_gpt.py --help                                 # list all settings
 
-Contents, in the order in which the data flows:
-
-    Settings               every variable, its default, meaning and range
-    Reading the settings   environment -> Hyperparameters, published aliases, --help
-    Random maps            bases: how a seed becomes a matrix
-    Linear layers          adapters, and the products that use them
-    Map table              which map is random, from which basis, with which adapter
-    Attention              rotation, norm, causal and streaming attention
-    Transformer            blocks, GPT, ensembles
-    Processes and log      process group, stop signals, log, files
-    Data                   shards, training sequences, tokenizer, bits per byte
-    Optimizers             Muon, AdamW, averages of the weights
-    Quantization           scales, codes, GPTQ, sensitivities, late QAT
-    Artifact               the file format, export, TARGET_BYTES, reading back
-    Evaluation             sliding windows, streaming
-    Checkpoints            what a run needs to continue
-    Training               clock, phases, the training loop
-    Main                   preflight, train and export, evaluate from the artifact
+Sections follow the data, each under a line that begins with `# ----`: Settings, Reading the
+settings, Random maps, Linear layers, Map table, Attention, Transformer, Processes and log, Data,
+Optimizers, Quantization, Artifact, Evaluation, Checkpoints, Training, Main.
 
 Glossary:
 
@@ -42,18 +27,6 @@ Glossary:
     fingerprint SHA-256 of everything that seeds generate; equal ones prove equal maps
     code, scale a quantized value is an int8 code times its row's scale, a power of 2^(1/8)
     window      EVAL_SEQ_LEN tokens of the validation stream, read at once (see below)
-
-Where to look:
-
-    A map's seed: MapTable.spec adds MAP_SEED, MAP_SEED_STRIDE * layer, SEED_OFFSETS[kind] and
-        1,000,000 * ensemble member. generate_map turns the seed into the matrix.
-    A LoRA factor (Role.FACTOR): Muon updates it (Optimizers), WeightAverages averages it,
-        Calibration.quantizers says how its scales are chosen, LoRA.quantize rounds it by GPTQ,
-        write_artifact compresses it, and export_best keeps its last value or an average.
-    What a window scores: plan_windows. The first window scores all of its tokens, every later one
-        only those that no earlier window scored: EVAL_STRIDE of them, or what is left at the end.
-        With EVAL_MODE=streaming a window is a row of the stream, and all of it is scored once
-        (streaming_batches).
 """
 
 from __future__ import annotations
@@ -979,9 +952,10 @@ class RankStabilizedLoRA(LoRA):
 
 
 @functools.lru_cache(maxsize=64)
-def shared_factor(rows: int, columns: int, seed: int) -> Tensor:
-    """Return (rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
-    return gaussian(rows, columns, seed + SHARED_FACTOR_KEY).to(torch.bfloat16)
+def shared_normal(count: int, rows: int, columns: int, key: int) -> Tensor:
+    """Return (count, rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
+    maps = [gaussian(rows, columns, key + i).to(torch.bfloat16) for i in range(count)]
+    return torch.stack(maps)
 
 
 class VeRA(Adapter):
@@ -994,8 +968,9 @@ class VeRA(Adapter):
 
     def __init__(self, spec: MapSpec, rank: int) -> None:
         super().__init__()
-        a = shared_factor(rank, spec.in_features, spec.shared_seed)
-        b = shared_factor(spec.out_features, rank, spec.shared_seed + 1)
+        key = spec.shared_seed + SHARED_FACTOR_KEY
+        (a,) = shared_normal(1, rank, spec.in_features, key)
+        (b,) = shared_normal(1, spec.out_features, rank, key + 1)
         self.register_buffer("A", a, persistent=False)
         self.register_buffer("B", b, persistent=False)
         self.b = nn.Parameter(torch.zeros(spec.out_features))
@@ -1052,13 +1027,6 @@ class Mask(Adapter):
         return {"scores": self.scores.data > 0}
 
 
-@functools.lru_cache(maxsize=64)
-def shared_maps(count: int, rows: int, columns: int, seed: int) -> Tensor:
-    """Return (count, rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
-    seeds = range(seed + COMBINATION_KEY, seed + COMBINATION_KEY + count)
-    return torch.stack([gaussian(rows, columns, each).to(torch.bfloat16) for each in seeds])
-
-
 class Combination(Adapter):
     """ΔW = Σ c_i R_i with learned c_i and seeded R_i, shared by all maps of one shape.
 
@@ -1069,13 +1037,12 @@ class Combination(Adapter):
 
     def __init__(self, spec: MapSpec, count: int) -> None:
         super().__init__()
-        maps = shared_maps(count, spec.out_features, spec.in_features, spec.shared_seed)
+        maps = shared_normal(count, *spec.shape, spec.shared_seed + COMBINATION_KEY)
         self.register_buffer("maps", maps, persistent=False)
         self.coefficients = nn.Parameter(torch.zeros(count))
 
     def correction(self, weight: Tensor) -> Tensor:
-        coefficients = self.coefficients.to(weight.dtype)
-        return torch.tensordot(coefficients, self.maps.to(weight.dtype), dims=1)
+        return torch.tensordot(self.coefficients.to(weight.dtype), self.maps.to(weight.dtype), 1)
 
 
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -1476,11 +1443,6 @@ class MapSpec(NamedTuple):
         return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
 
     @property
-    def has_own(self) -> bool:
-        """Whether something is learned beside W: an adapter, a scale or a gate."""
-        return (self.adapter, self.scale, self.gate) != ("none", "none", None)
-
-    @property
     def is_signs(self) -> bool:
         """Whether it holds a vector for each token, by which BigramTable multiplies its rows."""
         return self.kind in BIGRAM_SIGNS
@@ -1498,39 +1460,30 @@ class MapSpec(NamedTuple):
 
     def adapters(self) -> dict[str, float]:
         """Return name -> size. ValueError for an unknown adapter or a wrong size."""
+        limits = {"rank": (1, min(self.shape)), "density": (1 / self.in_features, 1)}
+        limits |= {"count": (1, 4096), "": (0, 0)}
         sizes: dict[str, float] = {}
         for part in self.adapter.split("+"):
             if part == "none":
                 continue
-            name, _, size = part.partition(":")
+            name, colon, text = part.partition(":")
             if name not in ADAPTERS or name in sizes:
                 known = ", ".join(ADAPTERS)
                 raise ValueError(f"{name!r} is unknown or repeated; use {known} or none")
-            sizes[name] = self._adapter_size(part, ADAPTERS[name].size_unit, size)
-        return sizes
-
-    def _adapter_size(self, part: str, unit: str, text: str) -> float:
-        """Return the size of one adapter. ValueError if it is not a number that fits."""
-        if not unit:
-            if text or part.endswith(":"):
+            unit = ADAPTERS[name].size_unit
+            if not unit and colon:
                 raise ValueError(f"{part!r} takes no size")
-            return 0
-        limits = {
-            "rank": (1, min(self.shape)),
-            "density": (1 / self.in_features, 1),
-            "count": (1, 4096),
-        }
-        low, high = limits[unit]
-        try:
-            size = float(text) if unit == "density" else int(text)
-        except ValueError:
+            low, high = limits[unit]
             size = math.nan
-        if not low <= size <= high:
-            rows, columns = self.shape
-            raise ValueError(
-                f"{part!r} needs a {unit} from {low:.3g} to {high} on a map of {rows} x {columns}"
-            )
-        return size
+            with contextlib.suppress(ValueError):
+                size = float(text) if unit == "density" else int(text if unit else 0)
+            if not low <= size <= high:
+                raise ValueError(
+                    f"{part!r} needs a {unit} from {low:.3g} to {high} on a map of"
+                    f" {self.out_features} x {self.in_features}"
+                )
+            sizes[name] = size
+        return sizes
 
 
 class MapRule(NamedTuple):
@@ -1647,41 +1600,30 @@ class MapTable:
         self.specs: list[MapSpec] = []
         if self.errors:
             return
+        of_embeddings, of_block = self.shapes()
         for member in range(h.ensemble):
-            for kind, shape in self.embedding_shapes().items():
-                spec = self.spec(member, None, kind, shape)
-                if not (spec.is_signs and spec.basis == "none"):
-                    self.specs.append(spec)
-            for layer in range(h.num_layers):
-                for kind, shape in self.block_shapes().items():
-                    self.specs.append(self.spec(member, layer, kind, shape))
+            for layer in (None, *range(h.num_layers)):
+                shapes = of_embeddings if layer is None else of_block
+                specs = [self.spec(member, layer, kind, shapes[kind]) for kind in shapes]
+                self.specs += [
+                    spec for spec in specs if not (spec.is_signs and spec.basis == "none")
+                ]
         self.check()
 
-    def embedding_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return kind -> (out, in) of the maps that widen embeddings, and of signs."""
-        h = self.h
-        shapes = {}
+    def shapes(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+        """Return kind -> (out, in) of the maps of embeddings, and of those of a block."""
+        h, d, kv, hidden = self.h, self.h.model_dim, self.h.kv_dim, self.h.mlp_dim
+        of_embeddings = {}
         if h.bigram_vocab_size > 1:
-            shapes["bigram.proj"] = (h.model_dim, h.bigram_dim)
-            shapes |= dict.fromkeys(BIGRAM_SIGNS, (h.vocab_size, h.bigram_dim))
+            of_embeddings["bigram.proj"] = (d, h.bigram_dim)
+            of_embeddings |= dict.fromkeys(BIGRAM_SIGNS, (h.vocab_size, h.bigram_dim))
         if h.value_layers:
-            shapes["value_embedding.proj"] = (h.kv_dim, h.ve_dim)
-        return shapes
-
-    def block_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return kind -> (out, in) of the maps of a block."""
-        d, kv, hidden = self.h.model_dim, self.h.kv_dim, self.h.mlp_dim
-        shapes = {
-            "attention.q": (d, d),
-            "attention.k": (kv, d),
-            "attention.v": (kv, d),
-            "attention.proj": (d, d),
-            "mlp.fc": (hidden, d),
-            "mlp.proj": (d, hidden),
-        }
-        if self.h.mlp_gated:
-            shapes["mlp.gate"] = (hidden, d)
-        return shapes
+            of_embeddings["value_embedding.proj"] = (kv, h.ve_dim)
+        of_block = {"attention.q": (d, d), "attention.k": (kv, d), "attention.v": (kv, d)}
+        of_block |= {"attention.proj": (d, d), "mlp.fc": (hidden, d), "mlp.proj": (d, hidden)}
+        if h.mlp_gated:
+            of_block["mlp.gate"] = (hidden, d)
+        return of_embeddings, of_block
 
     def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
         """Return the row of a map of a block, or of an embedding (block None)."""
@@ -1708,35 +1650,11 @@ class MapTable:
 
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
-        h = self.h
-        owners: dict[tuple[str, str], MapSpec] = {}  # the first map of each
+        first: dict[tuple[str, str], MapSpec] = {}  # map of each that is stored once
         for spec in self.specs:
-            with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
-                if spec.adapters() and spec.is_learned:
-                    raise ValueError(f"{spec.kind} is learned in full and takes no adapter")
-            self.check_signs(spec)
-            is_trained = spec.is_learned or spec.has_own or spec.shared_count > 1  # then its mix is
-            if spec.freeze and not is_trained:
-                self.errors.append(
-                    f"MAP_FREEZE={h.map_freeze}: {spec.kind} is {spec.basis} and has no adapter,"
-                    " scale or gate to freeze"
-                )
-            first = owners.setdefault(spec.owner, spec)
-            if spec.shared_count and (spec.gain, spec.init) != (first.gain, first.init):
-                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
-                self.errors.append(f"{spec.kind} is shared: {needs}")
-        self.check_rules()
-        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
-
-    def check_signs(self, spec: MapSpec) -> None:
-        """Add to `errors` signs that are not random, and maps that are missing."""
-        if spec.is_signs and (not spec.is_random or spec.has_own or spec.freeze):
-            self.errors.append("bigram.signs are none or random, and take no adapter or scale")
-        if not spec.is_signs and spec.basis == "none":
-            self.errors.append(f"MAP_BASIS={self.h.map_basis}: only bigram.signs can be none")
-
-    def check_rules(self) -> None:
-        """Add to `errors` rules that select no map, and maps with one seed."""
+            with collect_errors(self.errors, f"MAP_ADAPTER={self.h.map_adapter}"):
+                spec.adapters()
+            self.errors += self.faults(spec, first.setdefault(spec.owner, spec))
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
@@ -1744,9 +1662,31 @@ class MapTable:
         seeds = [spec.seed for spec in self.specs if not spec.is_learned]
         if len(set(seeds)) < len(seeds):
             stride = f"MAP_SEED_STRIDE={self.h.map_seed_stride}"
-            self.errors.append(
-                f"{stride} gives two maps the same seed; choose another, such as 100"
-            )
+            self.errors.append(f"{stride} gives two maps the same seed; choose another, as 100")
+        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
+
+    def faults(self, spec: MapSpec, first: MapSpec) -> list[str]:
+        """Return what is wrong with a map whose values, if shared, are those of `first`."""
+        has_own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
+        is_trained = spec.is_learned or has_own or spec.shared_count > 1  # then its mix is
+        wrong_signs = spec.is_signs and (not spec.is_random or has_own or spec.freeze)
+        has_basis = spec.basis != "none" or spec.is_signs
+        is_as_first = (spec.gain, spec.init) == (first.gain, first.init) or not spec.shared_count
+        adapter, freeze = f"MAP_ADAPTER={self.h.map_adapter}", f"MAP_FREEZE={self.h.map_freeze}"
+        faults = {
+            f"{adapter}: {spec.kind} is learned in full and takes no adapter": (
+                spec.is_learned and spec.adapter != "none"
+            ),
+            "bigram.signs are none or random, and take no adapter or scale": wrong_signs,
+            f"MAP_BASIS={self.h.map_basis}: only bigram.signs can be none": not has_basis,
+            f"{freeze}: {spec.kind} is {spec.basis} and has no adapter, scale or gate to freeze": (
+                spec.freeze and not is_trained
+            ),
+            f"{spec.kind} is shared: MAP_GAIN and MAP_INIT must be the same in its layers": (
+                not is_as_first
+            ),
+        }
+        return [message for message, is_wrong in faults.items() if is_wrong]
 
 
 @functools.lru_cache(maxsize=8)
@@ -1866,25 +1806,6 @@ def rotate_and_norm(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor
     return RMSNormFunction.apply(x, gain, cos, sin)
 
 
-class ScoresFunction(torch.autograd.Function):
-    """mask + q kᵀ / √D, (B, M, N), for q (B, M, D), k (B, N, D) and mask (M, N).
-
-    Autograd gives k's gradient transposed, which is slow to add up: with its own gradient and the
-    norm's a compiled CPU step takes 346 ms instead of 363.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k)
-        return torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k = ctx.saved_tensors
-        scale = q.size(-1) ** -0.5
-        return None, scale * (dy @ k), scale * (dy.mT @ q)
-
-
 def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
     """Attend causally by plain products in blocks of queries.
 
@@ -1905,7 +1826,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
         future = blocked.triu(position - begin + 1)
         too_old = blocked.tril(position - begin - span)
         mask = (future + too_old).repeat(queries.size(1), 1)
-        scores = ScoresFunction.apply(mask, queries.flatten(1, 2), k[:, begin:end])
+        keys = k[:, begin:end].mT
+        scores = torch.baddbmm(mask, queries.flatten(1, 2), keys, alpha=q.size(-1) ** -0.5)
         outputs.append((scores.softmax(-1) @ v[:, begin:end]).view_as(queries))
         position = end
     y = torch.cat(outputs, 2)  # (B · H_kv, H / H_kv, n, D)
