@@ -1726,26 +1726,20 @@ class FrozenRandomLinearWithLoRA(Linear):
 # ---- Attention ---------------------------------------------------------------------------------
 
 
-def rope_base(h: Hyperparameters, length: int) -> float:
-    """Return the base of the rotary frequencies for sequences of a length.
-
-    Over ROPE_STRETCH_FROM tokens it grows, so that the slowest rotation turns as far over the
-    longer sequence as before (PR #1113): base · (T / limit)^(R / (R - 2)) for R rotated dimensions.
-    """
-    limit, dims = h.rope_stretch_from, h.rope_dims
-    if not limit or length <= limit or dims <= 2:
-        return h.rope_base
-    return h.rope_base * (length / limit) ** (dims / (dims - 2))
-
-
 def rotations(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
-    """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, ROPE_DIMS / 2).
+    """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, R / 2), R = ROPE_DIMS.
 
     The last one is the rotation by a whole row, which streaming needs. Computed in the forward
     pass, compiled kernels would compute them again for every head.
+
+    Over ROPE_STRETCH_FROM tokens the base of the frequencies grows, so that the slowest rotation
+    turns as far over the longer sequence as before (PR #1113): base · (T / limit)^(R / (R - 2)).
     """
-    exponents = torch.arange(0, h.rope_dims, 2).double() / max(h.rope_dims, 1)
-    angles = torch.arange(length + 1)[:, None, None] * rope_base(h, length) ** -exponents
+    base, limit, dims = h.rope_base, h.rope_stretch_from, h.rope_dims
+    if 0 < limit < length and dims > 2:
+        base *= (length / limit) ** (dims / (dims - 2))
+    exponents = torch.arange(0, dims, 2).double() / max(dims, 1)
+    angles = torch.arange(length + 1)[:, None, None] * base**-exponents
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
@@ -1793,17 +1787,14 @@ class RMSNormFunction(torch.autograd.Function):
         return dx, dscale, None, None
 
 
-def norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """Return scale · x / rms(x), (..., d)."""
-    return RMSNormFunction.apply(x, scale, None, None)
-
-
-def rotate_and_norm(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, H, D), normalize each head and multiply it by its gain (H, 1).
-
-    As one function it keeps a single tensor for the backward pass.
-    """
-    return RMSNormFunction.apply(x, gain, cos, sin)
+def norm(
+    x: Tensor,
+    scale: float | Tensor = 1.0,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    """Return scale · x / rms(x), (..., d). Heads (B, T, H, D) may be rotated first."""
+    return RMSNormFunction.apply(x, scale, cos, sin)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
@@ -1991,10 +1982,6 @@ class Attention(nn.Module):
         self.heads = [h.num_heads, h.num_kv_heads]
         self.widths = [h.model_dim + h.kv_dim, h.kv_dim]  # of q with k, and of v
 
-    def head_gains(self) -> Tensor:
-        """Return the gain of every query head and 1 for every key head, (H + H_kv, 1)."""
-        return F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Attend: q (B, T, H, D), k, v (B, T, H_kv, D) -> (B, n, H, D) by the kernel that fits."""
         if context.row_shift is not None:
@@ -2017,7 +2004,8 @@ class Attention(nn.Module):
             v = v + torch.sigmoid(self.value_gate).to(x.dtype) * context.v0
         qk = qk.unflatten(-1, (-1, self.head_dim))  # (B, T, H + H_kv, D)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
-        qk = rotate_and_norm(qk, self.head_gains(), context.cos, context.sin)
+        gains = F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1)  # 1 for keys: (H + H_kv, 1)
+        qk = norm(qk, gains, context.cos, context.sin)
         q, k = qk.split(self.heads, 2)
         y = self.attend(q, k, v, context)
         if self.use_xsa:
@@ -2174,8 +2162,8 @@ class GPT(LanguageModel):
         d = h.model_dim
         self.shared = nn.ModuleDict()  # by kind of map and basis
 
-        def linear(name: str) -> Linear:
-            spec = self.table[prefix + name]
+        def linear(kind: str, path: str = prefix) -> Linear:
+            spec = self.table[path + kind]
             if not spec.shared_count:
                 return Linear(spec)
             key = f"{spec.kind}:{spec.basis}".replace(".", "_")
@@ -2183,14 +2171,13 @@ class GPT(LanguageModel):
                 self.shared[key] = SharedMatrices(spec)
             return Linear(spec, shared=self.shared[key])
 
-        def block(layer: int) -> Block:
-            return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
-
         self.embedding = Embedding(h.vocab_size, d, h.tied_embed_init_std, dtype)
         self.bigram = None
         if h.bigram_vocab_size > 1:
+            names = [name for name in BIGRAM_SIGNS if prefix + name in self.table]
+            signs = {name.split(".")[-1]: FrozenRows(self.table[prefix + name]) for name in names}
             rows, proj = h.bigram_vocab_size, linear("bigram.proj")
-            self.bigram = BigramTable(rows, h.bigram_dim, dtype, proj, self.bigram_signs(prefix))
+            self.bigram = BigramTable(rows, h.bigram_dim, dtype, proj, signs)
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
         self.value_layers = h.value_layers
@@ -2198,7 +2185,10 @@ class GPT(LanguageModel):
             proj = linear("value_embedding.proj")
             self.value_embedding = Embedding(h.vocab_size, h.ve_dim, 0.01, dtype, proj)
             self.value_scales = nn.Parameter(torch.full((len(self.value_layers),), 0.1))
-        self.blocks = nn.ModuleList(map(block, range(h.num_layers)))
+        self.blocks = nn.ModuleList()
+        for layer in range(h.num_layers):
+            of_layer = functools.partial(linear, path=f"{prefix}blocks.{layer}.")
+            self.blocks.append(Block(h, layer, of_layer))
         self.block_orders = {False: list(range(h.num_layers)), True: h.block_order}
         self.recurs = True  # training begins without recurrence (Phases), evaluation has it
         # U-Net skips: the i-th layer of the second half adds the stream after its mirror image.
@@ -2212,11 +2202,6 @@ class GPT(LanguageModel):
         self.rotary = functools.partial(rotations, h, dtype)
         for length in {h.train_seq_len, h.eval_seq_len}:
             self.register_buffer(f"rope_{length}", self.rotary(length), persistent=False)
-
-    def bigram_signs(self, prefix: str) -> dict[str, FrozenRows]:
-        """Return the signs of pairs that the map table has for this model, by their last word."""
-        specs = [s for name, s in self.table.items() if name.startswith(f"{prefix}bigram.signs.")]
-        return {spec.kind.rpartition(".")[2]: FrozenRows(spec) for spec in specs}
 
     def embed_tokens(self, ids: Tensor, streaming: bool) -> Tensor:
         """Return the input of the blocks for ids (B, T), (B, T, d)."""
@@ -2250,44 +2235,32 @@ class GPT(LanguageModel):
             return x + skip
         return torch.lerp(skip, x, self.skip_gates[i].sigmoid().to(x.dtype))
 
-    def value_embed(self, embedded: Tensor | None, layer: int) -> Tensor | None:
-        """Return what a layer adds to its values, (B, T, kv_dim), or None."""
-        if layer not in self.value_layers:
-            return None
-        scale = self.value_scales[self.value_layers.index(layer)]
-        return embedded * scale.to(embedded.dtype)
-
-    def run_blocks(
-        self, x0: Tensor, ids: Tensor, context: AttentionContext, num_queries: int | None
+    def predict(
+        self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
     ) -> Tensor:
-        """Run the blocks on x0 (B, T, d); the last one computes `num_queries` positions."""
+        x = x0 = self.embed_tokens(ids, streaming)
+        context = self.attention_context(x0, streaming)
         embedded = self.value_embedding(ids) if self.value_layers else None
         skips: dict[int, Tensor] = {}  # the stream after each layer of the first half
-        x = x0
         order = self.block_orders[self.recurs]
+        # For few kept positions the last block computes only these; for many, the explicit mask
+        # that this needs costs more.
+        are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
         for i, layer in enumerate(order, start=1):
             if layer in self.skip_from:
                 x = self.add_skip(x, skips, layer)
-            if i == len(order):
-                context = context._replace(num_queries=num_queries)
-            context = context._replace(value_embed=self.value_embed(embedded, layer))
+            value_embed = None
+            if layer in self.value_layers:
+                scale = self.value_scales[self.value_layers.index(layer)]
+                value_embed = embedded * scale.to(embedded.dtype)
+            context = context._replace(value_embed=value_embed)
+            if i == len(order) and are_few and not streaming:
+                context = context._replace(num_queries=logits_to_keep)
             x, own_v = self.blocks[layer](x, x0, context)
             if context.v0 is None:
                 context = context._replace(v0=own_v)
             if layer in self.skip_sources:
                 skips[layer] = x
-        return x
-
-    def predict(
-        self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
-    ) -> Tensor:
-        x0 = self.embed_tokens(ids, streaming)
-        context = self.attention_context(x0, streaming)
-        # For few kept positions the last block computes only these; for many, the explicit mask
-        # that this needs costs more.
-        are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
-        num_queries = logits_to_keep if are_few and not streaming else None
-        x = self.run_blocks(x0, ids, context, num_queries)
         return self.head(norm(keep_last(x, logits_to_keep)))
 
 
