@@ -26,7 +26,7 @@ Glossary:
     candidate   weights that may be exported: the last ones, their EMA, their SWA
     fingerprint SHA-256 of everything that seeds generate; equal ones prove equal maps
     code, scale a quantized value is an int8 code times its row's scale, a power of 2^(1/8)
-    window      EVAL_SEQ_LEN tokens of the validation stream, read at once (see below)
+    window      EVAL_SEQ_LEN tokens of the validation stream, read at once (plan_windows)
 """
 
 from __future__ import annotations
@@ -115,17 +115,13 @@ class Hyperparameters:
 
     # Run
     run_id: str = setting("", "name of the run's folder; empty: the start time")
-    resume: str = setting(
-        "auto", "auto: continue if unfinished; 1: it must exist; 0: never", choices="auto 0 1"
-    )
+    resume: str = setting("auto", "continue RUN_ID; auto: if unfinished", choices="auto 0 1")
     checkpoint_seconds: float = setting(60.0, "seconds between checkpoints; 0: at the end")
     timeout_seconds: float = setting(600.0, "seconds a process waits for the others", 1, 86_400)
     output_dir: str = setting("runs", "folder for the runs")
     seed: int = setting(1337, "seed of initial weights and data order", 0, 2**63 - 1)
     device: str = setting("auto", "auto: CUDA if there is a GPU", choices="auto cpu cuda")
-    dtype: str = setting(
-        "auto", "type of activations; auto: the faster one", choices="auto bfloat16 float32"
-    )
+    dtype: str = setting("auto", "type of activations", choices="auto bfloat16 float32")
     compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
     attention_backend: str = setting("auto", "order on CUDA: fa3,cudnn,flash,efficient,math")
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH and do nothing else", 0, 1)
@@ -138,9 +134,7 @@ class Hyperparameters:
     # Data
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of the shards")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    data_order: str = setting(
-        "shuffle", "shuffle: in a seeded order; stream: as in the shards", choices="shuffle stream"
-    )
+    data_order: str = setting("shuffle", "stream: as in the shards", choices="shuffle stream")
     holdout_tokens: int = setting(1_048_576, "training tokens held out to choose a candidate", 1)
 
     # Model
@@ -256,7 +250,7 @@ class Hyperparameters:
     loss_per_value: float = setting(3e-9, "nats per token to round one value", 1e-15, 1)
     target_bytes: int = setting(0, "bytes of code and model; sets LOSS_PER_VALUE; 0: off")
     gptq_calib_batches: int = setting(
-        5, "batches of up to 8,192 tokens to calibrate; 0: none", also="gptq_calibration_batches"
+        5, "batches of up to 8,192 tokens to calibrate by; 0: none", also="gptq_calibration_batches"
     )
     prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
     artifact_limit_bytes: int = setting(16_000_000, "most bytes of code and model together", 1)
@@ -264,11 +258,7 @@ class Hyperparameters:
     # Evaluation
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
     eval_stride: int = setting(64, "new tokens that each window scores", 1, also="stride")
-    eval_mode: str = setting(
-        "exact",
-        "exact: sliding windows; streaming: one pass of such a span",
-        choices="exact streaming",
-    )
+    eval_mode: str = setting("exact", "streaming: one pass, no windows", choices="exact streaming")
     eval_batch_tokens: int = setting(
         131_072, "tokens of one forward pass; streaming takes at least layers + 2 windows", 1
     )
@@ -360,8 +350,7 @@ class Alias(NamedTuple):
 
 ALIASES = {
     "use_random_adapters": Alias(
-        "PR #1113 (system A), 1: every map random with LoRA; 0: every map learned",
-        {"map_basis": "orthogonal"},
+        "PR #1113 (system A), 1: random maps with LoRA; 0: learned", {"map_basis": "orthogonal"}
     ),
     "random_adapter_rank": Alias("system A: rank of LoRA", {"map_adapter": "lora:{}"}),
     "random_basis_enabled": Alias(
@@ -386,9 +375,7 @@ ALIASES = {
         {"map_basis": "mlp.in@{}=orthogonal"},
         {"map_adapter": "none"},
     ),
-    "rand_gain": Alias(
-        "PR #1228, 1: a learned gain per random feature", {"map_scale": "random=row"}
-    ),
+    "rand_gain": Alias("PR #1228, 1: a gain per random feature", {"map_scale": "random=row"}),
     "adapter_rank": Alias("PR #1549: rank of LoRA", {"map_adapter": "lora:{}"}),
     "mlp_rank": Alias(
         "PR #2058: random MLP with LoRA of this rank",
@@ -493,10 +480,7 @@ def expand_aliases(overrides: Mapping[str, Any], errors: list[str]) -> dict[str,
 
 
 def parse_setting(f: dataclasses.Field, raw: Any) -> str | int | float:
-    """Return a setting's value from its text; whole numbers may be hexadecimal.
-
-    ValueError says what is wrong with it.
-    """
+    """Return a setting's value from its text, maybe hexadecimal. ValueError says what is wrong."""
     kind, choices = type(f.default), f.metadata["choices"]
     if kind is str:
         if len(str(raw)) > 4096:  # an artifact's settings may come from anyone
@@ -1299,10 +1283,7 @@ class FusedLinear(InputGroup):
 
 
 class Embedding(QuantizedModule):
-    """Learned rows (vocabulary, dim) in float32; `proj`, if any, widens a row from dim to out.
-
-    Lookups come in `dtype`. Without `proj`, out is dim.
-    """
+    """Learned rows (vocabulary, dim), looked up in `dtype`; `proj`, if any, widens dim to out."""
 
     roles: ClassVar = {"weight": Role.EMBEDDING}
 
@@ -1387,10 +1368,7 @@ def tensors_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Return the bytes that a module's learned tensors take in the artifact before compression.
-
-    Scales of columns are not counted: calibration decides which matrices have them.
-    """
+    """Return the bytes of learned tensors before compression, without scales of columns."""
     total = 0
     for role, tensors in tensors_by_role(module).items():
         for p in tensors.values():
@@ -1433,19 +1411,9 @@ class MapSpec(NamedTuple):
         return self.basis in BASES
 
     @property
-    def is_learned(self) -> bool:
-        """Whether W is learned in full and belongs to this map alone."""
-        return self.basis == "learned"
-
-    @property
     def kind(self) -> str:
         """Its name without member and layer, such as mlp.fc."""
         return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
-
-    @property
-    def is_signs(self) -> bool:
-        """Whether it holds a vector for each token, by which BigramTable multiplies its rows."""
-        return self.kind in BIGRAM_SIGNS
 
     @property
     def owner(self) -> tuple[str, str]:
@@ -1506,10 +1474,10 @@ class MapRule(NamedTuple):
         kinds = [spec.kind, spec.kind.partition(".")[0]]
         if spec.kind in ("mlp.fc", "mlp.gate"):
             kinds.append("mlp.in")
-        if spec.is_signs:
+        if spec.kind in BIGRAM_SIGNS:
             kinds = [spec.kind, "bigram.signs"]
         elif spec.kind not in EMBEDDING_MAPS:
-            kinds += ["all"] if spec.is_learned else ["all", "random"]
+            kinds += ["all"] if spec.basis == "learned" else ["all", "random"]
         return self.kind in kinds and layer in self.layers and self.member in (None, member)
 
 
@@ -1517,6 +1485,20 @@ class MapRule(NamedTuple):
 EMBEDDING_MAPS = ("bigram.proj", "value_embedding.proj")
 # Frozen vectors of tokens, not in the model unless MAP_BASIS names a basis for bigram.signs.
 BIGRAM_SIGNS = ("bigram.signs.previous", "bigram.signs.current")
+# Each kind of map: what it adds to its seed, and the settings that are its rows and columns.
+MAP_KINDS = {
+    "bigram.proj": (21, "model_dim", "bigram_dim"),
+    "bigram.signs.previous": (30, "vocab_size", "bigram_dim"),
+    "bigram.signs.current": (31, "vocab_size", "bigram_dim"),
+    "value_embedding.proj": (22, "kv_dim", "ve_dim"),
+    "attention.q": (0, "model_dim", "model_dim"),
+    "attention.k": (1, "kv_dim", "model_dim"),
+    "attention.v": (2, "kv_dim", "model_dim"),
+    "attention.proj": (3, "model_dim", "model_dim"),
+    "mlp.fc": (10, "mlp_dim", "model_dim"),
+    "mlp.proj": (11, "model_dim", "mlp_dim"),
+    "mlp.gate": (12, "mlp_dim", "model_dim"),
+}
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
 CELL_WORDS = {
     "basis": ["learned", "shared", "none", *BASES],
@@ -1574,20 +1556,6 @@ class MapTable:
     members of an ensemble are a million apart. `errors` holds everything that is wrong.
     """
 
-    SEED_OFFSETS: ClassVar = {
-        "attention.q": 0,
-        "attention.k": 1,
-        "attention.v": 2,
-        "attention.proj": 3,
-        "mlp.fc": 10,
-        "mlp.proj": 11,
-        "mlp.gate": 12,
-        "bigram.proj": 21,
-        "value_embedding.proj": 22,
-        "bigram.signs.previous": 30,
-        "bigram.signs.current": 31,
-    }
-
     def __init__(self, h: Hyperparameters) -> None:
         self.h = h
         self.errors: list[str] = []
@@ -1600,52 +1568,42 @@ class MapTable:
         self.specs: list[MapSpec] = []
         if self.errors:
             return
-        of_embeddings, of_block = self.shapes()
+        absent = {"mlp.gate": not h.mlp_gated, "value_embedding.proj": not h.value_layers}
+        absent |= dict.fromkeys(("bigram.proj", *BIGRAM_SIGNS), h.bigram_vocab_size < 2)
+        kinds = [kind for kind in MAP_KINDS if not absent.get(kind)]
+        of_blocks = [kind for kind in kinds if kind.startswith(("attention.", "mlp."))]
+        of_embeddings = [kind for kind in kinds if kind not in of_blocks]
         for member in range(h.ensemble):
-            for layer in (None, *range(h.num_layers)):
-                shapes = of_embeddings if layer is None else of_block
-                specs = [self.spec(member, layer, kind, shapes[kind]) for kind in shapes]
-                self.specs += [
-                    spec for spec in specs if not (spec.is_signs and spec.basis == "none")
-                ]
+            specs = [self.spec(member, None, kind) for kind in of_embeddings]
+            absent_signs = [s for s in specs if s.kind in BIGRAM_SIGNS and s.basis == "none"]
+            self.specs += [spec for spec in specs if spec not in absent_signs]
+            for layer in range(h.num_layers):
+                self.specs += [self.spec(member, layer, kind) for kind in of_blocks]
         self.check()
 
-    def shapes(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-        """Return kind -> (out, in) of the maps of embeddings, and of those of a block."""
-        h, d, kv, hidden = self.h, self.h.model_dim, self.h.kv_dim, self.h.mlp_dim
-        of_embeddings = {}
-        if h.bigram_vocab_size > 1:
-            of_embeddings["bigram.proj"] = (d, h.bigram_dim)
-            of_embeddings |= dict.fromkeys(BIGRAM_SIGNS, (h.vocab_size, h.bigram_dim))
-        if h.value_layers:
-            of_embeddings["value_embedding.proj"] = (kv, h.ve_dim)
-        of_block = {"attention.q": (d, d), "attention.k": (kv, d), "attention.v": (kv, d)}
-        of_block |= {"attention.proj": (d, d), "mlp.fc": (hidden, d), "mlp.proj": (d, hidden)}
-        if h.mlp_gated:
-            of_block["mlp.gate"] = (hidden, d)
-        return of_embeddings, of_block
-
-    def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
+    def spec(self, member: int, block: int | None, kind: str) -> MapSpec:
         """Return the row of a map of a block, or of an embedding (block None)."""
         h = self.h
         layer = block or 0
         prefix = f"members.{member}." if h.ensemble > 1 else ""
         if block is not None:
             prefix += f"blocks.{block}."
-        spec = MapSpec(prefix + kind, *shape, depth=layer / max(h.num_layers - 1, 1))
+        offset, rows, columns = MAP_KINDS[kind]
+        spec = MapSpec(prefix + kind, getattr(h, rows), getattr(h, columns))
+        spec = spec._replace(depth=layer / max(h.num_layers - 1, 1))
         if kind in EMBEDDING_MAPS:
             spec = spec._replace(gain=(2 * h.num_layers) ** -0.5)  # as published (PR #1113)
-        if spec.is_signs:
+        if kind in BIGRAM_SIGNS:
             spec = spec._replace(basis="none", gain=h.bigram_dim**0.5)  # ±1 instead of ±1/√dim
         for column in COLUMNS:  # the basis first: it decides what `random` selects
             for rule in self.rules[column]:
                 if rule.selects(spec, member, layer):
                     spec = spec._replace(**{column: rule.cell})
                     self.used.add((column, rule.selector))
-        if spec.is_learned:
+        if spec.basis == "learned":
             return spec
         shared_seed = h.map_seed + 1_000_000 * member
-        seed = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
+        seed = shared_seed + h.map_seed_stride * layer + offset
         return spec._replace(seed=seed, shared_seed=shared_seed)
 
     def check(self) -> None:
@@ -1659,7 +1617,7 @@ class MapTable:
             for rule in rules:
                 if (column, rule.selector) not in self.used:
                     self.errors.append(f"MAP_{column.upper()}: {rule.selector} selects no map")
-        seeds = [spec.seed for spec in self.specs if not spec.is_learned]
+        seeds = [spec.seed for spec in self.specs if spec.basis != "learned"]
         if len(set(seeds)) < len(seeds):
             stride = f"MAP_SEED_STRIDE={self.h.map_seed_stride}"
             self.errors.append(f"{stride} gives two maps the same seed; choose another, as 100")
@@ -1668,14 +1626,15 @@ class MapTable:
     def faults(self, spec: MapSpec, first: MapSpec) -> list[str]:
         """Return what is wrong with a map whose values, if shared, are those of `first`."""
         has_own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
-        is_trained = spec.is_learned or has_own or spec.shared_count > 1  # then its mix is
-        wrong_signs = spec.is_signs and (not spec.is_random or has_own or spec.freeze)
-        has_basis = spec.basis != "none" or spec.is_signs
+        is_trained = spec.basis == "learned" or has_own or spec.shared_count > 1  # then its mix is
+        is_signs = spec.kind in BIGRAM_SIGNS
+        wrong_signs = is_signs and (not spec.is_random or has_own or spec.freeze)
+        has_basis = spec.basis != "none" or is_signs
         is_as_first = (spec.gain, spec.init) == (first.gain, first.init) or not spec.shared_count
         adapter, freeze = f"MAP_ADAPTER={self.h.map_adapter}", f"MAP_FREEZE={self.h.map_freeze}"
         faults = {
             f"{adapter}: {spec.kind} is learned in full and takes no adapter": (
-                spec.is_learned and spec.adapter != "none"
+                spec.basis == "learned" and spec.adapter != "none"
             ),
             "bigram.signs are none or random, and take no adapter or scale": wrong_signs,
             f"MAP_BASIS={self.h.map_basis}: only bigram.signs can be none": not has_basis,
@@ -1691,10 +1650,7 @@ class MapTable:
 
 @functools.lru_cache(maxsize=8)
 def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
-    """Return the map table by name; all callers with the same settings share it.
-
-    UserError says what is wrong with it.
-    """
+    """Return the map table by name, one for all callers. UserError says what is wrong with it."""
     table = MapTable(h)
     if table.errors:
         raise UserError("\n  ".join(["the map table cannot be built:", *table.errors]))
@@ -1702,25 +1658,16 @@ def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
 
 
 class FrozenRandomLinearWithLoRA(Linear):
-    """y = x (W + A B)ᵀ (+ bias): a random orthogonal map with LoRA, for use outside this script.
-
-    Its signature is that of PR #1113.
-    """
+    """y = x (W + A B)ᵀ (+ bias), W random and orthogonal; the signature is PR #1113's."""
 
     def __init__(
         self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias: bool = False
     ) -> None:
-        adapter = f"lora:{rank}"
-        spec = MapSpec("", out_features, in_features, "orthogonal", seed=seed, adapter=adapter)
-        super().__init__(spec, bias=bias)
+        spec = MapSpec("", out_features, in_features, "orthogonal", seed=seed)
+        super().__init__(spec._replace(adapter=f"lora:{rank}"), bias=bias)
 
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.lora.A
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.lora.B
+    lora_A = property(lambda self: self.lora.A)  # (out, rank)
+    lora_B = property(lambda self: self.lora.B)  # (rank, in)
 
 
 # ---- Attention ---------------------------------------------------------------------------------
@@ -1788,10 +1735,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 def norm(
-    x: Tensor,
-    scale: float | Tensor = 1.0,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    x: Tensor, scale: float | Tensor = 1.0, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> Tensor:
     """Return scale · x / rms(x), (..., d). Heads (B, T, H, D) may be rotated first."""
     return RMSNormFunction.apply(x, scale, cos, sin)
@@ -1843,10 +1787,9 @@ SDPA_BACKENDS = {
 
 
 def attention_order(h: Hyperparameters) -> list[str]:
-    """Return the attention kernels for CUDA in the order in which they are tried.
+    """Return the attention kernels for CUDA, first choice first. ValueError for an unknown one.
 
-    The order is explicit, since torch's own changes between releases. ValueError for a name that is
-    none.
+    The order is explicit, since torch's own changes between releases.
     """
     known = ["fa3", *SDPA_BACKENDS]
     if h.attention_backend == "auto":
@@ -1886,10 +1829,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_attention_and_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return causal attention (B, T, H, D) and the log-sum-exp of its scores (B, T, H, 1).
-
-    It has no gradient.
-    """
+    """Return causal attention (B, T, H, D) and its log-sum-exps (B, T, H, 1), without gradient."""
     name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu")
     flash = getattr(torch.ops.aten, name)
     y, lse, *_ = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True)
@@ -1938,10 +1878,7 @@ def streaming_attention(
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Subtract from y (B, T, H, D) its projection on the position's own value v (B, T, H_kv, D).
-
-    Exclusive self-attention (XSA), PR #1113.
-    """
+    """Subtract from y (B, T, H, D) its part along its own v (B, T, H_kv, D) (XSA, PR #1113)."""
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, H_kv, H / H_kv, D)
     direction = F.normalize(v, dim=-1)[..., None, :]
     along = (grouped * direction).sum(-1, keepdim=True) * direction
@@ -2088,12 +2025,10 @@ class LanguageModel(nn.Module):
         self.distill_alpha = h.distill_alpha
         self.temperature = h.distill_temperature
 
-    def predict(
-        self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
-    ) -> Tensor:
+    def predict(self, ids: Tensor, keep: int | None = None, streaming: bool = False) -> Tensor:
         """Return float32 logits (B, n, vocabulary) for tokens (B, T).
 
-        They are those of the last n = `logits_to_keep` positions, or of all. If `streaming`, each
+        They are those of the last n = `keep` positions, or of all. If `streaming`, each
         row continues the row above (see streaming_attention).
         """
         raise NotImplementedError
@@ -2130,7 +2065,7 @@ class LanguageModel(nn.Module):
 
     def linear_maps(self) -> dict[str, Linear]:
         """Return the modules of the map table by name, without the signs of pairs."""
-        names = [name for name, spec in self.table.items() if not spec.is_signs]
+        names = [name for name, spec in self.table.items() if spec.kind not in BIGRAM_SIGNS]
         return {name: self.get_submodule(name) for name in names}
 
     def fingerprint(self) -> str:
@@ -2150,10 +2085,7 @@ class LanguageModel(nn.Module):
 
 
 class GPT(LanguageModel):
-    """The transformer of the map table and the settings.
-
-    A member of an ensemble has the rows of the table that begin with its prefix.
-    """
+    """The transformer; a member of an ensemble has the map table's rows that have its prefix."""
 
     def __init__(
         self, h: Hyperparameters, dtype: torch.dtype = torch.float32, prefix: str = ""
@@ -2235,9 +2167,7 @@ class GPT(LanguageModel):
             return x + skip
         return torch.lerp(skip, x, self.skip_gates[i].sigmoid().to(x.dtype))
 
-    def predict(
-        self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
-    ) -> Tensor:
+    def predict(self, ids: Tensor, keep: int | None = None, streaming: bool = False) -> Tensor:
         x = x0 = self.embed_tokens(ids, streaming)
         context = self.attention_context(x0, streaming)
         embedded = self.value_embedding(ids) if self.value_layers else None
@@ -2245,7 +2175,7 @@ class GPT(LanguageModel):
         order = self.block_orders[self.recurs]
         # For few kept positions the last block computes only these; for many, the explicit mask
         # that this needs costs more.
-        are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
+        are_few = keep is not None and 8 * keep <= ids.size(1)
         for i, layer in enumerate(order, start=1):
             if layer in self.skip_from:
                 x = self.add_skip(x, skips, layer)
@@ -2255,13 +2185,13 @@ class GPT(LanguageModel):
                 value_embed = embedded * scale.to(embedded.dtype)
             context = context._replace(value_embed=value_embed)
             if i == len(order) and are_few and not streaming:
-                context = context._replace(num_queries=logits_to_keep)
+                context = context._replace(num_queries=keep)
             x, own_v = self.blocks[layer](x, x0, context)
             if context.v0 is None:
                 context = context._replace(v0=own_v)
             if layer in self.skip_sources:
                 skips[layer] = x
-        return self.head(norm(keep_last(x, logits_to_keep)))
+        return self.head(norm(keep_last(x, keep)))
 
 
 class Ensemble(LanguageModel):
@@ -2272,10 +2202,8 @@ class Ensemble(LanguageModel):
         members = [GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble)]
         self.members = nn.ModuleList(members)
 
-    def predict(
-        self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
-    ) -> Tensor:
-        logits = [member.predict(ids, logits_to_keep, streaming) for member in self.members]
+    def predict(self, ids: Tensor, keep: int | None = None, streaming: bool = False) -> Tensor:
+        logits = [member.predict(ids, keep, streaming) for member in self.members]
         return sum(logits) / len(logits)
 
     def forward(self, ids: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
