@@ -10,24 +10,9 @@ is an environment variable.
     EVAL_ONLY=1 MODEL_PATH=model.int6.ptz python train_gpt.py  # evaluate an artifact
     python train_gpt.py --help                                 # list all settings
 
-Contents, in the order in which the data flows:
-
-    Settings               every variable, its default, meaning and range
-    Random maps            bases: how a seed becomes a matrix
-    Linear layers          adapters, and the products that use them
-    Map table              which map is random, from which basis, with which adapter
-    Reading the settings   environment -> Hyperparameters, published aliases, --help
-    Attention              rotation, norm, causal and streaming attention
-    Transformer            blocks, GPT, ensembles
-    Processes and log      process group, stop signals, log, files
-    Data                   shards, training sequences, tokenizer, bits per byte
-    Optimizers             Muon, AdamW, averages of the weights
-    Quantization           scales, codes, GPTQ, sensitivities, late QAT
-    Artifact               the file format, export, TARGET_BYTES, reading back
-    Evaluation             sliding windows, streaming
-    Checkpoints            what a run needs to continue
-    Training               clock, phases, the training loop
-    Main                   preflight, train and export, evaluate from the artifact
+Sections follow the data, each under a line that begins with `# ----`: Settings, Reading the
+settings, Random maps, Linear layers, Map table, Attention, Transformer, Processes and log, Data,
+Optimizers, Quantization, Artifact, Evaluation, Checkpoints, Training, Main.
 
 Glossary:
 
@@ -42,19 +27,7 @@ Glossary:
     candidate   weights that may be exported: the last ones, their EMA, their SWA
     fingerprint SHA-256 of everything that seeds generate; equal ones prove equal maps
     code, scale a quantized value is an int8 code times its row's scale, a power of 2^(1/8)
-    window      EVAL_SEQ_LEN tokens of the validation stream, read at once (see below)
-
-Where to look:
-
-    A map's seed: MapTable.spec adds MAP_SEED, MAP_SEED_STRIDE * layer, SEED_OFFSETS[kind] and
-        1,000,000 * ensemble member. generate_map turns the seed into the matrix.
-    A LoRA factor (Role.FACTOR): Muon updates it (Optimizers), WeightAverages averages it,
-        Calibration.quantizers says how its scales are chosen, LoRA.quantize rounds it by GPTQ,
-        write_artifact compresses it, and export_best keeps its last value or an average.
-    What a window scores: plan_windows. The first window scores all of its tokens, every later one
-        only those that no earlier window scored: EVAL_STRIDE of them, or what is left at the end.
-        With EVAL_MODE=streaming a window is a row of the stream, and all of it is scored once
-        (streaming_batches).
+    window      EVAL_SEQ_LEN tokens of the validation stream, read at once (plan_windows)
 """
 
 from __future__ import annotations
@@ -120,28 +93,17 @@ def setting(
     low: float = 0,
     high: float = math.inf,
     *,
-    choices: Sequence[str] = (),
-    also: Sequence[str] = (),
+    choices: str = "",
+    also: str = "",
     stored: bool = False,
 ) -> Any:
-    """Declare one setting.
+    """Declare one setting. The type of its default is its type; `low` and `high` limit a number.
 
-    Args:
-        default: value where nobody sets it; its type is the setting's type.
-        meaning: one line for --help and the documentation.
-        low, high: allowed range of a number.
-        choices: allowed words of a text.
-        also: what published scripts call the setting.
-        stored: whether the artifact must store it to rebuild the model.
+    `choices` are the words it may have, and `also` what published scripts call it, with spaces
+    between. The artifact holds what is `stored`, because the model is built from it.
     """
-    metadata = {
-        "meaning": meaning,
-        "low": low,
-        "high": high,
-        "choices": choices,
-        "also": also,
-        "stored": stored,
-    }
+    metadata = {"meaning": meaning, "low": low, "high": high, "stored": stored}
+    metadata |= {"choices": choices.split(), "also": also.split()}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -154,28 +116,15 @@ class Hyperparameters:
 
     # Run
     run_id: str = setting("", "name of the run's folder; empty: the start time")
-    resume: str = setting(
-        "auto",
-        "auto: continue RUN_ID if unfinished; 1: it must exist; 0: never",
-        choices=("auto", "0", "1"),
-    )
-    checkpoint_seconds: float = setting(
-        60.0, "seconds of training between checkpoints; 0: at its end"
-    )
+    resume: str = setting("auto", "continue RUN_ID; auto: if unfinished", choices="auto 0 1")
+    checkpoint_seconds: float = setting(60.0, "seconds between checkpoints; 0: at the end")
     timeout_seconds: float = setting(600.0, "seconds a process waits for the others", 1, 86_400)
     output_dir: str = setting("runs", "folder for the runs")
     seed: int = setting(1337, "seed of initial weights and data order", 0, 2**63 - 1)
-    device: str = setting("auto", "auto: CUDA if there is a GPU", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting(
-        "auto",
-        "type of activations; auto: bfloat16 where it is faster",
-        choices=("auto", "bfloat16", "float32"),
-    )
-    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices=("auto", "0", "1"))
-    attention_backend: str = setting(
-        "auto",
-        "order of attention kernels on CUDA; auto: fa3,cudnn,flash,efficient,math",
-    )
+    device: str = setting("auto", "auto: CUDA if there is a GPU", choices="auto cpu cuda")
+    dtype: str = setting("auto", "type of activations", choices="auto bfloat16 float32")
+    compile: str = setting("auto", "torch.compile; auto: on CUDA only", choices="auto 0 1")
+    attention_backend: str = setting("auto", "order on CUDA: fa3,cudnn,flash,efficient,math")
     eval_only: int = setting(0, "1: evaluate the artifact MODEL_PATH and do nothing else", 0, 1)
     model_path: str = setting("", "artifact that EVAL_ONLY reads")
     export_only: int = setting(0, "1: export and evaluate CHECKPOINT_PATH, do not train", 0, 1)
@@ -186,11 +135,7 @@ class Hyperparameters:
     # Data
     data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of the shards")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    data_order: str = setting(
-        "shuffle",
-        "shuffle: sequences in a seeded order; stream: as they lie in the shards",
-        choices=("shuffle", "stream"),
-    )
+    data_order: str = setting("shuffle", "stream: as in the shards", choices="shuffle stream")
     holdout_tokens: int = setting(1_048_576, "training tokens held out to choose a candidate", 1)
 
     # Model
@@ -203,13 +148,11 @@ class Hyperparameters:
     rope_dims: int = model_setting(16, "rotated dimensions of each head", 0, 1024)
     rope_base: float = model_setting(10_000.0, "base of the rotary frequencies", 1, 1e9)
     rope_stretch_from: int = model_setting(
-        1024, "length above which ROPE_BASE grows; 0: never", also=["rope_train_seq_len"]
+        1024, "length above which ROPE_BASE grows; 0: never", also="rope_train_seq_len"
     )
     xsa_last_n: int = model_setting(11, "last N layers use exclusive self-attention", 0, 256)
     ln_scale: int = model_setting(1, "1: scale each pre-norm by 1/sqrt(layer + 1)", 0, 1)
-    bigram_vocab_size: int = model_setting(
-        2048, "buckets of the bigram hash; under 2: none", 0, 2**24
-    )
+    bigram_vocab_size: int = model_setting(2048, "rows of the bigram hash; under 2: none", 0, 2**24)
     bigram_dim: int = model_setting(128, "width of the bigram embedding", 1, 4096)
     ve_enabled: int = model_setting(1, "1: value embedding, shared by VE_LAYERS", 0, 1)
     ve_dim: int = model_setting(128, "width of the value embedding", 1, 4096)
@@ -220,7 +163,7 @@ class Hyperparameters:
     skip_gates_enabled: int = model_setting(0, "1: a sigmoid gate mixes in each skip", 0, 1)
     mlp_gated: int = model_setting(0, "1: GEGLU instead of LeakyReLU(0.5)²", 0, 1)
     parallel_from: int = model_setting(
-        256, "first layer with attention and MLP in parallel", also=["parallel_residual_start"]
+        256, "first layer with attention and MLP in parallel", also="parallel_residual_start"
     )
     recur_layers: str = model_setting("", "layers that run several times, such as 3-5")
     recur_times: int = model_setting(3, "how many times they run", 1, 64)
@@ -241,7 +184,7 @@ class Hyperparameters:
         "seed of the random maps",
         0,
         2**62,
-        also=["random_adapter_seed", "random_basis_seed", "random_backbone_seed"],
+        also="random_adapter_seed random_basis_seed random_backbone_seed",
     )
     map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
     map_adapter: str = model_setting("lora:32", "none, or NAME:SIZE with + between")
@@ -257,7 +200,7 @@ class Hyperparameters:
     min_lr: float = setting(0.0, "lowest learning rates, as a fraction of the full ones", 0, 1)
     dropout: float = setting(0.0, "fraction of attention and MLP outputs dropped", 0, 0.9)
     recur_frac: float = setting(
-        0.35, "progress at which RECUR_LAYERS begin to recur", 0, 0.99, also=["enable_looping_at"]
+        0.35, "progress at which RECUR_LAYERS begin to recur", 0, 0.99, also="enable_looping_at"
     )
     distill_from: str = setting("", "artifact of a teacher")
     self_distill: int = setting(0, "1: the model at DISTILL_START_FRAC becomes the teacher", 0, 1)
@@ -267,32 +210,24 @@ class Hyperparameters:
     distill_temperature: float = setting(2.0, "temperature of both distributions", 0.01, 100)
     train_batch_tokens: int = setting(786_432, "tokens of a step, over all processes", 1)
     train_seq_len: int = setting(2048, "tokens of a training sequence", 1, 2**20)
-    micro_batch_tokens: int = setting(
-        98_304, "largest number of tokens in one forward pass on one device", 1
-    )
-    max_wallclock_seconds: float = setting(
-        600.0, "seconds for training and export together; 0: no limit"
-    )
+    micro_batch_tokens: int = setting(98_304, "most tokens of one forward pass on a device", 1)
+    max_wallclock_seconds: float = setting(600.0, "seconds of training and export; 0: no limit")
     gptq_reserve_seconds: float = setting(45.0, "least seconds of these kept for the export")
     val_loss_every: int = setting(4000, "steps between validations; 0: at the end only")
     train_log_every: int = setting(200, "steps between log lines; 0: none")
 
     # Optimizers
     matrix_lr: float = setting(0.025, "learning rate of Muon for matrices")
-    factor_lr: float = setting(
-        0.025, "learning rate of Muon for low-rank factors", also=["adapter_lr"]
-    )
+    factor_lr: float = setting(0.025, "the same for low-rank factors", also="adapter_lr")
     tied_embed_lr: float = setting(0.035, "learning rate of AdamW for embeddings")
     scalar_lr: float = setting(0.025, "learning rate of AdamW for gains, gates and scales")
     sparse_lr: float = setting(0.003, "learning rate of AdamW for values of sparse adapters")
     mask_lr: float = setting(0.1, "learning rate for the scores of masks")
-    mask_optimizer: str = setting(
-        "adam", "optimizer of these scores; PR #1753: adam", choices=("adam", "muon")
-    )
+    mask_optimizer: str = setting("adam", "PR #1753: adam", choices="adam muon")
     muon_momentum: float = setting(0.99, "momentum of Muon", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at the first step", 0, 1)
     muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
-    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20, also=["muon_ns_steps"])
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20, also="muon_ns_steps")
     muon_wd: float = setting(0.04, "decoupled weight decay of matrices and sparse adapters")
     factor_wd: float = setting(0.04, "decoupled weight decay of low-rank factors")
     adam_wd: float = setting(0.04, "decoupled weight decay of gains, gates and scales")
@@ -303,46 +238,28 @@ class Hyperparameters:
     grad_clip_norm: float = setting(0.3, "largest norm of all gradients together; 0: no clip")
     ema_decay: float = setting(0.997, "decay of the weights' moving average; 0: none", 0, 0.999999)
     swa_enabled: int = setting(1, "1: plain average of late weights", 0, 1)
-    swa_interval: int = setting(
-        50, "steps between two snapshots in that average", 1, also=["swa_every"]
-    )
+    swa_interval: int = setting(50, "steps between its snapshots", 1, also="swa_every")
     swa_threshold: float = setting(0.2, "learning-rate scale below which it begins", 0, 1)
-    late_qat_threshold: float = setting(
-        0.0, "learning-rate scale below which late QAT begins; 0: never", 0, 1
-    )
+    late_qat_threshold: float = setting(0.0, "learning-rate scale below which QAT begins", 0, 1)
 
     # Quantization and artifact
-    quantizer: str = setting(
-        "sensitivity",
-        "what sets a row's scale: how much the loss feels it, or its RMS (next four)",
-        choices=("sensitivity", "rms"),
-    )
-    matrix_bits: int = setting(6, "bits of a matrix's code", 2, 8)
-    embed_bits: int = setting(8, "bits of an embedding's code", 2, 8)
-    matrix_clip_sigmas: float = setting(
-        10.0, "largest value of a row's codes, in RMS of the row", 0.5, 100
-    )
+    quantizer: str = setting("sensitivity", "what sets a row's scale", choices="sensitivity rms")
+    matrix_bits: int = setting(6, "bits of a matrix's code, for QUANTIZER=rms", 2, 8)
+    embed_bits: int = setting(8, "bits of an embedding's code, for QUANTIZER=rms", 2, 8)
+    matrix_clip_sigmas: float = setting(10.0, "largest code of a row, in its RMS", 0.5, 100)
     embed_clip_sigmas: float = setting(15.0, "the same for embeddings", 0.5, 100)
-    loss_per_value: float = setting(
-        3e-9, "nats per token that rounding one value may cost", 1e-15, 1
-    )
+    loss_per_value: float = setting(3e-9, "nats per token to round one value", 1e-15, 1)
     target_bytes: int = setting(0, "bytes of code and model; sets LOSS_PER_VALUE; 0: off")
     gptq_calib_batches: int = setting(
-        5,
-        "calibration batches of up to 8,192 training tokens; 0: neither GPTQ nor sensitivity",
-        also=["gptq_calibration_batches"],
+        5, "batches of up to 8,192 tokens to calibrate by; 0: none", also="gptq_calibration_batches"
     )
     prune_pct: float = setting(0.0, "fraction of each matrix set to zero; 0.03 is 3%", 0, 0.99)
     artifact_limit_bytes: int = setting(16_000_000, "most bytes of code and model together", 1)
 
     # Evaluation
     eval_seq_len: int = setting(2048, "tokens of an evaluation window", 1, 2**20)
-    eval_stride: int = setting(64, "new tokens that each window scores", 1, also=["stride"])
-    eval_mode: str = setting(
-        "exact",
-        "exact: sliding windows; streaming: one pass that sees EVAL_SEQ_LEN back",
-        choices=("exact", "streaming"),
-    )
+    eval_stride: int = setting(64, "new tokens that each window scores", 1, also="stride")
+    eval_mode: str = setting("exact", "streaming: one pass, no windows", choices="exact streaming")
     eval_batch_tokens: int = setting(
         131_072, "tokens of one forward pass; streaming takes at least layers + 2 windows", 1
     )
@@ -418,6 +335,426 @@ def parse_layers(text: str, num_layers: int) -> list[int]:
             raise ValueError(f"{part} must be layers from 0 to {num_layers - 1}, such as 0-2,5")
         layers |= dict.fromkeys(range(max(begin, 0), end + 1))
     return list(layers)
+
+
+# ---- Reading the settings ----------------------------------------------------------------------
+
+
+class Alias(NamedTuple):
+    """A variable of a published script, in this script's vocabulary. `{}` stands for its value."""
+
+    meaning: str
+    sets: dict[str, str]  # settings that it stands for; without a {} it is a flag, 0 or 1
+    defaults: Mapping[str, str] = MappingProxyType({})  # what it sets unless somebody else does
+    zero_is_off: bool = False  # whether the value 0 means that the variable is not set
+
+
+ALIASES = {
+    "use_random_adapters": Alias(
+        "PR #1113 (system A), 1: random maps with LoRA; 0: learned", {"map_basis": "orthogonal"}
+    ),
+    "random_adapter_rank": Alias("system A: rank of LoRA", {"map_adapter": "lora:{}"}),
+    "random_basis_enabled": Alias(
+        "PR #1684 (system B), 1: random MLP with LoRA and a gate per hidden unit",
+        {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"},
+        {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"},
+    ),
+    "lora_rank": Alias("system B: rank of LoRA", {"map_adapter": "lora:{}"}),
+    "selective_freeze": Alias(
+        "PR #1301 (system C), 1: the MLP's input maps random",
+        {"map_basis": "mlp.in=gaussian"},
+        {"map_adapter": "none", "map_seed": "42000"},
+    ),
+    "progressive_freeze_frac": Alias(
+        "PR #1301 (system D): progress at which the MLP's input maps freeze",
+        {"map_freeze": "mlp.in={}"},
+        {"map_basis": "learned"},
+        zero_is_off=True,
+    ),
+    "rand_proj_layers": Alias(
+        "PR #1228: layers of random up-projections",
+        {"map_basis": "mlp.in@{}=orthogonal"},
+        {"map_adapter": "none"},
+    ),
+    "rand_gain": Alias("PR #1228, 1: a gain per random feature", {"map_scale": "random=row"}),
+    "adapter_rank": Alias("PR #1549: rank of LoRA", {"map_adapter": "lora:{}"}),
+    "mlp_rank": Alias(
+        "PR #2058: random MLP with LoRA of this rank",
+        {"map_basis": "mlp=orthogonal", "map_adapter": "lora:{}"},
+    ),
+}
+ALIASES |= {
+    name: Alias("another name of it", {target: "{}"})
+    for target, f in SETTINGS.items()
+    for name in f.metadata["also"]
+}
+
+
+class Unsupported(NamedTuple):
+    """A variable of a published script whose feature does not exist here."""
+
+    defaults: list[str]  # published values at which it changes nothing here
+    reason: str
+
+
+# By reason: variables, each with its published values that change nothing here.
+UNSUPPORTED_BY_REASON = {
+    "this part of a published model is not built": "BACKOUT_ENABLED=0 BACKOUT_INIT=0.2"
+    " DDL_ENABLED=0 MINI_MOE_EXPERTS=1 SHC_N=0",
+    "test-time training is not built": "TTT_BATCH_SEQS=32 TTT_CHUNK_TOKENS=65536,32768"
+    " TTT_ENABLED=0 TTT_EPOCHS=1,3 TTT_FREEZE_BLOCKS=2,0 TTT_GRAD_CLIP=1.0 TTT_LR=0.002,0.005"
+    " TTT_MOMENTUM=0.9 TTT_OPTIMIZER=sgd",
+    "embeddings are tied here, without a separate head; set TIED_EMBED_LR": "EMBED_LR=0.6"
+    " HEAD_LR=0.008 TIE_EMBEDDINGS=1",
+    "the token embedding has MODEL_DIM columns": "EMBEDDING_DIM=512",
+    "layers that share a map share it as it is": "MAP_TWIST=none",
+    "the switch is gone, because it made no run faster or better": "COMPILE_MUON=0 FUSE_QKV=1"
+    " MIX_ORDER_REDUCTION=0",
+    "the module that owns a tensor decides how it is quantized": "CONTROL_TENSOR_NAME_PATTERNS"
+    " INT6_LAYERS INT6_STEP=4 INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
+    "MATRIX_CLIP_SIGMAS decides where codes clip": "QAT_CLIP_PCT=0.9995",
+    "artifacts are compressed by brotli alone": "COMPRESSOR=brotli",
+    "the block does not change the codes; it is 128": "GPTQ_BLOCK_SIZE=128",
+    "GPTQ_CALIB_BATCHES=0 turns GPTQ off": "GPTQ_ENABLED=1",
+    "Muon has no second moment and normalizes no rows here": "MUON_BETA2=0.95 MUON_ROW_NORMALIZE=0",
+    "a cache of hidden states gives no distribution that is fixed before scoring": "KNN_LAMBDA=0",
+    "its probabilities sum to over 1": "NGRAM_EVAL=0",
+    "MAP_BASIS chooses another basis than orthogonal": "RAND_INIT_QR=1",
+    "RECUR_TIMES counts every pass, NUM_LOOPS=2 is RECUR_TIMES=3": "NUM_LOOPS=2",
+    "set RECUR_LAYERS, such as 3-5": "LOOP_START=3 LOOP_END=5",
+    "set XSA_LAST_N": "XSA_LAYERS",
+    "set DATA_PATH and TOKENIZER_PATH": "DATA_DIR=./data/,./data",
+    "set EVAL_BATCH_TOKENS": "EVAL_BATCH_SEQS=256 VAL_BATCH_SIZE=524288 VAL_BATCH_TOKENS=524288",
+    "MICRO_BATCH_TOKENS decides it": "GRAD_ACCUM_STEPS=6",
+    "EVAL_STRIDE=EVAL_SEQ_LEN turns sliding off": "SLIDING_WINDOW_ENABLED=1",
+    "COMPILE=0 turns compilation off": "TORCH_COMPILE_DISABLE=0",
+}
+UNSUPPORTED = {
+    name: Unsupported(list(filter(None, defaults.split(","))), reason)
+    for reason, variables in UNSUPPORTED_BY_REASON.items()
+    for name, _, defaults in (variable.partition("=") for variable in variables.split())
+}
+
+
+@contextlib.contextmanager
+def collect_errors(errors: list[str], where: str) -> Iterator[None]:
+    """Add a ValueError raised in the block to `errors`, after the name of its place."""
+    try:
+        yield
+    except ValueError as error:
+        errors.append(f"{where}: {error}")
+
+
+def expand_aliases(overrides: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
+    """Replace aliases among the overrides by the settings they stand for.
+
+    An explicit setting wins over an alias's defaults. An alias that contradicts an explicit setting
+    or another alias is an error.
+    """
+    explicit = {name: value for name, value in overrides.items() if name not in ALIASES}
+    aliased: dict[str, str] = {}  # what aliases stand for
+    alias_defaults: dict[str, str] = {}  # what aliases set unless it is set elsewhere
+    set_by = {name: name for name in explicit}
+    if str(overrides.get("use_random_adapters")) == "0":
+        alias_defaults["map_basis"] = "learned"
+    for name, alias in ALIASES.items():
+        # A comma would end the rule of the map table that the value becomes a part of.
+        value = str(overrides.get(name, "")).replace(" ", "").replace(",", "+")
+        is_flag = not any("{}" in template for template in alias.sets.values())
+        if is_flag and value not in ("", "0", "1"):
+            errors.append(f"{name.upper()}={value}: must be 0 or 1")
+        is_zero = not value.strip("0.")
+        if not value or (is_zero and (is_flag or alias.zero_is_off)):
+            continue
+        alias_defaults = {**alias.defaults, **alias_defaults}
+        for target, template in alias.sets.items():
+            text = template.replace("{}", value)
+            earlier = str(explicit.get(target, aliased.get(target, text)))
+            if earlier != text:
+                errors.append(
+                    f"{name.upper()}={value} means {target.upper()}={text}, but"
+                    f" {set_by[target].upper()} says {earlier}; unset one"
+                )
+            aliased.setdefault(target, text)
+            set_by.setdefault(target, name)
+    return alias_defaults | aliased | explicit
+
+
+def parse_setting(f: dataclasses.Field, raw: Any) -> str | int | float:
+    """Return a setting's value from its text, maybe hexadecimal. ValueError says what is wrong."""
+    kind, choices = type(f.default), f.metadata["choices"]
+    if kind is str:
+        if len(str(raw)) > 4096:  # an artifact's settings may come from anyone
+            raise ValueError("is longer than 4,096 characters")
+        if choices and raw not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return str(raw)
+    try:
+        value = int(str(raw), 0) if kind is int else float(raw)
+    except (TypeError, ValueError):
+        raise ValueError(f"needs a {'whole ' if kind is int else ''}number") from None
+    low, high = f.metadata["low"], f.metadata["high"]
+    if not (low <= value <= high and value < math.inf):
+        limit = f" and at most {high:,}" if high < math.inf else ""
+        raise ValueError(f"must be at least {low:,}{limit}")
+    return value
+
+
+def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with settings that are fine alone but not together."""
+    processes = int(environment.get("WORLD_SIZE") or 1)
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
+    changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
+    reads_rms = h.quantizer == "rms" or h.late_qat_threshold or not h.gptq_calib_batches
+    has_sensitivities = h.quantizer == "sensitivity" and h.gptq_calib_batches
+    start = h.distill_start_frac
+    faults = {
+        "{NUM_HEADS} must divide {MODEL_DIM}": h.model_dim % h.num_heads,
+        "{NUM_KV_HEADS} must divide {NUM_HEADS}": h.num_heads % h.num_kv_heads,
+        "{ROPE_DIMS} must be even": h.rope_dims % 2,
+        "{ROPE_DIMS} is over the {head_dim} dimensions of a head": h.rope_dims > h.head_dim,
+        "{MLP_MULT} gives the MLP no hidden unit": h.mlp_dim < 1,
+        "{changed} would do nothing; QUANTIZER=rms uses them": changed and not reads_rms,
+        "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0": (
+            h.target_bytes and not has_sensitivities
+        ),
+        "RESUME=1 needs RUN_ID, the run to continue": h.resume == "1" and not h.run_id,
+        "torchrun's --max-restarts needs RUN_ID, the run to continue": restarts and not h.run_id,
+        "{EVAL_STRIDE} is over {EVAL_SEQ_LEN}": h.eval_stride > h.eval_seq_len,
+        "{TRAIN_BATCH_TOKENS} is not a multiple of {TRAIN_SEQ_LEN} times {processes} processes": (
+            not h.eval_only and h.train_batch_tokens % (h.train_seq_len * processes)
+        ),
+        "{GPTQ_RESERVE_SECONDS} leaves nothing of MAX_WALLCLOCK_SECONDS to train": (
+            0 < h.max_wallclock_seconds <= h.gptq_reserve_seconds
+        ),
+        "WARMDOWN_ITERS has no effect beside {WARMDOWN_FRAC}; unset it, or set WARMDOWN_FRAC=0": (
+            h.warmdown_frac and h.warmdown_iters != SETTINGS["warmdown_iters"].default
+        ),
+        "EVAL_ONLY=1 needs MODEL_PATH, the artifact": h.eval_only and not h.model_path,
+        "EXPORT_ONLY=1 needs CHECKPOINT_PATH": h.export_only and not h.checkpoint_path,
+        "DISTILL_FROM and SELF_DISTILL=1 are two teachers": h.distill_from and h.self_distill,
+        "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0": h.self_distill and not start,
+        "{DISTILL_END_FRAC} is not after {DISTILL_START_FRAC}": start >= h.distill_end_frac,
+    }
+    shown = {name.upper(): f"{name.upper()}={value}" for name, value in h.as_dict().items()}
+    shown |= {"head_dim": h.head_dim, "changed": ", ".join(changed), "processes": processes}
+    errors = [message.format_map(shown) for message, is_wrong in faults.items() if is_wrong]
+    with collect_errors(errors, f"ATTENTION_BACKEND={h.attention_backend}"):
+        attention_order(h)
+    with collect_errors(errors, f"VE_LAYERS={h.ve_layers}"):
+        _ = h.value_layers
+    with collect_errors(errors, f"RECUR_LAYERS={h.recur_layers}"):
+        _ = h.block_order
+    return errors
+
+
+def same_value(text: str, other: str) -> bool:
+    """Return whether two texts mean the same number or word."""
+    try:
+        return float(text) == float(other)
+    except ValueError:
+        return text == other
+
+
+def unsupported_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return errors for variables of published scripts that would change something there."""
+    errors = []
+    for name, unsupported in UNSUPPORTED.items():
+        value = environment.get(name, "").replace("_", "")
+        if value and not any(same_value(value, default) for default in unsupported.defaults):
+            errors.append(f"{name}={environment[name]}: {unsupported.reason}; unset it")
+    return errors
+
+
+def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return errors for variables that look like a misspelled setting."""
+    errors = []
+    known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]
+    for name in sorted(set(environment) - {*known, *UNSUPPORTED}):
+        if len(name) > 3:
+            # At least one letter may be added, dropped, changed or swapped with the next.
+            cutoff = min(0.9, 1 - 1 / len(name) - 1e-9)
+            for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
+                errors.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
+    return errors
+
+
+PRESETS = Path(__file__).resolve().with_name("presets")
+
+
+def find_preset(name: str, on_cpu: bool) -> Path:
+    """Return the file of a preset: a path to an .env file, or a name in presets/.
+
+    On a CPU, a file of that name in presets/cpu/ comes first. UserError lists what there is.
+    """
+    places = [PRESETS / f"{name.removesuffix('.env')}.env"]
+    if on_cpu:
+        places.insert(0, PRESETS / "cpu" / places[0].name)
+    if name.endswith(".env"):
+        places = [Path(name), PRESETS.parent / name, *places]
+    for place in places:
+        if place.is_file():
+            return place
+    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.env")))
+    raise UserError(f"PRESET={name}: no such file; {PRESETS} has: {known or 'nothing'}")
+
+
+def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -> dict[str, str]:
+    """Return the variables of a preset, and those of its PRESET_BASE that it does not set itself.
+
+    A line is KEY=VALUE; # begins a comment. TEACHER_PRESET names the preset of the teacher that the
+    preset learns from. `device` is DEVICE, and `heirs` are the files that build on this one.
+    UserError for a missing file, another kind of line, or a circle of bases.
+    """
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    path = find_preset(name, on_cpu and not heirs)
+    if path in heirs:
+        raise UserError(f"{path}: PRESET_BASE makes the preset its own base")
+    own = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
+            raise UserError(f"{path}: not KEY=VALUE: {text}")
+        own[key] = value
+    base = own.pop("PRESET_BASE", None)
+    if not base:
+        return own
+    inherited = load_preset(base, device, (*heirs, path))
+    inherited.pop("TEACHER_PRESET", None)  # a preset names its own teacher
+    return inherited | own
+
+
+def apply_preset(name: str, given: dict[str, Any], errors: list[str]) -> dict[str, Any]:
+    """Return what is given, over what a preset sets.
+
+    Beside another MAP_BASIS the preset's other columns would be about other maps: none of its MAP_*
+    settings holds.
+    """
+    preset = load_preset(name, str(given.get("device", "auto")))
+    teacher = preset.pop("TEACHER_PRESET", None)
+    if teacher and not given.get("distill_from"):
+        errors.append(
+            f"PRESET={name} needs a teacher: set DISTILL_FROM to the artifact of a run with"
+            f" PRESET={teacher}, or let run.sh train both"
+        )
+    errors += unsupported_variables(preset)
+    settings = {key.lower(): text for key, text in preset.items() if key not in UNSUPPORTED}
+    for key in sorted(settings.keys() - SETTINGS.keys() - ALIASES.keys()):
+        errors.append(f"PRESET={name}: {key.upper()}: no such setting")
+        del settings[key]
+    settings = expand_aliases(settings, errors)
+    if "map_basis" in given:
+        settings = {key: text for key, text in settings.items() if not key.startswith("map_")}
+    return settings | given
+
+
+def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any) -> Hyperparameters:
+    """Return checked settings: an override, else the variable of its name, else the default.
+
+    Before the defaults come the settings of PRESET, unless the run takes its own from an artifact
+    or a checkpoint. UserError lists every error.
+    """
+    errors: list[str] = []
+    names = [name for name in (*SETTINGS, *ALIASES) if name.upper() in environment]
+    overrides = {name: environment[name.upper()] for name in names} | overrides
+    overrides = expand_aliases(overrides, errors)
+    preset = environment.get("PRESET")
+    brings_settings = any(str(overrides.get(name)) == "1" for name in ("eval_only", "export_only"))
+    if preset and not brings_settings:
+        overrides = apply_preset(preset, overrides, errors)
+    values = {}
+    for name, raw in overrides.items():
+        if name not in SETTINGS:
+            errors.append(f"{name}: no such setting")
+            continue
+        with collect_errors(errors, f"{name.upper()}={raw}"):
+            values[name] = parse_setting(SETTINGS[name], raw)
+    h = Hyperparameters(**values, explicit=frozenset(overrides))
+    errors += wrong_combinations(h, environment)
+    errors += unsupported_variables(environment)
+    if not h.allow_unknown:
+        errors += misspelled_variables(environment)
+    if errors:
+        raise UserError("\n  ".join(["these settings cannot be used:", *errors]))
+    build_map_table(h)  # now: a table of impossible shapes would repeat these errors
+    return h
+
+
+def adopt_settings(
+    h: Hyperparameters, stored: dict[str, Any], source: str, overridable: Iterable[str] = ()
+) -> Hyperparameters:
+    """Return these settings with those of an artifact or a checkpoint in place of the defaults.
+
+    UserError if an explicit setting differs from the stored one and is not `overridable`.
+    """
+    kept = {name for name in h.explicit if name not in stored or name in overridable}
+    differences = [
+        f"{name.upper()}={getattr(h, name)} here, {stored[name]} there"
+        for name in sorted(h.explicit - kept)
+        if getattr(h, name) != stored[name]
+    ]
+    if differences:
+        what = "; ".join(differences)
+        raise UserError(f"{source} has other settings: {what}. Unset these")
+    return reload_settings(stored | {name: getattr(h, name) for name in kept})
+
+
+def reload_settings(values: dict[str, Any]) -> Hyperparameters:
+    """Return checked settings with these values alone, under this launcher."""
+    # The batch must still divide among these processes.
+    return load_settings({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}, **values)
+
+
+def read_manifest(data_path: str) -> dict[str, Any]:
+    """Return what the manifest says of the shards; nothing if there is none, or of another kind."""
+    with contextlib.suppress(OSError, ValueError):
+        manifest = json.loads((Path(data_path) / "manifest.json").read_bytes())
+        return manifest if isinstance(manifest, dict) else {}
+    return {}
+
+
+def settings_from_manifest(h: Hyperparameters) -> Hyperparameters:
+    """Return the settings with tokenizer and vocabulary of DATA_PATH's manifest, unless set."""
+    manifest = read_manifest(h.data_path)
+    found: dict[str, Any] = {}
+    if {"tokenizer", "vocab_size"} <= manifest.keys():
+        path = os.path.join(h.data_path, str(manifest["tokenizer"]))
+        found = {"tokenizer_path": path, "vocab_size": manifest["vocab_size"]}
+    return reload_settings(found | {name: getattr(h, name) for name in h.explicit})
+
+
+def allowed_values(f: dataclasses.Field) -> str:
+    """Return the range or the words of a setting, in brackets, for --help."""
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    if choices:
+        return f" [{', '.join(choices)}]"
+    if isinstance(f.default, str):
+        return ""
+    return f" [{low:,} to {high:,}]" if high < math.inf else f" [at least {low:,}]"
+
+
+def settings_help() -> str:
+    """Return all settings with defaults, meanings and ranges, in groups, for --help."""
+    headings = {first: title for title, first in SETTING_GROUPS.items()}
+    lines = [
+        "Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py.",
+        "PRESET=NAME adds those of presets/NAME.env, on a CPU of presets/cpu/NAME.env.",
+    ]
+    for name, f in SETTINGS.items():
+        if name in headings:
+            lines += ["", f"{headings[name]}:"]
+        default = f"({f.default})" if f.default != "" else "(empty)"
+        meaning = f"{f.metadata['meaning']}{allowed_values(f)}"
+        lines.append(f"  {name.upper():<28} {default:<14} {meaning}")
+    lines += ["", "Variables of published scripts, each short for settings of the map table:"]
+    for name, alias in ALIASES.items():
+        means = " ".join(f"{key.upper()}={text}" for key, text in alias.sets.items())
+        lines.append(f"  {name.upper():<28} {means}: {alias.meaning}".replace("{}", "VALUE"))
+    return "\n".join(lines)
 
 
 # ---- Random maps -------------------------------------------------------------------------------
@@ -601,9 +938,10 @@ class RankStabilizedLoRA(LoRA):
 
 
 @functools.lru_cache(maxsize=64)
-def shared_factor(rows: int, columns: int, seed: int) -> Tensor:
-    """Return (rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
-    return gaussian(rows, columns, seed + SHARED_FACTOR_KEY).to(torch.bfloat16)
+def shared_normal(count: int, rows: int, columns: int, key: int) -> Tensor:
+    """Return (count, rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
+    maps = [gaussian(rows, columns, key + i).to(torch.bfloat16) for i in range(count)]
+    return torch.stack(maps)
 
 
 class VeRA(Adapter):
@@ -616,8 +954,9 @@ class VeRA(Adapter):
 
     def __init__(self, spec: MapSpec, rank: int) -> None:
         super().__init__()
-        a = shared_factor(rank, spec.in_features, spec.shared_seed)
-        b = shared_factor(spec.out_features, rank, spec.shared_seed + 1)
+        key = spec.shared_seed + SHARED_FACTOR_KEY
+        (a,) = shared_normal(1, rank, spec.in_features, key)
+        (b,) = shared_normal(1, spec.out_features, rank, key + 1)
         self.register_buffer("A", a, persistent=False)
         self.register_buffer("B", b, persistent=False)
         self.b = nn.Parameter(torch.zeros(spec.out_features))
@@ -674,13 +1013,6 @@ class Mask(Adapter):
         return {"scores": self.scores.data > 0}
 
 
-@functools.lru_cache(maxsize=64)
-def shared_maps(count: int, rows: int, columns: int, seed: int) -> Tensor:
-    """Return (count, rows, columns) bfloat16, normal with std 1/√columns; all callers share it."""
-    seeds = range(seed + COMBINATION_KEY, seed + COMBINATION_KEY + count)
-    return torch.stack([gaussian(rows, columns, each).to(torch.bfloat16) for each in seeds])
-
-
 class Combination(Adapter):
     """ΔW = Σ c_i R_i with learned c_i and seeded R_i, shared by all maps of one shape.
 
@@ -691,13 +1023,12 @@ class Combination(Adapter):
 
     def __init__(self, spec: MapSpec, count: int) -> None:
         super().__init__()
-        maps = shared_maps(count, spec.out_features, spec.in_features, spec.shared_seed)
+        maps = shared_normal(count, *spec.shape, spec.shared_seed + COMBINATION_KEY)
         self.register_buffer("maps", maps, persistent=False)
         self.coefficients = nn.Parameter(torch.zeros(count))
 
     def correction(self, weight: Tensor) -> Tensor:
-        coefficients = self.coefficients.to(weight.dtype)
-        return torch.tensordot(coefficients, self.maps.to(weight.dtype), dims=1)
+        return torch.tensordot(self.coefficients.to(weight.dtype), self.maps.to(weight.dtype), 1)
 
 
 ADAPTERS: dict[str, type[Adapter]] = {
@@ -954,10 +1285,7 @@ class FusedLinear(InputGroup):
 
 
 class Embedding(QuantizedModule):
-    """Learned rows (vocabulary, dim) in float32; `proj`, if any, widens a row from dim to out.
-
-    Lookups come in `dtype`. Without `proj`, out is dim.
-    """
+    """Learned rows (vocabulary, dim), looked up in `dtype`; `proj`, if any, widens dim to out."""
 
     roles: ClassVar = {"weight": Role.EMBEDDING}
 
@@ -1042,10 +1370,7 @@ def tensors_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Return the bytes that a module's learned tensors take in the artifact before compression.
-
-    Scales of columns are not counted: calibration decides which matrices have them.
-    """
+    """Return the bytes of learned tensors before compression, without scales of columns."""
     total = 0
     for role, tensors in tensors_by_role(module).items():
         for p in tensors.values():
@@ -1088,24 +1413,9 @@ class MapSpec(NamedTuple):
         return self.basis in BASES
 
     @property
-    def is_learned(self) -> bool:
-        """Whether W is learned in full and belongs to this map alone."""
-        return self.basis == "learned"
-
-    @property
     def kind(self) -> str:
         """Its name without member and layer, such as mlp.fc."""
         return re.sub(r"^(members\.\d+\.)?(blocks\.\d+\.)?", "", self.name)
-
-    @property
-    def has_own(self) -> bool:
-        """Whether something is learned beside W: an adapter, a scale or a gate."""
-        return (self.adapter, self.scale, self.gate) != ("none", "none", None)
-
-    @property
-    def is_signs(self) -> bool:
-        """Whether it holds a vector for each token, by which BigramTable multiplies its rows."""
-        return self.kind in BIGRAM_SIGNS
 
     @property
     def owner(self) -> tuple[str, str]:
@@ -1120,39 +1430,30 @@ class MapSpec(NamedTuple):
 
     def adapters(self) -> dict[str, float]:
         """Return name -> size. ValueError for an unknown adapter or a wrong size."""
+        limits = {"rank": (1, min(self.shape)), "density": (1 / self.in_features, 1)}
+        limits |= {"count": (1, 4096), "": (0, 0)}
         sizes: dict[str, float] = {}
         for part in self.adapter.split("+"):
             if part == "none":
                 continue
-            name, _, size = part.partition(":")
+            name, colon, text = part.partition(":")
             if name not in ADAPTERS or name in sizes:
                 known = ", ".join(ADAPTERS)
                 raise ValueError(f"{name!r} is unknown or repeated; use {known} or none")
-            sizes[name] = self._adapter_size(part, ADAPTERS[name].size_unit, size)
-        return sizes
-
-    def _adapter_size(self, part: str, unit: str, text: str) -> float:
-        """Return the size of one adapter. ValueError if it is not a number that fits."""
-        if not unit:
-            if text or part.endswith(":"):
+            unit = ADAPTERS[name].size_unit
+            if not unit and colon:
                 raise ValueError(f"{part!r} takes no size")
-            return 0
-        limits = {
-            "rank": (1, min(self.shape)),
-            "density": (1 / self.in_features, 1),
-            "count": (1, 4096),
-        }
-        low, high = limits[unit]
-        try:
-            size = float(text) if unit == "density" else int(text)
-        except ValueError:
+            low, high = limits[unit]
             size = math.nan
-        if not low <= size <= high:
-            rows, columns = self.shape
-            raise ValueError(
-                f"{part!r} needs a {unit} from {low:.3g} to {high} on a map of {rows} x {columns}"
-            )
-        return size
+            with contextlib.suppress(ValueError):
+                size = float(text) if unit == "density" else int(text if unit else 0)
+            if not low <= size <= high:
+                raise ValueError(
+                    f"{part!r} needs a {unit} from {low:.3g} to {high} on a map of"
+                    f" {self.out_features} x {self.in_features}"
+                )
+            sizes[name] = size
+        return sizes
 
 
 class MapRule(NamedTuple):
@@ -1175,10 +1476,10 @@ class MapRule(NamedTuple):
         kinds = [spec.kind, spec.kind.partition(".")[0]]
         if spec.kind in ("mlp.fc", "mlp.gate"):
             kinds.append("mlp.in")
-        if spec.is_signs:
+        if spec.kind in BIGRAM_SIGNS:
             kinds = [spec.kind, "bigram.signs"]
         elif spec.kind not in EMBEDDING_MAPS:
-            kinds += ["all"] if spec.is_learned else ["all", "random"]
+            kinds += ["all"] if spec.basis == "learned" else ["all", "random"]
         return self.kind in kinds and layer in self.layers and self.member in (None, member)
 
 
@@ -1186,6 +1487,20 @@ class MapRule(NamedTuple):
 EMBEDDING_MAPS = ("bigram.proj", "value_embedding.proj")
 # Frozen vectors of tokens, not in the model unless MAP_BASIS names a basis for bigram.signs.
 BIGRAM_SIGNS = ("bigram.signs.previous", "bigram.signs.current")
+# Each kind of map: what it adds to its seed, and the settings that are its rows and columns.
+MAP_KINDS = {
+    "bigram.proj": (21, "model_dim", "bigram_dim"),
+    "bigram.signs.previous": (30, "vocab_size", "bigram_dim"),
+    "bigram.signs.current": (31, "vocab_size", "bigram_dim"),
+    "value_embedding.proj": (22, "kv_dim", "ve_dim"),
+    "attention.q": (0, "model_dim", "model_dim"),
+    "attention.k": (1, "kv_dim", "model_dim"),
+    "attention.v": (2, "kv_dim", "model_dim"),
+    "attention.proj": (3, "model_dim", "model_dim"),
+    "mlp.fc": (10, "mlp_dim", "model_dim"),
+    "mlp.proj": (11, "model_dim", "mlp_dim"),
+    "mlp.gate": (12, "mlp_dim", "model_dim"),
+}
 # Words and numbers that a cell of each column may have; an adapter is checked with its map.
 CELL_WORDS = {
     "basis": ["learned", "shared", "none", *BASES],
@@ -1236,35 +1551,12 @@ def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
     return rules
 
 
-@contextlib.contextmanager
-def collect_errors(errors: list[str], where: str) -> Iterator[None]:
-    """Add a ValueError raised in the block to `errors`, after the name of its place."""
-    try:
-        yield
-    except ValueError as error:
-        errors.append(f"{where}: {error}")
-
-
 class MapTable:
     """All maps of the model, and the only place that decides which are random, and how.
 
     A map's seed is MAP_SEED + MAP_SEED_STRIDE · layer + the offset of its kind (PR #1113); the
     members of an ensemble are a million apart. `errors` holds everything that is wrong.
     """
-
-    SEED_OFFSETS: ClassVar = {
-        "attention.q": 0,
-        "attention.k": 1,
-        "attention.v": 2,
-        "attention.proj": 3,
-        "mlp.fc": 10,
-        "mlp.proj": 11,
-        "mlp.gate": 12,
-        "bigram.proj": 21,
-        "value_embedding.proj": 22,
-        "bigram.signs.previous": 30,
-        "bigram.signs.current": 31,
-    }
 
     def __init__(self, h: Hyperparameters) -> None:
         self.h = h
@@ -1278,114 +1570,89 @@ class MapTable:
         self.specs: list[MapSpec] = []
         if self.errors:
             return
+        absent = {"mlp.gate": not h.mlp_gated, "value_embedding.proj": not h.value_layers}
+        absent |= dict.fromkeys(("bigram.proj", *BIGRAM_SIGNS), h.bigram_vocab_size < 2)
+        kinds = [kind for kind in MAP_KINDS if not absent.get(kind)]
+        of_blocks = [kind for kind in kinds if kind.startswith(("attention.", "mlp."))]
+        of_embeddings = [kind for kind in kinds if kind not in of_blocks]
         for member in range(h.ensemble):
-            for kind, shape in self.embedding_shapes().items():
-                spec = self.spec(member, None, kind, shape)
-                if not (spec.is_signs and spec.basis == "none"):
-                    self.specs.append(spec)
+            specs = [self.spec(member, None, kind) for kind in of_embeddings]
+            absent_signs = [s for s in specs if s.kind in BIGRAM_SIGNS and s.basis == "none"]
+            self.specs += [spec for spec in specs if spec not in absent_signs]
             for layer in range(h.num_layers):
-                for kind, shape in self.block_shapes().items():
-                    self.specs.append(self.spec(member, layer, kind, shape))
+                self.specs += [self.spec(member, layer, kind) for kind in of_blocks]
         self.check()
 
-    def embedding_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return kind -> (out, in) of the maps that widen embeddings, and of signs."""
-        h = self.h
-        shapes = {}
-        if h.bigram_vocab_size > 1:
-            shapes["bigram.proj"] = (h.model_dim, h.bigram_dim)
-            shapes |= dict.fromkeys(BIGRAM_SIGNS, (h.vocab_size, h.bigram_dim))
-        if h.value_layers:
-            shapes["value_embedding.proj"] = (h.kv_dim, h.ve_dim)
-        return shapes
-
-    def block_shapes(self) -> dict[str, tuple[int, int]]:
-        """Return kind -> (out, in) of the maps of a block."""
-        d, kv, hidden = self.h.model_dim, self.h.kv_dim, self.h.mlp_dim
-        shapes = {
-            "attention.q": (d, d),
-            "attention.k": (kv, d),
-            "attention.v": (kv, d),
-            "attention.proj": (d, d),
-            "mlp.fc": (hidden, d),
-            "mlp.proj": (d, hidden),
-        }
-        if self.h.mlp_gated:
-            shapes["mlp.gate"] = (hidden, d)
-        return shapes
-
-    def spec(self, member: int, block: int | None, kind: str, shape: tuple[int, int]) -> MapSpec:
+    def spec(self, member: int, block: int | None, kind: str) -> MapSpec:
         """Return the row of a map of a block, or of an embedding (block None)."""
         h = self.h
         layer = block or 0
         prefix = f"members.{member}." if h.ensemble > 1 else ""
         if block is not None:
             prefix += f"blocks.{block}."
-        spec = MapSpec(prefix + kind, *shape, depth=layer / max(h.num_layers - 1, 1))
+        offset, rows, columns = MAP_KINDS[kind]
+        spec = MapSpec(prefix + kind, getattr(h, rows), getattr(h, columns))
+        spec = spec._replace(depth=layer / max(h.num_layers - 1, 1))
         if kind in EMBEDDING_MAPS:
             spec = spec._replace(gain=(2 * h.num_layers) ** -0.5)  # as published (PR #1113)
-        if spec.is_signs:
+        if kind in BIGRAM_SIGNS:
             spec = spec._replace(basis="none", gain=h.bigram_dim**0.5)  # ±1 instead of ±1/√dim
         for column in COLUMNS:  # the basis first: it decides what `random` selects
             for rule in self.rules[column]:
                 if rule.selects(spec, member, layer):
                     spec = spec._replace(**{column: rule.cell})
                     self.used.add((column, rule.selector))
-        if spec.is_learned:
+        if spec.basis == "learned":
             return spec
         shared_seed = h.map_seed + 1_000_000 * member
-        seed = shared_seed + h.map_seed_stride * layer + self.SEED_OFFSETS[kind]
+        seed = shared_seed + h.map_seed_stride * layer + offset
         return spec._replace(seed=seed, shared_seed=shared_seed)
 
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
-        h = self.h
-        owners: dict[tuple[str, str], MapSpec] = {}  # the first map of each
+        first: dict[tuple[str, str], MapSpec] = {}  # map of each that is stored once
         for spec in self.specs:
-            with collect_errors(self.errors, f"MAP_ADAPTER={h.map_adapter}"):
-                if spec.adapters() and spec.is_learned:
-                    raise ValueError(f"{spec.kind} is learned in full and takes no adapter")
-            self.check_signs(spec)
-            is_trained = spec.is_learned or spec.has_own or spec.shared_count > 1  # then its mix is
-            if spec.freeze and not is_trained:
-                self.errors.append(
-                    f"MAP_FREEZE={h.map_freeze}: {spec.kind} is {spec.basis} and has no adapter,"
-                    " scale or gate to freeze"
-                )
-            first = owners.setdefault(spec.owner, spec)
-            if spec.shared_count and (spec.gain, spec.init) != (first.gain, first.init):
-                needs = "MAP_GAIN and MAP_INIT must be the same in its layers"
-                self.errors.append(f"{spec.kind} is shared: {needs}")
-        self.check_rules()
-        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
-
-    def check_signs(self, spec: MapSpec) -> None:
-        """Add to `errors` signs that are not random, and maps that are missing."""
-        if spec.is_signs and (not spec.is_random or spec.has_own or spec.freeze):
-            self.errors.append("bigram.signs are none or random, and take no adapter or scale")
-        if not spec.is_signs and spec.basis == "none":
-            self.errors.append(f"MAP_BASIS={self.h.map_basis}: only bigram.signs can be none")
-
-    def check_rules(self) -> None:
-        """Add to `errors` rules that select no map, and maps with one seed."""
+            with collect_errors(self.errors, f"MAP_ADAPTER={self.h.map_adapter}"):
+                spec.adapters()
+            self.errors += self.faults(spec, first.setdefault(spec.owner, spec))
         for column, rules in self.rules.items():
             for rule in rules:
                 if (column, rule.selector) not in self.used:
                     self.errors.append(f"MAP_{column.upper()}: {rule.selector} selects no map")
-        seeds = [spec.seed for spec in self.specs if not spec.is_learned]
+        seeds = [spec.seed for spec in self.specs if spec.basis != "learned"]
         if len(set(seeds)) < len(seeds):
             stride = f"MAP_SEED_STRIDE={self.h.map_seed_stride}"
-            self.errors.append(
-                f"{stride} gives two maps the same seed; choose another, such as 100"
-            )
+            self.errors.append(f"{stride} gives two maps the same seed; choose another, as 100")
+        self.errors = list(dict.fromkeys(self.errors))  # every layer repeats them
+
+    def faults(self, spec: MapSpec, first: MapSpec) -> list[str]:
+        """Return what is wrong with a map whose values, if shared, are those of `first`."""
+        has_own = (spec.adapter, spec.scale, spec.gate) != ("none", "none", None)
+        is_trained = spec.basis == "learned" or has_own or spec.shared_count > 1  # then its mix is
+        is_signs = spec.kind in BIGRAM_SIGNS
+        wrong_signs = is_signs and (not spec.is_random or has_own or spec.freeze)
+        has_basis = spec.basis != "none" or is_signs
+        is_as_first = (spec.gain, spec.init) == (first.gain, first.init) or not spec.shared_count
+        adapter, freeze = f"MAP_ADAPTER={self.h.map_adapter}", f"MAP_FREEZE={self.h.map_freeze}"
+        faults = {
+            f"{adapter}: {spec.kind} is learned in full and takes no adapter": (
+                spec.basis == "learned" and spec.adapter != "none"
+            ),
+            "bigram.signs are none or random, and take no adapter or scale": wrong_signs,
+            f"MAP_BASIS={self.h.map_basis}: only bigram.signs can be none": not has_basis,
+            f"{freeze}: {spec.kind} is {spec.basis} and has no adapter, scale or gate to freeze": (
+                spec.freeze and not is_trained
+            ),
+            f"{spec.kind} is shared: MAP_GAIN and MAP_INIT must be the same in its layers": (
+                not is_as_first
+            ),
+        }
+        return [message for message, is_wrong in faults.items() if is_wrong]
 
 
 @functools.lru_cache(maxsize=8)
 def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
-    """Return the map table by name; all callers with the same settings share it.
-
-    UserError says what is wrong with it.
-    """
+    """Return the map table by name, one for all callers. UserError says what is wrong with it."""
     table = MapTable(h)
     if table.errors:
         raise UserError("\n  ".join(["the map table cannot be built:", *table.errors]))
@@ -1393,556 +1660,35 @@ def build_map_table(h: Hyperparameters) -> dict[str, MapSpec]:
 
 
 class FrozenRandomLinearWithLoRA(Linear):
-    """y = x (W + A B)ᵀ (+ bias): a random orthogonal map with LoRA, for use outside this script.
-
-    Its signature is that of PR #1113.
-    """
+    """y = x (W + A B)ᵀ (+ bias), W random and orthogonal; the signature is PR #1113's."""
 
     def __init__(
         self, in_features: int, out_features: int, rank: int = 32, seed: int = 0, bias: bool = False
     ) -> None:
-        adapter = f"lora:{rank}"
-        spec = MapSpec("", out_features, in_features, "orthogonal", seed=seed, adapter=adapter)
-        super().__init__(spec, bias=bias)
-
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.lora.A
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.lora.B
-
-
-# ---- Reading the settings ----------------------------------------------------------------------
-
-
-class Alias(NamedTuple):
-    """A variable of a published script, in this script's vocabulary. `{}` stands for its value."""
-
-    meaning: str
-    sets: dict[str, str]  # settings that it stands for
-    defaults: Mapping[str, str] = MappingProxyType({})  # what it sets unless somebody else does
-    zero_is_off: bool = False  # whether the value 0 means that the variable is not set
-
-    @property
-    def is_flag(self) -> bool:
-        """Whether the variable is 0 or 1, rather than a value that is passed on."""
-        return "{}" not in "".join(self.sets.values())
-
-
-ALIASES = {
-    "use_random_adapters": Alias(
-        "PR #1113 (system A), 1: every map random with LoRA; 0: every map learned",
-        {"map_basis": "orthogonal"},
-    ),
-    "random_adapter_rank": Alias("system A: rank of LoRA", {"map_adapter": "lora:{}"}),
-    "random_basis_enabled": Alias(
-        "PR #1684 (system B), 1: random MLP with LoRA and a gate per hidden unit",
-        {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"},
-        {"map_adapter": "lora:16", "map_seed": "0xD15EA5E", "map_seed_stride": "1009"},
-    ),
-    "lora_rank": Alias("system B: rank of LoRA", {"map_adapter": "lora:{}"}),
-    "selective_freeze": Alias(
-        "PR #1301 (system C), 1: the MLP's input maps random",
-        {"map_basis": "mlp.in=gaussian"},
-        {"map_adapter": "none", "map_seed": "42000"},
-    ),
-    "progressive_freeze_frac": Alias(
-        "PR #1301 (system D): progress at which the MLP's input maps freeze",
-        {"map_freeze": "mlp.in={}"},
-        {"map_basis": "learned"},
-        zero_is_off=True,
-    ),
-    "rand_proj_layers": Alias(
-        "PR #1228: layers of random up-projections",
-        {"map_basis": "mlp.in@{}=orthogonal"},
-        {"map_adapter": "none"},
-    ),
-    "rand_gain": Alias(
-        "PR #1228, 1: a learned gain per random feature", {"map_scale": "random=row"}
-    ),
-    "adapter_rank": Alias("PR #1549: rank of LoRA", {"map_adapter": "lora:{}"}),
-    "mlp_rank": Alias(
-        "PR #2058: random MLP with LoRA of this rank",
-        {"map_basis": "mlp=orthogonal", "map_adapter": "lora:{}"},
-    ),
-}
-ALIASES |= {
-    name: Alias("another name of it", {target: "{}"})
-    for target, f in SETTINGS.items()
-    for name in f.metadata["also"]
-}
-
-
-class Unsupported(NamedTuple):
-    """A variable of a published script whose feature does not exist here."""
-
-    defaults: tuple[str, ...]  # published values at which it changes nothing here
-    reason: str
-
-
-GAINED_NOTHING = "the switch is gone, because it made no run faster or better"
-UNTIED = "embeddings are tied here, there is no separate head"
-TTT = "test-time training is not built"
-QUANTIZED_BY_ROLE = "the module that owns a tensor decides how it is quantized"
-UNSUPPORTED = {
-    "BACKOUT_ENABLED": Unsupported(("0",), "backout is not built"),
-    "BACKOUT_INIT": Unsupported(("0.2",), "backout is not built"),
-    "COMPILE_MUON": Unsupported(("0",), GAINED_NOTHING),
-    "COMPRESSOR": Unsupported(("brotli",), "artifacts are compressed by brotli alone"),
-    "CONTROL_TENSOR_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
-    "DATA_DIR": Unsupported(("./data/", "./data"), "set DATA_PATH and TOKENIZER_PATH"),
-    "DDL_ENABLED": Unsupported(("0",), "DDL is not built"),
-    "EMBEDDING_DIM": Unsupported(("512",), "the token embedding has MODEL_DIM columns"),
-    "EMBED_LR": Unsupported(("0.6",), f"{UNTIED}; set TIED_EMBED_LR"),
-    "EVAL_BATCH_SEQS": Unsupported(("256",), "set EVAL_BATCH_TOKENS"),
-    "FUSE_QKV": Unsupported(("1",), GAINED_NOTHING),
-    "GPTQ_BLOCK_SIZE": Unsupported(("128",), "the block does not change the codes; it is 128"),
-    "GPTQ_ENABLED": Unsupported(("1",), "GPTQ_CALIB_BATCHES=0 turns GPTQ off"),
-    "GRAD_ACCUM_STEPS": Unsupported(("6",), "MICRO_BATCH_TOKENS decides it"),
-    "HEAD_LR": Unsupported(("0.008",), UNTIED),
-    "INT6_LAYERS": Unsupported((), QUANTIZED_BY_ROLE),
-    "INT6_STEP": Unsupported(("4",), QUANTIZED_BY_ROLE),
-    "INT8_KEEP_FLOAT_FP32_NAME_PATTERNS": Unsupported((), QUANTIZED_BY_ROLE),
-    "KNN_LAMBDA": Unsupported(
-        ("0", "0.0"), "a cache of hidden states gives no distribution that is fixed before scoring"
-    ),
-    "LOOP_END": Unsupported(("5",), "set RECUR_LAYERS, such as 3-5"),
-    "LOOP_START": Unsupported(("3",), "set RECUR_LAYERS, such as 3-5"),
-    "MAP_TWIST": Unsupported(("none",), "layers that share a map share it as it is"),
-    "MINI_MOE_EXPERTS": Unsupported(("1",), "mixtures of experts are not built"),
-    "MIX_ORDER_REDUCTION": Unsupported(("0",), GAINED_NOTHING),
-    "MUON_BETA2": Unsupported(("0.95",), "Muon has no second moment here"),
-    "MUON_ROW_NORMALIZE": Unsupported(("0",), "Muon does not normalize rows here"),
-    "NGRAM_EVAL": Unsupported(("0",), "its probabilities sum to over 1"),
-    "NUM_LOOPS": Unsupported(("2",), "RECUR_TIMES counts every pass, NUM_LOOPS=2 is RECUR_TIMES=3"),
-    "QAT_CLIP_PCT": Unsupported(("0.9995",), "MATRIX_CLIP_SIGMAS decides where codes clip"),
-    "RAND_INIT_QR": Unsupported(("1",), "MAP_BASIS chooses another basis than orthogonal"),
-    "SHC_N": Unsupported(("0",), "hyper-connections are not built"),
-    "SLIDING_WINDOW_ENABLED": Unsupported(("1",), "EVAL_STRIDE=EVAL_SEQ_LEN turns sliding off"),
-    "TIE_EMBEDDINGS": Unsupported(("1",), UNTIED),
-    "TORCH_COMPILE_DISABLE": Unsupported(("0",), "COMPILE=0 turns compilation off"),
-    "TTT_BATCH_SEQS": Unsupported(("32",), TTT),
-    "TTT_CHUNK_TOKENS": Unsupported(("65536", "32768"), TTT),
-    "TTT_ENABLED": Unsupported(("0",), TTT),
-    "TTT_EPOCHS": Unsupported(("1", "3"), TTT),
-    "TTT_FREEZE_BLOCKS": Unsupported(("2", "0"), TTT),
-    "TTT_GRAD_CLIP": Unsupported(("1.0",), TTT),
-    "TTT_LR": Unsupported(("0.002", "0.005"), TTT),
-    "TTT_MOMENTUM": Unsupported(("0.9",), TTT),
-    "TTT_OPTIMIZER": Unsupported(("sgd",), TTT),
-    "VAL_BATCH_SIZE": Unsupported(("524288",), "set EVAL_BATCH_TOKENS"),
-    "VAL_BATCH_TOKENS": Unsupported(("524288",), "set EVAL_BATCH_TOKENS"),
-    "XSA_LAYERS": Unsupported((), "set XSA_LAST_N"),
-}
-
-
-def expand_aliases(overrides: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
-    """Replace aliases among the overrides by the settings they stand for.
-
-    An explicit setting wins over an alias's defaults. An alias that contradicts an explicit setting
-    or another alias is an error.
-    """
-    explicit = {name: value for name, value in overrides.items() if name not in ALIASES}
-    aliased: dict[str, str] = {}  # what aliases stand for
-    alias_defaults: dict[str, str] = {}  # what aliases set unless it is set elsewhere
-    set_by = {name: name for name in explicit}
-    if str(overrides.get("use_random_adapters")) == "0":
-        alias_defaults["map_basis"] = "learned"
-    for name, alias in ALIASES.items():
-        # A comma would end the rule of the map table that the value becomes a part of.
-        value = str(overrides.get(name, "")).replace(" ", "").replace(",", "+")
-        if alias.is_flag and value not in ("", "0", "1"):
-            errors.append(f"{name.upper()}={value}: must be 0 or 1")
-        is_zero = not value.strip("0.")
-        if not value or (is_zero and (alias.is_flag or alias.zero_is_off)):
-            continue
-        alias_defaults = {**alias.defaults, **alias_defaults}
-        for target, template in alias.sets.items():
-            text = template.replace("{}", value)
-            earlier = str(explicit.get(target, aliased.get(target, text)))
-            if earlier != text:
-                errors.append(
-                    f"{name.upper()}={value} means {target.upper()}={text}, but"
-                    f" {set_by[target].upper()} says {earlier}; unset one"
-                )
-            aliased.setdefault(target, text)
-            set_by.setdefault(target, name)
-    return alias_defaults | aliased | explicit
-
-
-def parse_setting(f: dataclasses.Field, raw: Any) -> str | int | float:
-    """Return a setting's value from its text; whole numbers may be hexadecimal.
-
-    ValueError says what is wrong with it.
-    """
-    kind, rule = type(f.default), f.metadata
-    if kind is str:
-        if len(str(raw)) > 4096:  # an artifact's settings may come from anyone
-            raise ValueError("is longer than 4,096 characters")
-        if rule["choices"] and raw not in rule["choices"]:
-            raise ValueError(f"must be one of {', '.join(rule['choices'])}")
-        return str(raw)
-    try:
-        value = int(str(raw), 0) if kind is int else float(raw)
-    except (TypeError, ValueError):
-        raise ValueError(f"needs a {'whole ' if kind is int else ''}number") from None
-    low, high = rule["low"], rule["high"]
-    if not (low <= value <= high and value < math.inf):
-        limit = f" and at most {high:,}" if high < math.inf else ""
-        raise ValueError(f"must be at least {low:,}{limit}")
-    return value
-
-
-ATTENTION_ORDER = ("fa3", "cudnn", "flash", "efficient", "math")
-
-
-def attention_order(h: Hyperparameters) -> list[str]:
-    """Return the attention kernels for CUDA in the order in which they are tried.
-
-    The order is explicit, since torch's own changes between releases. ValueError for a name that is
-    none.
-    """
-    if h.attention_backend == "auto":
-        return list(ATTENTION_ORDER)
-    names = h.attention_backend.replace(" ", "").split(",")
-    for name in names:
-        if name not in ATTENTION_ORDER:
-            raise ValueError(f"{name!r} is none of {', '.join(ATTENTION_ORDER)}")
-    if set(names) == {"fa3"}:
-        raise ValueError("needs one of torch's kernels beside fa3, such as fa3,flash")
-    return names
-
-
-def messages(*rows: tuple[object, str]) -> list[str]:
-    """Return the messages of rows (condition, message) whose condition does not hold."""
-    return [message for holds, message in rows if not holds]
-
-
-def validate_model(h: Hyperparameters) -> list[str]:
-    """Return what is wrong with settings of the model that are fine alone but not together."""
-    errors = messages(
-        (
-            h.model_dim % h.num_heads == 0,
-            f"NUM_HEADS={h.num_heads} must divide MODEL_DIM={h.model_dim}",
-        ),
-        (
-            h.num_heads % h.num_kv_heads == 0,
-            f"NUM_KV_HEADS={h.num_kv_heads} must divide NUM_HEADS={h.num_heads}",
-        ),
-        (
-            h.rope_dims % 2 == 0 and h.rope_dims <= h.head_dim,
-            f"ROPE_DIMS={h.rope_dims} is odd or over the {h.head_dim} dimensions of a head",
-        ),
-        (h.mlp_dim >= 1, f"MLP_MULT={h.mlp_mult:g} gives the MLP no hidden unit"),
-    )
-    with collect_errors(errors, f"ATTENTION_BACKEND={h.attention_backend}"):
-        attention_order(h)
-    with collect_errors(errors, f"VE_LAYERS={h.ve_layers}"):
-        _ = h.value_layers
-    with collect_errors(errors, f"RECUR_LAYERS={h.recur_layers}"):
-        parse_layers(h.recur_layers, h.num_layers)
-    return errors
-
-
-def validate_quantizer(h: Hyperparameters) -> list[str]:
-    """Return what is wrong with settings of the quantizer, such as RMS settings without a use."""
-    by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
-    changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
-    return messages(
-        (
-            h.quantizer == "rms" or not (h.gptq_calib_batches and changed) or h.late_qat_threshold,
-            f"{', '.join(changed)} would do nothing; QUANTIZER=rms uses them",
-        ),
-        (
-            not h.target_bytes or (h.quantizer == "sensitivity" and h.gptq_calib_batches),
-            "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0",
-        ),
-    )
-
-
-def validate_run(h: Hyperparameters, environment: Mapping[str, str]) -> list[str]:
-    """Return what is wrong with settings of a run, under this launcher."""
-    world_size = int(environment.get("WORLD_SIZE") or 1)
-    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    start, end = h.distill_start_frac, h.distill_end_frac
-    return messages(
-        (
-            h.run_id or (h.resume != "1" and not restarts),
-            "RESUME=1 and torchrun's --max-restarts need RUN_ID, the run to continue",
-        ),
-        (
-            h.eval_stride <= h.eval_seq_len,
-            f"EVAL_STRIDE={h.eval_stride} is over EVAL_SEQ_LEN={h.eval_seq_len}",
-        ),
-        (
-            h.eval_only or h.train_batch_tokens % (h.train_seq_len * world_size) == 0,
-            f"TRAIN_BATCH_TOKENS={h.train_batch_tokens} is not a multiple of"
-            f" TRAIN_SEQ_LEN={h.train_seq_len} times {world_size} processes",
-        ),
-        (
-            h.max_wallclock_seconds == 0 or h.max_wallclock_seconds > h.gptq_reserve_seconds,
-            f"GPTQ_RESERVE_SECONDS={h.gptq_reserve_seconds:g} leaves nothing of"
-            " MAX_WALLCLOCK_SECONDS to train",
-        ),
-        (
-            not h.warmdown_frac or h.warmdown_iters == SETTINGS["warmdown_iters"].default,
-            f"WARMDOWN_ITERS has no effect beside WARMDOWN_FRAC={h.warmdown_frac}; unset one of"
-            " them, or set WARMDOWN_FRAC=0",
-        ),
-        (
-            not h.eval_only or h.model_path,
-            "EVAL_ONLY=1 needs MODEL_PATH, the artifact to evaluate",
-        ),
-        (
-            not h.export_only or h.checkpoint_path,
-            "EXPORT_ONLY=1 needs CHECKPOINT_PATH, a checkpoint.pt",
-        ),
-        (
-            not (h.distill_from and h.self_distill),
-            "DISTILL_FROM and SELF_DISTILL=1 are two teachers",
-        ),
-        (not h.self_distill or start, "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0"),
-        (end > start, f"DISTILL_END_FRAC={end} is not after DISTILL_START_FRAC={start}"),
-    )
-
-
-def same_value(text: str, other: str) -> bool:
-    """Return whether two texts mean the same number or word."""
-    try:
-        return float(text) == float(other)
-    except ValueError:
-        return text == other
-
-
-def unsupported_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return errors for variables of published scripts that would change something there."""
-    errors = []
-    for name, unsupported in UNSUPPORTED.items():
-        value = environment.get(name, "").replace("_", "")
-        if value and not any(same_value(value, default) for default in unsupported.defaults):
-            errors.append(f"{name}={environment[name]}: {unsupported.reason}; unset it")
-    return errors
-
-
-def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
-    """Return errors for variables that look like a misspelled setting."""
-    errors = []
-    known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]
-    for name in sorted(set(environment) - {*known, *UNSUPPORTED}):
-        if len(name) > 3:
-            # At least one letter may be added, dropped, changed or swapped with the next.
-            cutoff = min(0.9, 1 - 1 / len(name) - 1e-9)
-            for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
-                errors.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
-    return errors
-
-
-PRESETS = Path(__file__).resolve().with_name("presets")
-
-
-def find_preset(name: str, on_cpu: bool) -> Path:
-    """Return the file of a preset: a path to an .env file, or a name in presets/.
-
-    On a CPU, a file of that name in presets/cpu/ comes first. UserError lists what there is.
-    """
-    places = [PRESETS / f"{name.removesuffix('.env')}.env"]
-    if on_cpu:
-        places.insert(0, PRESETS / "cpu" / places[0].name)
-    if name.endswith(".env"):
-        places = [Path(name), PRESETS.parent / name, *places]
-    for place in places:
-        if place.is_file():
-            return place
-    known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.env")))
-    raise UserError(f"PRESET={name}: no such file; {PRESETS} has: {known or 'nothing'}")
-
-
-def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -> dict[str, str]:
-    """Return the variables of a preset, and those of its PRESET_BASE that it does not set itself.
-
-    A line is KEY=VALUE; # begins a comment. TEACHER_PRESET names the preset of the teacher that the
-    preset learns from. UserError for a missing file, another kind of line, or a circle of bases.
-
-    Args:
-        name: see find_preset.
-        device: DEVICE; cpu, or a machine whose GPU torch cannot use, takes presets for CPUs.
-        heirs: files of the presets that build on this one.
-    """
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    path = find_preset(name, on_cpu and not heirs)
-    if path in heirs:
-        raise UserError(f"{path}: PRESET_BASE makes the preset its own base")
-    own = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", key):
-            raise UserError(f"{path}: not KEY=VALUE: {text}")
-        own[key] = value
-    base = own.pop("PRESET_BASE", None)
-    if not base:
-        return own
-    inherited = load_preset(base, device, (*heirs, path))
-    inherited.pop("TEACHER_PRESET", None)  # a preset names its own teacher
-    return inherited | own
-
-
-def apply_preset(name: str, given: dict[str, Any], errors: list[str]) -> dict[str, Any]:
-    """Return what is given, over what a preset sets.
-
-    Beside another MAP_BASIS the preset's other columns would be about other maps: none of its MAP_*
-    settings holds.
-    """
-    preset = load_preset(name, str(given.get("device", "auto")))
-    teacher = preset.pop("TEACHER_PRESET", None)
-    if teacher and not given.get("distill_from"):
-        errors.append(
-            f"PRESET={name} needs a teacher: set DISTILL_FROM to the artifact of a run with"
-            f" PRESET={teacher}, or let run.sh train both"
-        )
-    errors += unsupported_variables(preset)
-    known = {key.upper() for key in (*SETTINGS, *ALIASES)}
-    unknown = preset.keys() - known - UNSUPPORTED.keys()
-    errors += [f"PRESET={name}: {key}: no such setting" for key in sorted(unknown)]
-    settings = {key.lower(): text for key, text in preset.items() if key in known}
-    settings = expand_aliases(settings, errors)
-    if "map_basis" in given:
-        settings = {key: text for key, text in settings.items() if not key.startswith("map_")}
-    return settings | given
-
-
-def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any) -> Hyperparameters:
-    """Return checked settings: an override, else the variable of its name, else the default.
-
-    Before the defaults come the settings of PRESET, unless the run takes its own from an artifact
-    or a checkpoint. UserError lists every error.
-    """
-    errors: list[str] = []
-    names = [name for name in (*SETTINGS, *ALIASES) if name.upper() in environment]
-    overrides = {name: environment[name.upper()] for name in names} | overrides
-    overrides = expand_aliases(overrides, errors)
-    preset = environment.get("PRESET")
-    brings_settings = any(str(overrides.get(name)) == "1" for name in ("eval_only", "export_only"))
-    if preset and not brings_settings:
-        overrides = apply_preset(preset, overrides, errors)
-    values = {}
-    for name, raw in overrides.items():
-        if name not in SETTINGS:
-            errors.append(f"{name}: no such setting")
-            continue
-        with collect_errors(errors, f"{name.upper()}={raw}"):
-            values[name] = parse_setting(SETTINGS[name], raw)
-    h = Hyperparameters(**values, explicit=frozenset(overrides))
-    errors += validate_model(h) + validate_quantizer(h) + validate_run(h, environment)
-    errors += unsupported_variables(environment)
-    if not h.allow_unknown:
-        errors += misspelled_variables(environment)
-    if errors:
-        raise UserError("\n  ".join(["these settings cannot be used:", *errors]))
-    build_map_table(h)  # now: a table of impossible shapes would repeat these errors
-    return h
-
-
-def adopt_settings(
-    h: Hyperparameters, stored: dict[str, Any], source: str, overridable: Iterable[str] = ()
-) -> Hyperparameters:
-    """Return these settings with those of an artifact or a checkpoint in place of the defaults.
-
-    UserError if an explicit setting differs from the stored one and is not `overridable`.
-    """
-    kept = {name for name in h.explicit if name not in stored or name in overridable}
-    differences = [
-        f"{name.upper()}={getattr(h, name)} here, {stored[name]} there"
-        for name in sorted(h.explicit - kept)
-        if getattr(h, name) != stored[name]
-    ]
-    if differences:
-        what = "; ".join(differences)
-        raise UserError(f"{source} has other settings: {what}. Unset these")
-    return reload_settings(stored | {name: getattr(h, name) for name in kept})
-
-
-def reload_settings(values: dict[str, Any]) -> Hyperparameters:
-    """Return checked settings with these values alone, under this launcher."""
-    # The batch must still divide among these processes.
-    return load_settings({"WORLD_SIZE": os.environ.get("WORLD_SIZE", "")}, **values)
-
-
-def read_manifest(data_path: str) -> dict[str, Any]:
-    """Return what the manifest says of the shards; nothing if there is none, or of another kind."""
-    with contextlib.suppress(OSError, ValueError):
-        manifest = json.loads((Path(data_path) / "manifest.json").read_bytes())
-        return manifest if isinstance(manifest, dict) else {}
-    return {}
-
-
-def settings_from_manifest(h: Hyperparameters) -> Hyperparameters:
-    """Return the settings with tokenizer and vocabulary of DATA_PATH's manifest, unless set."""
-    manifest = read_manifest(h.data_path)
-    found: dict[str, Any] = {}
-    if {"tokenizer", "vocab_size"} <= manifest.keys():
-        path = os.path.join(h.data_path, str(manifest["tokenizer"]))
-        found = {"tokenizer_path": path, "vocab_size": manifest["vocab_size"]}
-    return reload_settings(found | {name: getattr(h, name) for name in h.explicit})
-
-
-def allowed_values(f: dataclasses.Field) -> str:
-    """Return the range or the words of a setting, in brackets, for --help."""
-    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-    if choices:
-        return f" [{', '.join(choices)}]"
-    if isinstance(f.default, str):
-        return ""
-    return f" [{low:,} to {high:,}]" if high < math.inf else f" [at least {low:,}]"
-
-
-def settings_help() -> str:
-    """Return all settings with defaults, meanings and ranges, in groups, for --help."""
-    headings = {first: title for title, first in SETTING_GROUPS.items()}
-    lines = [
-        "Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py.",
-        "PRESET=NAME adds those of presets/NAME.env, on a CPU of presets/cpu/NAME.env.",
-    ]
-    for name, f in SETTINGS.items():
-        if name in headings:
-            lines += ["", f"{headings[name]}:"]
-        default = f"({f.default})" if f.default != "" else "(empty)"
-        meaning = f"{f.metadata['meaning']}{allowed_values(f)}"
-        lines.append(f"  {name.upper():<28} {default:<14} {meaning}")
-    lines += ["", "Variables of published scripts, each short for settings of the map table:"]
-    for name, alias in ALIASES.items():
-        means = " ".join(f"{key.upper()}={text}" for key, text in alias.sets.items())
-        lines.append(f"  {name.upper():<28} {means}: {alias.meaning}".replace("{}", "VALUE"))
-    return "\n".join(lines)
+        spec = MapSpec("", out_features, in_features, "orthogonal", seed=seed)
+        super().__init__(spec._replace(adapter=f"lora:{rank}"), bias=bias)
+
+    lora_A = property(lambda self: self.lora.A)  # (out, rank)
+    lora_B = property(lambda self: self.lora.B)  # (rank, in)
 
 
 # ---- Attention ---------------------------------------------------------------------------------
 
 
-def rope_base(h: Hyperparameters, length: int) -> float:
-    """Return the base of the rotary frequencies for sequences of a length.
-
-    Over ROPE_STRETCH_FROM tokens it grows, so that the slowest rotation turns as far over the
-    longer sequence as before (PR #1113): base · (T / limit)^(R / (R - 2)) for R rotated dimensions.
-    """
-    limit, dims = h.rope_stretch_from, h.rope_dims
-    if not limit or length <= limit or dims <= 2:
-        return h.rope_base
-    return h.rope_base * (length / limit) ** (dims / (dims - 2))
-
-
 def rotations(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
-    """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, ROPE_DIMS / 2).
+    """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, R / 2), R = ROPE_DIMS.
 
     The last one is the rotation by a whole row, which streaming needs. Computed in the forward
     pass, compiled kernels would compute them again for every head.
+
+    Over ROPE_STRETCH_FROM tokens the base of the frequencies grows, so that the slowest rotation
+    turns as far over the longer sequence as before (PR #1113): base · (T / limit)^(R / (R - 2)).
     """
-    exponents = torch.arange(0, h.rope_dims, 2).double() / max(h.rope_dims, 1)
-    angles = torch.arange(length + 1)[:, None, None] * rope_base(h, length) ** -exponents
+    base, limit, dims = h.rope_base, h.rope_stretch_from, h.rope_dims
+    if 0 < limit < length and dims > 2:
+        base *= (length / limit) ** (dims / (dims - 2))
+    exponents = torch.arange(0, dims, 2).double() / max(dims, 1)
+    angles = torch.arange(length + 1)[:, None, None] * base**-exponents
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
@@ -1990,36 +1736,11 @@ class RMSNormFunction(torch.autograd.Function):
         return dx, dscale, None, None
 
 
-def norm(x: Tensor, scale: float = 1.0) -> Tensor:
-    """Return scale · x / rms(x), (..., d)."""
-    return RMSNormFunction.apply(x, scale, None, None)
-
-
-def rotate_and_norm(x: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, H, D), normalize each head and multiply it by its gain (H, 1).
-
-    As one function it keeps a single tensor for the backward pass.
-    """
-    return RMSNormFunction.apply(x, gain, cos, sin)
-
-
-class ScoresFunction(torch.autograd.Function):
-    """mask + q kᵀ / √D, (B, M, N), for q (B, M, D), k (B, N, D) and mask (M, N).
-
-    Autograd gives k's gradient transposed, which is slow to add up: with its own gradient and the
-    norm's a compiled CPU step takes 346 ms instead of 363.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k)
-        return torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k = ctx.saved_tensors
-        scale = q.size(-1) ** -0.5
-        return None, scale * (dy @ k), scale * (dy.mT @ q)
+def norm(
+    x: Tensor, scale: float | Tensor = 1.0, cos: Tensor | None = None, sin: Tensor | None = None
+) -> Tensor:
+    """Return scale · x / rms(x), (..., d). Heads (B, T, H, D) may be rotated first."""
+    return RMSNormFunction.apply(x, scale, cos, sin)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
@@ -2042,7 +1763,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
         future = blocked.triu(position - begin + 1)
         too_old = blocked.tril(position - begin - span)
         mask = (future + too_old).repeat(queries.size(1), 1)
-        scores = ScoresFunction.apply(mask, queries.flatten(1, 2), k[:, begin:end])
+        keys = k[:, begin:end].mT
+        scores = torch.baddbmm(mask, queries.flatten(1, 2), keys, alpha=q.size(-1) ** -0.5)
         outputs.append((scores.softmax(-1) @ v[:, begin:end]).view_as(queries))
         position = end
     y = torch.cat(outputs, 2)  # (B · H_kv, H / H_kv, n, D)
@@ -2064,6 +1786,23 @@ SDPA_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+
+
+def attention_order(h: Hyperparameters) -> list[str]:
+    """Return the attention kernels for CUDA, first choice first. ValueError for an unknown one.
+
+    The order is explicit, since torch's own changes between releases.
+    """
+    known = ["fa3", *SDPA_BACKENDS]
+    if h.attention_backend == "auto":
+        return known
+    names = h.attention_backend.replace(" ", "").split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{name!r} is none of {', '.join(known)}")
+    if set(names) == {"fa3"}:
+        raise ValueError("needs one of torch's kernels beside fa3, such as fa3,flash")
+    return names
 
 
 def load_flash_attention_3(h: Hyperparameters) -> Callable[..., Any] | None:
@@ -2092,10 +1831,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_attention_and_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return causal attention (B, T, H, D) and the log-sum-exp of its scores (B, T, H, 1).
-
-    It has no gradient.
-    """
+    """Return causal attention (B, T, H, D) and its log-sum-exps (B, T, H, 1), without gradient."""
     name = "_scaled_dot_product_flash_attention" + ("" if q.is_cuda else "_for_cpu")
     flash = getattr(torch.ops.aten, name)
     y, lse, *_ = flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, True)
@@ -2144,10 +1880,7 @@ def streaming_attention(
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Subtract from y (B, T, H, D) its projection on the position's own value v (B, T, H_kv, D).
-
-    Exclusive self-attention (XSA), PR #1113.
-    """
+    """Subtract from y (B, T, H, D) its part along its own v (B, T, H_kv, D) (XSA, PR #1113)."""
     grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, H_kv, H / H_kv, D)
     direction = F.normalize(v, dim=-1)[..., None, :]
     along = (grouped * direction).sum(-1, keepdim=True) * direction
@@ -2188,10 +1921,6 @@ class Attention(nn.Module):
         self.heads = [h.num_heads, h.num_kv_heads]
         self.widths = [h.model_dim + h.kv_dim, h.kv_dim]  # of q with k, and of v
 
-    def head_gains(self) -> Tensor:
-        """Return the gain of every query head and 1 for every key head, (H + H_kv, 1)."""
-        return F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1)
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Attend: q (B, T, H, D), k, v (B, T, H_kv, D) -> (B, n, H, D) by the kernel that fits."""
         if context.row_shift is not None:
@@ -2214,7 +1943,8 @@ class Attention(nn.Module):
             v = v + torch.sigmoid(self.value_gate).to(x.dtype) * context.v0
         qk = qk.unflatten(-1, (-1, self.head_dim))  # (B, T, H + H_kv, D)
         v = v.unflatten(-1, (-1, self.head_dim))  # (B, T, H_kv, D)
-        qk = rotate_and_norm(qk, self.head_gains(), context.cos, context.sin)
+        gains = F.pad(self.q_gain, (0, 0, 0, self.heads[1]), value=1)  # 1 for keys: (H + H_kv, 1)
+        qk = norm(qk, gains, context.cos, context.sin)
         q, k = qk.split(self.heads, 2)
         y = self.attend(q, k, v, context)
         if self.use_xsa:
@@ -2297,12 +2027,10 @@ class LanguageModel(nn.Module):
         self.distill_alpha = h.distill_alpha
         self.temperature = h.distill_temperature
 
-    def predict(
-        self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
-    ) -> Tensor:
+    def predict(self, ids: Tensor, keep: int | None = None, streaming: bool = False) -> Tensor:
         """Return float32 logits (B, n, vocabulary) for tokens (B, T).
 
-        They are those of the last n = `logits_to_keep` positions, or of all. If `streaming`, each
+        They are those of the last n = `keep` positions, or of all. If `streaming`, each
         row continues the row above (see streaming_attention).
         """
         raise NotImplementedError
@@ -2339,7 +2067,7 @@ class LanguageModel(nn.Module):
 
     def linear_maps(self) -> dict[str, Linear]:
         """Return the modules of the map table by name, without the signs of pairs."""
-        names = [name for name, spec in self.table.items() if not spec.is_signs]
+        names = [name for name, spec in self.table.items() if spec.kind not in BIGRAM_SIGNS]
         return {name: self.get_submodule(name) for name in names}
 
     def fingerprint(self) -> str:
@@ -2359,10 +2087,7 @@ class LanguageModel(nn.Module):
 
 
 class GPT(LanguageModel):
-    """The transformer of the map table and the settings.
-
-    A member of an ensemble has the rows of the table that begin with its prefix.
-    """
+    """The transformer; a member of an ensemble has the map table's rows that have its prefix."""
 
     def __init__(
         self, h: Hyperparameters, dtype: torch.dtype = torch.float32, prefix: str = ""
@@ -2371,8 +2096,8 @@ class GPT(LanguageModel):
         d = h.model_dim
         self.shared = nn.ModuleDict()  # by kind of map and basis
 
-        def linear(name: str) -> Linear:
-            spec = self.table[prefix + name]
+        def linear(kind: str, path: str = prefix) -> Linear:
+            spec = self.table[path + kind]
             if not spec.shared_count:
                 return Linear(spec)
             key = f"{spec.kind}:{spec.basis}".replace(".", "_")
@@ -2380,14 +2105,13 @@ class GPT(LanguageModel):
                 self.shared[key] = SharedMatrices(spec)
             return Linear(spec, shared=self.shared[key])
 
-        def block(layer: int) -> Block:
-            return Block(h, layer, lambda kind: linear(f"blocks.{layer}.{kind}"))
-
         self.embedding = Embedding(h.vocab_size, d, h.tied_embed_init_std, dtype)
         self.bigram = None
         if h.bigram_vocab_size > 1:
+            names = [name for name in BIGRAM_SIGNS if prefix + name in self.table]
+            signs = {name.split(".")[-1]: FrozenRows(self.table[prefix + name]) for name in names}
             rows, proj = h.bigram_vocab_size, linear("bigram.proj")
-            self.bigram = BigramTable(rows, h.bigram_dim, dtype, proj, self.bigram_signs(prefix))
+            self.bigram = BigramTable(rows, h.bigram_dim, dtype, proj, signs)
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
         self.value_layers = h.value_layers
@@ -2395,7 +2119,10 @@ class GPT(LanguageModel):
             proj = linear("value_embedding.proj")
             self.value_embedding = Embedding(h.vocab_size, h.ve_dim, 0.01, dtype, proj)
             self.value_scales = nn.Parameter(torch.full((len(self.value_layers),), 0.1))
-        self.blocks = nn.ModuleList(map(block, range(h.num_layers)))
+        self.blocks = nn.ModuleList()
+        for layer in range(h.num_layers):
+            of_layer = functools.partial(linear, path=f"{prefix}blocks.{layer}.")
+            self.blocks.append(Block(h, layer, of_layer))
         self.block_orders = {False: list(range(h.num_layers)), True: h.block_order}
         self.recurs = True  # training begins without recurrence (Phases), evaluation has it
         # U-Net skips: the i-th layer of the second half adds the stream after its mirror image.
@@ -2409,11 +2136,6 @@ class GPT(LanguageModel):
         self.rotary = functools.partial(rotations, h, dtype)
         for length in {h.train_seq_len, h.eval_seq_len}:
             self.register_buffer(f"rope_{length}", self.rotary(length), persistent=False)
-
-    def bigram_signs(self, prefix: str) -> dict[str, FrozenRows]:
-        """Return the signs of pairs that the map table has for this model, by their last word."""
-        specs = [s for name, s in self.table.items() if name.startswith(f"{prefix}bigram.signs.")]
-        return {spec.kind.rpartition(".")[2]: FrozenRows(spec) for spec in specs}
 
     def embed_tokens(self, ids: Tensor, streaming: bool) -> Tensor:
         """Return the input of the blocks for ids (B, T), (B, T, d)."""
@@ -2447,45 +2169,31 @@ class GPT(LanguageModel):
             return x + skip
         return torch.lerp(skip, x, self.skip_gates[i].sigmoid().to(x.dtype))
 
-    def value_embed(self, embedded: Tensor | None, layer: int) -> Tensor | None:
-        """Return what a layer adds to its values, (B, T, kv_dim), or None."""
-        if layer not in self.value_layers:
-            return None
-        scale = self.value_scales[self.value_layers.index(layer)]
-        return embedded * scale.to(embedded.dtype)
-
-    def run_blocks(
-        self, x0: Tensor, ids: Tensor, context: AttentionContext, num_queries: int | None
-    ) -> Tensor:
-        """Run the blocks on x0 (B, T, d); the last one computes `num_queries` positions."""
+    def predict(self, ids: Tensor, keep: int | None = None, streaming: bool = False) -> Tensor:
+        x = x0 = self.embed_tokens(ids, streaming)
+        context = self.attention_context(x0, streaming)
         embedded = self.value_embedding(ids) if self.value_layers else None
         skips: dict[int, Tensor] = {}  # the stream after each layer of the first half
-        x = x0
         order = self.block_orders[self.recurs]
+        # For few kept positions the last block computes only these; for many, the explicit mask
+        # that this needs costs more.
+        are_few = keep is not None and 8 * keep <= ids.size(1)
         for i, layer in enumerate(order, start=1):
             if layer in self.skip_from:
                 x = self.add_skip(x, skips, layer)
-            if i == len(order):
-                context = context._replace(num_queries=num_queries)
-            context = context._replace(value_embed=self.value_embed(embedded, layer))
+            value_embed = None
+            if layer in self.value_layers:
+                scale = self.value_scales[self.value_layers.index(layer)]
+                value_embed = embedded * scale.to(embedded.dtype)
+            context = context._replace(value_embed=value_embed)
+            if i == len(order) and are_few and not streaming:
+                context = context._replace(num_queries=keep)
             x, own_v = self.blocks[layer](x, x0, context)
             if context.v0 is None:
                 context = context._replace(v0=own_v)
             if layer in self.skip_sources:
                 skips[layer] = x
-        return x
-
-    def predict(
-        self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
-    ) -> Tensor:
-        x0 = self.embed_tokens(ids, streaming)
-        context = self.attention_context(x0, streaming)
-        # For few kept positions the last block computes only these; for many, the explicit mask
-        # that this needs costs more.
-        are_few = logits_to_keep is not None and 8 * logits_to_keep <= ids.size(1)
-        num_queries = logits_to_keep if are_few and not streaming else None
-        x = self.run_blocks(x0, ids, context, num_queries)
-        return self.head(norm(keep_last(x, logits_to_keep)))
+        return self.head(norm(keep_last(x, keep)))
 
 
 class Ensemble(LanguageModel):
@@ -2496,10 +2204,8 @@ class Ensemble(LanguageModel):
         members = [GPT(h, dtype, f"members.{i}.") for i in range(h.ensemble)]
         self.members = nn.ModuleList(members)
 
-    def predict(
-        self, ids: Tensor, logits_to_keep: int | None = None, streaming: bool = False
-    ) -> Tensor:
-        logits = [member.predict(ids, logits_to_keep, streaming) for member in self.members]
+    def predict(self, ids: Tensor, keep: int | None = None, streaming: bool = False) -> Tensor:
+        logits = [member.predict(ids, keep, streaming) for member in self.members]
         return sum(logits) / len(logits)
 
     def forward(self, ids: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:

@@ -306,8 +306,8 @@ def test_script_whose_losses_are_no_fair_probabilities(copied):
         (".triu(position - begin + 1)", ".triu(end)"),
         ('reduction="none").view_as', 'reduction="none").sub(1e-3).view_as'),
         (
-            "norm(keep_last(x, logits_to_keep))",
-            "norm(keep_last(x + 0.01 * x.mean(0, keepdim=True), logits_to_keep))",
+            "norm(keep_last(x, keep))",
+            "norm(keep_last(x + 0.01 * x.mean(0, keepdim=True), keep))",
         ),
         (
             "np.diff(starts + length, prepend=0)",
@@ -325,7 +325,7 @@ def test_script_whose_losses_are_no_fair_probabilities(copied):
 def test_script_that_looks_ahead_where_few_positions_are_scored(copied):
     s = rewrite(
         copied,
-        ("8 * logits_to_keep <=", "logits_to_keep <="),  # 8 of 32 are not few enough
+        ("8 * keep <=", "keep <="),  # 8 of 32 are not few enough
         ("position - begin + 1", "position - begin + 1 + 99 * (q.size(2) < k.size(1))"),
     )
     result = check.perform("probabilities", s)

@@ -222,7 +222,7 @@ def test_the_norm_of_rotated_vectors_with_a_gain_for_each_head():
     gain = torch.tensor([[0.2], [-1.5], [1.0]], dtype=torch.float64).requires_grad_()
     angles = normal(5, 1, 2, seed=2)
     cos, sin = angles.cos(), angles.sin()
-    y = train_gpt.rotate_and_norm(x, gain, cos, sin)
+    y = train_gpt.norm(x, gain, cos, sin)
     expected = gain * F.rms_norm(train_gpt.rotate(x, cos, sin), (8,))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     ours, theirs = (
