@@ -152,7 +152,7 @@ def ended_with(data_settings, run_of, monkeypatch, seconds):
         run, steps, left = run_of(data_settings(**settings)), [], [*losses]
         lengths = [*sizes]
 
-        def export(run, model, data, step):
+        def export(run, model, data, step, start):
             steps.append(step)  # calibration reads the text that comes after theirs
             seconds.now += 5
             return train_gpt.Artifact(bytes(lengths.pop(0)), {}, {}, math.nan)
