@@ -2715,17 +2715,11 @@ class Distributed:
         return box[0]
 
     def from_rank0(self, read: Callable[[], Any]) -> Any:
-        """Return on every process what `read` returns on rank 0, which alone calls it.
-
-        Disks differ between processes, but decisions must not.
-        """
+        """Return what `read` gives on rank 0, which alone calls it: disks may differ."""
         return self.broadcast_object(read() if self.rank == 0 else None)
 
     def sync_from_rank0(self, *numbers: float, flag: bool = False) -> tuple[list[float], bool]:
-        """Return rank 0's numbers, and whether any process has the flag.
-
-        Clocks differ between processes, but decisions must not.
-        """
+        """Return rank 0's numbers, since clocks differ, and whether any process has the flag."""
         mine = numbers if self.rank == 0 else [0.0] * len(numbers)
         *shared, flags = self.all_reduce(torch.tensor([*mine, flag], dtype=torch.float64)).tolist()
         return shared, flags > 0
@@ -2795,7 +2789,6 @@ class RunLog:
         self.metrics_file.truncate(0)
 
     def metrics(self, **values: Any) -> None:
-        """Write one JSON object to metrics.jsonl, for programs."""
         if self.metrics_file:
             print(json.dumps(values), file=self.metrics_file, flush=True)
 
@@ -2972,7 +2965,6 @@ class TrainingData:
         return [(part[:, :-1], part[:, 1:]) for part in rows.split(size)]
 
     def micro_batches(self, step: int, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
-        """Return this process's micro-batches of a step."""
         return self.split(self.step_sequences(step, dist), dist)
 
     def held_out_stream(self) -> Tensor:
@@ -3106,20 +3098,6 @@ def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dic
     return identity
 
 
-@dataclasses.dataclass
-class Run:
-    """What all stages of a run share."""
-
-    h: Hyperparameters
-    dist: Distributed
-    log: RunLog
-    stop: StopSignal
-    tokenizer: Tokenizer
-    val: ValidationStream
-    folder: Path | None = None  # where the run writes; None: it only evaluates
-    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # see identify
-
-
 # ---- Optimizers --------------------------------------------------------------------------------
 
 
@@ -3246,16 +3224,22 @@ class Optimizers:
 
         The norms are those before the clip, by name.
         """
-        self._set_rates(step, lr_scale)
+        h = self.h
+        warm = min(1.0, step / max(h.muon_momentum_warmup_steps, 1))
+        momentum = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
+        for group in self.muon.param_groups:
+            group["momentum"] = momentum
+        for group, lr in zip(self.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * lr_scale
         trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
         gradients = [p.grad for p in trained]
         if self.dist.world_size > 1:  # all gradients in one message
             flat = self.dist.all_reduce(torch.nn.utils.parameters_to_vector(gradients))
             torch.nn.utils.vector_to_parameters(flat / self.dist.world_size, gradients)
         norms = torch._foreach_norm(gradients)
-        if self.h.grad_clip_norm:
+        if h.grad_clip_norm:
             total_norm = torch.stack(norms).norm()
-            torch.nn.utils.clip_grads_with_norm_(trained, self.h.grad_clip_norm, total_norm)
+            torch.nn.utils.clip_grads_with_norm_(trained, h.grad_clip_norm, total_norm)
         self.muon.step()
         self.adam.step()
         for p in self.params:
@@ -3264,16 +3248,6 @@ class Optimizers:
                 self.muon.state.pop(p, None)
                 self.adam.state.pop(p, None)
         return {self.names[p]: size for p, size in zip(trained, norms, strict=True)}
-
-    def _set_rates(self, step: int, lr_scale: float) -> None:
-        """Set Muon's momentum and all learning rates for a step."""
-        h = self.h
-        warm = min(1.0, step / max(h.muon_momentum_warmup_steps, 1))
-        momentum = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
-        for group in self.muon.param_groups:
-            group["momentum"] = momentum
-        for group, lr in zip(self.param_groups, self.base_lrs, strict=True):
-            group["lr"] = lr * lr_scale
 
 
 class WeightAverages:
@@ -3291,7 +3265,6 @@ class WeightAverages:
 
     @torch.no_grad()
     def update(self, step: int, lr_scale: float) -> None:
-        """Add the weights after a step."""
         for name, decay in self.decays.items():
             # The memory of what is frozen by now is freed.
             means = {p: mean for p, mean in self.means[name].items() if p.requires_grad}
@@ -3595,11 +3568,10 @@ def collect_sensitivities(
     gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193). Each process uses its
     own batches of tokens (B, T).
 
-    Returns:
-        For each parameter the mean over each row's values, (rows,) float64; a row of an embedding
-        has 5% of its mean added, since the calibration text may lack its token. For each
-        embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian,
-        by lookups and by the tied head together.
+    The first table has for each parameter the mean over each row's values, (rows,) float64; a row
+    of an embedding has 5% of its mean added, since the calibration text may lack its token. The
+    second has for each embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients:
+    GPTQ's Hessian, by lookups and by the tied head together.
     """
     groups = tensors_by_role(model)
     params = [p for role in CODED_ROLES for p in groups[role].values()]
@@ -3648,17 +3620,13 @@ class Calibration(NamedTuple):
     sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
 
     def quantizers(self, h: Hyperparameters, loss_per_value: float) -> Quantizers:
-        quantizers = make_quantizers(h)
         if self.sensitivities is None:
-            return quantizers
-        return {
-            role: SensitivityQuantizer(
-                prune_fraction=quantizer.prune_fraction,
-                sensitivities=self.sensitivities,
-                loss_per_value=loss_per_value,
-            )
-            for role, quantizer in quantizers.items()
-        }
+            return make_quantizers(h)
+        quantizer = SensitivityQuantizer(
+            sensitivities=self.sensitivities, loss_per_value=loss_per_value
+        )
+        pruning = dataclasses.replace(quantizer, prune_fraction=h.prune_pct)
+        return dict.fromkeys(CODED_ROLES, pruning) | {Role.EMBEDDING: quantizer}
 
 
 def calibrate(
@@ -3771,8 +3739,7 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file is damaged.
     """
     if len(blob) < 48 or blob[:8] != ARTIFACT_MAGIC:
-        start = bytes(blob[:8])
-        found = f"{len(blob)} bytes that begin with {start!r}"
+        found = f"{len(blob)} bytes that begin with {bytes(blob[:8])!r}"
         raise UserError(f"not an artifact of this project: {found}")
     if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
         raise UserError("the artifact is damaged, its checksum does not match; copy it again")
@@ -3969,16 +3936,11 @@ def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
     return rows
 
 
-def describe_size(size: int) -> str:
-    """Return as text what code and a model of `size` bytes take together."""
-    return f"code {code_bytes():,} + model {size:,} = {code_bytes() + size:,} bytes"
-
-
-def log_size(run: Run, kind: str, size: int) -> None:
-    """Log what code and a model of `size` bytes take, as a part of the limit, too."""
-    limit = run.h.artifact_limit_bytes
-    share = (code_bytes() + size) / limit
-    run.log(f"{kind} {describe_size(size)}, {share:.1%} of {limit:,}")
+def describe_size(h: Hyperparameters, size: int) -> str:
+    """Return as text what code and a model of `size` bytes take, and how much of the limit."""
+    total, limit = code_bytes() + size, h.artifact_limit_bytes
+    share = total / limit
+    return f"code {code_bytes():,} + model {size:,} = {total:,} bytes, {share:.1%} of {limit:,}"
 
 
 def largest_model(h: Hyperparameters) -> int:
@@ -3992,59 +3954,55 @@ def check_size(h: Hyperparameters, size: int) -> None:
     total = code_bytes() + size
     if h.target_bytes and total > h.target_bytes:
         raise UserError(
-            f"{describe_size(size)}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
+            f"{describe_size(h, size)}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
             " use a smaller rank or width"
         )
     if total > h.artifact_limit_bytes:
         raise UserError(
-            f"{describe_size(size)}, over the limit of {h.artifact_limit_bytes:,}; EXPORT_ONLY=1"
+            f"{describe_size(h, size)}, over the limit of {h.artifact_limit_bytes:,}; EXPORT_ONLY=1"
             " CHECKPOINT_PATH=…/checkpoint.pt and TARGET_BYTES, or a smaller rank or width"
         )
 
 
+def build_artifact(
+    run: Run, model: LanguageModel, calibration: Calibration, loss_per_value: float
+) -> Artifact:
+    """Return the artifact of a calibrated model; scales by RMS ignore the loss per value."""
+    if calibration.sensitivities is None:
+        loss_per_value = math.nan
+    header = {
+        "model": run.h.model_settings(),
+        "evaluation": {name: getattr(run.h, name) for name in SCORING},
+        "fingerprint": model.fingerprint(),
+        "tokenizer": run.tokenizer.sha256,
+    }
+    quantizers = calibration.quantizers(run.h, loss_per_value)
+    tensors = quantize_model(model, quantizers, calibration.hessians)
+    return Artifact(*write_artifact(header, tensors), tensors, loss_per_value)
+
+
 def export(
-    run: Run,
-    model: LanguageModel,
-    data: TrainingData,
-    step: int,
-    start: float | None = None,
-    trial: bool = False,
+    run: Run, model: LanguageModel, data: TrainingData, step: int, start: float | None = None
 ) -> Artifact:
     """Return the artifact of the model; on processes other than rank 0 only its bytes.
 
     Calibration text comes after that of the steps that are done. The search for TARGET_BYTES begins
-    at the loss per value `start`, or at LOSS_PER_VALUE. With `trial`, for the preflight, one
-    sequence calibrates, scales are by RMS and TARGET_BYTES is ignored.
+    at the loss per value `start`, or at LOSS_PER_VALUE.
     """
     h, dist = run.h, run.dist
-    batches = list(calibration_batches(h, dist, data, step))
-    if trial:
-        batches = [batch[:1] for batch in batches[:1]]
-    calibration = calibrate(h, model, dist, batches)
+    calibration = calibrate(h, model, dist, list(calibration_batches(h, dist, data, step)))
     if dist.rank:
         return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
-    header = {
-        "model": h.model_settings(),
-        "evaluation": {name: getattr(h, name) for name in SCORING},
-        "fingerprint": model.fingerprint(),
-        "tokenizer": run.tokenizer.sha256,
-    }
-    if trial:  # what the loss feels before training says nothing about what it feels later
-        calibration = calibration._replace(sensitivities=None)
-
-    def build(loss_per_value: float) -> Artifact:  # scales by RMS ignore the loss
-        quantizers = calibration.quantizers(h, loss_per_value)
-        tensors = quantize_model(model, quantizers, calibration.hessians)
-        return Artifact(*write_artifact(header, tensors), tensors, loss_per_value)
-
-    def estimate(loss_per_value: float) -> float:
-        return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
-
+    build = functools.partial(build_artifact, run, model, calibration)
     loss = h.loss_per_value if start is None else start
-    if h.target_bytes and not trial:
+    if h.target_bytes:
+
+        def estimate(loss_per_value: float) -> float:
+            return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
+
         artifact = solve_for_bytes(build, estimate, largest_model(h), loss)
     else:
-        artifact = build(math.nan if calibration.sensitivities is None else loss)
+        artifact = build(loss)
     dist.broadcast_object(artifact.blob)
     return artifact
 
@@ -4326,7 +4284,6 @@ class Clock:
         self.seconds = seconds if seconds > 0 else math.inf
 
     def start(self) -> None:
-        """Count time from now on."""
         self.mark = time.perf_counter()
 
     def lap(self) -> float:
@@ -4453,7 +4410,6 @@ class FiniteCheck:
         self.arrival: torch.cuda.Event | None = None
 
     def record(self, loss: Tensor, norms: Mapping[str, Tensor]) -> None:
-        """Send a step's loss and gradient norms to the CPU."""
         self.names = ["loss", *norms]
         self.values = torch.stack([loss, *norms.values()]).to("cpu", non_blocking=True)
         self.arrival = torch.cuda.current_stream().record_event() if loss.is_cuda else None
@@ -4463,10 +4419,6 @@ class FiniteCheck:
         if self.arrival:
             self.arrival.synchronize()
         return self.values
-
-    def gradient_norm(self) -> float:
-        """Return the norm of all gradients of the recorded step together, before the clip."""
-        return self.wait()[1:].norm().item()
 
     def failures(self) -> list[str]:
         """Return the names of what was not finite in the recorded step."""
@@ -4633,7 +4585,7 @@ class Trainer:
         if not every or (self.step > 10 and self.step % every):
             return
         mean = self.dist.all_reduce(loss.clone()).item() / self.dist.world_size
-        norm = self.finite.gradient_norm()
+        norm = self.finite.wait()[1:].norm().item()  # of all gradients, before the clip
         text = f"train_loss:{mean:.4f}"
         self.log(text, train_loss=mean, lr_scale=self.lr_scale, grad_norm=norm)
 
@@ -4668,7 +4620,6 @@ class Trainer:
         return evaluate(self.model, tokens, self.h, self.dist, self.h.eval_seq_len)
 
     def validate(self) -> dict[str, float]:
-        """Validate and log; return the metrics."""
         val = self.run.val
         loss = self.loss_on(val.tokens)
         bpb = val.bits_per_byte(loss)
@@ -4693,10 +4644,10 @@ class Trainer:
             torch._foreach_copy_(params, weights)
             losses[name] = self.loss_on(tokens)
         finite = [name for name, loss in losses.items() if math.isfinite(loss)]
-        ranked = sorted(finite, key=losses.get)
-        if not ranked:
+        if not finite:
             problem = f"the trained weights' loss is not finite: {losses}"
             raise UserError(f"{problem}; lower the learning rates")
+        ranked = sorted(finite, key=losses.get)
         torch._foreach_copy_(params, candidates[ranked[0]])
         text = " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items())
         by_steps = self.step >= self.clock.iterations
@@ -4757,6 +4708,20 @@ class Trainer:
 # ---- Main --------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class Run:
+    """What all stages of a run share."""
+
+    h: Hyperparameters
+    dist: Distributed
+    log: RunLog
+    stop: StopSignal
+    tokenizer: Tokenizer
+    val: ValidationStream
+    folder: Path | None = None  # where the run writes; None: it only evaluates
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # see identify
+
+
 def check_folder(h: Hyperparameters, folder: Path) -> None:
     """Raise UserError unless the folder is new, or an unfinished run that may continue."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -4797,10 +4762,17 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
             nn.init.normal_(p, std=0.02)  # codes of zeros would compress to nothing
     stage = "export"
     try:
-        blob = export(run, trial, data, 0, trial=True).blob
-        log_size(run, "projected artifact", len(blob))
-        build_seconds = time.perf_counter() - began
-        calibration_seconds = time_calibration(run, trial, data)
+        rows = [row[None] for batch in calibration_batches(h, dist, data, 0) for row in batch]
+        some = rows[:4]  # the least with the usual share of gradients
+        start = time.perf_counter()
+        calibration = calibrate(h, trial, dist, some)
+        calibration_seconds = (time.perf_counter() - start) * len(rows) / max(len(some), 1)
+        # What the loss feels before training says nothing about what it feels later.
+        calibration = calibration._replace(sensitivities=None)
+        start = time.perf_counter()
+        blob = dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
+        build_seconds = time.perf_counter() - start
+        run.log(f"projected artifact {describe_size(h, len(blob))}")
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
         for stride in (h.eval_seq_len, h.eval_stride):
@@ -4828,19 +4800,6 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     return calibration_seconds + builds * build_seconds + choice_seconds
 
 
-def time_calibration(run: Run, model: LanguageModel, data: TrainingData) -> float:
-    """Return the seconds that a calibration takes, by that of four sequences."""
-    h, dist = run.h, run.dist
-    batches = list(calibration_batches(h, dist, data, 0))
-    rows = [row[None] for batch in batches for row in batch]
-    some = rows[:4]  # the least with the usual share of gradients
-    if not some:
-        return 0.0
-    start = time.perf_counter()
-    calibrate(h, model, dist, some)
-    return (time.perf_counter() - start) * len(rows) / len(some)
-
-
 def reserve_for_export(run: Run, estimate: float) -> float:
     """Return the seconds kept for the export: GPTQ_RESERVE_SECONDS, or more if it takes longer.
 
@@ -4849,9 +4808,8 @@ def reserve_for_export(run: Run, estimate: float) -> float:
     """
     h = run.h
     (estimate,), _ = run.dist.sync_from_rank0(estimate)
-    reserve = max(h.gptq_reserve_seconds, 1.25 * estimate)
-    if h.max_wallclock_seconds:
-        reserve = max(h.gptq_reserve_seconds, min(reserve, h.max_wallclock_seconds / 2))
+    most = h.max_wallclock_seconds / 2 or math.inf
+    reserve = max(h.gptq_reserve_seconds, min(1.25 * estimate, most))
     run.log(f"export: about {estimate:.1f} s, {reserve:.1f} s are kept for it")
     return reserve
 
@@ -5002,7 +4960,7 @@ def export_best(
     sizes = exported[best].sizes
     text = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     run.log(f"exported:{best}\n{describe_rows(codes)}\nartifact bytes: {text}")
-    log_size(run, "artifact", len(blob))
+    run.log(f"artifact {describe_size(run.h, len(blob))}")
     check_size(run.h, len(blob))
     losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
     groups = [{"group": name, "bytes": size} for name, size in sizes.items()]
