@@ -2292,21 +2292,16 @@ def describe_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 # ---- Processes and log -------------------------------------------------------------------------
 
 
-def cpu_multiplies_bfloat16() -> bool:
-    """Return whether this CPU multiplies bfloat16 faster than float32.
-
-    Intel CPUs without AMX do not: their AVX-512 multiplies it at half the speed.
-    """
-    is_intel = any("GenuineIntel" in path.read_text() for path in Path("/proc").glob("cpuinfo"))
-    return HAS_AMX or (not is_intel and torch.cpu._is_avx512_bf16_supported())
-
-
 def resolve_dtype(h: Hyperparameters, on_cuda: bool) -> torch.dtype:
-    """Return the type of activations that DTYPE means on this machine."""
+    """Return the type of activations that DTYPE means on this machine.
+
+    Intel CPUs without AMX multiply bfloat16 at half the speed of float32, by their AVX-512.
+    """
     if h.dtype != "auto":
         return getattr(torch, h.dtype)
-    is_fast = on_cuda or cpu_multiplies_bfloat16()
-    return torch.bfloat16 if is_fast else torch.float32
+    is_intel = any("GenuineIntel" in path.read_text() for path in Path("/proc").glob("cpuinfo"))
+    is_fast = HAS_AMX or (not is_intel and torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if on_cuda or is_fast else torch.float32
 
 
 GPU_FILE = Path("/dev/nvidia0")  # there is one where there is an NVIDIA GPU
@@ -2351,8 +2346,21 @@ class Distributed:
 
     def __enter__(self) -> Distributed:
         self.configure(self.h)
-        if self.world_size > 1:
-            self._init_process_group()
+        if self.world_size == 1:
+            return self
+        rendezvous = torch.distributed.rendezvous(
+            "env://", self.rank, self.world_size, timeout=self.timeout
+        )
+        store, *_ = next(rendezvous)
+        # A restart by torchrun gets a part of the store of its own.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        torch.distributed.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if self.on_cuda else "gloo",
+            timeout=self.timeout,
+            world_size=self.world_size,
+            rank=self.rank,
+            store=torch.distributed.PrefixStore(restart, store),
+        )
         return self
 
     def configure(self, h: Hyperparameters) -> None:
@@ -2390,21 +2398,6 @@ class Distributed:
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False
 
-    def _init_process_group(self) -> None:
-        """Join the group; a restart by torchrun gets a part of the store of its own."""
-        rendezvous = torch.distributed.rendezvous(
-            "env://", self.rank, self.world_size, timeout=self.timeout
-        )
-        store, *_ = next(rendezvous)
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        torch.distributed.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if self.on_cuda else "gloo",
-            timeout=self.timeout,
-            world_size=self.world_size,
-            rank=self.rank,
-            store=torch.distributed.PrefixStore(restart, store),
-        )
-
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         """Close the group. After success with several processes this ends the interpreter."""
         self.stack.close()
@@ -2428,17 +2421,11 @@ class Distributed:
         return box[0]
 
     def from_rank0(self, read: Callable[[], Any]) -> Any:
-        """Return on every process what `read` returns on rank 0, which alone calls it.
-
-        Disks differ between processes, but decisions must not.
-        """
+        """Return what `read` gives on rank 0, which alone calls it: disks may differ."""
         return self.broadcast_object(read() if self.rank == 0 else None)
 
     def sync_from_rank0(self, *numbers: float, flag: bool = False) -> tuple[list[float], bool]:
-        """Return rank 0's numbers, and whether any process has the flag.
-
-        Clocks differ between processes, but decisions must not.
-        """
+        """Return rank 0's numbers, since clocks differ, and whether any process has the flag."""
         mine = numbers if self.rank == 0 else [0.0] * len(numbers)
         *shared, flags = self.all_reduce(torch.tensor([*mine, flag], dtype=torch.float64)).tolist()
         return shared, flags > 0
@@ -2508,7 +2495,6 @@ class RunLog:
         self.metrics_file.truncate(0)
 
     def metrics(self, **values: Any) -> None:
-        """Write one JSON object to metrics.jsonl, for programs."""
         if self.metrics_file:
             print(json.dumps(values), file=self.metrics_file, flush=True)
 
@@ -2685,7 +2671,6 @@ class TrainingData:
         return [(part[:, :-1], part[:, 1:]) for part in rows.split(size)]
 
     def micro_batches(self, step: int, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
-        """Return this process's micro-batches of a step."""
         return self.split(self.step_sequences(step, dist), dist)
 
     def held_out_stream(self) -> Tensor:
@@ -2703,17 +2688,16 @@ class BatchLoader:
     def __init__(self, data: TrainingData, dist: Distributed) -> None:
         self.data, self.dist = data, dist
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self.next_step = -1  # the step that is being read
-        self.reading: Future[Tensor] | None = None
+        self.reading: dict[int, Future[Tensor]] = {}  # by step
         self.stalls, self.stall_seconds = 0, 0.0
 
     def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Return this process's micro-batches of a step, and begin to read the next one."""
-        was_ahead = self.reading is not None and self.next_step == step
+        was_ahead = step in self.reading
         if not was_ahead:
             self._read(step)
         began = time.perf_counter()
-        rows = self.reading.result()
+        rows = self.reading.pop(step).result()
         seconds = time.perf_counter() - began
         if was_ahead and seconds > 1e-3:
             self.stalls += 1
@@ -2722,8 +2706,7 @@ class BatchLoader:
         return self.data.split(rows, self.dist)
 
     def _read(self, step: int) -> None:
-        self.next_step = step
-        self.reading = self.pool.submit(self.data.step_sequences, step, self.dist)
+        self.reading[step] = self.pool.submit(self.data.step_sequences, step, self.dist)
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -2819,20 +2802,6 @@ def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dic
         if identity[name] != sha256:
             raise UserError(f"process {dist.rank} has another {name} than process 0")
     return identity
-
-
-@dataclasses.dataclass
-class Run:
-    """What all stages of a run share."""
-
-    h: Hyperparameters
-    dist: Distributed
-    log: RunLog
-    stop: StopSignal
-    tokenizer: Tokenizer
-    val: ValidationStream
-    folder: Path | None = None  # where the run writes; None: it only evaluates
-    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # see identify
 
 
 # ---- Optimizers --------------------------------------------------------------------------------
@@ -2961,21 +2930,6 @@ class Optimizers:
 
         The norms are those before the clip, by name.
         """
-        self._set_rates(step, lr_scale)
-        trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
-        gradients = [p.grad for p in trained]
-        self._average(gradients)
-        norms = torch._foreach_norm(gradients)
-        if self.h.grad_clip_norm:
-            total_norm = torch.stack(norms).norm()
-            torch.nn.utils.clip_grads_with_norm_(trained, self.h.grad_clip_norm, total_norm)
-        self.muon.step()
-        self.adam.step()
-        self._free_gradients()
-        return {self.names[p]: size for p, size in zip(trained, norms, strict=True)}
-
-    def _set_rates(self, step: int, lr_scale: float) -> None:
-        """Set Muon's momentum and all learning rates for a step."""
         h = self.h
         warm = min(1.0, step / max(h.muon_momentum_warmup_steps, 1))
         momentum = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
@@ -2983,20 +2937,23 @@ class Optimizers:
             group["momentum"] = momentum
         for group, lr in zip(self.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * lr_scale
-
-    def _average(self, gradients: list[Tensor]) -> None:
-        """Average gradients over the processes in place, in one message."""
-        if self.dist.world_size > 1:
+        trained = [p for p in self.params if p.grad is not None]  # all that is not frozen
+        gradients = [p.grad for p in trained]
+        if self.dist.world_size > 1:  # all gradients in one message
             flat = self.dist.all_reduce(torch.nn.utils.parameters_to_vector(gradients))
             torch.nn.utils.vector_to_parameters(flat / self.dist.world_size, gradients)
-
-    def _free_gradients(self) -> None:
-        """Free all gradients, and the state of what is frozen by now."""
+        norms = torch._foreach_norm(gradients)
+        if h.grad_clip_norm:
+            total_norm = torch.stack(norms).norm()
+            torch.nn.utils.clip_grads_with_norm_(trained, h.grad_clip_norm, total_norm)
+        self.muon.step()
+        self.adam.step()
         for p in self.params:
             p.grad = None
-            if not p.requires_grad:
+            if not p.requires_grad:  # frozen by now: its state is freed
                 self.muon.state.pop(p, None)
                 self.adam.state.pop(p, None)
+        return {self.names[p]: size for p, size in zip(trained, norms, strict=True)}
 
 
 class WeightAverages:
@@ -3007,17 +2964,13 @@ class WeightAverages:
 
     def __init__(self, params: list[nn.Parameter], h: Hyperparameters) -> None:
         self.h, self.params = h, params
-        self.decays: dict[str, float] = {}
-        if h.ema_decay:
-            self.decays["ema"] = h.ema_decay
-        if h.swa_enabled:
-            self.decays["swa"] = 1.0
+        decays = {"ema": h.ema_decay, "swa": float(h.swa_enabled)}
+        self.decays = {name: decay for name, decay in decays.items() if decay}
         self.means = {name: {p: torch.zeros_like(p) for p in params} for name in self.decays}
         self.totals = dict.fromkeys(self.decays, 0.0)  # 1 + decay + decay² + ..., a mean's weight
 
     @torch.no_grad()
     def update(self, step: int, lr_scale: float) -> None:
-        """Add the weights after a step."""
         for name, decay in self.decays.items():
             # The memory of what is frozen by now is freed.
             means = {p: mean for p, mean in self.means[name].items() if p.requires_grad}
@@ -3041,12 +2994,10 @@ class WeightAverages:
         return {"means": means, "totals": self.totals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.totals = dict(state["totals"])
-        self.means = {}
-        for name, means in state["means"].items():
-            if name in self.decays:
-                pairs = zip(self.params, means, strict=True)
-                self.means[name] = {p: mean.to(p.device) for p, mean in pairs if mean is not None}
+        self.totals |= state["totals"]
+        for name in self.decays.keys() & state["means"].keys():
+            pairs = zip(self.params, state["means"][name], strict=True)
+            self.means[name] = {p: mean.to(p.device) for p, mean in pairs if mean is not None}
 
 
 # ---- Quantization ------------------------------------------------------------------------------
@@ -3103,10 +3054,8 @@ class Quantizer:
     ) -> Tensor:
         """Return the exponent of each row's scale, (..., rows, columns) -> (..., rows) uint8.
 
-        Args:
-            w: the values.
-            column_scales: (columns,), by which the values will be divided.
-            remaining: the part of the curvature of a row's values that they and GPTQ leave.
+        The values will be divided by `column_scales` (columns,). `remaining` is the part of the
+        curvature of a row's values that they and GPTQ leave.
         """
         rms = w.double().square().mean(-1).sqrt()
         return scale_exponents(rms * self.clip_sigmas / self.largest)
@@ -3153,10 +3102,8 @@ class Quantizer:
     def _gptq(self, w: Tensor, kept: Tensor, factor: Tensor, block: int = 128) -> Tensor:
         """Round column by column; the columns that are left make up for each error.
 
-        Args:
-            w: (rows, columns) float64 in units of the scales.
-            kept: (rows, columns) bool, False where a code must be 0.
-            factor: (columns, columns) float64 of gptq_factor.
+        w (rows, columns) is float64 in units of the scales; codes must be 0 where `kept` is False;
+        `factor` (columns, columns) is that of gptq_factor.
         """
         codes = torch.empty_like(w)
         for begin in range(0, w.size(1), block):
@@ -3327,11 +3274,10 @@ def collect_sensitivities(
     gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193). Each process uses its
     own batches of tokens (B, T).
 
-    Returns:
-        For each parameter the mean over each row's values, (rows,) float64; a row of an embedding
-        has 5% of its mean added, since the calibration text may lack its token. For each
-        embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian,
-        by lookups and by the tied head together.
+    The first table has for each parameter the mean over each row's values, (rows,) float64; a row
+    of an embedding has 5% of its mean added, since the calibration text may lack its token. The
+    second has for each embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients:
+    GPTQ's Hessian, by lookups and by the tied head together.
     """
     groups = tensors_by_role(model)
     params = [p for role in CODED_ROLES for p in groups[role].values()]
@@ -3380,17 +3326,13 @@ class Calibration(NamedTuple):
     sensitivities: dict[nn.Parameter, Tensor] | None  # None: QUANTIZER=rms
 
     def quantizers(self, h: Hyperparameters, loss_per_value: float) -> Quantizers:
-        quantizers = make_quantizers(h)
         if self.sensitivities is None:
-            return quantizers
-        return {
-            role: SensitivityQuantizer(
-                prune_fraction=quantizer.prune_fraction,
-                sensitivities=self.sensitivities,
-                loss_per_value=loss_per_value,
-            )
-            for role, quantizer in quantizers.items()
-        }
+            return make_quantizers(h)
+        quantizer = SensitivityQuantizer(
+            sensitivities=self.sensitivities, loss_per_value=loss_per_value
+        )
+        pruning = dataclasses.replace(quantizer, prune_fraction=h.prune_pct)
+        return dict.fromkeys(CODED_ROLES, pruning) | {Role.EMBEDDING: quantizer}
 
 
 def calibrate(
@@ -3446,16 +3388,6 @@ def stored_values(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tens
     return {"float16": tensor}
 
 
-def byte_planes(group: list[Tensor]) -> bytes:
-    """Return the values of one group: their first bytes, then their second bytes, and so on."""
-    return torch.cat(group)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
-
-
-def compress(block: bytes, quality: int) -> bytes:
-    # With blocks of 1 MiB, not brotli's choice, like codes take like bytes: TARGET_BYTES needs it.
-    return brotli.compress(block, quality=quality, lgwin=24, lgblock=20)
-
-
 def write_artifact(
     header: dict[str, Any], tensors: StoredTensors, quality: int = 11
 ) -> tuple[bytes, dict[str, int]]:
@@ -3463,12 +3395,8 @@ def write_artifact(
 
     It is magic, format version and length of the header (little-endian uint32), the header (JSON,
     brotli) with the tensors [name, shape, groups] and the groups [name, bytes of each block], the
-    blocks (byte planes, brotli), and SHA-256 over all before it.
-
-    Args:
-        header: facts to store.
-        tensors: the values by name; floats are stored as float16, bools as bits.
-        quality: of brotli, 0 to 11.
+    blocks (byte planes, brotli), and SHA-256 over all before it. Floats are stored as float16,
+    bools as bits. `quality` is brotli's, 0 to 11.
     """
     entries = []
     groups: dict[str, list[Tensor]] = {}
@@ -3479,22 +3407,23 @@ def write_artifact(
         for group, values in stored.items():
             dtype = GROUP_TYPES[group.split()[-1]]
             groups.setdefault(group, []).append(values.cpu().flatten().to(dtype))
-    blocks: list[tuple[str, bytes]] = []
-    for group, values in groups.items():
-        planes = byte_planes(values)
-        starts = range(0, len(planes), BLOCK_BYTES)
-        blocks += [(group, planes[start : start + BLOCK_BYTES]) for start in starts]
+    # With blocks of 1 MiB, not brotli's choice, like codes take like bytes: TARGET_BYTES needs it.
+    compress = functools.partial(brotli.compress, quality=quality, lgwin=24, lgblock=20)
+    packed: dict[str, Iterator[bytes]] = {}
     with ThreadPoolExecutor() as pool:
-        packed = list(pool.map(lambda block: compress(block[1], quality), blocks))
-    lengths: dict[str, list[int]] = {group: [] for group in groups}
-    for (group, _), data in zip(blocks, packed, strict=True):
-        lengths[group].append(len(data))
-    header = header | {"versions": VERSIONS, "tensors": entries, "groups": list(lengths.items())}
+        for group, values in groups.items():
+            # All first bytes, then all second bytes, and so on.
+            planes = torch.cat(values)[:, None].view(torch.uint8).t().contiguous().numpy().tobytes()
+            starts = range(0, len(planes), BLOCK_BYTES)
+            packed[group] = pool.map(compress, [planes[i : i + BLOCK_BYTES] for i in starts])
+    blocks = {group: list(results) for group, results in packed.items()}
+    lengths = [[group, list(map(len, each))] for group, each in blocks.items()]
+    header = header | {"versions": VERSIONS, "tensors": entries, "groups": lengths}
     text = brotli.compress(json.dumps(header).encode())
     numbers = np.array([ARTIFACT_VERSION, len(text)], "<u4").tobytes()
-    body = b"".join([ARTIFACT_MAGIC, numbers, text, *packed])
+    body = b"".join([ARTIFACT_MAGIC, numbers, text, *itertools.chain(*blocks.values())])
     sizes = {"header": len(text) + 48}  # magic, two numbers and SHA-256 take 48
-    sizes |= {group: sum(blocks) for group, blocks in lengths.items()}
+    sizes |= {group: sum(each) for group, each in lengths}
     return body + hashlib.sha256(body).digest(), sizes
 
 
@@ -3516,8 +3445,7 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file is damaged.
     """
     if len(blob) < 48 or blob[:8] != ARTIFACT_MAGIC:
-        start = bytes(blob[:8])
-        found = f"{len(blob)} bytes that begin with {start!r}"
+        found = f"{len(blob)} bytes that begin with {bytes(blob[:8])!r}"
         raise UserError(f"not an artifact of this project: {found}")
     if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
         raise UserError("the artifact is damaged, its checksum does not match; copy it again")
@@ -3531,77 +3459,70 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return header, dict(read_tensors(header, blob[16 + size : -32]))
 
 
-def group_lengths(entries: list) -> dict[str, list[int]]:
-    """Return how many elements each tensor has in each group (bits: bytes).
-
-    ValueError for impossible shapes.
-    """
-    lengths: dict[str, list[int]] = {}
-    total = 0  # values that are read, whatever they take in the file
-    for _, shape, groups in entries:
-        if len(shape) > 2 or not all(type(n) is int and 0 <= n < 2**26 for n in shape):
-            raise ValueError(f"{shape} is not a valid shape")
-        counts = [math.prod(shape)]
-        total += max([*counts, *shape])
-        if len(groups) > 1:
-            rows, columns = shape  # only a matrix has exponents
-            counts += [rows, columns][: len(groups) - 1]
-        for group, n in zip(groups, counts, strict=True):
-            length = -(-n // 8) if group.endswith("bits") else n
-            lengths.setdefault(group, []).append(length)
-    if total > 2**26:
-        raise ValueError("its tensors would need more than 256 MiB")
-    return lengths
-
-
-def read_groups(header: dict[str, Any], body: bytes) -> dict[str, Iterator[Tensor]]:
-    """Return the stored values of each group, one tensor after the other."""
-    lengths = group_lengths(header["tensors"])
+def read_groups(groups: list, body: bytes) -> dict[str, Tensor]:
+    """Return the values of each group of like tensors, (n,) each."""
+    found: dict[str, Tensor] = {}
     position = 0
-    tensors: dict[str, Iterator[Tensor]] = {}
-    for group, blocks in header["groups"]:
-        dtype = GROUP_TYPES[group.split()[-1]]
-        counts = lengths.pop(group)  # KeyError where a group comes twice
-        size = sum(counts) * dtype.itemsize
+    left = 2**28  # bytes that they may still take
+    for group, blocks in groups:
+        if group in found:
+            raise ValueError(f"{group} stands twice")
         raw = bytearray()
         for packed in blocks:
             if packed < 0:
                 raise ValueError(f"{group} has a block of {packed} bytes")
-            raw += decompress(body[position : position + packed], size - len(raw))
+            raw += decompress(body[position : position + packed], left - len(raw))
             position += packed
-        if len(raw) != size:
-            raise ValueError(f"{group} has {len(raw)} bytes, not {size}")
+        left -= len(raw)
+        dtype = GROUP_TYPES[group.split()[-1]]
         planes = torch.from_numpy(np.frombuffer(raw, np.uint8)).view(dtype.itemsize, -1)
-        tensors[group] = iter(planes.t().flatten().view(dtype).split(counts))
+        found[group] = planes.t().flatten().view(dtype)
     if position != len(body):
         raise ValueError(f"its groups have {position} bytes, the file has {len(body)} for them")
-    return tensors
+    return found
 
 
-def restore_codes(
-    stored: Tensor, exponents: Tensor, column_exponents: Tensor | None = None
-) -> QuantizedTensor:
-    """Undo the order in which `stored_values` stores codes (rows, columns)."""
-    codes = stored[exponents.argsort(stable=True).argsort()]
-    if column_exponents is not None:
-        codes = codes[:, column_exponents.argsort(stable=True).argsort()]
-    return QuantizedTensor(codes, exponents, column_exponents)
+def element_counts(shape: list[int], groups: list[str]) -> list[int]:
+    """Return how many elements a tensor has in each of its groups (bits: bytes).
+
+    ValueError for impossible shapes.
+    """
+    if len(shape) > 2 or not all(type(n) is int and 0 <= n < 2**26 for n in shape):
+        raise ValueError(f"{shape} is not a valid shape")
+    count = math.prod(shape)
+    if groups[0].endswith("bits"):
+        count = -(-count // 8)
+    if len(groups) == 1:
+        return [count]
+    rows, columns = shape  # only a matrix has exponents
+    return [count, rows, columns][: len(groups)]
 
 
 def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Tensor]]:
     """Yield name and values of every tensor of an artifact, in float32."""
-    stored = read_groups(header, body)
+    stored = read_groups(header["groups"], body)
+    left = 2**26  # values that may still be read, whatever they take in the file
     for name, shape, groups in header["tensors"]:
-        values, *exponents = (next(stored[group]) for group in groups)
+        parts = []
+        for group, count in zip(groups, element_counts(shape, groups), strict=True):
+            part, stored[group] = stored[group].split([count, len(stored[group]) - count])
+            parts.append(part)
+        values, *exponents = parts
+        left -= max([math.prod(shape), *shape])
+        if left < 0:
+            raise ValueError("its tensors would need more than 256 MiB")
         if groups[0].endswith("bits"):
-            bits = np.unpackbits(values.numpy(), count=math.prod(shape))
-            values = torch.from_numpy(bits)
+            values = torch.from_numpy(np.unpackbits(values.numpy(), count=math.prod(shape)))
         values = values.view(shape)
-        if exponents:
-            values = restore_codes(values, *exponents).dequantize()
+        if exponents:  # undo the order in which stored_values stores codes
+            rows, *columns = [scale.argsort(stable=True).argsort() for scale in exponents]
+            values = values[rows][:, columns[0]] if columns else values[rows]
+            values = QuantizedTensor(values, *exponents).dequantize()
         if not values.isfinite().all():
             raise ValueError(f"{name} is not finite")
         yield name, values.float()
+    if any(map(len, stored.values())):
+        raise ValueError("its groups have more values than its tensors")
 
 
 def quantize_model(
@@ -3721,16 +3642,11 @@ def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
     return rows
 
 
-def describe_size(size: int) -> str:
-    """Return as text what code and a model of `size` bytes take together."""
-    return f"code {code_bytes():,} + model {size:,} = {code_bytes() + size:,} bytes"
-
-
-def log_size(run: Run, kind: str, size: int) -> None:
-    """Log what code and a model of `size` bytes take, as a part of the limit, too."""
-    limit = run.h.artifact_limit_bytes
-    share = (code_bytes() + size) / limit
-    run.log(f"{kind} {describe_size(size)}, {share:.1%} of {limit:,}")
+def describe_size(h: Hyperparameters, size: int) -> str:
+    """Return as text what code and a model of `size` bytes take, and how much of the limit."""
+    total, limit = code_bytes() + size, h.artifact_limit_bytes
+    share = total / limit
+    return f"code {code_bytes():,} + model {size:,} = {total:,} bytes, {share:.1%} of {limit:,}"
 
 
 def largest_model(h: Hyperparameters) -> int:
@@ -3744,62 +3660,55 @@ def check_size(h: Hyperparameters, size: int) -> None:
     total = code_bytes() + size
     if h.target_bytes and total > h.target_bytes:
         raise UserError(
-            f"{describe_size(size)}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
+            f"{describe_size(h, size)}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
             " use a smaller rank or width"
         )
     if total > h.artifact_limit_bytes:
         raise UserError(
-            f"{describe_size(size)}, over the limit of {h.artifact_limit_bytes:,}; EXPORT_ONLY=1"
+            f"{describe_size(h, size)}, over the limit of {h.artifact_limit_bytes:,}; EXPORT_ONLY=1"
             " CHECKPOINT_PATH=…/checkpoint.pt and TARGET_BYTES, or a smaller rank or width"
         )
 
 
+def build_artifact(
+    run: Run, model: LanguageModel, calibration: Calibration, loss_per_value: float
+) -> Artifact:
+    """Return the artifact of a calibrated model; scales by RMS ignore the loss per value."""
+    if calibration.sensitivities is None:
+        loss_per_value = math.nan
+    header = {
+        "model": run.h.model_settings(),
+        "evaluation": {name: getattr(run.h, name) for name in SCORING},
+        "fingerprint": model.fingerprint(),
+        "tokenizer": run.tokenizer.sha256,
+    }
+    quantizers = calibration.quantizers(run.h, loss_per_value)
+    tensors = quantize_model(model, quantizers, calibration.hessians)
+    return Artifact(*write_artifact(header, tensors), tensors, loss_per_value)
+
+
 def export(
-    run: Run,
-    model: LanguageModel,
-    data: TrainingData,
-    step: int,
-    start: float | None = None,
-    trial: bool = False,
+    run: Run, model: LanguageModel, data: TrainingData, step: int, start: float | None = None
 ) -> Artifact:
     """Return the artifact of the model; on processes other than rank 0 only its bytes.
 
     Calibration text comes after that of the steps that are done. The search for TARGET_BYTES begins
-    at the loss per value `start`, or at LOSS_PER_VALUE. With `trial`, for the preflight, one
-    sequence calibrates, scales are by RMS and TARGET_BYTES is ignored.
+    at the loss per value `start`, or at LOSS_PER_VALUE.
     """
     h, dist = run.h, run.dist
-    batches = list(calibration_batches(h, dist, data, step))
-    if trial:
-        batches = [batch[:1] for batch in batches[:1]]
-    calibration = calibrate(h, model, dist, batches)
+    calibration = calibrate(h, model, dist, list(calibration_batches(h, dist, data, step)))
     if dist.rank:
         return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
-    header = {
-        "model": h.model_settings(),
-        "evaluation": {name: getattr(h, name) for name in SCORING},
-        "fingerprint": model.fingerprint(),
-        "tokenizer": run.tokenizer.sha256,
-    }
-    if trial:  # what the loss feels before training says nothing about what it feels later
-        calibration = calibration._replace(sensitivities=None)
+    build = functools.partial(build_artifact, run, model, calibration)
+    loss = h.loss_per_value if start is None else start
+    if h.target_bytes:
 
-    def build(loss_per_value: float) -> Artifact:  # scales by RMS ignore the loss
-        quantizers = calibration.quantizers(h, loss_per_value)
-        tensors = quantize_model(model, quantizers, calibration.hessians)
-        return Artifact(*write_artifact(header, tensors), tensors, loss_per_value)
+        def estimate(loss_per_value: float) -> float:
+            return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
 
-    def estimate(loss_per_value: float) -> float:
-        return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
-
-    if calibration.sensitivities is None:
-        start = math.nan
-    elif start is None:
-        start = h.loss_per_value
-    if h.target_bytes and not trial:
-        artifact = solve_for_bytes(build, estimate, largest_model(h), start)
+        artifact = solve_for_bytes(build, estimate, largest_model(h), loss)
     else:
-        artifact = build(start)
+        artifact = build(loss)
     dist.broadcast_object(artifact.blob)
     return artifact
 
@@ -3918,18 +3827,11 @@ def evaluate(
     stride: int,
     trial: bool = False,
 ) -> float:
-    """Return the mean loss in nats over all tokens after the first, each scored once.
+    """Return the mean loss in nats over all tokens (n,) after the first, each scored once.
 
-    The processes take batches in turn.
-
-    Args:
-        model: the model to evaluate.
-        tokens: (n,) int64, one stream.
-        h: EVAL_SEQ_LEN, EVAL_MODE and EVAL_BATCH_TOKENS.
-        dist: the processes.
-        stride: new tokens that each window scores.
-        trial: compute one batch only, or one of each shape where they are compiled; the result
-            shows whether losses are finite.
+    A window scores `stride` new tokens. The processes take batches in turn. With `trial` one batch
+    is computed, or one of each shape where they are compiled: its result shows whether losses are
+    finite.
     """
     model.eval()
     num_targets = len(tokens) - 1
@@ -3945,25 +3847,18 @@ def evaluate(
     usual_shape = (len(batches[0].starts), usual_tail)
     pays = dist.compile and len(batches) > COMPILED_BATCHES[dist.device.type] * dist.world_size
     compiled = torch.compile(model.token_losses, dynamic=False, disable=not pays)
-    mine = batches[dist.rank :: dist.world_size]
+    mine = range(dist.rank, len(batches), dist.world_size)
     if trial:  # the first batch scores all of its first window
-        mine = mine[:2] + mine[2:][-1:] if pays else mine[:1]
+        mine = [*mine[:2], *mine[2:][-1:]] if pays else mine[:1]
     # Tokens and plan are on the device: a copy per batch would stop it each time.
     tokens = F.pad(tokens, (0, length)).to(dist.device)
     offsets = torch.arange(length + 1, device=dist.device)
-
-    def to_device(parts: list[np.ndarray]) -> Sequence[Tensor]:
-        """Copy all parts at once; return a view of each."""
-        if not parts:  # more processes than batches
-            return ()
-        whole = torch.from_numpy(np.concatenate(parts)).long().to(dist.device)
-        return whole.split([len(part) for part in parts])
-
-    all_starts = to_device([batch.starts for batch in mine])
-    all_counts = to_device([batch.counts for batch in mine])
+    plan = torch.from_numpy(np.concatenate(batches, 1)).to(dist.device)
+    parts = plan.split([len(batch.starts) for batch in batches], 1)
     total = torch.zeros((), dtype=torch.float64, device=dist.device)
-    for batch, starts, counts in zip(mine, all_starts, all_counts, strict=True):
-        tail = int(batch.counts.max())
+    for i in mine:
+        starts, counts = parts[i]
+        tail = int(batches[i].counts.max())
         inputs, targets, is_scored = gather_windows(
             tokens, starts, counts, offsets, tail, num_targets
         )
@@ -3988,13 +3883,7 @@ class Checkpoint:
     metrics: dict[str, Any]  # of the finished training
     finished: bool
     identity: dict[str, str]  # of data, tokenizer, source, and of the teacher if there is one
-    versions: dict[str, str] = dataclasses.field(default_factory=lambda: VERSIONS)
-
-    def save(self, folder: Path) -> None:
-        """Write checkpoint.pt; the one before it is kept as checkpoint.previous.pt."""
-        buffer = io.BytesIO()
-        torch.save(vars(self), buffer)
-        write_file(folder / "checkpoint.pt", buffer.getbuffer(), folder / "checkpoint.previous.pt")
+    versions: dict[str, str]
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
@@ -4024,18 +3913,27 @@ def save_checkpoint(
     training: dict[str, Any],
     metrics: dict[str, Any] | None,
 ) -> None:
-    """Let rank 0 write a checkpoint; `metrics` are those of a finished training."""
-    if run.dist.rank == 0:
-        Checkpoint(
-            settings=run.h.as_dict(),
-            model=run.h.model_settings(),
-            fingerprint=fingerprint,
-            weights=model.state_dict(),
-            training=training,
-            metrics=metrics or {},
-            finished=metrics is not None,
-            identity=run.identity,
-        ).save(run.folder)
+    """Let rank 0 write checkpoint.pt; the one before it is kept as checkpoint.previous.pt.
+
+    `metrics` are those of a finished training.
+    """
+    if run.dist.rank:
+        return
+    saved = Checkpoint(
+        settings=run.h.as_dict(),
+        model=run.h.model_settings(),
+        fingerprint=fingerprint,
+        weights=model.state_dict(),
+        training=training,
+        metrics=metrics or {},
+        finished=metrics is not None,
+        identity=run.identity,
+        versions=VERSIONS,
+    )
+    buffer = io.BytesIO()
+    torch.save(vars(saved), buffer)
+    previous = run.folder / "checkpoint.previous.pt"
+    write_file(run.folder / "checkpoint.pt", buffer.getbuffer(), previous)
 
 
 def check_identity(h: Hyperparameters, saved: Checkpoint, identity: Mapping[str, str]) -> None:
@@ -4092,32 +3990,17 @@ class Clock:
         self.seconds = seconds if seconds > 0 else math.inf
 
     def start(self) -> None:
-        """Count time from now on."""
         self.mark = time.perf_counter()
 
     def lap(self) -> float:
         """Count the time since the last mark, and return it."""
-        now = time.perf_counter()
-        seconds = now - self.mark
+        seconds = time.perf_counter() - self.mark
+        self.mark += seconds
         self.elapsed += seconds
-        self.mark = now
         return seconds
-
-    @contextlib.contextmanager
-    def timing_step(self) -> Iterator[None]:
-        """Count the block as one step, with what came since the last mark."""
-        yield
-        self.add_step(self.lap())
 
     def add_step(self, seconds: float) -> None:
         self.recent = [*self.recent[-99:], seconds]
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Count the time until here, but not the time within."""
-        self.lap()
-        yield
-        self.start()
 
     def remaining(self, step: int) -> int:
         """Return the steps that are left when `step` of them are done."""
@@ -4199,36 +4082,24 @@ class Phases:
 
     def enter(self, progress: float) -> str:
         """Set the model up for the phase of this progress; return what it is, for the log."""
-        boundary = self.boundary(progress)
-        frozen = self.set_frozen(boundary)
-        recurs = bool(self.h.recur_layers) and self.h.recur_frac <= boundary
-        self.model.set_recurrence(recurs)
-        if self.h.self_distill:
-            self.teacher.set_recurrence(recurs)
-        self.set_teacher(boundary)
-        self.current = boundary
-        return f"frozen_maps:{frozen} recurrence:{recurs} teacher:{self.has_teacher}"
-
-    def set_frozen(self, boundary: float) -> int:
-        """Freeze the maps whose time has come, and no others; return how many."""
-        count = 0
+        h, boundary = self.h, self.boundary(progress)
+        frozen = 0
         for name, module in self.model.linear_maps().items():
             is_frozen = 0 < self.model.table[name].freeze <= boundary
             module.set_frozen(is_frozen)
-            count += is_frozen
-        return count
-
-    def set_teacher(self, boundary: float) -> None:
-        """Use the teacher from DISTILL_START_FRAC to DISTILL_END_FRAC."""
-        is_time = self.h.distill_start_frac <= boundary < self.h.distill_end_frac
-        uses_teacher = self.teacher is not None and is_time
-        if uses_teacher and not self.has_teacher and self.h.self_distill:
-            self.copy_model_to_teacher()
-        self.has_teacher = uses_teacher
-
-    def copy_model_to_teacher(self) -> None:
-        """Copy the present weights in place: new tensors would need a new compiled graph."""
-        self.teacher.load_state_dict(self.model.state_dict())
+            frozen += is_frozen
+        recurs = bool(h.recur_layers) and h.recur_frac <= boundary
+        self.model.set_recurrence(recurs)
+        if h.self_distill:
+            self.teacher.set_recurrence(recurs)
+        is_time = h.distill_start_frac <= boundary < h.distill_end_frac
+        has_teacher = self.teacher is not None and is_time
+        if has_teacher and not self.has_teacher and h.self_distill:
+            # In place: new tensors would need a new compiled graph.
+            self.teacher.load_state_dict(self.model.state_dict())
+        self.has_teacher = has_teacher
+        self.current = boundary
+        return f"frozen_maps:{frozen} recurrence:{recurs} teacher:{has_teacher}"
 
     @torch.no_grad()
     def teacher_logits(self, ids: Tensor) -> Tensor | None:
@@ -4245,25 +4116,19 @@ class FiniteCheck:
         self.arrival: torch.cuda.Event | None = None
 
     def record(self, loss: Tensor, norms: Mapping[str, Tensor]) -> None:
-        """Send a step's loss and gradient norms to the CPU."""
         self.names = ["loss", *norms]
         self.values = torch.stack([loss, *norms.values()]).to("cpu", non_blocking=True)
         self.arrival = torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
-    def wait(self) -> None:
-        """Wait for the recorded step."""
+    def wait(self) -> Tensor:
+        """Wait for the recorded step; return its values: the loss, then the norms."""
         if self.arrival:
             self.arrival.synchronize()
-
-    def gradient_norm(self) -> float:
-        """Return the norm of all gradients of the recorded step together, before the clip."""
-        self.wait()
-        return self.values[1:].norm().item()
+        return self.values
 
     def failures(self) -> list[str]:
-        """Wait for the recorded step; return the names of what was not finite."""
-        self.wait()
-        is_finite = self.values.isfinite().tolist()
+        """Return the names of what was not finite in the recorded step."""
+        is_finite = self.wait().isfinite().tolist()
         return [name for name, finite in zip(self.names, is_finite, strict=True) if not finite]
 
 
@@ -4279,10 +4144,6 @@ class StepPlan(NamedTuple):
     save: bool
     stop: bool  # a signal asked for it
     validate: bool
-
-    @property
-    def done(self) -> bool:
-        return self.remaining <= 0
 
 
 class Trainer:
@@ -4302,6 +4163,15 @@ class Trainer:
         self.optimizers = Optimizers(self.groups, h, dist)
         self.averages = WeightAverages(self.optimizers.params, h)
         self.clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
+        # What a checkpoint holds beside the weights.
+        self.parts = {
+            "clock": self.clock,
+            "muon": self.optimizers.muon,
+            "adam": self.optimizers.adam,
+            "averages": self.averages,
+        }
+        if h.self_distill:
+            self.parts["teacher"] = self.phases.teacher
         self.finite = FiniteCheck()
         self.loader = BatchLoader(data, dist)
         self.fingerprint = model.fingerprint()
@@ -4336,22 +4206,28 @@ class Trainer:
         self.clock.start()
         while True:
             plan = self.plan_step()
-            if plan.save or plan.stop or plan.done:  # what follows must not cost a trained step
+            is_over = plan.remaining <= 0
+            if plan.save or plan.stop or is_over:  # what follows must not cost a trained step
                 self.save()
             if plan.stop:
                 continues = f"the same RUN_ID continues from {self.last_save}"
                 raise UserError(f"stopped by a signal; {continues}")
-            self.enter_phase(plan.progress)
-            if plan.done:
+            if self.phases.boundary(plan.progress) > self.phases.current:
+                what = self.phases.enter(plan.progress)
+                self.log_phase(f"phase step:{self.step} progress:{plan.progress:.4f} {what}", what)
+            if is_over:
                 break
             if plan.validate:
                 self.check_finite()  # waits for queued steps, whose time counts as training
-                with self.clock.paused():
-                    self.validate()
-            with self.clock.timing_step():
-                loss = self.train_step(plan)
+                self.clock.lap()
+                self.validate()
+                self.clock.start()
+            loss = self.train_step(plan)
+            self.clock.add_step(self.clock.lap())
             self.log_loss(loss)
-            self.log_expected_steps()
+            expected = self.step + self.clock.remaining(self.step)
+            if len(self.clock.recent) == 5 and expected < self.h.iterations:
+                self.run.log(f"about {expected} of {self.h.iterations} steps fit into the time")
         self.clock.lap()
         self.loader.close()
         self.run.log(f"data_stalls:{self.loader.stalls} seconds:{self.loader.stall_seconds:.2f}")
@@ -4374,13 +4250,6 @@ class Trainer:
             validate=bool(every) and self.step > 0 and self.step % every == 0,
         )
 
-    def enter_phase(self, progress: float) -> None:
-        """Enter the phase of this progress unless it is the present one."""
-        if self.phases.boundary(progress) > self.phases.current:
-            what = self.phases.enter(progress)
-            self.run.log(f"phase step:{self.step} progress:{progress:.4f} {what}")
-            self.run.log.metrics(kind="phase", step=self.step, text=what)
-
     def train_step(self, plan: StepPlan) -> Tensor:
         """Take one step; return its loss on this process, still on the device."""
         h, dist = self.h, self.dist
@@ -4388,8 +4257,7 @@ class Trainer:
         self.lr_scale = lr_scale
         if lr_scale < h.late_qat_threshold and not self.late_qat:
             self.late_qat = True
-            self.run.log(f"late_qat:on step:{self.step} scale:{lr_scale:.4f}")
-            self.run.log.metrics(kind="phase", step=self.step, text="late QAT")
+            self.log_phase(f"late_qat:on step:{self.step} scale:{lr_scale:.4f}", "late QAT")
         # Dropout depends on step and process alone, wherever a run was continued.
         torch.manual_seed(h.seed + self.step * dist.world_size + dist.rank)
         self.model.train()
@@ -4423,37 +4291,33 @@ class Trainer:
         if not every or (self.step > 10 and self.step % every):
             return
         mean = self.dist.all_reduce(loss.clone()).item() / self.dist.world_size
-        self.log(f"train_loss:{mean:.4f}")
-        self.log_metrics(
-            train_loss=mean, lr_scale=self.lr_scale, grad_norm=self.finite.gradient_norm()
-        )
+        norm = self.finite.wait()[1:].norm().item()  # of all gradients, before the clip
+        text = f"train_loss:{mean:.4f}"
+        self.log(text, train_loss=mean, lr_scale=self.lr_scale, grad_norm=norm)
 
-    def log_expected_steps(self) -> None:
-        """Say once, when the speed is known, how many steps fit into the time if not all do."""
-        expected = self.step + self.clock.remaining(self.step)
-        if len(self.clock.recent) == 5 and expected < self.h.iterations:
-            self.run.log(f"about {expected} of {self.h.iterations} steps fit into the time")
+    def log_phase(self, line: str, what: str) -> None:
+        """Log a line about the beginning of a phase; metrics.jsonl gets `what`."""
+        self.run.log(line)
+        self.run.log.metrics(kind="phase", step=self.step, text=what)
 
-    def log_metrics(self, **values: Any) -> None:
-        """Write metrics of the present step to metrics.jsonl."""
-        tokens = self.step * self.h.train_batch_tokens
-        seconds = self.clock.elapsed
-        self.run.log.metrics(
-            step=self.step,
-            tokens=tokens,
-            seconds=round(seconds, 3),
-            tokens_per_second=round(tokens / max(seconds, 1e-9)),
-            **values,
-        )
-
-    def log(self, text: str) -> None:
-        """Log a line with the step and the training time."""
+    def log(self, text: str, **metrics: Any) -> None:
+        """Log a line with the step and the training time; metrics.jsonl gets the metrics, too."""
         milliseconds = 1000 * self.clock.elapsed
         average = milliseconds / max(self.step, 1)
         self.run.log(
             f"step:{self.step}/{self.h.iterations} {text} train_time:{milliseconds:.0f}ms"
             f" step_avg:{average:.2f}ms"
         )
+        self.run.log.metrics(step=self.step, **self.speed(), **metrics)
+
+    def speed(self) -> dict[str, float]:
+        """Return the tokens and seconds of training, and their quotient."""
+        tokens, seconds = self.step * self.h.train_batch_tokens, self.clock.elapsed
+        return {
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9)),
+        }
 
     # -- Validation, and the choice of what is exported
 
@@ -4462,23 +4326,21 @@ class Trainer:
         return evaluate(self.model, tokens, self.h, self.dist, self.h.eval_seq_len)
 
     def validate(self) -> dict[str, float]:
-        """Validate and log; return the metrics."""
         val = self.run.val
         loss = self.loss_on(val.tokens)
         bpb = val.bits_per_byte(loss)
-        self.log(f"val_loss:{loss:.4f} val_bpb:{bpb:.4f}")
         ratios = adapter_ratios(self.model)
+        text = f"val_loss:{loss:.4f} val_bpb:{bpb:.4f}"
+        self.log(text, val_loss=loss, val_bpb=bpb, adapter_ratios=ratios)
         if ratios:
             text = " ".join(f"{kind}:{ratio:.3g}" for kind, ratio in mean_by_kind(ratios).items())
             self.run.log(f"adapter_ratio {text}")
-        self.log_metrics(val_loss=loss, val_bpb=bpb, adapter_ratios=ratios)
         return {"val_loss_before": loss, "val_bpb_before": bpb}
 
     def rank_candidates(self) -> tuple[Candidates, dict[str, float]]:
         """Score the candidates on held-out training text, and leave the best in the model.
 
-        Returns:
-            The candidates whose loss is finite, and the loss of each. UserError if none is finite.
+        Return those whose loss is finite, the best one first, and all losses. UserError if none is.
         """
         params = [p.detach() for p in self.optimizers.params]
         candidates = self.averages.candidates()
@@ -4488,31 +4350,29 @@ class Trainer:
             torch._foreach_copy_(params, weights)
             losses[name] = self.loss_on(tokens)
         finite = [name for name, loss in losses.items() if math.isfinite(loss)]
-        ranked = sorted(finite, key=losses.get)
-        if not ranked:
+        if not finite:
             problem = f"the trained weights' loss is not finite: {losses}"
             raise UserError(f"{problem}; lower the learning rates")
+        ranked = sorted(finite, key=losses.get)
         torch._foreach_copy_(params, candidates[ranked[0]])
         text = " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items())
         by_steps = self.step >= self.clock.iterations
-        ended_by = "ITERATIONS" if by_steps else "MAX_WALLCLOCK_SECONDS"
-        end = f"ended_by:{ended_by} lr_scale:{self.lr_scale:.3f}"
-        self.run.log(f"average {text} best:{ranked[0]} {end}")
+        end = "ITERATIONS" if by_steps else "MAX_WALLCLOCK_SECONDS"
+        self.run.log(f"average {text} best:{ranked[0]} ended_by:{end} lr_scale:{self.lr_scale:.3f}")
         names = self.optimizers.names.values()
         by_name = {name: dict(zip(names, candidates[name], strict=True)) for name in ranked}
         return by_name, losses
 
     def finish(self) -> tuple[dict[str, Any], Candidates]:
         """Rank the candidates and validate the best; return the metrics and the candidates."""
-        seconds = self.clock.elapsed
-        tokens = self.h.train_batch_tokens * self.step
         began = time.perf_counter()
         candidates, losses = self.rank_candidates()
         choice_seconds = time.perf_counter() - began
+        speed = self.speed()
         metrics = {
             "steps": self.step,
-            "train_seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9)),
+            "train_seconds": speed["seconds"],
+            "tokens_per_second": speed["tokens_per_second"],
             "choice_seconds": round(choice_seconds, 3),
             **self.validate(),
             **{f"holdout_loss_{name}": loss for name, loss in losses.items()},
@@ -4520,18 +4380,6 @@ class Trainer:
         return metrics, candidates
 
     # -- Saving and restoring
-
-    def parts(self) -> dict[str, Any]:
-        """Return everything with a state_dict that a checkpoint holds beside the weights."""
-        parts = {
-            "clock": self.clock,
-            "muon": self.optimizers.muon,
-            "adam": self.optimizers.adam,
-            "averages": self.averages,
-        }
-        if self.h.self_distill:
-            parts["teacher"] = self.phases.teacher
-        return parts
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the weights."""
@@ -4541,13 +4389,13 @@ class Trainer:
             "lr_scale": self.lr_scale,
             "boundary": self.phases.current,
         }
-        return own | {name: part.state_dict() for name, part in self.parts().items()}
+        return own | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.late_qat = state["step"], state["late_qat"]
         self.lr_scale = state["lr_scale"]
         self.phases.enter(state["boundary"])
-        for name, part in self.parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.last_save = f"that of step {self.step}"
         self.saved_at = self.clock.elapsed
@@ -4564,6 +4412,20 @@ class Trainer:
 
 
 # ---- Main --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """What all stages of a run share."""
+
+    h: Hyperparameters
+    dist: Distributed
+    log: RunLog
+    stop: StopSignal
+    tokenizer: Tokenizer
+    val: ValidationStream
+    folder: Path | None = None  # where the run writes; None: it only evaluates
+    identity: dict[str, str] = dataclasses.field(default_factory=dict)  # see identify
 
 
 def check_folder(h: Hyperparameters, folder: Path) -> None:
@@ -4595,10 +4457,8 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     """Try everything that comes after training, with a copy of the model as it is now.
 
     It exports, reads back and evaluates on the shapes that will be used, and so compiles them.
-    UserError names the stage that fails, before any step of this start.
-
-    Returns:
-        An estimate of the seconds from the end of training to the artifact.
+    Return about how many seconds lie between the end of training and the artifact. UserError names
+    the stage that fails, before any step of this start.
     """
     h, dist = run.h, run.dist
     began = time.perf_counter()
@@ -4608,10 +4468,17 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
             nn.init.normal_(p, std=0.02)  # codes of zeros would compress to nothing
     stage = "export"
     try:
-        blob = export(run, trial, data, 0, trial=True).blob
-        log_size(run, "projected artifact", len(blob))
-        build_seconds = time.perf_counter() - began
-        calibration_seconds = time_calibration(run, trial, data)
+        rows = [row[None] for batch in calibration_batches(h, dist, data, 0) for row in batch]
+        some = rows[:4]  # the least with the usual share of gradients
+        start = time.perf_counter()
+        calibration = calibrate(h, trial, dist, some)
+        calibration_seconds = (time.perf_counter() - start) * len(rows) / max(len(some), 1)
+        # What the loss feels before training says nothing about what it feels later.
+        calibration = calibration._replace(sensitivities=None)
+        start = time.perf_counter()
+        blob = dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
+        build_seconds = time.perf_counter() - start
+        run.log(f"projected artifact {describe_size(h, len(blob))}")
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
         for stride in (h.eval_seq_len, h.eval_stride):
@@ -4639,19 +4506,6 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     return calibration_seconds + builds * build_seconds + choice_seconds
 
 
-def time_calibration(run: Run, model: LanguageModel, data: TrainingData) -> float:
-    """Return the seconds that a calibration takes, by that of four sequences."""
-    h, dist = run.h, run.dist
-    batches = list(calibration_batches(h, dist, data, 0))
-    rows = [row[None] for batch in batches for row in batch]
-    some = rows[:4]  # the least with the usual share of gradients
-    if not some:
-        return 0.0
-    start = time.perf_counter()
-    calibrate(h, model, dist, some)
-    return (time.perf_counter() - start) * len(rows) / len(some)
-
-
 def reserve_for_export(run: Run, estimate: float) -> float:
     """Return the seconds kept for the export: GPTQ_RESERVE_SECONDS, or more if it takes longer.
 
@@ -4660,9 +4514,8 @@ def reserve_for_export(run: Run, estimate: float) -> float:
     """
     h = run.h
     (estimate,), _ = run.dist.sync_from_rank0(estimate)
-    reserve = max(h.gptq_reserve_seconds, 1.25 * estimate)
-    if h.max_wallclock_seconds:
-        reserve = max(h.gptq_reserve_seconds, min(reserve, h.max_wallclock_seconds / 2))
+    most = h.max_wallclock_seconds / 2 or math.inf
+    reserve = max(h.gptq_reserve_seconds, min(1.25 * estimate, most))
     run.log(f"export: about {estimate:.1f} s, {reserve:.1f} s are kept for it")
     return reserve
 
@@ -4771,22 +4624,6 @@ def train_model(
 NEAR_NATS = 0.1
 
 
-def near_candidates(candidates: Candidates, losses: Mapping[str, float]) -> Candidates:
-    """Return the candidates that rounding can make the best: the first, and those near it.
-
-    Args:
-        candidates: the best one is first.
-        losses: loss on held-out training text of each name, before quantization.
-    """
-    first = next(iter(candidates))
-    limit = losses.get(first, math.nan) + NEAR_NATS
-    return {
-        name: weights
-        for name, weights in candidates.items()
-        if name == first or losses.get(name, math.nan) <= limit
-    }
-
-
 def export_best(
     run: Run,
     model: LanguageModel,
@@ -4797,13 +4634,8 @@ def export_best(
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the artifact whose loss on held-out training text is the least, and its metrics.
 
-    Args:
-        run: settings, processes, log and tokenizer.
-        model: receives the values of each candidate, and keeps those of the last artifact.
-        data: training text, for calibration and held-out.
-        candidates: the first is exported in any case.
-        step: the training steps that are done.
-        seconds: what all exports may take.
+    The first candidate is exported in any case, the others while `seconds` last. The model keeps
+    the values of the last artifact. `step` steps of training are done.
     """
     tokens = data.held_out_stream()
     exported: dict[str, Artifact] = {}
@@ -4834,7 +4666,7 @@ def export_best(
     sizes = exported[best].sizes
     text = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     run.log(f"exported:{best}\n{describe_rows(codes)}\nartifact bytes: {text}")
-    log_size(run, "artifact", len(blob))
+    run.log(f"artifact {describe_size(run.h, len(blob))}")
     check_size(run.h, len(blob))
     losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
     groups = [{"group": name, "bytes": size} for name, size in sizes.items()]
@@ -4870,8 +4702,10 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
         time_left = h.max_wallclock_seconds - metrics["train_seconds"] - metrics["choice_seconds"]
         time_left -= time.perf_counter() - began  # to write the checkpoint
     losses = {name: metrics.get(f"holdout_loss_{name}", math.nan) for name in candidates}
-    near = near_candidates(candidates, losses)
-    blob, choice = export_best(run, model, data, near, metrics["steps"], time_left)
+    first, *others = candidates  # the best one before quantization
+    near = [name for name in others if losses[name] <= losses[first] + NEAR_NATS]
+    candidates = {name: candidates[name] for name in (first, *near)}
+    blob, choice = export_best(run, model, data, candidates, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)
     seconds = time.perf_counter() - began + metrics["choice_seconds"]
@@ -4941,10 +4775,12 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
     if run.dist.rank:
         return
     h = run.h
+    values = h.as_dict().items()
     results = {
         "model": f"{h.num_layers} x {h.model_dim}, maps {h.map_basis}, {h.map_adapter}",
         "date": time.strftime("%F"),
         "hardware": f"{run.dist.world_size} x {run.dist.device_name}",
+        "versions": VERSIONS,
         "dataset": Path(h.data_path).name,
         "seed": h.seed,
         "val_loss": metrics["val_loss_sliding_window"],
@@ -4957,6 +4793,7 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "eval_stride": h.eval_stride,
         # As seen from the folder, so that both may move together.
         **{name: os.path.relpath(getattr(h, name), run.folder) for name in LOCATIONS},
+        "settings": {k.upper(): value for k, value in values if value != SETTINGS[k].default},
         **metrics,
     }
     content = (json.dumps(results, indent=2) + "\n").encode()
@@ -5002,23 +4839,21 @@ def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperpara
         return adopt_settings(h, stored, source, stored.keys() - saved.model.keys())
 
 
-class Start(NamedTuple):
-    """What a run starts from."""
+def decide_start(
+    h: Hyperparameters, dist: Distributed, log: RunLog
+) -> tuple[Hyperparameters, bytes, Checkpoint | None, Path | None]:
+    """Read what the run starts from, on rank 0's disk.
 
-    h: Hyperparameters  # of the environment, and of the artifact or checkpoint that is read
-    blob: bytes = b""  # the artifact that is only evaluated
-    saved: Checkpoint | None = None
-    folder: Path | None = None
-
-
-def decide_start(h: Hyperparameters, dist: Distributed, log: RunLog) -> Start:
-    """Decide which settings hold, and read what the run continues from, on rank 0's disk."""
+    Returns:
+        The settings that hold, the artifact if it is only evaluated, a checkpoint if there is one,
+        and the folder of a run that trains or exports.
+    """
     if h.eval_only:
         found = dist.from_rank0(lambda: locations_beside(h.model_path))
         h = reload_settings(found | {name: getattr(h, name) for name in h.explicit})
         h = settings_from_manifest(h)
         blob = dist.from_rank0(lambda: read_file("MODEL_PATH", h.model_path))
-        return Start(settings_from_artifact(h, blob), blob)
+        return settings_from_artifact(h, blob), blob, None, None
     saved = None
     if "data_path" in h.explicit:
         h = settings_from_manifest(h)
@@ -5028,7 +4863,7 @@ def decide_start(h: Hyperparameters, dist: Distributed, log: RunLog) -> Start:
     folder, resumed = dist.from_rank0(lambda: open_folder(h, log))
     if resumed:
         h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
-    return Start(h, saved=resumed or saved, folder=folder)
+    return h, b"", resumed or saved, folder
 
 
 def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal) -> None:

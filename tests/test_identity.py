@@ -287,8 +287,8 @@ def test_all_processes_write_into_the_folder_that_rank_0_names(settings, process
     """Without RUN_ID its name is the time, and clocks differ."""
     dist = copy.copy(processes)
     dist.rank, dist.broadcast_object = 1, lambda value: (tmp_path, None)
-    start = train_gpt.decide_start(settings(), dist, train_gpt.RunLog(1))
-    assert start.folder == tmp_path
+    *_, folder = train_gpt.decide_start(settings(), dist, train_gpt.RunLog(1))
+    assert folder == tmp_path
 
 
 # ---- Smaller ones --------------------------------------------------------------------------------

@@ -665,7 +665,7 @@ ONE_GROUP = {"tensors": [["a", [4], ["float16"]]], "groups": [["float16", [len(P
 def test_a_group_that_stands_twice_is_refused():
     """Else each of many mentions of a small file would be unpacked."""
     assert [name for name, _ in train_gpt.read_tensors(ONE_GROUP, PACKED)] == ["a"]
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="stands twice"):
         dict(train_gpt.read_tensors(ONE_GROUP | {"groups": 2 * ONE_GROUP["groups"]}, 2 * PACKED))
 
 

@@ -152,16 +152,15 @@ def ended_with(data_settings, run_of, monkeypatch, seconds):
         run, steps, left = run_of(data_settings(**settings)), [], [*losses]
         lengths = [*sizes]
 
-        def export(run, model, data, step, *_):
+        def export(run, model, data, step, start):
             steps.append(step)  # calibration reads the text that comes after theirs
             seconds.now += 5
             return train_gpt.Artifact(bytes(lengths.pop(0)), {}, {}, math.nan)
 
         def trained(run, model, data, saved):
             figures = {"steps": 9, "choice_seconds": 2.0, "train_seconds": 50.0}
-            losses = {f"holdout_loss_{name}": 1.0 for name in ("last", "ema", "swa")}
-            candidates = dict.fromkeys(("last", "ema", "swa"), model.state_dict())
-            return figures | losses, candidates
+            figures |= {f"holdout_loss_{name}": 3.0 for name in ("last", "ema", "swa")}
+            return figures, dict.fromkeys(("last", "ema", "swa"), model.state_dict())
 
         def values_of_model(blob):
             return {}, train_gpt.make_model(run.h).state_dict()
@@ -268,17 +267,17 @@ def test_a_preflight_estimates_the_export_and_the_choice(
     data_settings, run_of, monkeypatch, seconds
 ):
     """An export of 7 s; three candidates and an artifact at 2 s each; the score is apart."""
-    export, evaluate = train_gpt.export, train_gpt.evaluate
+    build_artifact, evaluate = train_gpt.build_artifact, train_gpt.evaluate
 
-    def slow_export(*args, **options):
+    def slow_build(*args):
         seconds.now += 7
-        return export(*args, **options)
+        return build_artifact(*args)
 
     def slow_evaluation(*args, trial=False):
         seconds.now += 100 if trial else 2
         return evaluate(*args, trial=trial)
 
-    monkeypatch.setattr(train_gpt, "export", slow_export)
+    monkeypatch.setattr(train_gpt, "build_artifact", slow_build)
     monkeypatch.setattr(train_gpt, "evaluate", slow_evaluation)
     for target, exports in ((0, 1), (300_000, 3)):  # a target takes about three
         h = data_settings(target_bytes=target)
