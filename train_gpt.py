@@ -1773,7 +1773,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
 
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
 # Longest sequence for which a CPU attends by plain products rather than by torch's fused kernel, by
-# (has AMX, with gradients): plain products keep T² weights for the backward pass (bench/cpu.py).
+# (has AMX, with gradients): plain products keep T² weights for the backward pass (bench/speed.py).
 PLAIN_ATTENTION = {
     (True, True): 512,
     (True, False): 0,
@@ -3808,7 +3808,7 @@ def gather_windows(
 
 
 # Batches per process from which a compiled graph pays. On a CPU 24 were measured; on a GPU a graph
-# takes about as long as 200 batches (bench/sides.py times both).
+# takes about as long as 200 batches (bench/speed.py times both).
 COMPILED_BATCHES = {"cpu": 24, "cuda": 200}
 
 
