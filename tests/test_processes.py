@@ -127,6 +127,23 @@ def test_processes_start_from_rank_0s_weights_and_must_agree_on_the_maps(on_rank
         on_ranks(2, lambda dist: start(dist, seed_of_map=1))
 
 
+def test_a_restart_meets_no_keys_of_the_dead_run_and_waits_no_longer_than_asked(monkeypatch):
+    """Whether torchrun gives the processes of a restart a new store, or the old one."""
+    shared, groups = torch.distributed.HashStore(), []
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda **given: groups.append(given)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        train_gpt.Distributed(tiny_settings(timeout_seconds=7)).__enter__()
+    first, second = (group["store"] for group in groups)
+    first.set("key", "of the dead run")
+    assert not second.check(["key"])
+    assert [group["timeout"].total_seconds() for group in groups] == [7, 7]
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
