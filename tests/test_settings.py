@@ -203,7 +203,11 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
         ({"PROGRESSIVE_FREEZE_FRAC": 0.3}, {"map_basis": "learned", "map_freeze": "mlp.in=0.3"}),
         (
             {"RAND_PROJ_LAYERS": "0,2-3", "RAND_GAIN": 1},
-            {"map_basis": "mlp.in@0+2-3=orthogonal", "map_adapter": "none", "map_scale": "row"},
+            {
+                "map_basis": "mlp.in@0+2-3=orthogonal",
+                "map_adapter": "none",
+                "map_scale": "random=row",
+            },
         ),
         (dict.fromkeys(OFF, 0), {}),
         (dict.fromkeys(OFF[2:3], "0.0"), {}),
