@@ -1129,23 +1129,13 @@ def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | No
     if not given:
         return None
     usual = given[0].new_full((1,), neutral)
-    rows = []
-    for each, value in zip(maps, values, strict=True):
-        rows.append((usual if value is None else value).expand(each.out_features))
-    return torch.cat(rows)
+    rows = [usual if value is None else value for value in values]
+    return torch.cat([row.expand(m.out_features) for m, row in zip(maps, rows, strict=True)])
 
 
 def merge_weights(parts: Sequence[MapParts]) -> Tensor:
     """Return the rows of all maps W + A B in one matrix, (Σ out, in)."""
     return torch.cat([torch.addmm(*each) if len(each.b) else each.weight for each in parts])
-
-
-def use_low_rank_gradients(parts: Sequence[MapParts], has_scale: bool) -> bool:
-    """Return whether only factors are trained, and thin products are cheaper for all of them."""
-    trained = [each for each in parts if each.a.requires_grad]
-    if not trained or any(each.weight.requires_grad for each in parts):
-        return False
-    return all(each.low_rank_gradient_pays(has_scale) for each in trained)
 
 
 def fused_linear(
@@ -1167,7 +1157,10 @@ def fused_linear(
     gate = stack_rows(maps, "gate", 1.0)
     parts = [each.parts(x.dtype) for each in maps]
     weight = merge_weights(parts)
-    if use_low_rank_gradients(parts, scale is not None):
+    trained = [each for each in parts if each.a.requires_grad]  # their factors
+    has_dense = any(each.weight.requires_grad for each in parts)
+    pays = all(each.low_rank_gradient_pays(scale is not None) for each in trained)
+    if trained and pays and not has_dense:
         factors = [factor for each in parts for factor in (each.a, each.b)]
         y = LowRankLinearFunction.apply(x, weight.detach(), *factors)
     else:
@@ -1539,15 +1532,10 @@ def parse_column(column: str, text: str, num_layers: int) -> list[MapRule]:
         if not match:
             raise ValueError(f"{selector!r} is not a selector such as all, mlp.fc or attention@0-2")
         member, kind, layers = match.groups()
-        rules.append(
-            MapRule(
-                selector,
-                int(member) if member else None,
-                kind or usual_kind,
-                parse_layers(layers or "0-", num_layers),
-                parse_cell(column, cell),
-            )
-        )
+        of_member = int(member) if member else None
+        of_layers = parse_layers(layers or "0-", num_layers)
+        value = parse_cell(column, cell)
+        rules.append(MapRule(selector, of_member, kind or usual_kind, of_layers, value))
     return rules
 
 
@@ -2151,16 +2139,6 @@ class GPT(LanguageModel):
             x = torch.lerp(x, previous, torch.sigmoid(self.smear_gate).to(x.dtype))
         return x.view(batch, length, -1)
 
-    def attention_context(self, x: Tensor, streaming: bool) -> AttentionContext:
-        """Return the rotations for x (B, T, d)."""
-        length = x.size(1)
-        rope = getattr(self, f"rope_{length}", None)
-        if rope is None:
-            rope = self.rotary(length)
-        cos, sin = rope.to(x)
-        row_shift = (cos[length], -sin[length]) if streaming else None
-        return AttentionContext(cos[:length], sin[:length], row_shift)
-
     def add_skip(self, x: Tensor, skips: dict[int, Tensor], layer: int) -> Tensor:
         """Add the stream of the mirrored layer to x (B, T, d), or mix it in by a gate."""
         i = layer - len(self.skip_from)
@@ -2171,13 +2149,17 @@ class GPT(LanguageModel):
 
     def predict(self, ids: Tensor, keep: int | None = None, streaming: bool = False) -> Tensor:
         x = x0 = self.embed_tokens(ids, streaming)
-        context = self.attention_context(x0, streaming)
+        length = ids.size(1)
+        rope = getattr(self, f"rope_{length}", None)
+        cos, sin = (self.rotary(length) if rope is None else rope).to(x0)
+        row_shift = (cos[length], -sin[length]) if streaming else None
+        context = AttentionContext(cos[:length], sin[:length], row_shift)
         embedded = self.value_embedding(ids) if self.value_layers else None
         skips: dict[int, Tensor] = {}  # the stream after each layer of the first half
         order = self.block_orders[self.recurs]
         # For few kept positions the last block computes only these; for many, the explicit mask
         # that this needs costs more.
-        are_few = keep is not None and 8 * keep <= ids.size(1)
+        are_few = keep is not None and 8 * keep <= length
         for i, layer in enumerate(order, start=1):
             if layer in self.skip_from:
                 x = self.add_skip(x, skips, layer)
