@@ -44,9 +44,8 @@ setup() {
 if [ "${1:-}" = test ]; then
     setup "$root/requirements.txt" "$root/tools/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
-    # Two at a time; tests of one file share what they need, so one process runs the whole file. The
-    # slow files come first (tests/conftest.py).
-    exec "$python" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests "${@:2}"
+    # Two at a time; tests of one file share what they need, so one process runs the whole file.
+    exec "$python" -m pytest -q -n 2 --dist loadfile tests "${@:2}"
 fi
 
 setup "$root/requirements.txt"
