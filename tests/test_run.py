@@ -191,6 +191,9 @@ def test_results_agree_with_the_log_and_the_files(trained, base):
     assert abs(day - time.time()) < 2 * 86_400
     assert "lora:4" in results["model"]
     assert results["hardware"].startswith("1 x ")
+    assert (results["settings"]["SEED"], results["settings"]["NUM_LAYERS"]) == (42, 4)
+    assert "ROPE_BASE" not in results["settings"], "it has its default"
+    assert results["versions"]["torch"] == torch.__version__
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(trained, base, corpus):
