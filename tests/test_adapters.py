@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import linear_map, normal, tokens
 
 from helpers import head_input, train_gpt
+from reference import linear_map, normal, tokens
 
 ADAPTERS = [
     "none",

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from reference import tokens
 
 import train_gpt
 from helpers import KeptLog, tiny_settings
+from reference import tokens
 
 Role = train_gpt.Role
 Parts = dict[str, Any]  # what an observer saw, by name

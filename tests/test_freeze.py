@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from functorch.compile import aot_module_simplified, make_boxed_func
-from reference import tokens
 from torch._decomp import core_aten_decompositions
 
 from helpers import tiny_settings, train_gpt
+from reference import tokens
 
 PRODUCTS = {"aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default"}
 

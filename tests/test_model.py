@@ -15,9 +15,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import linear_map, normal, tokens
 
 from helpers import ROOT, head_input, train_gpt
+from reference import linear_map, normal, tokens
 
 # ---- The forward pass, restated ------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from reference import tokens
 
 import train_gpt
+from reference import tokens
 
 Role = train_gpt.Role
 

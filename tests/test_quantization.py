@@ -13,10 +13,10 @@ import brotli
 import numpy as np
 import pytest
 import torch
-from reference import artifact_groups, normal, tokens
 
 import train_gpt
 from helpers import KeptLog, head_input, tiny_settings
+from reference import artifact_groups, normal, tokens
 
 Role = train_gpt.Role
 QUANTIZERS = {

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from reference import normal, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from helpers import train_gpt
+from reference import normal, tokens
 
 WINDOW = 16
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from reference import artifact_groups, tokens
 
 import train_gpt
 from helpers import ONE_LAYER, TINY
+from reference import artifact_groups, tokens
 
 VARIANT = TINY | {
     "NUM_LAYERS": 3,
