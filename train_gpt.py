@@ -4506,6 +4506,9 @@ def load_teacher(run: Run, saved: Checkpoint | None = None) -> LanguageModel | N
     """Return the model of DISTILL_FROM, if it is set. UserError if the run began with another."""
     path = run.h.distill_from
     if not path:
+        if saved and saved.identity.get("teacher"):
+            began_with = saved.settings["distill_from"]
+            raise UserError(f"DISTILL_FROM is empty, but the run began with {began_with}; unset it")
         return None
     blob = run.dist.from_rank0(lambda: read_file("DISTILL_FROM", path))
     header, _ = read_artifact(blob)

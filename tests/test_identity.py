@@ -141,6 +141,10 @@ def test_another_teacher_than_the_runs_is_refused(trained, base, run_of, setting
     saved.identity = {"teacher": "0" * 64}
     with pytest.raises(train_gpt.UserError, match="the run began with another teacher"):
         train_gpt.load_teacher(run, saved)
+    run.h = settings(distill_from="")  # as DISTILL_FROM=$TEACHER where TEACHER is unset
+    saved.settings = {"distill_from": "teacher.ptz"}
+    with pytest.raises(train_gpt.UserError, match=r"DISTILL_FROM is empty, .*began with teacher"):
+        train_gpt.load_teacher(run, saved)
 
 
 @pytest.mark.parametrize("name", ["shards", "tokenizer", "source"])
