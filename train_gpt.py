@@ -586,10 +586,11 @@ PRESETS = Path(__file__).resolve().with_name("presets")
 def find_preset(name: str, on_cpu: bool) -> Path:
     """Return the file of a preset: a path to an .env file, or a name in presets/.
 
-    On a CPU, a file of that name in presets/cpu/ comes first. UserError lists what there is.
+    On a CPU, a file of that name in presets/cpu/ comes first, unless the name has a folder.
+    UserError lists what there is.
     """
     places = [PRESETS / f"{name.removesuffix('.env')}.env"]
-    if on_cpu:
+    if on_cpu and "/" not in name:
         places.insert(0, PRESETS / "cpu" / places[0].name)
     if name.endswith(".env"):
         places = [Path(name), PRESETS.parent / name, *places]
