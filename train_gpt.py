@@ -2771,18 +2771,22 @@ class ValidationStream:
 def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dict[str, str]:
     """Return what a run depends on beside its settings: SHA-256 of tokenizer, shards and source.
 
-    Shards count by their names and sizes. UserError if the processes do not have the same.
+    Shards count by their names and sizes. UserError if the processes do not have the same, or
+    differ in a setting that is no path.
     """
     splits = ("val",) if h.eval_only else ("train", "val")
-    paths = [path for split in splits for path in shard_paths(h.data_path, split)]
-    listing = [[path.name, path.stat().st_size] for path in paths]
+    shards = [path for split in splits for path in shard_paths(h.data_path, split)]
+    listing = [[path.name, path.stat().st_size] for path in shards]
     identity = {
         "tokenizer": tokenizer.sha256,
         "shards": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
         "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
-    for name, sha256 in dist.broadcast_object(identity).items():
-        if identity[name] != sha256:
+    paths = ("run_id", "output_dir", "distill_from", "model_path", "checkpoint_path", *LOCATIONS)
+    settings = h.as_dict() | {name: bool(getattr(h, name)) for name in paths}
+    mine = identity | {name.upper(): value for name, value in settings.items()}
+    for name, value in dist.broadcast_object(mine).items():
+        if mine[name] != value:
             raise UserError(f"process {dist.rank} has another {name} than process 0")
     return identity
 
