@@ -80,6 +80,9 @@ except ImportError as missing:
     raise SystemExit(f"error: {missing}; pip install -r requirements.txt") from None
 
 
+SOURCE = Path(__file__).read_bytes()  # now: somebody may edit the file while it runs
+
+
 # ---- Settings ----------------------------------------------------------------------------------
 
 
@@ -2780,7 +2783,7 @@ def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dic
     identity = {
         "tokenizer": tokenizer.sha256,
         "shards": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-        "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "source": hashlib.sha256(SOURCE).hexdigest(),
     }
     paths = ("run_id", "output_dir", "distill_from", "model_path", "checkpoint_path", *LOCATIONS)
     settings = h.as_dict() | {name: bool(getattr(h, name)) for name in paths}
@@ -3530,15 +3533,14 @@ def code_bytes() -> int:
 
     The challenge counts what `tools/submit.py` writes, which is smaller still.
     """
-    source = Path(__file__).read_bytes()
-    tree = ast.parse(source)
+    tree = ast.parse(SOURCE)
     for node in ast.walk(tree):
         may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
         if may_have_one and ast.get_docstring(node):
             node.body[0] = ast.Pass()
     compressed = brotli.compress(ast.unparse(tree).encode())
     # base85 makes 5 bytes of 4; a script that is packed already ships as it is.
-    return min(len(source), len(compressed) * 5 // 4 + 500)
+    return min(len(SOURCE), len(compressed) * 5 // 4 + 500)
 
 
 class Artifact(NamedTuple):
@@ -4568,7 +4570,7 @@ def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.d
 def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     """Log everything needed to repeat the run; return the numbers of parameters, and the maps."""
     log = run.log
-    log(Path(__file__).read_text(encoding="utf-8"), console=False)
+    log(SOURCE.decode(), console=False)
     settings = run.h.as_dict().items()
     log("\n".join(f"{name.upper()}={value}" for name, value in settings), console=False)
     rows = map_rows(model)
@@ -4580,8 +4582,7 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
         f"{trained:,} trained and {frozen:,} frozen parameters; {len(maps)} of {len(model.table)}"
         f" maps are random, in 0 bytes; the rest takes {stored_bytes(model):,} bytes uncompressed"
     )
-    readable = Path(__file__).stat().st_size
-    log(f"code: {code_bytes():,} bytes as it ships, packed; {readable:,} readable")
+    log(f"code: {code_bytes():,} bytes as it ships, packed; {len(SOURCE):,} readable")
     threads = torch.get_num_threads()
     log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
     dtype = resolve_dtype(run.h, run.dist.on_cuda)
@@ -4777,7 +4778,7 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "val_bpb": metrics["val_bpb_sliding_window"],
         "bytes_total": code_bytes() + model_bytes,
         "bytes_code": code_bytes(),
-        "bytes_code_readable": Path(__file__).stat().st_size,
+        "bytes_code_readable": len(SOURCE),
         "bytes_model": model_bytes,
         "eval_seq_len": h.eval_seq_len,
         "eval_stride": h.eval_stride,
