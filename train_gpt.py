@@ -4738,12 +4738,13 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
         name = f"final_int6_brotli_{kind}"  # the challenge's name, whatever MATRIX_BITS is
         log(
             f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} length:{h.eval_seq_len}"
-            f" stride:{stride} mode:{mode} eval_time:{1000 * seconds:.0f}ms"
+            f" stride:{stride} mode:{mode} dtype:{dtype} eval_time:{1000 * seconds:.0f}ms"
         )
         log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     seconds = time.perf_counter() - began
     total = code_bytes() + len(blob)
     log(f"artifact {total:,} bytes: code {code_bytes():,}, model {len(blob):,}")
+    dtype = str(resolve_dtype(h, run.dist.on_cuda)).removeprefix("torch.")
     return metrics | {"eval_seconds": round(seconds, 3)}
 
 
