@@ -3885,14 +3885,23 @@ class Checkpoint:
             return cls(**{f.name: saved[f.name] for f in dataclasses.fields(cls)})
 
     @classmethod
-    def read_newest(cls, folder: Path) -> Checkpoint | None:
-        """Read a folder's checkpoint, or the one before it where that is damaged; None: no file."""
-        paths = [folder / "checkpoint.pt", folder / "checkpoint.previous.pt"]
-        paths = [path for path in paths if path.exists()]
-        for path in paths[:-1]:
-            with contextlib.suppress(UserError):
-                return cls.read(path)
-        return cls.read(paths[-1]) if paths else None
+    def read_newest(cls, folder: Path, log: Callable[[str], Any] = print) -> Checkpoint | None:
+        """Read a folder's checkpoint, or the one before it where that is damaged; None: no file.
+
+        A damaged one is renamed, or the next one to be saved would take it for the one before.
+        """
+        newest, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+        if not newest.exists():
+            return cls.read(previous) if previous.exists() else None
+        try:
+            return cls.read(newest)
+        except UserError as error:
+            if not previous.exists():
+                raise
+            saved = cls.read(previous)
+            damaged = newest.replace(folder / "checkpoint.damaged.pt")
+            log(f"warning: {error}; it is {damaged.name} now, and the one before it is taken")
+            return saved
 
 
 def save_checkpoint(
@@ -4436,7 +4445,7 @@ def open_folder(h: Hyperparameters, log: RunLog) -> tuple[Path, Checkpoint | Non
     check_folder(h, folder)
     folder.mkdir(parents=True, exist_ok=True)
     log.open(folder)
-    saved = Checkpoint.read_newest(folder)
+    saved = Checkpoint.read_newest(folder, log)
     if saved is None:
         log.begin_anew()
     return folder, saved
