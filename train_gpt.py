@@ -1602,6 +1602,10 @@ class MapTable:
 
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
+        basis = self.h.map_basis
+        if all(rule.kind.startswith("bigram.signs") for rule in self.rules["basis"]):
+            others = f"write learned,{basis} or orthogonal,{basis}"
+            self.errors.append(f"MAP_BASIS={basis} names no basis of the other maps; {others}")
         first: dict[tuple[str, str], MapSpec] = {}  # map of each that is stored once
         for spec in self.specs:
             with collect_errors(self.errors, f"MAP_ADAPTER={self.h.map_adapter}"):
