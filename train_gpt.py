@@ -2474,15 +2474,16 @@ class RunLog:
         self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def begin_anew(self) -> None:
-        """Empty the files; train.previous.log keeps what an earlier start logged.
+        """Empty the files; train.previous.log and metrics.previous.jsonl keep an earlier start's.
 
         A log begins with the source of the script that trained the model.
         """
-        path = Path(self.file.name)
-        if path.stat().st_size:
-            shutil.copyfile(path, path.with_name("train.previous.log"))
-        self.file.truncate(0)
-        self.metrics_file.truncate(0)
+        if os.fstat(self.file.fileno()).st_size:
+            self("no checkpoint: the run begins anew")
+            for file in (self.file, self.metrics_file):
+                path = Path(file.name)
+                shutil.copyfile(path, path.with_stem(f"{path.stem}.previous"))
+                file.truncate(0)
 
     def metrics(self, **values: Any) -> None:
         if self.metrics_file:
@@ -4433,8 +4434,8 @@ class Run:
 def check_folder(h: Hyperparameters, folder: Path) -> None:
     """Raise UserError unless the folder is new, or an unfinished run that may continue."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if h.resume == "1" and not names:
-        raise UserError(f"RESUME=1: {folder} does not exist")
+    if h.resume == "1" and not names & {"checkpoint.pt", "checkpoint.previous.pt"}:
+        raise UserError(f"RESUME=1: {folder} has no checkpoint; drop RESUME=1 to begin anew")
     if "results.json" in names:
         raise UserError(f"{folder} is a finished run; choose a new RUN_ID")
     if names and "train.log" not in names:
