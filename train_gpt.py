@@ -2422,7 +2422,7 @@ class Distributed:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C: during training the first asks for a checkpoint, a second one leaves.
+    """SIGTERM, SIGHUP and Ctrl-C: in training the first asks for a checkpoint, a second one leaves.
 
     Ctrl-C may arrive twice, from the terminal and from torchrun; a copy within a second is ignored.
     """
@@ -2432,8 +2432,10 @@ class StopSignal:
         self.requested_at = 0.0
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, self._handle)
 
     @property
     def requested(self) -> bool:
@@ -2460,7 +2462,7 @@ class RunLog:
     def open(self, folder: Path) -> None:
         """Open a folder's train.log and metrics.jsonl. UserError if another run has them.
 
-        They belong to this log until it is closed.
+        They belong to this log until it is closed. A last line that a crash has torn goes.
         """
         path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
@@ -2472,6 +2474,8 @@ class RunLog:
                 f"{path}: another process is using this run; choose a new RUN_ID"
             ) from None
         self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        for file in (self.file, self.metrics_file):
+            file.truncate(Path(file.name).read_bytes().rfind(b"\n") + 1)
 
     def begin_anew(self) -> None:
         """Empty the files; train.previous.log and metrics.previous.jsonl keep an earlier start's.
@@ -4740,6 +4744,7 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
         )
     began = time.perf_counter()
     model = model_from_artifact(h, blob, run.dist)
+    dtype = str(resolve_dtype(h, run.dist.on_cuda)).removeprefix("torch.")
     metrics: dict[str, Any] = {}
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
         start = time.perf_counter()
@@ -4758,7 +4763,6 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     total = code_bytes() + len(blob)
     log(f"artifact {total:,} bytes: code {code_bytes():,}, model {len(blob):,}")
-    dtype = str(resolve_dtype(h, run.dist.on_cuda)).removeprefix("torch.")
     return metrics | {"eval_seconds": round(seconds, 3)}
 
 
