@@ -54,6 +54,7 @@ setup "$root/requirements.txt"
 texts=()
 for word in "$@"; do
     if [[ $word == *.env || (! -e $word && -f $root/presets/$word.env) ]]; then
+        [[ ${PRESET:-$word} = "$word" ]] || fail "$PRESET and $word are two presets; name one"
         export PRESET=$word
     else
         texts+=("$word")
@@ -74,6 +75,8 @@ elif [ -f "$OUTPUT_DIR/${RUN_ID:-}/checkpoint.pt" ]; then
 else
     export PRESET=${PRESET:-random_adapters}
 fi
+[[ $trains = 1 || -z ${PRESET:-} ]] ||
+    fail "PRESET=$PRESET: an artifact and a checkpoint bring their own settings; name no preset"
 echo "preset  ${PRESET:-that of the run}"
 
 # A GPU that torch cannot use ends here: training on the CPU would take days.
@@ -88,10 +91,14 @@ fi
 # Train the preset's teacher first, with the same variables, unless there is an artifact of one.
 if [[ $trains = 1 && -n $teacher && -z ${DISTILL_FROM:-} ]]; then
     export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}
-    echo "teacher $teacher, run $RUN_ID-teacher"
-    [ -f "$OUTPUT_DIR/$RUN_ID-teacher/results.json" ] ||
+    folder=$OUTPUT_DIR/$RUN_ID-teacher
+    if [ -f "$folder/results.json" ]; then
+        echo "teacher $teacher is there already: $folder"
+    else
+        echo "teacher $teacher, run $RUN_ID-teacher"
         PRESET=$teacher RUN_ID=$RUN_ID-teacher bash "$root/run.sh" "${texts[@]}"
-    export DISTILL_FROM=$OUTPUT_DIR/$RUN_ID-teacher/model.int6.ptz
+    fi
+    export DISTILL_FROM=$folder/model.int6.ptz
 fi
 
 # The data: the given text, else DATA_PATH, else the English text that comes with Python.

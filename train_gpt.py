@@ -80,6 +80,9 @@ except ImportError as missing:
     raise SystemExit(f"error: {missing}; pip install -r requirements.txt") from None
 
 
+SOURCE = Path(__file__).read_bytes()  # now: somebody may edit the file while it runs
+
+
 # ---- Settings ----------------------------------------------------------------------------------
 
 
@@ -586,10 +589,11 @@ PRESETS = Path(__file__).resolve().with_name("presets")
 def find_preset(name: str, on_cpu: bool) -> Path:
     """Return the file of a preset: a path to an .env file, or a name in presets/.
 
-    On a CPU, a file of that name in presets/cpu/ comes first. UserError lists what there is.
+    On a CPU, a file of that name in presets/cpu/ comes first, unless the name has a folder.
+    UserError lists what there is.
     """
     places = [PRESETS / f"{name.removesuffix('.env')}.env"]
-    if on_cpu:
+    if on_cpu and "/" not in name:
         places.insert(0, PRESETS / "cpu" / places[0].name)
     if name.endswith(".env"):
         places = [Path(name), PRESETS.parent / name, *places]
@@ -1598,6 +1602,10 @@ class MapTable:
 
     def check(self) -> None:
         """Add to `errors` what is wrong with the finished table."""
+        basis = self.h.map_basis
+        if all(rule.kind.startswith("bigram.signs") for rule in self.rules["basis"]):
+            others = f"write learned,{basis} or orthogonal,{basis}"
+            self.errors.append(f"MAP_BASIS={basis} names no basis of the other maps; {others}")
         first: dict[tuple[str, str], MapSpec] = {}  # map of each that is stored once
         for spec in self.specs:
             with collect_errors(self.errors, f"MAP_ADAPTER={self.h.map_adapter}"):
@@ -2414,7 +2422,7 @@ class Distributed:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C: during training the first asks for a checkpoint, a second one leaves.
+    """SIGTERM, SIGHUP and Ctrl-C: in training the first asks for a checkpoint, a second one leaves.
 
     Ctrl-C may arrive twice, from the terminal and from torchrun; a copy within a second is ignored.
     """
@@ -2424,8 +2432,10 @@ class StopSignal:
         self.requested_at = 0.0
 
     def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, self._handle)
 
     @property
     def requested(self) -> bool:
@@ -2452,7 +2462,7 @@ class RunLog:
     def open(self, folder: Path) -> None:
         """Open a folder's train.log and metrics.jsonl. UserError if another run has them.
 
-        They belong to this log until it is closed.
+        They belong to this log until it is closed. A last line that a crash has torn goes.
         """
         path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
@@ -2464,17 +2474,20 @@ class RunLog:
                 f"{path}: another process is using this run; choose a new RUN_ID"
             ) from None
         self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        for file in (self.file, self.metrics_file):
+            file.truncate(Path(file.name).read_bytes().rfind(b"\n") + 1)
 
     def begin_anew(self) -> None:
-        """Empty the files; train.previous.log keeps what an earlier start logged.
+        """Empty the files; train.previous.log and metrics.previous.jsonl keep an earlier start's.
 
         A log begins with the source of the script that trained the model.
         """
-        path = Path(self.file.name)
-        if path.stat().st_size:
-            shutil.copyfile(path, path.with_name("train.previous.log"))
-        self.file.truncate(0)
-        self.metrics_file.truncate(0)
+        if os.fstat(self.file.fileno()).st_size:
+            self("no checkpoint: the run begins anew")
+            for file in (self.file, self.metrics_file):
+                path = Path(file.name)
+                shutil.copyfile(path, path.with_stem(f"{path.stem}.previous"))
+                file.truncate(0)
 
     def metrics(self, **values: Any) -> None:
         if self.metrics_file:
@@ -2770,18 +2783,22 @@ class ValidationStream:
 def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dict[str, str]:
     """Return what a run depends on beside its settings: SHA-256 of tokenizer, shards and source.
 
-    Shards count by their names and sizes. UserError if the processes do not have the same.
+    Shards count by their names and sizes. UserError if the processes do not have the same, or
+    differ in a setting that is no path.
     """
     splits = ("val",) if h.eval_only else ("train", "val")
-    paths = [path for split in splits for path in shard_paths(h.data_path, split)]
-    listing = [[path.name, path.stat().st_size] for path in paths]
+    shards = [path for split in splits for path in shard_paths(h.data_path, split)]
+    listing = [[path.name, path.stat().st_size] for path in shards]
     identity = {
         "tokenizer": tokenizer.sha256,
         "shards": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-        "source": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "source": hashlib.sha256(SOURCE).hexdigest(),
     }
-    for name, sha256 in dist.broadcast_object(identity).items():
-        if identity[name] != sha256:
+    paths = ("run_id", "output_dir", "distill_from", "model_path", "checkpoint_path", *LOCATIONS)
+    settings = h.as_dict() | {name: bool(getattr(h, name)) for name in paths}
+    mine = identity | {name.upper(): value for name, value in settings.items()}
+    for name, value in dist.broadcast_object(mine).items():
+        if mine[name] != value:
             raise UserError(f"process {dist.rank} has another {name} than process 0")
     return identity
 
@@ -3525,15 +3542,14 @@ def code_bytes() -> int:
 
     The challenge counts what `tools/submit.py` writes, which is smaller still.
     """
-    source = Path(__file__).read_bytes()
-    tree = ast.parse(source)
+    tree = ast.parse(SOURCE)
     for node in ast.walk(tree):
         may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
         if may_have_one and ast.get_docstring(node):
             node.body[0] = ast.Pass()
     compressed = brotli.compress(ast.unparse(tree).encode())
     # base85 makes 5 bytes of 4; a script that is packed already ships as it is.
-    return min(len(source), len(compressed) * 5 // 4 + 500)
+    return min(len(SOURCE), len(compressed) * 5 // 4 + 500)
 
 
 class Artifact(NamedTuple):
@@ -3878,14 +3894,23 @@ class Checkpoint:
             return cls(**{f.name: saved[f.name] for f in dataclasses.fields(cls)})
 
     @classmethod
-    def read_newest(cls, folder: Path) -> Checkpoint | None:
-        """Read a folder's checkpoint, or the one before it where that is damaged; None: no file."""
-        paths = [folder / "checkpoint.pt", folder / "checkpoint.previous.pt"]
-        paths = [path for path in paths if path.exists()]
-        for path in paths[:-1]:
-            with contextlib.suppress(UserError):
-                return cls.read(path)
-        return cls.read(paths[-1]) if paths else None
+    def read_newest(cls, folder: Path, log: Callable[[str], Any] = print) -> Checkpoint | None:
+        """Read a folder's checkpoint, or the one before it where that is damaged; None: no file.
+
+        A damaged one is renamed, or the next one to be saved would take it for the one before.
+        """
+        newest, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+        if not newest.exists():
+            return cls.read(previous) if previous.exists() else None
+        try:
+            return cls.read(newest)
+        except UserError as error:
+            if not previous.exists():
+                raise
+            saved = cls.read(previous)
+            damaged = newest.replace(folder / "checkpoint.damaged.pt")
+            log(f"warning: {error}; it is {damaged.name} now, and the one before it is taken")
+            return saved
 
 
 def save_checkpoint(
@@ -4413,8 +4438,8 @@ class Run:
 def check_folder(h: Hyperparameters, folder: Path) -> None:
     """Raise UserError unless the folder is new, or an unfinished run that may continue."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if h.resume == "1" and not names:
-        raise UserError(f"RESUME=1: {folder} does not exist")
+    if h.resume == "1" and not names & {"checkpoint.pt", "checkpoint.previous.pt"}:
+        raise UserError(f"RESUME=1: {folder} has no checkpoint; drop RESUME=1 to begin anew")
     if "results.json" in names:
         raise UserError(f"{folder} is a finished run; choose a new RUN_ID")
     if names and "train.log" not in names:
@@ -4429,7 +4454,7 @@ def open_folder(h: Hyperparameters, log: RunLog) -> tuple[Path, Checkpoint | Non
     check_folder(h, folder)
     folder.mkdir(parents=True, exist_ok=True)
     log.open(folder)
-    saved = Checkpoint.read_newest(folder)
+    saved = Checkpoint.read_newest(folder, log)
     if saved is None:
         log.begin_anew()
     return folder, saved
@@ -4506,6 +4531,9 @@ def load_teacher(run: Run, saved: Checkpoint | None = None) -> LanguageModel | N
     """Return the model of DISTILL_FROM, if it is set. UserError if the run began with another."""
     path = run.h.distill_from
     if not path:
+        if saved and saved.identity.get("teacher"):
+            began_with = saved.settings["distill_from"]
+            raise UserError(f"DISTILL_FROM is empty, but the run began with {began_with}; unset it")
         return None
     blob = run.dist.from_rank0(lambda: read_file("DISTILL_FROM", path))
     header, _ = read_artifact(blob)
@@ -4560,7 +4588,7 @@ def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.d
 def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     """Log everything needed to repeat the run; return the numbers of parameters, and the maps."""
     log = run.log
-    log(Path(__file__).read_text(encoding="utf-8"), console=False)
+    log(SOURCE.decode(), console=False)
     settings = run.h.as_dict().items()
     log("\n".join(f"{name.upper()}={value}" for name, value in settings), console=False)
     rows = map_rows(model)
@@ -4572,8 +4600,7 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
         f"{trained:,} trained and {frozen:,} frozen parameters; {len(maps)} of {len(model.table)}"
         f" maps are random, in 0 bytes; the rest takes {stored_bytes(model):,} bytes uncompressed"
     )
-    readable = Path(__file__).stat().st_size
-    log(f"code: {code_bytes():,} bytes as it ships, packed; {readable:,} readable")
+    log(f"code: {code_bytes():,} bytes as it ships, packed; {len(SOURCE):,} readable")
     threads = torch.get_num_threads()
     log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
     dtype = resolve_dtype(run.h, run.dist.on_cuda)
@@ -4717,6 +4744,7 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
         )
     began = time.perf_counter()
     model = model_from_artifact(h, blob, run.dist)
+    dtype = str(resolve_dtype(h, run.dist.on_cuda)).removeprefix("torch.")
     metrics: dict[str, Any] = {}
     for kind, stride in (("roundtrip", h.eval_seq_len), ("sliding_window", h.eval_stride)):
         start = time.perf_counter()
@@ -4729,7 +4757,7 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
         name = f"final_int6_brotli_{kind}"  # the challenge's name, whatever MATRIX_BITS is
         log(
             f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} length:{h.eval_seq_len}"
-            f" stride:{stride} mode:{mode} eval_time:{1000 * seconds:.0f}ms"
+            f" stride:{stride} mode:{mode} dtype:{dtype} eval_time:{1000 * seconds:.0f}ms"
         )
         log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     seconds = time.perf_counter() - began
@@ -4769,7 +4797,7 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "val_bpb": metrics["val_bpb_sliding_window"],
         "bytes_total": code_bytes() + model_bytes,
         "bytes_code": code_bytes(),
-        "bytes_code_readable": Path(__file__).stat().st_size,
+        "bytes_code_readable": len(SOURCE),
         "bytes_model": model_bytes,
         "eval_seq_len": h.eval_seq_len,
         "eval_stride": h.eval_stride,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import json
 import math
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -14,7 +17,17 @@ import pytest
 import torch
 
 import train_gpt
-from helpers import ONE_LAYER, SCRIPT, TINY, Seconds, read_shard, refusal, run_well, write_shard
+from helpers import (
+    ONE_LAYER,
+    SCRIPT,
+    TINY,
+    Seconds,
+    read_shard,
+    refusal,
+    run_well,
+    tiny_settings,
+    write_shard,
+)
 
 SCORE = r"^final_int6_brotli_sliding_window_exact .*$"
 
@@ -141,11 +154,15 @@ def test_another_teacher_than_the_runs_is_refused(trained, base, run_of, setting
     saved.identity = {"teacher": "0" * 64}
     with pytest.raises(train_gpt.UserError, match="the run began with another teacher"):
         train_gpt.load_teacher(run, saved)
+    run.h = settings(distill_from="")  # as DISTILL_FROM=$TEACHER where TEACHER is unset
+    saved.settings = {"distill_from": "teacher.ptz"}
+    with pytest.raises(train_gpt.UserError, match=r"DISTILL_FROM is empty, .*began with teacher"):
+        train_gpt.load_teacher(run, saved)
 
 
-@pytest.mark.parametrize("name", ["shards", "tokenizer", "source"])
+@pytest.mark.parametrize("name", ["shards", "tokenizer", "source", "SEED", "NUM_LAYERS"])
 def test_processes_with_different_data_or_code_are_refused(name, base, processes, tmp_path):
-    """Each node may have a disk of its own."""
+    """Each node may have a disk and an environment of its own."""
     h = train_gpt.load_settings({}, data_path=str(base["DATA_PATH"]))
     tokenizer = train_gpt.Tokenizer(str(base["TOKENIZER_PATH"]), 512)
     first = train_gpt.identify(h, tokenizer, processes)
@@ -157,6 +174,46 @@ def test_processes_with_different_data_or_code_are_refused(name, base, processes
         train_gpt.identify(h, tokenizer, dist)
 
 
+def test_processes_may_have_paths_of_their_own_but_not_a_teacher(base, processes, settings):
+    tokenizer = train_gpt.Tokenizer(str(base["TOKENIZER_PATH"]), 512)
+    h = settings(data_path=str(base["DATA_PATH"]), distill_from="a.ptz", output_dir="a")
+    told = []
+    dist = copy.copy(processes)
+    dist.broadcast_object = lambda value: told.append(value) or value
+    train_gpt.identify(h, tokenizer, dist)
+    dist.rank, dist.broadcast_object = 1, lambda value: told[0]
+    other = dataclasses.replace(h, distill_from="b.ptz", output_dir="b")
+    train_gpt.identify(other, tokenizer, dist)
+    with pytest.raises(train_gpt.UserError, match="process 1 has another DISTILL_FROM"):
+        train_gpt.identify(dataclasses.replace(h, distill_from=""), tokenizer, dist)
+
+
+def test_the_script_that_runs_is_logged_although_its_file_changes(
+    base, processes, run_of, monkeypatch, tmp_path
+):
+    (tmp_path / "train_gpt.py").write_text("# edited meanwhile")
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "train_gpt.py"))
+    h = train_gpt.load_settings({}, data_path=str(base["DATA_PATH"]))
+    found = train_gpt.identify(h, run_of(h).tokenizer, processes)
+    assert found["source"] == hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
+    run = run_of(tiny_settings())
+    train_gpt.log_start(run, train_gpt.make_model(run.h))
+    assert run.log.lines[0] == SCRIPT.read_text(encoding="utf-8")
+
+
+def test_a_damaged_checkpoint_does_not_replace_the_one_before(unfinished, runs, base):
+    """It is named, and the next ones that are saved leave a good one before them."""
+    folder = shutil.copytree(unfinished, runs / "damaged")
+    newest, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    shutil.copy(newest, previous)
+    newest.write_bytes(b"a part of it")
+    out = run_well(base | {"RUN_ID": "damaged", "ARTIFACT_LIMIT_BYTES": 16_000_000})
+    assert f"warning: the checkpoint {newest} cannot be used" in out
+    assert (folder / "checkpoint.damaged.pt").read_bytes() == b"a part of it"
+    for path in (newest, previous):
+        assert train_gpt.Checkpoint.read(path).finished
+
+
 # ---- An artifact and its windows -----------------------------------------------------------------
 
 
@@ -166,6 +223,7 @@ def test_an_artifact_is_scored_as_its_run_was(trained, base):
     out = run_well(evaluation)
     assert score(out) == score(log_of(trained))
     assert re.search(r"^final_int6_brotli_sliding_window .* length:32 stride:8 ", out, re.M)
+    assert len(re.findall(r"^final_int6_.* dtype:float32 ", out, re.M)) == 2
     assert f"on {base['DATA_PATH'].resolve()} with" in out
     asked = run_well(evaluation | {"EVAL_SEQ_LEN": 16, "EVAL_STRIDE": 16})
     assert re.search(r"^final_int6_brotli_sliding_window .* length:16 stride:16 ", asked, re.M)
@@ -213,6 +271,49 @@ def test_a_log_begins_with_the_source_although_an_earlier_start_failed(base, run
     source, found, _ = log_of(runs / "twice").partition("\nRUN_ID=")
     assert found and source == SCRIPT.read_text(encoding="utf-8")
     assert "too few" in (runs / "twice" / "train.previous.log").read_text()
+
+
+def test_a_run_without_a_checkpoint_begins_anew_only_where_it_may_and_says_so(base, runs):
+    folder = runs / "no checkpoint"
+    folder.mkdir()
+    (folder / "train.log").write_text("an earlier start\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    settings = base | {"RUN_ID": folder.name}
+    assert "has no checkpoint; drop RESUME=1" in refusal(settings | {"RESUME": 1})
+    assert "has no checkpoint" in refusal(base | {"RUN_ID": "nothing", "RESUME": 1})
+    assert "no checkpoint: the run begins anew\n" in run_well(settings)
+    assert "an earlier start" in (folder / "train.previous.log").read_text()
+    assert (folder / "metrics.previous.jsonl").read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 3, "tr', "half a line"])
+def test_a_line_that_a_crash_has_torn_is_cut(torn, tmp_path):
+    """Or what a continued run writes would end it, and nobody could read the line."""
+    for name in ("train.log", "metrics.jsonl"):
+        (tmp_path / name).write_text(f'{{"step": 2}}\n{torn}')
+    with train_gpt.RunLog(rank=0) as log:
+        log.open(tmp_path)
+        log('{"step": 3}')
+        log.metrics(step=3)
+    for name in ("train.log", "metrics.jsonl"):
+        assert (tmp_path / name).read_text() == '{"step": 2}\n{"step": 3}\n'
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_a_terminal_that_closes_stops_a_run_as_sigterm_does(under_nohup):
+    """Unless nohup has asked for the signal to be ignored."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    stop = train_gpt.StopSignal()
+    stop.can_save = True
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else lambda *_: None)
+        stop.install()
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stop.requested != under_nohup
 
 
 @pytest.fixture
@@ -292,6 +393,14 @@ def test_all_processes_write_into_the_folder_that_rank_0_names(settings, process
 
 
 # ---- Smaller ones --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signs", ["bigram.signs=rademacher", "bigram.signs.current=none"])
+def test_a_basis_of_the_signs_alone_is_refused(signs, settings):
+    """Every other map would be learned in silence."""
+    with pytest.raises(train_gpt.UserError, match=f"write learned,{signs} or orthogonal,{signs}"):
+        settings(map_basis=signs, map_adapter="none")
+    assert settings(map_basis="mlp=orthogonal").map_basis == "mlp=orthogonal"
 
 
 @pytest.mark.parametrize("asked", [1, 4, 5, 9])

@@ -59,6 +59,12 @@ def test_a_preset_by_its_name_or_its_file(presets, monkeypatch, name, device, va
     assert load_preset(str(path), device) == {"SEED": "1", "MODEL_DIM": "32"}
 
 
+@pytest.mark.parametrize("name", ["/nowhere/mine/a.env", "mine/a", "presets/cpu/none/a.env"])
+def test_a_path_that_is_wrong_takes_no_preset_of_its_name(presets, name):
+    with pytest.raises(UserError, match=f"PRESET={name}: no such file"):
+        load_preset(name, "cpu")
+
+
 def test_a_preset_on_a_gpu(presets, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert load_preset("a") == {"NUM_LAYERS": "12"}

@@ -93,6 +93,21 @@ def test_a_preset_as_a_variable_or_an_argument(place, preset):
     assert told(place, PRESET=preset)["PRESET"] == preset
 
 
+@pytest.mark.parametrize(
+    ("words", "variables", "says"),
+    [
+        (["mask", "vera"], {}, "mask and vera are two presets; name one"),
+        (["vera"], {"PRESET": "mask"}, "mask and vera are two presets; name one"),
+        (["mask"], {"EVAL_ONLY": 1}, "PRESET=mask: an artifact and a checkpoint bring their own"),
+        ([], {"PRESET": "mask", "EXPORT_ONLY": 1}, "PRESET=mask: an artifact and a checkpoint"),
+    ],
+)
+def test_a_preset_that_would_not_hold_is_refused(place, words, variables, says):
+    process = run_sh(place, *words, **variables)
+    assert process.returncode == 1 and process.stderr.startswith(f"error: {says}")
+    assert not (place / "runs").exists()
+
+
 @pytest.mark.parametrize("preset", ["distill_from", "presets/distill_from.env"])
 def test_a_teacher_is_trained_first_and_once(place, preset):
     got = told(place, PRESET=preset, TRAIN_SEQ_LEN=64)
@@ -103,8 +118,9 @@ def test_a_teacher_is_trained_first_and_once(place, preset):
     assert "DISTILL_FROM" not in teacher
     written = artifact.stat().st_mtime_ns
     shutil.rmtree(place / "runs" / "it")
-    told(place, PRESET=preset, TRAIN_SEQ_LEN=64)
-    assert artifact.stat().st_mtime_ns == written, "it is there already"
+    again = run_sh(place, RUN_ID="it", PRESET=preset, TRAIN_SEQ_LEN=64)
+    assert f"teacher baseline is there already: {artifact.parent}\n" in again.stdout
+    assert artifact.stat().st_mtime_ns == written
     shutil.rmtree(place / "runs")
     got = told(place, PRESET=preset, DISTILL_FROM="mine.ptz")
     assert got["DISTILL_FROM"] == "mine.ptz"
