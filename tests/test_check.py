@@ -374,3 +374,17 @@ def test_child_has_a_clean_environment_and_an_end(copied, monkeypatch):
     script.write_text("import time\ntime.sleep(100)\n")
     with pytest.raises(check.CannotCheck, match=r"takes over 0\.5 s here; give more with --time"):
         check.run_child("evaluate", submission(copied, "--timeout", 0.5), {}, {})
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("\nEXPORT_ONLY=0\n", "\nEXPORT_ONLY=1\n"),
+        ("\nattention: ", "\nwarning: the script has changed since …\nattention: "),
+    ],
+)
+def test_export_of_what_another_start_trained_is_no_run_of_this_script(copied, old, new):
+    replace(copied / "train.log", old, new)
+    result = check.perform("claims", submission(copied))
+    assert result.verdict == "FAIL"
+    assert result.evidence.startswith("the weights were trained by another start; check that run")

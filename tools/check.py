@@ -417,12 +417,15 @@ def check_claims(s: Submission) -> Result:
     train_limit, eval_limit = s.options.train_limit, s.options.eval_limit
     has_same_script = s.script == s.starts[0].encode()
     goes_on = all(start.endswith(s.starts[0]) for start in s.starts[:-1])
+    other_start = r"^(EXPORT_ONLY=1$|warning: the script has changed)"
+    is_export = re.search(other_start, "\n".join(s.starts[1:]), re.M)
     problems |= {
         f"training and export over {train_limit:g} s": train + export > train_limit,
         f"evaluation over {eval_limit:g} s": evaluation > eval_limit,
         "a time is negative": min(train, export, evaluation) < 0,
         "train_gpt.py is not the source in the log": not has_same_script,
         "the run was continued with another source": not goes_on,
+        "the weights were trained by another start; check that run": is_export,
     }
     return judge(
         problems,
