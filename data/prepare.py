@@ -21,6 +21,7 @@ import argparse
 import ast
 import bz2
 import contextlib
+import fcntl
 import functools
 import glob
 import gzip
@@ -532,6 +533,25 @@ def load_tokenizer(model: bytes, where: object) -> sentencepiece.SentencePiecePr
 # ---- Datasets ------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other starts of this program from writing there; PrepareError if one does already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(path.name + ".lock")
+    with lock.open("w") as file:  # freed however this process ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PrepareError(
+                f"{path}: another start of prepare.py is making it; wait until that ends, or choose"
+                " another --name"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
 def write_dataset(
     out: Path, name: str, model: bytes, source: dict, documents: Iterable[tuple[str, str]]
 ) -> None:
@@ -553,22 +573,23 @@ def write_dataset(
             f"{tokenizer_path} is another tokenizer; move it away or choose another --name"
         )
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # what an interrupted run of this program left
-    part.mkdir(parents=True)
     began = time.perf_counter()
     try:
-        writers = {split: SplitWriter(part, split, tokenizer) for split in ("val", "train")}
-        for split, text in progress(documents, "encoding"):
-            writers[split].add(text)
-        for writer in writers.values():
-            writer.write(1)
-        counts = {split: writer.counts for split, writer in writers.items()}
-        manifest = write_manifest(part, source, tokenizer_path, model, counts)
-        tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(tokenizer_path, model)
-        part.replace(folder)
+        with locked(folder), contextlib.ExitStack() as stack:
+            shutil.rmtree(part, ignore_errors=True)  # what an interrupted run left
+            stack.callback(shutil.rmtree, part, ignore_errors=True)
+            part.mkdir()
+            writers = {split: SplitWriter(part, split, tokenizer) for split in ("val", "train")}
+            for split, text in progress(documents, "encoding"):
+                writers[split].add(text)
+            for writer in writers.values():
+                writer.write(1)
+            counts = {split: writer.counts for split, writer in writers.items()}
+            manifest = write_manifest(part, source, tokenizer_path, model, counts)
+            tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(tokenizer_path, model)
+            part.replace(folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.parent.rmdir()  # goes only when it is empty
     print(f"{in_words(folder, manifest)}, in {time.perf_counter() - began:.0f} s")
@@ -677,6 +698,11 @@ def name_of(argument: str) -> str:
 def prepare_fineweb(args: argparse.Namespace) -> None:
     """Fetch the published shards one by one; those that are there and whole are kept."""
     download = args.out / ".fineweb_download"
+    with locked(download):
+        fetch_fineweb(args, download)
+
+
+def fetch_fineweb(args: argparse.Namespace, download: Path) -> None:
     fetch = functools.partial(fetch_file, args.repo, download)
     published = json.loads(fetch("datasets/manifest.json").read_text())
     name = f"{args.name or 'fineweb10B'}_{args.variant}"
@@ -710,6 +736,9 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
     tokens = {split: {"tokens": split_tokens(folder, split)} for split in ("train", "val")}
     manifest = write_manifest(folder, source, model_path, model_path.read_bytes(), tokens)
     shutil.rmtree(download, ignore_errors=True)
+    there = len(list(folder.glob("fineweb_train_*.bin")))
+    if there > args.train_shards:
+        print(f"all {there} training shards there are trained on, not only {args.train_shards}")
     print(in_words(folder, manifest))
 
 

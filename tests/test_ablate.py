@@ -51,6 +51,7 @@ class Place:
         self.data.mkdir()
         manifest = {"tokenizer": "../tok.model", "vocab_size": 512}
         (self.data / "manifest.json").write_text(json.dumps(manifest))
+        (folder / "tok.model").touch()
         self.failing: set[str] = set()
         self.seconds = 1.5
         self.given: list[dict[str, str]] = []  # the settings of every run, in order
@@ -209,6 +210,48 @@ def test_what_is_there_is_not_repeated(place, monkeypatch):
     assert "already there" not in place.run("--plan", plan, *BUDGET)
     table = (place.out / "table.md").read_text()
     assert len(re.findall(r"^\| x #\w+ \|", table, re.M)) == 2  # two scripts are never averaged
+
+
+def test_other_data_or_another_tokenizer_is_another_run(place, monkeypatch):
+    monkeypatch.setattr(ablate, "draw", lambda *_: None)
+    words = ("--presets", "a.env", *BUDGET)
+    place.run(*words)
+    for path in (place.data / "fineweb_train_000001.bin", place.folder / "tok.model"):
+        path.write_bytes(b"more")
+        assert "already there" not in place.run(*words)
+    assert "already there" in place.run(*words)
+
+
+def test_folder_of_a_live_run_or_with_a_checkpoint_is_not_removed(place):
+    words = ("--presets", "a.env", *BUDGET)
+    place.run(*words)
+    (folder,) = (place.out / "runs").iterdir()
+    (folder / "results.json").unlink()
+    (place.out / "results.csv").unlink()
+    with (folder / "train.log").open("a") as log:  # as a killed ablate.py leaves its runs
+        ablate.fcntl.flock(log, ablate.fcntl.LOCK_EX)
+        place.run(*words, failed=1)
+    assert "a process is at work on this run" in place.rows()[0]["error"]
+    (folder / "checkpoint.previous.pt").touch()
+    with pytest.raises(FileExistsError):  # the stand-in makes its folder, and here it is kept
+        place.run(*words, "--retry-failed")
+    (folder / "checkpoint.previous.pt").unlink()
+    place.run(*words, "--retry-failed")
+    assert (folder / "results.json").exists()
+
+
+def test_preset_is_read_as_the_script_reads_it(place, monkeypatch):
+    """DEVICE=cpu chooses presets/cpu on a machine with a GPU; an alias is a MAP_BASIS, too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    place.preset("b", MAP_SCALE="random=row")
+    plan = place.plan(
+        "cpu f baseline DEVICE=cpu", "b f b.env USE_RANDOM_ADAPTERS=1 RANDOM_ADAPTER_RANK=4"
+    )
+    sizes = {"TRAIN_BATCH_TOKENS": STEP, "TRAIN_SEQ_LEN": 32, "EVAL_SEQ_LEN": 32, "EVAL_STRIDE": 8}
+    place.run("--plan", plan, *BUDGET, *(f"{name}={size}" for name, size in sizes.items()))
+    cpu, other = place.given
+    assert cpu["MODEL_DIM"] == train_gpt.load_preset("baseline", "cpu")["MODEL_DIM"]
+    assert other["MAP_BASIS"] == "orthogonal" and "MAP_SCALE" not in other
 
 
 # ---- Several runs at once, and their environment -------------------------------------------------

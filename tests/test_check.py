@@ -194,6 +194,12 @@ def damage(folder: Path) -> None:
         (figures(export_seconds=-1), "claims", "a time is negative"),
         (figures(steps=7), "claims", "steps: 6 in the log, 7 in results.json"),
         (figures(seed=1), "claims", "seed: 42 in the log, 1 in results.json"),
+        (figures(val_bpb_before=1.05), "claims", "val_bpb_before: "),
+        (figures(tokens_per_second=10**9), "claims", "tokens_per_second: "),
+        (figures(trained_parameters=7, frozen_parameters=7), "claims", "trained_parameters: "),
+        (figures(dataset="fineweb"), "claims", "dataset: "),
+        (figures(hardware="8 x H100"), "claims", "hardware: "),
+        (figures(eval_mode="streaming"), "claims", "eval_mode: exact in the log, streaming in"),
         (figures(val_loss="unknown"), "claims", "not checked: results.json has no figure val_loss"),
         (figures(eval_seconds=math.nan), "claims", "has no figure eval_seconds"),
         (damage, "evaluation probabilities scoring", "the artifact is damaged"),
@@ -374,3 +380,17 @@ def test_child_has_a_clean_environment_and_an_end(copied, monkeypatch):
     script.write_text("import time\ntime.sleep(100)\n")
     with pytest.raises(check.CannotCheck, match=r"takes over 0\.5 s here; give more with --time"):
         check.run_child("evaluate", submission(copied, "--timeout", 0.5), {}, {})
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("\nEXPORT_ONLY=0\n", "\nEXPORT_ONLY=1\n"),
+        ("\nattention: ", "\nwarning: the script has changed since …\nattention: "),
+    ],
+)
+def test_export_of_what_another_start_trained_is_no_run_of_this_script(copied, old, new):
+    replace(copied / "train.log", old, new)
+    result = check.perform("claims", submission(copied))
+    assert result.verdict == "FAIL"
+    assert result.evidence.startswith("the weights were trained by another start; check that run")

@@ -548,7 +548,9 @@ def test_fineweb_fetches_only_what_is_wanting(hub, model, tmp_path):
     assert_shards(hub, out, SHARDS[:2])
     os.truncate(out / "datasets" / NAME / SHARDS[0], 5000)
     run_well(out, *FINEWEB, 3)
-    last = run_well(out, *FINEWEB, 1)
+    code, said, _ = run(out, *FINEWEB, 1)
+    warning, last = said.splitlines()
+    assert code == 0 and warning == "all 3 training shards there are trained on, not only 1"
     assert_shards(hub, out, SHARDS)
     assert [hub.fetched.count(name) for name in SHARDS] == [2, 1, 1, 1]
     assert hub.fetched.count("fineweb_1024_bpe.model") == 1
@@ -590,3 +592,14 @@ def test_fineweb_carries_on_after_a_shard_did_not_come(hub, tmp_path, wrong):
     run_well(tmp_path, *FINEWEB, 2)
     assert_shards(hub, tmp_path, SHARDS[:3])
     assert [hub.fetched.count(name) for name in SHARDS[:3]] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("place, of", [("datasets/x_sp400", "text"), (".fineweb_download", "hub")])
+def test_second_start_does_not_take_what_the_first_is_writing(hub, model, tmp_path, place, of):
+    out, book = tmp_path / "out", tmp_path / "book.txt"
+    book.write_text(BOOK)
+    text = ("text", book, "--tokenizer", model, "--name", "x")
+    with prepare.locked(out / place):
+        last = refusal(out, *(text if of == "text" else (*FINEWEB, 1)))
+        assert "another start of prepare.py is making it; wait" in last
+    run_well(out, *(text if of == "text" else (*FINEWEB, 1)))

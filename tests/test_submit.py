@@ -259,3 +259,17 @@ def test_unusable_arguments_and_missing_package(tmp_path):
     assert done.returncode == 1
     expected = "error: python_minifier is missing: pip install -r tools/requirements.txt\n"
     assert done.stderr == expected
+
+
+def test_run_that_was_killed_and_continued_is_accepted(copied, tmp_path):
+    """Its log has the source twice, and the steps after the checkpoint, too."""
+    log = (copied / "train.log").read_text(encoding="utf-8")
+    killed = log[: log.index("\nstep:4/6 train_loss")]
+    (copied / "train.log").write_text(f"{killed}\n{log}", encoding="utf-8")
+    args = submit.parse([str(copied), "--out", str(tmp_path / "out")])
+    run = submit.read_run(copied, args)
+    packed = submit.pack(run.parts.starts[0])
+    submit.write_folder(args.out, [run], packed, submit.describe([run], len(packed), args))
+    for name in ("size", "claims"):
+        result = check.perform(name, check.Submission(args.out, args))
+        assert result.verdict == "pass", result

@@ -64,7 +64,7 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 
 import train_gpt
-from train_gpt import UserError, load_preset
+from train_gpt import UserError, apply_preset, expand_aliases, load_preset, shard_paths
 
 # The variables that the script and its launcher read; none may come from the shell.
 NAMES = {*train_gpt.SETTINGS, *train_gpt.ALIASES, *train_gpt.UNSUPPORTED, "preset"}
@@ -204,16 +204,22 @@ def complete(
     variant: Variant, common: dict[str, str], data: str | None, teachers: dict[str, Variant]
 ) -> None:
     """Put preset, data and common settings below the variant's changes, and find its teacher."""
-    preset, given = load_preset(variant.preset), common | variant.settings
-    if "MAP_BASIS" in given:  # the preset's other columns are about other maps, as for PRESET
-        preset = {key: text for key, text in preset.items() if not key.startswith("MAP_")}
-    settings = preset | given
-    teacher = settings.pop("TEACHER_PRESET", "")
-    settings = {key: text for key, text in settings.items() if key not in CONTROLLED}
+    given, errors = common | variant.settings, []
+    device = given.get("DEVICE", "auto")
+    teacher = load_preset(variant.preset, device).get("TEACHER_PRESET")
+    if given.get("DISTILL_FROM"):
+        teacher = None
+    lower = {key.lower(): text for key, text in given.items()}
+    lower |= {"distill_from": "its artifact"} if teacher else {}
+    settings = apply_preset(variant.preset, expand_aliases(lower, errors), errors)
+    if errors:
+        raise UserError("\n".join(f"{variant.label}: {error}" for error in errors))
+    unset = {*CONTROLLED, "DISTILL_FROM"} if teacher else CONTROLLED
+    settings = {key.upper(): text for key, text in settings.items() if key.upper() not in unset}
     variant.settings = with_data(settings, data)
-    if not teacher or settings.get("DISTILL_FROM"):
+    if not teacher:
         return
-    if "TEACHER_PRESET" in load_preset(teacher):
+    if "TEACHER_PRESET" in load_preset(teacher, device):
         raise UserError(f"{variant.preset}: its teacher {teacher} may not have a teacher, too")
     if teacher not in teachers:
         teachers[teacher] = Variant(teacher, teacher, teacher, {})
@@ -240,6 +246,14 @@ def read_variants(args: argparse.Namespace) -> list[Variant]:
     return sorted(every, key=lambda variant: variant.teacher is not None)
 
 
+def data_of(h: train_gpt.Hyperparameters) -> list[Any]:
+    """Return the names and sizes of the shards, and the tokenizer's SHA-256, as `identify` does."""
+    paths = [path for split in ("train", "val") for path in shard_paths(h.data_path, split)]
+    tokenizer = train_gpt.read_file("TOKENIZER_PATH", h.tokenizer_path)
+    sizes = [[path.name, path.stat().st_size] for path in paths]
+    return [sizes, hashlib.sha256(tokenizer).hexdigest()]
+
+
 def check(variants: list[Variant], budget: Budget, processes: int) -> None:
     """Complete the variants by budget and id. UserError has everything that the script refuses."""
     code = SCRIPT.read_text(encoding="utf-8")
@@ -251,12 +265,13 @@ def check(variants: list[Variant], budget: Budget, processes: int) -> None:
         launcher = {"WORLD_SIZE": str(processes)}
         try:
             h = train_gpt.load_settings(variant.settings | teacher | launcher)
+            data = data_of(h)
         except UserError as error:
             problems.append(f"{variant.label}: {error}")
             continue
         variant.step_tokens = h.train_batch_tokens
         variant.settings |= budget.settings(h.train_batch_tokens)
-        facts = [variant.settings, variant.teacher and variant.teacher.id, code]
+        facts = [variant.settings, variant.teacher and variant.teacher.id, code, data]
         text = json.dumps(facts, sort_keys=True)
         variant.id = hashlib.sha256(text.encode()).hexdigest()[:12]
     if problems:
@@ -271,6 +286,18 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(path.name + ".part")
     write(part)
     part.replace(path)
+
+
+def clear(folder: Path) -> None:
+    """Remove the folder of a run. RunFailed if a process that was left behind still has it."""
+    if not folder.exists():
+        return
+    with (folder / "train.log").open("ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFailed(f"{folder}: a process is at work on this run; end it first") from None
+        shutil.rmtree(folder)
 
 
 class Runner:
@@ -349,8 +376,8 @@ class Runner:
             settings["DISTILL_FROM"] = str(artifact)
         path = folder / "results.json"
         if not path.is_file():
-            if not (folder / "checkpoint.pt").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
+            if not any(folder.glob("checkpoint*.pt")):
+                clear(folder)
             self.launch(folder.name, variant.settings | settings)
         results = json.loads(path.read_text(encoding="utf-8"))
         figures = {column: results.get(key, math.nan) for column, key in FIGURES.items()}

@@ -178,14 +178,18 @@ class Submission:
         return run_child("evaluate", self, files | {ARTIFACT: self.part(ARTIFACT)}, changes)
 
 
+def logged(pattern: str, text: str, what: str) -> Any:
+    """Return the groups of a pattern where it last matches a log. CannotCheck if it never does."""
+    found = re.findall(pattern, text, re.M)
+    if not found:
+        raise CannotCheck(f"train.log has no {what}; give the log of a run that came to its end")
+    return found[-1]
+
+
 def final_scores(text: str) -> tuple[float, float]:
     """Return val_loss and val_bpb of the last exact line of sliding windows."""
     line = r"^final_int6_\w+_sliding_window_exact val_loss:([\d.]+) val_bpb:([\d.]+)$"
-    found = re.findall(line, text, re.M)
-    if not found:
-        missing = "no line final_int6_*_sliding_window_exact"
-        raise CannotCheck(f"{missing}; give the log of a run that came to its end")
-    loss, bpb = found[-1]
+    loss, bpb = logged(line, text, "line final_int6_*_sliding_window_exact")
     return float(loss), float(bpb)
 
 
@@ -397,38 +401,56 @@ def check_bytes(s: Submission) -> Result:
 
 def check_claims(s: Submission) -> Result:
     """Compare the times with the limits, and what log and results say of the same facts."""
-    clock = re.findall(r"^step:(\d+)/\d+ .*train_time:(\d+)ms ", "".join(s.starts), re.M)
-    if not clock:
-        raise CannotCheck("train.log has no train_time; give the log of the run that trained")
-    (steps, milliseconds), (loss, bpb) = clock[-1], final_scores(s.starts[-1])
+    every, last = "".join(s.starts), s.starts[-1]
+    steps, milliseconds = logged(r"^step:(\d+)/\d+ .*train_time:(\d+)ms ", every, "train_time")
+    steps, seconds = int(steps), int(milliseconds) / 1000
+    (loss, bpb), tokens = final_scores(last), steps * s.setting("TRAIN_BATCH_TOKENS")
+    before = logged(r"^step:\S+ val_loss:\S+ val_bpb:(\S+) ", every, "validation")
+    trained, frozen = logged(r"^([\d,]+) trained and ([\d,]+) frozen ", last, "parameters")
+    speed = tokens / max(seconds, 0.001)
     pairs = {  # in the log, and how far the result may be from it
         "val_loss": (loss, EXACT),
         "val_bpb": (bpb, EXACT),
-        "train_seconds": (int(milliseconds) / 1000, 0.002),
-        "steps": (int(steps), 0),
+        "val_bpb_before": (float(before), 0.0001),
+        "train_seconds": (seconds, 0.002),
+        "tokens_per_second": (speed, 1 + 0.002 * speed / max(seconds, 0.001)),
+        "steps": (steps, 0),
         "seed": (s.setting("SEED"), 0),
+        "trained_parameters": (int(trained.replace(",", "")), 0),
+        "frozen_parameters": (int(frozen.replace(",", "")), 0),
     }
     problems: dict[str, object] = {}
-    for name, (logged, gap) in pairs.items():
+    for name, (value, gap) in pairs.items():
         claimed = s.claim(name)
-        text = f"{name}: {logged:.8g} in the log, {claimed:.8g} in {RESULTS}"
-        problems[text] = not abs(logged - claimed) <= gap
+        text = f"{name}: {value:.8g} in the log, {claimed:.8g} in {RESULTS}"
+        problems[text] = not abs(value - claimed) <= gap
+    device = logged(r"^versions \{.*\} device (.*), \d+ threads$", last, "device")
+    mode = logged(r"^final_int6_\w+_sliding_window .* mode:(\w+) ", last, "mode")
+    texts = {"dataset": Path(s.settings["DATA_PATH"]).name, "hardware": device, "eval_mode": mode}
+    results = json.loads(s.part(RESULTS))
+    for name, value in texts.items():
+        claimed = re.sub(r"^\d+ x ", "", str(results.get(name)))
+        problems[f"{name}: {value} in the log, {claimed} in {RESULTS}"] = claimed != value
     train, export, evaluation = (s.claim(f"{name}_seconds") for name in ("train", "export", "eval"))
     train_limit, eval_limit = s.options.train_limit, s.options.eval_limit
     has_same_script = s.script == s.starts[0].encode()
     goes_on = all(start.endswith(s.starts[0]) for start in s.starts[:-1])
+    other_start = r"^(EXPORT_ONLY=1$|warning: the script has changed)"
+    is_export = re.search(other_start, "\n".join(s.starts[1:]), re.M)
     problems |= {
         f"training and export over {train_limit:g} s": train + export > train_limit,
         f"evaluation over {eval_limit:g} s": evaluation > eval_limit,
         "a time is negative": min(train, export, evaluation) < 0,
         "train_gpt.py is not the source in the log": not has_same_script,
         "the run was continued with another source": not goes_on,
+        "the weights were trained by another start; check that run": is_export,
     }
     return judge(
         problems,
         f"training {train:g} + export {export:g} = {train + export:.3f} s of {train_limit:g},"
         f" evaluation {evaluation:g} s of {eval_limit:g}; the log says the same of"
-        f" {', '.join(pairs)}",
+        f" {', '.join([*pairs, *texts])}; the times of export and evaluation and the number of"
+        " processes are the run's own statement",
     )
 
 

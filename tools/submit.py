@@ -216,6 +216,9 @@ README = """\
 | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 {rows}
 
+The times of export and evaluation, and the number of devices, are the run's own statement;
+everything else is computed again or compared with the log.
+
 Bytes: code {bytes_code:,} (packed; {bytes_code_readable:,} as it is written) and model
 {bytes_model:,}, in all {bytes_total:,} of {limit:,}. Versions: {versions}.
 
