@@ -31,11 +31,8 @@ import train_gpt
 
 # ---- Settings ------------------------------------------------------------------------------------
 
-ALIASES = [name.upper() for name in train_gpt.ALIASES]
-SETTINGS = [name.upper() for name in train_gpt.SETTINGS] + ALIASES  # every variable that is read
-MODEL_SETTINGS = [
-    name.upper() for name, field in train_gpt.SETTINGS.items() if field.metadata["stored"]
-]
+# Every variable that is read.
+SETTINGS = [name.upper() for name in (*train_gpt.SETTINGS, *train_gpt.ALIASES)]
 # What a launcher sets, or a shell may have set for other scripts, would decide a test's outcome.
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER, "PRESET"}
@@ -224,12 +221,6 @@ class Container:
                 place += length
         assert blob[place:] == hashlib.sha256(blob[:place]).digest()
 
-    def groups(self) -> dict[str, bytes]:
-        """Return each group's values as byte planes."""
-        names = [name for name, _ in self.header["groups"]]
-        planes = [b"".join(map(brotli.decompress, blocks)) for blocks in self.blocks]
-        return dict(zip(names, planes, strict=True))
-
     def blob(
         self,
         changes: dict | None = None,
@@ -253,6 +244,35 @@ class Container:
             text = brotli.compress(json.dumps(header).encode(), quality=5)
         parts = [self.start, len(text).to_bytes(4, "little"), text, *itertools.chain(*blocks)]
         return sealed(b"".join(parts))
+
+
+# ---- Folders of runs -----------------------------------------------------------------------------
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "train.log").read_text(encoding="utf-8")
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def claim(folder: Path, **figures: Any) -> None:
+    """Falsify figures of results.json."""
+    (folder / "results.json").write_text(json.dumps(results_of(folder) | figures))
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    """Falsify a text."""
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def metrics_of(folder: Path, name: str) -> dict[int, Any]:
+    """Return what metrics.jsonl has by this name, in all its digits, by step."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
 
 
 # ---- Runs of the script --------------------------------------------------------------------------
@@ -314,32 +334,24 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Run the script to its end, in this process, which takes a tenth of the time.
 
-    A launcher, another script and `fresh` get an interpreter of their own.
+    A launcher, another script and `fresh` get an interpreter of their own. Here the script's main
+    is called as an interpreter would, and this process stays as it was. SystemExit becomes an exit
+    code; any other exception is a test's failure, as is a traceback.
     """
     if launcher or fresh or script != SCRIPT:
         return finish(start(settings, launcher, script, cwd, arguments))
-    return run_here(settings, cwd, arguments)
-
-
-def run_here(
-    settings: dict, cwd: Path | None, arguments: Sequence[str]
-) -> subprocess.CompletedProcess:
-    """Call the script's main as an interpreter would, and leave this process as it was.
-
-    SystemExit becomes an exit code; any other exception is a test's failure, as is a traceback.
-    """
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     code: str | int | None = 0
     with (
         pytest.MonkeyPatch.context() as patch,
         mock.patch.dict(os.environ, environment(settings), clear=True),
+        mock.patch.object(sys, "argv", [str(SCRIPT), *arguments]),
         torch.random.fork_rng(devices=[]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.chdir(cwd or Path.cwd())
-        patch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+        patch.chdir(cwd or ".")
         try:
             train_gpt.main(arguments)
         except SystemExit as ended:
@@ -382,17 +394,9 @@ def run_without(
     package: str, tool: Path, folder: Path, *arguments: str
 ) -> subprocess.CompletedProcess:
     """Run a tool in a folder, in a process that cannot import a package."""
-    code = (
-        f"import runpy, sys; sys.modules[{package!r}] = None;"
-        f" sys.argv = {[tool.name, *arguments]!r};"
-        f" runpy.run_path({str(tool)!r}, run_name='__main__')"
+    script = folder / "without.py"
+    script.write_text(
+        f"import runpy, sys\nsys.modules[{package!r}] = None\n"
+        f"sys.argv[0] = {tool.name!r}\nrunpy.run_path({str(tool)!r}, run_name='__main__')\n"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment({}),
-        cwd=folder,
-        timeout=100,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return finish(start({}, script=script, cwd=folder, arguments=arguments))

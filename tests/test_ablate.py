@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT / "tools"))
 import ablate
 import numpy as np
 import pandas as pd
-import torch
 
 TOOL = ROOT / "tools" / "ablate.py"
 STEP = TINY["TRAIN_BATCH_TOKENS"]
@@ -42,12 +41,8 @@ class Place:
     """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, capsys):
-        self.out, self.data, self.folder, self.capsys = (
-            folder / "out",
-            folder / "data",
-            folder,
-            capsys,
-        )
+        self.out, self.data, self.folder = folder / "out", folder / "data", folder
+        self.capsys = capsys
         self.data.mkdir()
         manifest = {"tokenizer": "../tok.model", "vocab_size": 512}
         (self.data / "manifest.json").write_text(json.dumps(manifest))
@@ -109,7 +104,6 @@ def test_budget_of_tokens(place):
     order = [("a.env", 1), ("wide", 1), ("a.env", 2), ("wide", 2)]
     assert [(row["label"], row["seed"]) for row in rows] == order
     assert all((row["steps"], row["tokens"], row["error"]) == (10, 10 * STEP, "") for row in rows)
-    assert {row["torch"] for row in rows} == {torch.__version__}
     plain, wide = place.given[:2]
     assert (plain["ITERATIONS"], plain["MAX_WALLCLOCK_SECONDS"], plain["SEED"]) == ("10", "0", "1")
     assert (plain["MODEL_DIM"], wide["MODEL_DIM"]) == ("64", "96")
@@ -133,15 +127,9 @@ def test_every_variant_trains_for_the_seconds_of_the_budget(place, estimate):
 
 
 def test_run_that_trained_for_another_time_is_an_error(place):
-    place.preset("b")
-    words = ("--presets", "b.env", "--budget", "seconds=6")
     place.seconds = 3.7
-    place.run(*words, failed=1)
+    place.run("--presets", "a.env", "--budget", "seconds=6", failed=1)
     assert place.rows()[0]["error"] == "trained for 3.7 s instead of 6: no fair comparison"
-    place.seconds = 6.01
-    assert "already there" in place.run(*words, failed=1)
-    place.run(*words, "--retry-failed")
-    assert [row["error"] for row in place.rows()] == [""]
     budget = ablate.Budget("seconds", 6)
     assert not budget.problem(10, 6.8) and budget.problem(10, 8) and budget.problem(10**4, 5.8)
 
@@ -157,25 +145,20 @@ def test_teacher_is_trained_once_a_seed(place):
     assert len(place.given) == 6
     runs = {Path(given["OUTPUT_DIR"]) / given["RUN_ID"]: given for given in place.given}
     for given in place.given:
-        assert "TEACHER_PRESET" not in given
         if given["MODEL_DIM"] == "48":
             assert "DISTILL_FROM" not in given
             assert given["EVAL_STRIDE"] == "8"  # that is a change to the student alone
         else:
             assert runs[Path(given["DISTILL_FROM"]).parent]["SEED"] == given["SEED"]
     assert sorted(row["label"] for row in place.rows()) == ["s", "s", "s8", "s8", "t.env", "t.env"]
+    place.run("--presets", "student.env", *BUDGET, "DISTILL_FROM=mine.ptz")
+    assert [given["DISTILL_FROM"] for given in place.given[6:]] == ["mine.ptz"]
 
 
 def test_teacher_that_is_a_line_of_the_plan_has_its_label(place):
     place.preset("student", TEACHER_PRESET="a.env", MODEL_DIM=32)
     place.run("--plan", place.plan("s f student.env", "t learned a.env"), *BUDGET)
     assert [(row["label"], row["family"]) for row in place.rows()] == [("t", "learned"), ("s", "f")]
-
-
-def test_given_teacher_wins(place):
-    place.preset("student", TEACHER_PRESET="a.env")
-    place.run("--presets", "student.env", *BUDGET, "DISTILL_FROM=t.ptz")
-    assert [given["DISTILL_FROM"] for given in place.given] == ["t.ptz"]
 
 
 def test_failure_is_a_row_and_the_others_go_on(place):
@@ -190,7 +173,6 @@ def test_failure_is_a_row_and_the_others_go_on(place):
     assert errors == {"a.env": ""}
     assert "bad.env, seed 1337: exit status 1" in (place.out / "table.md").read_text()
     place.failing = set()
-    assert place.run(*words, failed=2).count("already there") == 3
     assert place.run(*words, "--retry-failed").count("already there") == 1
     assert [row["error"] for row in place.rows()] == ["", "", ""]
 
@@ -280,23 +262,22 @@ def test_runs_share_the_machine(runner, monkeypatch):
     for gpus, jobs in ((0, 1), (1, 1), (1, 4), (2, 4)):
         assert "torch.distributed.run" not in runner(gpus, jobs).command()
     assert "CUDA_VISIBLE_DEVICES" not in runner(1, 4).environment({}, "0")
-    assert runner(2, 4).environment({}, "1")["CUDA_VISIBLE_DEVICES"] == "1"
     devices = runner(2, 4).devices
     assert [devices.get() for _ in range(4)] == ["0", "1", "0", "1"]
-    assert "OMP_NUM_THREADS" not in runner(0, 1).environment({}, "")
+    assert runner(2, 4).environment({}, "1")["CUDA_VISIBLE_DEVICES"] == "1"
     assert runner(0, 2).environment({}, "")["OMP_NUM_THREADS"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert runner(0, 2).environment({}, "")["OMP_NUM_THREADS"] == "1"
 
 
 def test_no_setting_comes_from_the_shell(runner, monkeypatch):
-    for name in ("MODEL_DIM", "ITERATIONS", "USE_RANDOM_ADAPTERS", "PRESET", "RANK"):
+    names = ("MODEL_DIM", "USE_RANDOM_ADAPTERS", "PRESET", "RANK")
+    for name in (*names, "NCCL_DEBUG"):
         monkeypatch.setenv(name, "8")
-    monkeypatch.setenv("NCCL_DEBUG", "INFO")
     given = runner(0, 1).environment({"NUM_LAYERS": "2"}, "")
-    assert given["NUM_LAYERS"] == "2" and given["NCCL_DEBUG"] == "INFO"
+    assert given["NUM_LAYERS"] == "2" and given["NCCL_DEBUG"] == "8"
     assert given["MALLOC_TRIM_THRESHOLD_"]  # of tools/memory.env
-    assert not {"MODEL_DIM", "ITERATIONS", "USE_RANDOM_ADAPTERS", "PRESET", "RANK"} & given.keys()
+    assert not given.keys() & set(names)
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
@@ -310,25 +291,21 @@ A = ("--presets", "a.env", *BUDGET)
         (["--presets", "nope", *BUDGET], "nope.*random_adapters"),
         ([*A, "dim=3"], "'dim=3' is not KEY=VALUE"),
         ([*A, "MODEL_WIDTH=3"], "a.env: MODEL_WIDTH: no such setting"),
-        ([*A, "MODEL_DIM=0"], "(?s)a.env: .*MODEL_DIM"),
         ([*A, "SEED=3"], "SEED: use --seeds, --budget"),
         ([*A, "--budget", "tokens=50"], "tokens=50 is less than one step of 256 tokens"),
         ([*A, "--budget", "hours=5"], "--budget needs"),
-        ([*A, "--budget", "tokens=0"], "--budget needs"),
         ([*A, "--seeds", "1,x"], "whole numbers"),
         ([*A, "--jobs", "0"], "--jobs 0"),
         ([*A, "--data", "."], "no .*manifest.json; data/prepare.py makes"),
-        (["--presets", "x.env", *BUDGET], "x.env: its teacher y.env may not have a teacher"),
+        (["--presets", "x.env", *BUDGET], "x.env: its teacher x.env may not have a teacher"),
         (BUDGET, "nothing to run"),
         (["--plan", "plan", *BUDGET], "plan, line 2: needs label, family and preset"),
-        (["--plan", "missing", *BUDGET], "missing"),
         (["--report-only"], "no results.csv"),
     ),
 )
 def test_bad_input_is_refused_at_once(place, words, message):
     place.plan("x f a.env", "y f")
-    place.preset("x", TEACHER_PRESET="y.env")
-    place.preset("y", TEACHER_PRESET="x.env")
+    place.preset("x", TEACHER_PRESET="x.env")
     with pytest.raises((ablate.UserError, OSError), match=message):
         place.run(*words)
     assert not place.out.exists()
@@ -347,19 +324,14 @@ def test_plan_table_picture_and_comparison(place):
     assert difference in out and difference in table
     names = re.findall(r"^\| ([a-z ]+) \| (\w+) \| tokens=512 \| 3 \|", table, re.M)
     assert names == [("rather large", "width"), ("other", "rank"), ("small", "width")]
-    assert "tokens=512: no yardstick: it needs 2 networks" in table
     scores = [2 - 96e-4 * (1 + seed / 10) - seed**2 / 1000 for seed in (1, 2, 3)]
     mean, deviation = np.mean(scores), np.std(scores, ddof=1)
     assert f"| {mean:.4f} ± {deviation:.4f} |  | 0.0100 | 10 | nan | 28,648 | 1,000 |" in table
-    picture = place.out / "bpb_vs_bytes.png"
-    picture.unlink()
     place.run("--report-only", *pair)
     assert (place.out / "table.md").read_text() == table
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (place.out / "bpb_vs_bytes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(ablate.UserError, match="share no seed; there are: other, rather large"):
         place.run("--report-only", "--compare", "small", "nobody")
-    place.run("--report-only", "--line", "width")
-    assert (place.out / "table.md").read_text().count("(on the line)") == 2
 
 
 def make_table(*variants: tuple) -> pd.DataFrame:
@@ -380,49 +352,27 @@ def test_distances_from_the_line():
     networks = [(f"w{i}", "learned", sizes[i], [scores[i]]) for i in range(4)]
     others = [("far", 3e6, [2.2, 2.21]), ("near", 3e6, [1.9]), ("beyond", 9e6, [2.2])]
     table = make_table(*networks, *((name, "f", *rest) for name, *rest in others))
-    table, lines, notes = ablate.measure_distances(table, "learned", 1)
+    table, _, notes = ablate.measure_distances(table, "learned", 1)
     # By the textbook: b = Sxy / Sxx and s² (1/n + (x - mean)² / Sxx).
     x = np.log(sizes)
     spread = ((x - x.mean()) ** 2).sum()
     slope = ((x - x.mean()) * scores).sum() / spread
     rest = scores - scores.mean() - slope * (x - x.mean())
     residual = math.sqrt((rest**2).sum() / 2)
-    at = math.log(3e6)
-    expected = scores.mean() + slope * (at - x.mean())
-    line_error = residual * math.sqrt(1 / 4 + (at - x.mean()) ** 2 / spread)
+    at = math.log(3e6) - x.mean()
+    line_error = residual * math.sqrt(1 / 4 + at**2 / spread)
     deviation = 0.01 / math.sqrt(2)  # of the only variant with two seeds, for all variants
     rows = table.set_index("name")
-    assert rows.distance["far"] == pytest.approx(2.205 - expected)
+    assert rows.distance["far"] == pytest.approx(2.205 - scores.mean() - slope * at)
     assert rows.distance_error["far"] == pytest.approx(math.hypot(line_error, deviation / 2**0.5))
     assert rows.distance_error["near"] == pytest.approx(math.hypot(line_error, deviation))
-    assert lines["b"].residual == pytest.approx(residual)
     assert "4 networks (4 runs) of family 'learned', 1,000,000 to 8,000,000 bytes" in notes[0]
-    assert f"− {-slope:.4f} x with x = ln(bytes / 2,800,000)" in notes[0]
     assert f"residual deviation {residual:.4f}, degrees of freedom: 2" in notes[0]
     texts = {row.name: ablate.format_distance(row) for row in table.itertuples()}
     assert texts["w0"] == f"{rest[0]:+.4f} (on the line)"
     assert texts["near"].endswith(" (within noise)")
     assert texts["beyond"].endswith(" (extrapolated)")
     assert texts["far"].endswith(f" ± {rows.distance_error['far']:.4f}")
-
-
-def test_two_networks_give_a_line_without_an_error():
-    networks = [("a", "learned", 1e6, [2.0]), ("b", "learned", 2e6, [1.9])]
-    table = make_table(*networks, ("c", "f", 2e6, [1.95]))
-    table, _, notes = ablate.measure_distances(table, "learned", 1)
-    assert ablate.format_distance(table.set_index("name", drop=False).loc["c"]) == "+0.0500"
-    assert "residual" not in notes[0]
-
-
-def test_parabola_needs_five_networks():
-    sizes = np.array([1e6, 2e6, 4e6, 8e6, 16e6])
-    scores = 2 - 0.1 * np.log(sizes / 4e6) + 0.02 * np.log(sizes / 4e6) ** 2
-    networks = [(f"w{i}", "learned", sizes[i], [scores[i]]) for i in range(5)]
-    _, lines, notes = ablate.measure_distances(make_table(*networks), "learned", 2)
-    assert lines["b"].coefficients == pytest.approx([0.02, -0.1, 2.0])
-    assert "val_bpb = 2.0000 − 0.1000 x + 0.0200 x² with x = ln(bytes / 4,000,000)" in notes[0]
-    _, lines, notes = ablate.measure_distances(make_table(*networks[1:]), "learned", 2)
-    assert not lines and "needs 5 networks of different size" in notes[0]
 
 
 # ---- The real script -----------------------------------------------------------------------------

@@ -11,10 +11,8 @@ import errno
 import functools
 import io
 import itertools
-import json
 import math
 import os
-import pickle
 import random
 import re
 import resource
@@ -39,8 +37,9 @@ from helpers import (
     Container,
     Corpus,
     finish,
+    log_of,
     refusal,
-    run,
+    results_of,
     run_well,
     sealed,
     start,
@@ -66,7 +65,7 @@ ARTIFACT = "model.int6.ptz"
 
 # Runs the script with slow steps, so that a fault finds it in training, and leaves process ids.
 DRIVER = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import train_gpt
@@ -75,9 +74,6 @@ Path(os.environ["OUTPUT_DIR"], os.environ["RUN_ID"] + "." + rank).write_text(str
 train_step = train_gpt.Trainer.train_step
 
 def slow_step(trainer, plan):
-    if sys.argv[1] == "hang" and rank == "1" and trainer.step == 3:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(120)
     time.sleep(0.2)
     return train_step(trainer, plan)
 
@@ -132,55 +128,50 @@ class Site:
         for key in ("steps", "val_loss", "val_bpb", "bytes_model", "candidate"):
             assert ours[key] == theirs[key], key
         assert not list(folder.glob("*.part"))
-        return (folder / "train.log").read_text(encoding="utf-8")
+        return log_of(folder)
 
 
-def results_of(folder: Path) -> dict:
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+def wrapped(wrapper: Callable, function: Callable) -> Callable:
+    """Return a function, also usable as a method, that calls `wrapper` with what it replaces."""
+    return lambda *given, **more: wrapper(function, *given, **more)
 
 
 def call_at_moments(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
     """Save at steps 5 and 9; call `act` around what replaces a file, and where stages begin."""
     counts: collections.Counter = collections.Counter()
     file = "none"
-    write_file, fsync, replace = train_gpt.write_file, os.fsync, Path.replace
-    plan_step = train_gpt.Trainer.plan_step
 
-    def counted_write(path: Path, *given: object) -> None:
+    def counted_write(write_file: Callable, path: Path, *given: object) -> None:
         nonlocal file
         counts[path.name] += 1
         file = f"{path.name} {counts[path.name]}"
         write_file(path, *given)
 
-    def fsync_later(number: int) -> None:
+    def fsync_later(fsync: Callable, number: int) -> None:
         act(f"{file}: written")
         fsync(number)
 
-    def replace_and_act(path: Path, target: Path) -> None:
+    def replace_and_act(replace: Callable, path: Path, target: Path) -> None:
         replace(path, target)
         act(f"{file}: {'replaced' if path.suffix == '.part' else 'kept'}")
 
-    def acting(moment: str, function: Callable) -> Callable:
-        def call(*given: object, **more: object) -> object:
-            act(moment)
-            return function(*given, **more)
+    def plan_saves(plan_step: Callable, trainer: train_gpt.Trainer) -> train_gpt.StepPlan:
+        return plan_step(trainer)._replace(save=trainer.step in (5, 9))
 
-        return call
+    def begin(function: Callable, *given: object, **more: object) -> object:
+        act(function.__name__)
+        return function(*given, **more)
 
-    patch.setattr(train_gpt, "write_file", counted_write)
-    patch.setattr(os, "fsync", fsync_later)
-    patch.setattr(Path, "replace", replace_and_act)
-    patch.setattr(
-        train_gpt.Trainer,
-        "plan_step",
-        lambda trainer: plan_step(trainer)._replace(save=trainer.step in (5, 9)),
-    )
-    for owner, name in (
-        (train_gpt, "preflight"),
-        (train_gpt.Trainer, "rank_candidates"),
-        (train_gpt.Trainer, "validate"),
+    for owner, name, wrapper in (
+        (train_gpt, "write_file", counted_write),
+        (os, "fsync", fsync_later),
+        (Path, "replace", replace_and_act),
+        (train_gpt.Trainer, "plan_step", plan_saves),
+        (train_gpt, "preflight", begin),
+        (train_gpt.Trainer, "rank_candidates", begin),
+        (train_gpt.Trainer, "validate", begin),
     ):
-        patch.setattr(owner, name, acting(name, getattr(owner, name)))
+        patch.setattr(owner, name, wrapped(wrapper, getattr(owner, name)))
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +223,11 @@ def test_a_full_disk_costs_no_checkpoint(site, moment):
     ("error", "remedy"),
     [
         (MemoryError("no room"), "lower MICRO_BATCH_TOKENS"),
-        (RuntimeError("[gloo] Connection closed by peer"), "another process died"),
+        (RuntimeError("[gloo] Timed out waiting 20000ms for recv"), "hung for TIMEOUT_SECONDS"),
     ],
 )
 def test_an_error_of_the_machine_has_a_remedy(site, monkeypatch, error, remedy):
-    def fail(trainer: train_gpt.Trainer, plan: train_gpt.StepPlan) -> None:
+    def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(train_gpt.Trainer, "train_step", fail)
@@ -247,34 +238,22 @@ def test_an_error_of_the_machine_has_a_remedy(site, monkeypatch, error, remedy):
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-def start_and_wait(
-    site: Site, settings: dict, *arguments: str, launcher: tuple = ()
-) -> subprocess.Popen:
+def start_and_wait(site: Site, settings: dict, launcher: tuple = ()) -> subprocess.Popen:
     """Start a process with slow steps, and wait until its second step and a checkpoint."""
-    process = start(settings, launcher, script=site.driver, arguments=arguments)
+    process = start(settings, launcher, script=site.driver)
     folder, end = site.run_of(settings), time.monotonic() + 200
     while process.poll() is None and time.monotonic() < end:
-        log = folder / "train.log"
-        is_training = log.exists() and "\nstep:2/" in log.read_text(encoding="utf-8")
-        if is_training and (folder / "checkpoint.pt").exists():
+        if (folder / "checkpoint.pt").exists() and "\nstep:2/" in log_of(folder):
             return process
         time.sleep(0.02)
     process.kill()
     raise AssertionError(process.communicate())
 
 
-def test_a_killed_process_ends_as_if_nothing_had_been(site):
-    settings = site.settings(CHECKPOINT_SECONDS=0.01)
-    process = start_and_wait(site, settings, "slow")
-    process.kill()
-    assert finish(process).returncode == -signal.SIGKILL
-    assert "continued after step" in site.ends_whole(settings)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
 def test_a_signal_in_training_saves_and_leaves(site, number):
     settings = site.settings(CHECKPOINT_SECONDS=0.01)
-    process = start_and_wait(site, settings, "slow")
+    process = start_and_wait(site, settings)
     process.send_signal(number)
     result = finish(process)
     assert result.returncode == 1
@@ -287,10 +266,9 @@ def test_a_signal_in_training_saves_and_leaves(site, number):
     assert int(saved[1]) == len(steps)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
-def test_a_second_signal_leaves_at_once_as_does_one_before_training(monkeypatch, number):
+def test_a_second_signal_leaves_at_once_as_does_one_before_training(monkeypatch):
     """But Ctrl-C may come twice, from the terminal and from torchrun."""
-    codes = []
+    codes, number = [], signal.SIGTERM
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(os, "write", lambda *_: None)
     stop = train_gpt.StopSignal()
@@ -314,35 +292,22 @@ def test_two_processes_of_one_run_do_not_meet(site):
     site.ends_whole(settings)
 
 
-@pytest.fixture(scope="module")
-def alone(site):
-    """The folder of a run of one process without dropout, which each process draws for itself."""
-    settings = site.settings(DROPOUT=0)
-    run_well(settings)
-    return site.run_of(settings)
-
-
-@pytest.mark.parametrize("fault", ["killed", "hung", "restarted"])
-def test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again(site, alone, fault):
-    """Dead, silent beyond TIMEOUT_SECONDS, and dead under torchrun's --max-restarts."""
-    timeout = 20 if fault == "hung" else 600
-    settings = site.settings(CHECKPOINT_SECONDS=0.01, TIMEOUT_SECONDS=timeout, DROPOUT=0)
-    launcher = TWO_PROCESSES + (("--max-restarts=1",) if fault == "restarted" else ())
-    way = "hang" if fault == "hung" else "slow"
-    process = start_and_wait(site, settings, way, launcher=launcher)
-    if fault != "hung":
-        rank = int(fault == "restarted")
-        os.kill(int(Path(f"{site.run_of(settings)}.{rank}").read_text()), signal.SIGKILL)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_others_or_is_started_again(site, rank):
+    """Rank 0, and the run is continued; rank 1 under torchrun's --max-restarts."""
+    settings = site.settings(CHECKPOINT_SECONDS=0.01)
+    process = start_and_wait(site, settings, TWO_PROCESSES + (("--max-restarts=1",) * rank))
+    folder = site.run_of(settings)
+    os.kill(int(Path(f"{folder}.{rank}").read_text()), signal.SIGKILL)
     result = finish(process)
     assert 'train_gpt.py", line' not in result.stderr, "the launcher alone has a traceback"
-    if fault == "restarted":
-        assert result.returncode == 0, result.stderr
-    else:
-        assert result.returncode != 0
+    assert (result.returncode == 0) == (rank == 1), result.stderr
+    if rank == 0:
         assert re.search(r"^error: .* another process died, or hung", result.stderr, re.M)
         run_well(settings)
-    ours, theirs = (results_of(folder)["val_bpb"] for folder in (site.run_of(settings), alone))
-    assert ours == pytest.approx(theirs, abs=0.01)
+    assert "continued after step" in log_of(folder)
+    ours, theirs = results_of(folder), results_of(site.whole)
+    assert ours["val_bpb"] == pytest.approx(theirs["val_bpb"], rel=0.05)  # dropout differs
 
 
 # ---- Numbers -------------------------------------------------------------------------------------
@@ -350,12 +315,12 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_or_is_started_again(site, alo
 
 def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch):
     settings = site.settings(WARMUP_STEPS=0)
-    step, name = 11, "blocks.1.attention.q.lora.A"
+    name = "blocks.1.attention.q.lora.A"
     accumulate, passes = train_gpt.accumulate_gradients, itertools.count(1)
 
     def poisoned(forward: torch.nn.Module, *given: object) -> torch.Tensor:
         loss = accumulate(forward, *given)
-        if next(passes) == step:
+        if next(passes) == 11:
             dict(forward.named_parameters())[name].grad.view(-1)[-1] = math.nan
         return loss
 
@@ -363,7 +328,7 @@ def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch
         call_at_moments(patch, lambda moment: None)
         patch.setattr(train_gpt, "accumulate_gradients", poisoned)
         message = refusal(settings)
-    assert f"step {step}: {name} not finite" in message
+    assert f"step 11: {name} not finite" in message
     assert "good checkpoint is checkpoint.pt of step 9" in message
     checkpoint = site.run_of(settings) / "checkpoint.pt"
     exported = site.settings(EXPORT_ONLY=1, CHECKPOINT_PATH=checkpoint, WARMUP_STEPS=0)
@@ -377,25 +342,18 @@ def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"DATA_PATH": "{gone}"}, "DATA_PATH={gone}"),
-        ({"TOKENIZER_PATH": "{gone}"}, "TOKENIZER_PATH={gone}"),
-        ({"TOKENIZER_PATH": "{data}"}, "directory"),
-        ({"OUTPUT_DIR": "{tokenizer}"}, "{tokenizer}"),
-        ({"DISTILL_FROM": "{gone}", "SELF_DISTILL": 0}, "DISTILL_FROM={gone}"),
-        ({"EVAL_ONLY": 1, "MODEL_PATH": "{gone}"}, "MODEL_PATH={gone}"),
-        ({"EXPORT_ONLY": 1, "CHECKPOINT_PATH": "{gone}"}, "{gone}"),
+        ({"DATA_PATH": "gone"}, "DATA_PATH=gone"),
+        ({"TOKENIZER_PATH": "gone"}, "TOKENIZER_PATH=gone"),
+        ({"TOKENIZER_PATH": "/"}, "directory"),
+        ({"OUTPUT_DIR": __file__}, __file__),
+        ({"DISTILL_FROM": "gone", "SELF_DISTILL": 0}, "DISTILL_FROM=gone"),
+        ({"EVAL_ONLY": 1, "MODEL_PATH": "gone"}, "MODEL_PATH=gone"),
+        ({"EXPORT_ONLY": 1, "CHECKPOINT_PATH": "gone"}, "gone"),
     ],
 )
 def test_a_missing_file_is_named(site, changes, named):
-    places = {
-        "gone": site.folder / "gone",
-        "data": site.corpus.folder,
-        "tokenizer": site.corpus.tokenizer,
-    }
-    given = {key: str(value).format(**places) for key, value in changes.items()}
-    message = refusal(site.settings(**given))
-    assert named.format(**places) in message
-    assert message.count("\n") == 1
+    message = refusal(site.settings(**changes))
+    assert named in message and message.count("\n") == 1
 
 
 # ---- Artifacts -----------------------------------------------------------------------------------
@@ -438,15 +396,6 @@ def with_table(container: Container, shape: list, kind: str, data: bytes) -> byt
     return container.blob({"tensors": [["x", shape, [kind]]], "groups": [[kind, []]]}, [[data]])
 
 
-def with_header(container: Container, text: bytes) -> bytes:
-    return container.blob(text=brotli.compress(text, quality=5))
-
-
-def with_sizes(container: Container, sizes: object) -> bytes:
-    (first, _), *groups = container.header["groups"]
-    return container.blob({"groups": [[first, sizes], *groups]}, mend=False)
-
-
 def with_first_group(container: Container, *blocks: bytes) -> bytes:
     return container.blob(blocks=[list(blocks), *container.blocks[1:]])
 
@@ -455,8 +404,7 @@ NOT_FINITE = brotli.compress(np.array([1, np.nan], "<f2").tobytes())
 BOMB = 3 * 2**29  # bytes that it unpacks to
 # Name -> artifact that somebody made on purpose, with a right checksum, of a sound one's parts.
 FORGED: dict[str, Callable[[Container], bytes]] = {
-    "cut in the header": lambda c: sealed(c.blob()[:100]),
-    "cut in the values": lambda c: sealed(c.blob()[:-1000]),
+    "cut": lambda c: sealed(c.blob()[:-1000]),
     "another version": lambda c: sealed(c.blob()[:8] + b"\x07" + c.blob()[9:-32]),
     "a bomb for a header": lambda c: c.blob(text=zeros_packed(BOMB)),
     "a bomb for a group": lambda c: with_first_group(c, zeros_packed(BOMB)),
@@ -464,17 +412,10 @@ FORGED: dict[str, Callable[[Container], bytes]] = {
     "1 KB that asks for 100 GB": lambda c: with_table(c, [160_000] * 2, "x codes", b"\x06"),
     "a product over 64 bits": lambda c: with_table(c, [2**25] * 9, "x codes", b"\x06"),
     "not finite": lambda c: with_table(c, [2], "x float16", NOT_FINITE),
-    "bits past the limit": lambda c: c.blob(
-        {"tensors": [[f"x{i}", [2**25], ["x bits"]] for i in range(2000)]}
-    ),
-    "a block of negative size": lambda c: with_sizes(c, [-5, 5]),
-    "sizes that are no numbers": lambda c: with_sizes(c, ["1", None]),
-    "4 MiB of brackets": lambda c: with_header(c, b"[" * (2**22 - 10)),
-    "a long number": lambda c: with_header(c, b'{"tensors": [["x", [' + b"9" * 100_000),
-    "a header that is a list": lambda c: with_header(c, b"[]"),
-    "no JSON": lambda c: with_header(c, b"\xff\xfe\x00"),
+    "a block of negative size": lambda c: c.blob({"groups": [["x", [-5, 5]]]}, mend=False),
+    "4 MiB of brackets": lambda c: c.blob(text=brotli.compress(b"[" * (2**22 - 10), quality=5)),
+    "no JSON": lambda c: c.blob(text=brotli.compress(b"\xff\xfe\x00")),
     "too few tensors": lambda c: c.blob({"tensors": c.header["tensors"][1:]}),
-    "no tensors": lambda c: c.blob({"tensors": [], "groups": []}, []),
     "another map's fingerprint": lambda c: c.blob({"fingerprint": "0" * 64}),
     "an unknown setting": lambda c: with_model(c, no_such_setting=1),
     "a setting that is not the model's": lambda c: with_model(c, output_dir="/tmp/elsewhere"),
@@ -491,36 +432,6 @@ def test_a_forged_artifact_is_refused(site, one_gibibyte_more, name):
     assert not re.search("allocate|MemoryError", refusal(evaluation_of(site, blob)))
 
 
-EVIL = [-1, 0, 2**63, 2**200, 0.5, math.nan, math.inf, True, None, "", "x", "-1", "shared:99"]
-EVIL += [[], [[]], [-1], [2**40], [3, -3], {}, {"x": 1}]
-
-
-def spoil_json(value: object, draw: random.Random) -> None:
-    """Change one thing somewhere in a JSON value, in place."""
-    while True:
-        key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
-        inside = value[key]
-        if not (inside and isinstance(inside, (dict, list))) or draw.random() < 0.15:
-            break
-        value = inside
-    if draw.random() < 0.2:
-        del value[key]
-    else:
-        value[key] = draw.choice(EVIL)
-
-
-def test_an_artifact_with_a_spoiled_header_is_refused_or_harmless(site, one_gibibyte_more):
-    """With a right checksum: values may be others, but no exception reaches the user."""
-    container, refused = Container((site.whole / ARTIFACT).read_bytes()), 0
-    for i in range(40):
-        header = json.loads(json.dumps(container.header))
-        spoil_json(header, random.Random(i))
-        result = run(evaluation_of(site, container.blob(header, mend=False)))
-        refused += result.returncode
-        assert result.stderr.startswith("error: " * result.returncode), i
-    assert refused > 10, "the sample must not be harmless"
-
-
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
@@ -534,12 +445,12 @@ class Executes:
         return os.mkdir, (str(self.path),)
 
 
-def rezipped(data: bytes, change: Callable[[str, bytes], bytes], **more: int) -> bytes:
-    """Return an archive with other contents of its entries, checksums right."""
+def with_bomb(data: bytes) -> bytes:
+    """Return a checkpoint whose first values unpack to 256 MiB, checksums right."""
     source, target = zipfile.ZipFile(io.BytesIO(data)), io.BytesIO()
-    with zipfile.ZipFile(target, "w", **more) as archive:
-        for entry in source.namelist():
-            archive.writestr(entry, change(entry, source.read(entry)))
+    with zipfile.ZipFile(target, "w", compression=zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, bytes(2**28) if name.endswith("/data/0") else source.read(name))
     return target.getvalue()
 
 
@@ -549,31 +460,23 @@ def saved_by_torch(value: object, **more: bool) -> bytes:
     return buffer.getvalue()
 
 
-def with_pickle(whole: bytes, code: bytes) -> bytes:
-    return rezipped(whole, lambda name, data: code if name.endswith("data.pkl") else data)
-
-
-def bomb(name: str, data: bytes) -> bytes:
-    return bytes(2**28) if name.endswith("/data/0") else data
-
-
 LEGACY = {"_use_new_zipfile_serialization": False}
-# Name -> file, of a whole checkpoint and a folder that executed code would make.
-HOSTILE: dict[str, Callable[[bytes, Path], bytes]] = {
-    "a pickle with code": lambda whole, trap: with_pickle(whole, pickle.dumps(Executes(trap), 2)),
-    "code in the old format": lambda whole, trap: saved_by_torch(Executes(trap), **LEGACY),
-    "code in torch's format": lambda whole, trap: saved_by_torch({"weights": Executes(trap)}),
-    "a zip bomb": lambda whole, trap: rezipped(whole, bomb, compression=zipfile.ZIP_DEFLATED),
-    "another program's": lambda whole, trap: saved_by_torch({"model": {}, "step": 3}),
-    "cut": lambda whole, trap: whole[: len(whole) // 2],
-    "text": lambda whole, trap: b"not a checkpoint\n" * 100,
+# Name -> file, of a whole checkpoint and of what executes code when it is unpickled.
+HOSTILE: dict[str, Callable[[bytes, object], bytes]] = {
+    "code in the old format": lambda _, code: saved_by_torch(code, **LEGACY),
+    "code in torch's format": lambda _, code: saved_by_torch({"weights": code}),
+    "a zip bomb": lambda whole, _: with_bomb(whole),
+    "another program's": lambda *_: saved_by_torch({"model": {}, "step": 3}),
+    "cut": lambda whole, _: whole[: len(whole) // 2],
+    "text": lambda *_: b"not a checkpoint\n" * 100,
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_checkpoint_is_refused_and_never_executed(site, tmp_path, name):
     path, trap = tmp_path / "checkpoint.pt", tmp_path / "executed"
-    path.write_bytes(HOSTILE[name]((site.whole / "checkpoint.pt").read_bytes(), trap))
+    whole = (site.whole / "checkpoint.pt").read_bytes()
+    path.write_bytes(HOSTILE[name](whole, Executes(trap)))
     message = refusal(site.settings(EXPORT_ONLY=1, CHECKPOINT_PATH=path))
     assert str(path) in message
     assert not trap.exists()
@@ -603,15 +506,3 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(site, tmp_path):
         expected = known[steps[-1] == 5].weights
         assert all(torch.equal(found.weights[key], expected[key]) for key in expected), i
     assert steps.count(5) > 15
-
-
-# ---- Shards --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_torn_shard_is_named(site, tmp_path, split):
-    data = shutil.copytree(site.corpus.folder, tmp_path / "data")
-    path = data / f"fineweb_{split}_000000.bin"
-    os.truncate(path, path.stat().st_size - 2)
-    message = refusal(site.settings(DATA_PATH=data, TOKENIZER_PATH=site.corpus.tokenizer))
-    assert str(path) in message

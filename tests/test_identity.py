@@ -22,6 +22,7 @@ from helpers import (
     SCRIPT,
     TINY,
     Seconds,
+    log_of,
     read_shard,
     refusal,
     run_well,
@@ -85,13 +86,6 @@ def score(text: str) -> str:
     return line
 
 
-def log_of(folder: Path) -> str:
-    return (folder / "train.log").read_text(encoding="utf-8")
-
-
-# ---- A checkpoint and its run ------------------------------------------------------------------
-
-
 def test_an_export_takes_the_data_of_its_run(trained, base, runs):
     """Nothing but the checkpoint is named; the script's default data do not exist here."""
     export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "exported"}
@@ -102,51 +96,40 @@ def test_an_export_takes_the_data_of_its_run(trained, base, runs):
 
 
 @pytest.mark.parametrize("export", [True, False])
-def test_another_tokenizer_than_the_runs_is_refused(
-    trained, unfinished, base, other_tokenizer, export
+def test_another_tokenizer_and_other_data_than_the_runs_are_refused(
+    trained, unfinished, base, other_tokenizer, grown, export
 ):
-    """One of the same size: the validation text still has as many bytes as its tokens count."""
+    """A tokenizer of the same size; one more shard, which would move sequences to the hold-out."""
     settings = base | {"RUN_ID": unfinished.name}
     if export:
         path = trained / "checkpoint.pt"
-        settings |= {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "tokenizer"}
+        settings |= {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "other"}
     message = refusal(settings | other_tokenizer)
     assert f"TOKENIZER_PATH={other_tokenizer['TOKENIZER_PATH']}: the tokenizer there" in message
     assert f"it was {base['TOKENIZER_PATH']}" in message
-
-
-@pytest.mark.parametrize("export", [True, False])
-def test_other_data_than_the_runs_are_refused(trained, unfinished, base, grown, export):
-    """One more shard would move sequences between training and the held-out text."""
-    settings = base | {"RUN_ID": unfinished.name}
-    if export:
-        path = trained / "checkpoint.pt"
-        settings |= {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "data"}
     message = refusal(settings | grown)
     assert f"DATA_PATH={grown['DATA_PATH']}: the shards there are not" in message
     assert f"it was {base['DATA_PATH']}" in message
 
 
-def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinished, runs, tmp_path):
-    """It is told no path; the source that wrote the checkpoint was another one."""
-    folder = shutil.copytree(unfinished, runs / "edited")
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    saved["identity"]["source"] = "0" * 64
-    torch.save(saved, folder / "checkpoint.pt")
-    again = {"RUN_ID": "edited", "OUTPUT_DIR": runs, "ARTIFACT_LIMIT_BYTES": 16_000_000}
-    warning = "warning: the script has changed since the checkpoint was written"
-    assert warning in run_well(again)
-    shutil.copytree(unfinished, runs / "same")
-    assert warning not in run_well(again | {"RUN_ID": "same"})
+def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinished, runs):
+    """It is told no path; the source that wrote the checkpoint was another one, or the same."""
+    for name in ("edited", "same"):
+        path = shutil.copytree(unfinished, runs / name) / "checkpoint.pt"
+        if name == "edited":
+            saved = torch.load(path, weights_only=True)
+            saved["identity"]["source"] = "0" * 64
+            torch.save(saved, path)
+        again = {"RUN_ID": name, "OUTPUT_DIR": runs, "ARTIFACT_LIMIT_BYTES": 16_000_000}
+        warning = "warning: the script has changed since the checkpoint was written"
+        assert (warning in run_well(again)) == (name == "edited")
 
 
-def test_another_teacher_than_the_runs_is_refused(trained, base, run_of, settings, tmp_path):
+def test_another_teacher_than_the_runs_is_refused(trained, run_of, settings, tmp_path):
     """Of the same network, after other steps."""
-    (tmp_path / "teacher.ptz").write_bytes((trained / "model.int6.ptz").read_bytes())
-    run = run_of(settings(distill_from=str(tmp_path / "teacher.ptz")))
-    run.tokenizer.sha256 = train_gpt.read_artifact((trained / "model.int6.ptz").read_bytes())[0][
-        "tokenizer"
-    ]
+    path = shutil.copy(trained / "model.int6.ptz", tmp_path)
+    run = run_of(settings(distill_from=path))
+    run.tokenizer.sha256 = train_gpt.read_artifact(Path(path).read_bytes())[0]["tokenizer"]
     train_gpt.load_teacher(run, None)
     saved = copy.copy(train_gpt.Checkpoint.read(trained / "checkpoint.pt"))
     saved.identity = {"teacher": run.identity["teacher"]}
@@ -230,26 +213,20 @@ def test_an_artifact_is_scored_as_its_run_was(trained, base):
 
 
 def test_a_run_that_moves_with_its_data_is_still_evaluated(trained, base, tmp_path):
-    """Results name the data as seen from their folder."""
-    shutil.copytree(base["DATA_PATH"], tmp_path / "data")
-    shutil.copy(base["TOKENIZER_PATH"], tmp_path / "data" / "it.model")
-    folder = shutil.copytree(trained, tmp_path / "runs" / "moved")
-    results = json.loads((folder / "results.json").read_text())
-    assert Path(folder / results["data_path"]).name == base["DATA_PATH"].name
-    moved = {"data_path": "../../data", "tokenizer_path": "../../data/it.model"}
-    (folder / "results.json").write_text(json.dumps(results | moved))
-    found = train_gpt.locations_beside(str(folder / "model.int6.ptz"))
+    """Results name the data as seen from their folder; without results the settings do."""
+    results = json.loads((trained / "results.json").read_text())
+    assert (trained / results["data_path"]).resolve() == base["DATA_PATH"].resolve()
+    moved = {"data_path": "../data", "tokenizer_path": "../data/it.model"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "it.model").touch()
+    found = []
+    for content in (json.dumps(results | moved), "[]", '{"data_path": 1, "tokenizer_path": 2}'):
+        (tmp_path / "run" / "results.json").write_text(content)
+        found.append(train_gpt.locations_beside(str(tmp_path / "run" / "model.int6.ptz")))
     data = tmp_path / "data"
-    assert found == {"data_path": str(data), "tokenizer_path": str(data / "it.model")}
-
-
-@pytest.mark.parametrize(
-    "content", [None, "", "[]", "{}", '{"data_path": 1, "tokenizer_path": 2}', '"text"']
-)
-def test_an_artifact_without_results_of_use_takes_the_settings_paths(content, tmp_path):
-    if content is not None:
-        (tmp_path / "results.json").write_text(content)
-    assert train_gpt.locations_beside(str(tmp_path / "model.int6.ptz")) == {}
+    expected = {"data_path": str(data), "tokenizer_path": str(data / "it.model")}
+    assert found == [expected, {}, {}]
 
 
 def test_an_artifact_elsewhere_says_which_paths_it_needs(trained, other_tokenizer, tmp_path):
@@ -257,9 +234,6 @@ def test_an_artifact_elsewhere_says_which_paths_it_needs(trained, other_tokenize
     evaluation = {"EVAL_ONLY": 1, "MODEL_PATH": path, "EVAL_BATCH_TOKENS": 1024}
     message = refusal(evaluation | other_tokenizer)
     assert "is not the tokenizer of the artifact; set TOKENIZER_PATH and DATA_PATH" in message
-
-
-# ---- The log, the clock and the processes --------------------------------------------------------
 
 
 def test_a_log_begins_with_the_source_although_an_earlier_start_failed(base, runs):
@@ -318,10 +292,10 @@ def test_a_terminal_that_closes_stops_a_run_as_sigterm_does(under_nohup):
 
 @pytest.fixture
 def exporting(data_settings, run_of, monkeypatch):
-    """exporting(limit, saving, rank0): candidates exported by a run that trained for 50 s.
+    """exporting(limit, saving, rank0): how many candidates a run exports, and its metrics.
 
-    Saving takes `saving` seconds, each export 5; `rank0` are the seconds of rank 0's clock, if this
-    is another process.
+    It trained for 50 s. Saving takes `saving` seconds, each export 5; `rank0` are the seconds of
+    rank 0's clock, if this is another process.
     """
     clock = Seconds()
     monkeypatch.setattr(time, "perf_counter", clock)
@@ -336,52 +310,48 @@ def exporting(data_settings, run_of, monkeypatch):
         figures |= {f"holdout_loss_{name}": 1.0 for name in names}  # all are worth an export
         return figures, dict.fromkeys(names, model.state_dict())
 
-    def run_it(limit: float, saving: float = 0.0, rank0: list[float] | None = None) -> dict:
+    def run_it(limit: float, saving: float = 0.0, rank0: tuple = ()) -> tuple[int, dict]:
         run = run_of(data_settings(max_wallclock_seconds=limit, gptq_reserve_seconds=1))
         if rank0:
+            answers = iter(rank0)
+
+            def by_rank0(*mine, flag=False):
+                return [next(answers) for _ in mine], flag
+
             run.dist = copy.copy(run.dist)
-            run.dist.sync_from_rank0 = lambda *mine, flag=False: (
-                [rank0.pop(0)] if mine else [],
-                flag,
-            )
+            run.dist.sync_from_rank0 = by_rank0
 
         def save(*_):
             clock.now += saving
 
-        def weights(_):
-            return {}, train_gpt.make_model(run.h).state_dict()
-
+        weights = train_gpt.make_model(run.h).state_dict()
         for name, stand_in in {
             "export": export,
             "train_model": trained,
             "save_checkpoint": save,
-            "read_artifact": weights,
+            "read_artifact": lambda _: ({}, weights),
             "evaluate": lambda *_: 1.0,
             "log_start": lambda *_: {},
         }.items():
             monkeypatch.setattr(train_gpt, name, stand_in)
-        return train_gpt.train_and_export(run, None)[1]
+        metrics = train_gpt.train_and_export(run, None)[1]
+        return sum(name.startswith("holdout_loss_quantized_") for name in metrics), metrics
 
     return run_it
 
 
-def exported(metrics: dict) -> int:
-    return sum(name.startswith("holdout_loss_quantized_") for name in metrics)
-
-
 def test_writing_the_finished_checkpoint_counts(exporting):
     """It takes time from the export, and a slow disk puts a run over its time."""
-    fast, slow = exporting(limit=68.5), exporting(limit=68.5, saving=6)
-    assert (exported(fast), exported(slow)) == (3, 2)
-    assert fast["export_seconds"] == 3 * 5
-    assert slow["export_seconds"] == 6 + 2 * 5
+    (fast, metrics), (slow, slower) = exporting(limit=68.5), exporting(limit=68.5, saving=6)
+    assert (fast, slow) == (3, 2)
+    assert metrics["export_seconds"] == 3 * 5
+    assert slower["export_seconds"] == 6 + 2 * 5
 
 
-@pytest.mark.parametrize(("rank0", "count"), [([100, 5, 5, 5], 3), ([1, 5], 1)])
+@pytest.mark.parametrize(("rank0", "count"), [((), 2), ((100, 5, 5, 5), 3), ((1, 5), 1)])
 def test_rank_0_decides_for_all_how_many_candidates_are_exported(exporting, rank0, count):
-    """This process would export two."""
-    assert exported(exporting(limit=62.5)) == 2
-    assert exported(exporting(limit=62.5, rank0=rank0)) == count
+    """This process alone would export two."""
+    assert exporting(limit=62.5, rank0=rank0)[0] == count
 
 
 def test_all_processes_write_into_the_folder_that_rank_0_names(settings, processes, tmp_path):
@@ -411,18 +381,16 @@ def test_a_streaming_batch_has_as_many_rows_as_asked_for(asked):
     assert sum(batch.counts.sum() for batch in batches) == 100 * 8
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_sensitivities_that_are_not_finite_are_refused(value, data_settings, run_of, monkeypatch):
+def test_sensitivities_that_are_not_finite_are_refused(data_settings, run_of, monkeypatch):
     """Rows with such a scale would be stored as zeros."""
     h = data_settings()
-    model = train_gpt.make_model(h)
     collect = train_gpt.collect_sensitivities
 
     def ruined(*arguments):
         rows, tables = collect(*arguments)
-        next(iter(rows.values()))[0] = value
+        next(iter(rows.values()))[0] = math.inf
         return rows, tables
 
     monkeypatch.setattr(train_gpt, "collect_sensitivities", ruined)
     with pytest.raises(train_gpt.UserError, match=r"sensitivity .* is not finite"):
-        train_gpt.export(run_of(h), model, train_gpt.TrainingData(h), 0)
+        train_gpt.export(run_of(h), train_gpt.make_model(h), train_gpt.TrainingData(h), 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import functools
 import gzip
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from helpers import prepare, write_jsonl
+from helpers import prepare, read_shard, write_jsonl
 
 DRAW = random.Random(1)
 WORDS = ["".join(DRAW.choices("etaoinshrdlu", k=1 + n // 20)) for n in range(120)]
@@ -62,14 +61,13 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def shards(folder: Path, split: str) -> list[list[int]]:
     """The tokens of each shard, after a look at all a reader of the challenge relies on."""
-    found = []
-    for number, path in enumerate(sorted(folder.glob(f"fineweb_{split}_*.bin"))):
-        assert path.name == f"fineweb_{split}_{number:06d}.bin"
+    count = len(list(folder.glob(f"fineweb_{split}_*.bin")))
+    paths = [folder / f"fineweb_{split}_{number:06d}.bin" for number in range(count)]
+    for path in paths:
         raw = path.read_bytes()
         header = np.frombuffer(raw[:1024], "<i4").tolist()
         assert header == [20240520, 1, (len(raw) - 1024) // 2, *[0] * 253]
-        found.append(np.frombuffer(raw[1024:], "<u2").tolist())
-    return found
+    return [read_shard(path).tolist() for path in paths]
 
 
 def written(out: Path) -> tuple[Path, sentencepiece.SentencePieceProcessor, dict]:
@@ -142,10 +140,8 @@ def test_docs(tmp_path, monkeypatch):
     assert "vocabulary 1024" in run_well(out, "docs")
     run_well(tmp_path / "b", "docs")
     assert contents(out) == contents(tmp_path / "b")
-    _, tokenizer, manifest = written(out)
-    names = ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "manifest.json")
-    files = [f"datasets/docs_sp1024/{name}" for name in names]
-    assert sorted(contents(out)) == [*files, "tokenizers/docs_1024_bpe.model"]
+    folder, tokenizer, manifest = written(out)
+    assert folder.name == "docs_sp1024"
     texts = decoded(out)
     both = texts["train"] + texts["val"]
     assert len(both) > 500 and len(set(both)) == len(both)
@@ -173,8 +169,7 @@ def test_text_can_be_read_back_from_the_shards(book, model, tmp_path):
     assert sorted(texts["train"] + texts["val"]) == sorted(DOCUMENTS)
     assert 3 <= len(texts["val"]) <= 30  # 4 % of 300, by hash
     for split, documents in texts.items():
-        kept = set(documents)
-        assert documents == [text for text in DOCUMENTS if text in kept], "the file's order"
+        assert documents == sorted(documents, key=DOCUMENTS.index), "the file's order"
         assert manifest[split]["bytes"] == sum(map(len, documents))
         expected = [[1, *tokenizer.encode(text)] for text in documents]
         assert shards(folder, split) == [[*itertools.chain(*expected)]]
@@ -210,14 +205,6 @@ def test_text_trains_a_tokenizer_that_sees_no_validation_text(tmp_path):
     texts = decoded(tmp_path / "out")
     assert " ".join(texts["train"]) in BOOK.replace("\n\n", " ")
     assert texts["val"][-1].endswith("ÿþ ÿþ ÿþ")
-
-
-def test_sample_is_spread_over_a_long_text(monkeypatch):
-    monkeypatch.setattr(prepare, "TRAINER_BYTES", 200_000)
-    numbers = [int(text) for text in prepare.sample(map(str, range(20_000)), 20_000_000)]
-    assert 150 < len(numbers) < 250  # expected are 200, by hash
-    assert {number // 2000 for number in numbers} == set(range(10))
-    assert list(prepare.sample(DOCUMENTS, 200_000)) == DOCUMENTS
 
 
 def test_an_interrupted_run_leaves_nothing(model, tmp_path):
@@ -269,19 +256,14 @@ def test_text_does_not_replace_a_tokenizer(book, model, tmp_path):
 ZIPPED = gzip.compress(GOOD)
 BAD_FILES = [
     ("a.jsonl", GOOD + b'{"text": "half\n', ["a.jsonl, line 301", '"text"']),
-    ("a.jsonl", GOOD + b'{"body": "x"}\n', ["a.jsonl, line 301", '"text"']),
     ("a.jsonl", b'{"text": "\\ud800"}\n' + GOOD, ["a.jsonl, line 1:", "whole characters"]),
     ("a.jsonl", GOOD + b"[" * 200_000 + b"\n", ["a.jsonl, line 301"]),
     ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl, line 1", "UTF-8", "0xff"]),
     ("a.txt", b"good \n\r\n" * 9 + b"a\xe9b\n", ["line 19", "byte 0xe9", "iconv"]),
-    ("a.txt", b"one\n" + b"x" * 200_000 + b"\xff", ["a.txt, line 2", "byte 0xff"]),
     ("a.md.gz", gzip.compress(b"ok\n\xe2\x82"), ["a.md.gz, line 2", "UTF-8"]),
-    ("a.png", b"\x89PNG\r\n\x1a\n\0\0", ["a.png, line 1", "not UTF-8"]),
     ("a.txt", b"abc\0\0", ["a.txt, line 1", "a null character"]),
     ("a.jsonl.gz", ZIPPED[:-2000], ["a.jsonl.gz", "to its end"]),
     ("a.jsonl.gz", ZIPPED[:10] + b"\xff" * 8 + ZIPPED[18:], ["a.jsonl.gz", "to its end"]),
-    ("a.jsonl.gz", GOOD, ["a.jsonl.gz", "to its end"]),
-    ("a.jsonl.bz2", bz2.compress(GOOD)[:-2000], ["a.jsonl.bz2", "to its end"]),
     ("a.jsonl.xz", lzma.compress(GOOD)[:-2000], ["a.jsonl.xz", "to its end"]),
 ]
 
@@ -295,34 +277,29 @@ def test_text_says_what_is_wrong_with_a_file(book, model, tmp_path, name, data, 
 
 
 def test_text_that_is_too_short(tmp_path):
-    short, blank, out = tmp_path / "short.txt", tmp_path / "blank.txt", tmp_path / "out"
+    short, out = tmp_path / "short.txt", tmp_path / "out"
     short.write_text("2 shrt")
-    blank.write_text(" \n" * 1000)
-    equal = write_jsonl(tmp_path / "equal.jsonl", OTHERS[:1] * 3)
     assert "short.txt: 5 characters are too few" in refusal(out, "text", short)
-    assert "no training text" in refusal(out, "text", blank)
-    assert "no val text" in refusal(out, "text", short, "--val", blank)
+    short.write_text(" \n")
+    assert "no training text" in refusal(out, "text", short)
+    equal = write_jsonl(tmp_path / "equal.jsonl", OTHERS[:1] * 3)
     assert "no val text" in refusal(out, "text", equal)
 
 
 def test_options_that_have_no_meaning(book, model, tmp_path):
     out = tmp_path / "out"
-    for option in ("--vocab 100", "--vocab 70000", "--val-fraction 0", "--name a/b"):
+    for option in ("--vocab 70000", "--vocab 256", "--val-fraction 0", "--name a/b"):
         assert option in refusal(out, "text", book, *option.split())
-    assert "--vocab 256: no tokenizer" in refusal(out, "text", book, "--vocab", 256)
-    for wrong in (book, book.with_name("nowhere.model"), book.parent):
-        assert str(wrong) in refusal(out, "text", book, "--tokenizer", wrong)
+    assert str(book) in refusal(out, "text", book, "--tokenizer", book)
     assert not out.exists()
-    out.write_text("mine")
-    assert "out" in refusal(out, "text", book, "--tokenizer", model)
-    assert out.read_text() == "mine"
 
 
 # ---- How files part into documents and splits ----------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["BOOK.MD", "book.html", "book.txt.xz", "book"])
-@pytest.mark.parametrize("between", ["\n\n", "\n", " "])
+@pytest.mark.parametrize(
+    "name, between", [("BOOK.MD", "\n\n"), ("book.txt.xz", "\n"), ("book", " ")]
+)
 def test_the_last_part_of_one_text_file_becomes_validation(tmp_path, name, between):
     """Whether it has blank lines, lines, or one line only."""
     path, text = tmp_path / name, BOOK.replace("\n\n", between)
@@ -334,17 +311,14 @@ def test_the_last_part_of_one_text_file_becomes_validation(tmp_path, name, betwe
         assert all(each.endswith(between) for each in found["train"]) or between == " "
 
 
-@pytest.mark.parametrize("blank", ["\n", "    \n", "\t"])
-def test_blank_lines_do_not_shift_validation(tmp_path, blank):
+def test_blank_lines_do_not_shift_validation(tmp_path):
     """However many there are: they hold no text. Documents are up to 3% of this book."""
 
     def held_out(text: str) -> list[str]:
         (tmp_path / "book.txt").write_text(text)
-        found = splits(tmp_path / "book.txt", fraction=0.1)
-        assert "".join(found["train"] + found["val"]).split() == BOOK.split()
-        return "".join(found["val"]).split()
+        return "".join(splits(tmp_path / "book.txt", fraction=0.1)["val"]).split()
 
-    expected, parts, many = held_out(BOOK), BOOK.split("\n\n"), blank * 150_000
+    expected, parts, many = held_out(BOOK), BOOK.split("\n\n"), "    \n" * 150_000
     assert held_out(BOOK + "\n\n" + many) == expected
     for text in (many + BOOK, "\n\n".join([*parts[:1500], many, *parts[1500:]])):
         assert abs(len(held_out(text)) - len(expected)) < 0.03 * len(BOOK.split())
@@ -359,7 +333,6 @@ def tree(tmp_path) -> Path:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    (folder / "j.png").write_bytes(b"\x89PNG")
     (folder / "k.jsonl.gz").write_bytes(ZIPPED)
     return folder
 
@@ -370,40 +343,26 @@ def test_folders_and_patterns(tree, monkeypatch):
         return [path.relative_to(tree).as_posix() for path in files]
 
     known = ["a.md", "b/c.txt", "b/d.RST", "b/e.py", "k.jsonl.gz"]
-    assert names(tree) == known
     assert names(tree, tree / "a.md", tree / "b") == known, "each file once"
     assert names(tree / "**" / "[acf].*") == ["a.md", "b/c.txt", "f.html"]
     monkeypatch.chdir(tree)
-    for argument in (".", "*.md", str(tree), "b/..", str(tree / "**" / "*.md")):
-        assert prepare.name_of(argument) == "my notes"
+    assert {prepare.name_of(name) for name in (".", "*.md", "b/..")} == {"my notes"}
+    with pytest.raises(prepare.PrepareError, match="no such file or folder, or a pattern"):
+        splits(tree / "*.zip")
+    with pytest.raises(prepare.PrepareError, match="--val names every file"):
+        splits(tree / "a.md", val=[tree / "*.md"])
     found = splits(tree, val=[tree / "b" / "c.txt"])
     assert found["val"] == DOCUMENTS[1:2], "what is validation text is not trained on"
     assert sorted(found["train"]) == sorted([DOCUMENTS[0], *DOCUMENTS[2:4], *DOCUMENTS])
-
-
-def test_what_lies_nowhere_is_refused(tree, tmp_path):
-    (tmp_path / "empty").mkdir()
-    os.mkfifo(tmp_path / "pipe.txt")
-    for names, said in {
-        ("empty",): r"empty: no file with \.txt \.md .*pattern",
-        ("my notes", "*.md"): r"\*\.md: no such file or folder, or a pattern",
-        ("none",): "none: no such file or folder",
-        ("pipe.txt",): r"pipe\.txt: not a regular file",
-    }.items():
-        with pytest.raises(prepare.PrepareError, match=said):
-            splits(*(tmp_path / name for name in names))
-    with pytest.raises(prepare.PrepareError, match="--val names every file"):
-        splits(tree / "a.md", val=[tree / "*.md"])
 
 
 def test_documents_of_many_files_part_by_what_they_say(tmp_path):
     """A text that occurs twice stays on one side, and even two files give validation text."""
     for number in range(200):
         (tmp_path / f"{number}.txt").write_text(DOCUMENTS[number % 100])
-    found, more = splits(tmp_path, fraction=0.3), splits(tmp_path, fraction=0.6)
+    found = splits(tmp_path, fraction=0.3)
     assert sorted(found["train"] + found["val"]) == sorted(2 * DOCUMENTS[:100])
     assert not set(found["train"]) & set(found["val"]) and 20 < len(found["val"]) < 100
-    assert set(found["val"]) < set(more["val"]), "a larger share only adds documents"
     two = splits(tmp_path / "1.txt", tmp_path / "2.txt", fraction=0.001)
     assert len(two["train"]) == len(two["val"]) == 1
 
@@ -423,10 +382,8 @@ def test_tables(tmp_path, monkeypatch):
     rows.save_to_disk(tmp_path / "saved")
     for path in (tmp_path / "t.parquet", tmp_path / "t.csv", *(tmp_path / "saved").glob("*.arrow")):
         assert list(prepare.documents_of(prepare.open_file(path))) == texts
-    found = splits(tmp_path / "t.parquet")
-    assert sorted(found["train"] + found["val"]) == sorted(texts) and found["val"]
     bad = tmp_path / "x.parquet"
-    for columns in ({"body": ["a"]}, {"text": [1]}, {"text": [["a"]]}):
+    for columns in ({"body": ["a"]}, {"text": [1]}):
         datasets.Dataset.from_dict(columns).to_parquet(bad)
         said = f"parquet: needs a column text of strings; it has {next(iter(columns))}"
         with pytest.raises(prepare.PrepareError, match=said):
@@ -463,25 +420,20 @@ def test_a_dataset_of_hugging_face(book, monkeypatch):
     assert splits("hf:owner/data:plain", val=[book])["val"] == DOCUMENTS
     with pytest.raises(prepare.PrepareError, match=r"hf:other: could not .*\(not found, really\)"):
         splits("hf:other")
-    del there["validation"]
-    found = splits("hf:owner/data", fraction=0.3)
-    assert sorted(found["train"] + found["val"]) == sorted(OTHERS) and found["val"]
     del there["train"]
-    with pytest.raises(prepare.PrepareError, match="has no split train; it has test"):
+    with pytest.raises(prepare.PrepareError, match=r"has no split train; it has .*test"):
         splits("hf:owner/data")
 
 
 def test_a_missing_extra(tmp_path, book, model, monkeypatch):
     """It ends what needs it with how to get it; without tqdm there is no bar, nothing else."""
-    out = tmp_path / "out"
-    (tmp_path / "x.parquet").touch()
-    (tmp_path / "x.jsonl.zst").touch()
+    out, path = tmp_path / "out", tmp_path / "x.parquet"
+    path.touch()
     # A folder such as data/datasets is a package, but holds nothing.
     for module in (None, types.ModuleType("datasets")):
         monkeypatch.setitem(sys.modules, "datasets", module)
-        for name in (tmp_path / "x.parquet", tmp_path / "x.jsonl.zst", "hf:owner/data"):
-            said = f"{name} needs the package datasets: pip install -r data/requirements.txt"
-            assert said in refusal(out, "text", name)
+        said = f"{path} needs the package datasets: pip install -r data/requirements.txt"
+        assert said in refusal(out, "text", path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "huggingface_hub: pip install -r data/requirements.txt" in refusal(out, "fineweb")
     monkeypatch.setattr(prepare, "tqdm", None)
@@ -544,6 +496,7 @@ def assert_shards(hub: Hub, out: Path, names: list[str]) -> None:
 def test_fineweb_fetches_only_what_is_wanting(hub, model, tmp_path):
     """More shards later; one cut short by a full disk; then fewer, with none thrown away."""
     out = tmp_path / "my out"
+    assert f"--train-shards 4: {NAME} has 3" in run(out, *FINEWEB, 4)[2]
     run_well(out, *FINEWEB, 1)
     assert_shards(hub, out, SHARDS[:2])
     os.truncate(out / "datasets" / NAME / SHARDS[0], 5000)
@@ -553,29 +506,13 @@ def test_fineweb_fetches_only_what_is_wanting(hub, model, tmp_path):
     assert code == 0 and warning == "all 3 training shards there are trained on, not only 1"
     assert_shards(hub, out, SHARDS)
     assert [hub.fetched.count(name) for name in SHARDS] == [2, 1, 1, 1]
-    assert hub.fetched.count("fineweb_1024_bpe.model") == 1
     folder, _, _ = written(out)
     assert last.startswith(f"{folder}: 12,006 training and 4,000 validation tokens"), "all there"
-    assert [*map(len, shards(folder, "train"))] == [4001, 4002, 4003]
     assert (out / "tokenizers" / "fineweb_1024_bpe.model").read_bytes() == model.read_bytes()
     assert sorted(path.name for path in out.iterdir()) == ["datasets", "tokenizers"]
 
 
-def test_fineweb_refuses_what_the_export_has_not(hub, tmp_path):
-    def said(*args) -> str:
-        code, _, complaint = run(tmp_path / "out", *FINEWEB, *args)
-        assert code == 1
-        return complaint
-
-    assert f"--train-shards 4: {NAME} has 3" in said(4)
-    assert "--train-shards 0" in said(0)
-    assert f"no fineweb10B_sp9 in someone/export; there are {NAME}" in said(1, "--variant", "sp9")
-    del hub.files["datasets/manifest.json"]
-    assert "datasets/manifest.json could not be fetched" in said(1)
-    assert set(hub.fetched) == {"manifest.json"} and not (tmp_path / "out" / "datasets").exists()
-
-
-@pytest.mark.parametrize("wrong", [None, b"", b"<html>" * 400, prepare.shard_header(1)])
+@pytest.mark.parametrize("wrong", [None, b"<html>" * 400, prepare.shard_header(1)])
 def test_fineweb_carries_on_after_a_shard_did_not_come(hub, tmp_path, wrong):
     """The connection failed, or what came is no whole shard."""
     path = f"datasets/datasets/{NAME}/{SHARDS[2]}"
@@ -590,7 +527,6 @@ def test_fineweb_carries_on_after_a_shard_did_not_come(hub, tmp_path, wrong):
     assert not (tmp_path / "datasets" / NAME / "manifest.json").exists()
     hub.files[path] = good
     run_well(tmp_path, *FINEWEB, 2)
-    assert_shards(hub, tmp_path, SHARDS[:3])
     assert [hub.fetched.count(name) for name in SHARDS[:3]] == [1, 1, 2]
 
 

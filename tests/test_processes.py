@@ -75,9 +75,6 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- Decisions -----------------------------------------------------------------------------------
-
-
 def test_all_processes_take_rank_0s_numbers_and_any_ones_flag(on_ranks):
     for who in (None, 0, 2):
         found = on_ranks(
@@ -87,7 +84,7 @@ def test_all_processes_take_rank_0s_numbers_and_any_ones_flag(on_ranks):
 
 
 def test_all_processes_get_rank_0s_object(on_ranks):
-    assert on_ranks(2, lambda dist: dist.broadcast_object({"rank": dist.rank})) == [{"rank": 0}] * 2
+    assert on_ranks(2, lambda dist: dist.broadcast_object(dist.rank)) == [0, 0]
 
 
 def plan_on(dist: train_gpt.Distributed, h: train_gpt.Hyperparameters) -> train_gpt.StepPlan:
@@ -105,22 +102,23 @@ def test_all_processes_plan_a_step_by_rank_0s_clock(on_ranks, settings):
     assert plans == [train_gpt.StepPlan(20, 0.2, save=False, stop=True, validate=False)] * 2
 
 
-def test_processes_start_from_rank_0s_weights_and_must_agree_on_the_maps(on_ranks, data_settings):
+def test_processes_start_from_rank_0s_weights_and_must_agree_on_the_maps(
+    on_ranks, data_settings, monkeypatch
+):
     h = data_settings(num_layers=1)
+    initial_weight = train_gpt.initial_weight  # another on each machine, in the last bits
+    monkeypatch.setattr(
+        train_gpt,
+        "initial_weight",
+        lambda spec: initial_weight(spec) + 1e-3 * threading.get_ident() % 1,
+    )
 
     def start(dist, seed_of_map=0):
         own = train_gpt.load_settings({}, **h.as_dict() | {"map_seed": 7 + seed_of_map * dist.rank})
         run = train_gpt.Run(own, dist, KeptLog(), train_gpt.StopSignal(), None, None)
         return train_gpt.prepare_model(run, None)
 
-    with pytest.MonkeyPatch.context() as patch:
-        initial_weight = train_gpt.initial_weight  # another on each machine, in the last bits
-        patch.setattr(
-            train_gpt,
-            "initial_weight",
-            lambda spec: initial_weight(spec) + 1e-3 * threading.get_ident() % 1,
-        )
-        ours, theirs = on_ranks(2, start)
+    ours, theirs = on_ranks(2, start)
     for name, value in ours.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[name]), name
     with pytest.raises(train_gpt.UserError, match="generate different random maps"):
@@ -144,26 +142,26 @@ def test_a_restart_meets_no_keys_of_the_dead_run_and_waits_no_longer_than_asked(
     assert [group["timeout"].total_seconds() for group in groups] == [7, 7]
 
 
-# ---- Training ------------------------------------------------------------------------------------
+NAMES = {role: [f"{role.value}{i}" for i in range(3)] for role in Role}
 
 
-def stepped(dist: train_gpt.Distributed, gradients: list[dict]) -> dict[Role, torch.Tensor]:
-    """Return one parameter of each role, and two more matrices, after a step on a rank."""
-    torch_parameters = {
-        role: {f"{role.value}{i}": torch.nn.Parameter(torch.ones(4, 6)) for i in range(3)}
-        for role in Role
+def stepped(dist: train_gpt.Distributed, gradients: list[dict]) -> dict[str, torch.Tensor]:
+    """Return three parameters of each role, and all norms, after a step on a rank."""
+    parameters = {
+        role: {name: torch.nn.Parameter(torch.ones(4, 6)) for name in names}
+        for role, names in NAMES.items()
     }
-    optimizers = train_gpt.Optimizers(torch_parameters, tiny_settings(), dist)
-    for group in torch_parameters.values():
-        for name, p in group.items():
-            p.grad = gradients[dist.rank][name].clone()
+    optimizers = train_gpt.Optimizers(parameters, tiny_settings(), dist)
+    values = {name: p for group in parameters.values() for name, p in group.items()}
+    for name, p in values.items():
+        p.grad = gradients[dist.rank][name].clone()
     norms = optimizers.step(1, 1.0)
-    values = {name: p.detach() for group in torch_parameters.values() for name, p in group.items()}
+    values = {name: p.detach() for name, p in values.items()}
     return values | {f"norm of {name}": norm for name, norm in norms.items()}
 
 
 def test_a_step_of_several_processes_is_one_on_their_mean_gradients(on_ranks, processes):
-    names = [f"{role.value}{i}" for role in Role for i in range(3)]
+    names = [name for group in NAMES.values() for name in group]
     generator = torch.Generator().manual_seed(0)
     gradients = [{n: torch.randn(4, 6, generator=generator) for n in names} for _ in range(2)]
     mean = {name: (gradients[0][name] + gradients[1][name]) / 2 for name in names}
@@ -171,9 +169,6 @@ def test_a_step_of_several_processes_is_one_on_their_mean_gradients(on_ranks, pr
     for found in on_ranks(2, lambda dist: stepped(dist, gradients)):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=name)
-
-
-# ---- Calibration and evaluation ------------------------------------------------------------------
 
 
 def test_processes_calibrate_on_the_batches_of_one(on_ranks, data_settings, processes):
@@ -191,17 +186,16 @@ def test_processes_calibrate_on_the_batches_of_one(on_ranks, data_settings, proc
 def test_hessians_are_summed_over_the_processes(on_ranks, settings, random_model, processes):
     model = random_model(settings(num_layers=1))
     batches = [tokens(2, 16, seed=rank) for rank in range(2)]
-    expected = train_gpt.collect_hessians(model, batches, processes)
 
-    def collect(dist):
+    def collect(dist, texts):
         own = copy.deepcopy(model)
-        found = train_gpt.collect_hessians(own, [batches[dist.rank]], dist)
+        found = train_gpt.collect_hessians(own, texts, dist)
         return {name: found[module] for name, module in own.named_modules() if module in found}
 
-    for found in on_ranks(2, collect):
-        by_name = {name: expected[m] for name, m in model.named_modules() if m in expected}
-        assert found.keys() == by_name.keys()
-        for name, hessian in by_name.items():
+    expected = collect(processes, batches)
+    for found in on_ranks(2, lambda dist: collect(dist, [batches[dist.rank]])):
+        assert found.keys() == expected.keys()
+        for name, hessian in expected.items():
             torch.testing.assert_close(found[name], hessian, rtol=1e-4, atol=1e-3, msg=name)
 
 
@@ -234,11 +228,11 @@ def test_an_evaluation_is_shared_whatever_the_number_of_processes(
 ):
     h = settings(num_layers=1, eval_batch_tokens=64, eval_mode=mode)
     model, stream = random_model(h), tokens(500)
-    expected = train_gpt.evaluate(model, stream, h, processes, 8)
+
+    def evaluated(dist):
+        return train_gpt.evaluate(copy.deepcopy(model), stream, h, dist, 8)
+
     for count in (2, 3):
-        losses = on_ranks(
-            count,
-            lambda dist: train_gpt.evaluate(copy.deepcopy(model), stream, h, dist, 8),
-        )
         # A mean over 500 tokens, in other batches: float32 sums of 64 terms of about 4.
-        assert losses == pytest.approx([expected] * count, abs=1e-4)
+        expected = [evaluated(processes)] * count
+        assert on_ranks(count, evaluated) == pytest.approx(expected, abs=1e-4)

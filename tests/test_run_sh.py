@@ -87,10 +87,9 @@ def test_the_default_names_preset_data_and_how_to_keep_memory(place):
     assert "TOKENIZER_PATH" not in got, "the manifest of the data names it"
 
 
-@pytest.mark.parametrize("preset", ["mask", "presets/mask.env", "cpu/mask"])
+@pytest.mark.parametrize("preset", ["mask", "presets/mask.env"])
 def test_a_preset_as_a_variable_or_an_argument(place, preset):
-    assert told(place, preset)["PRESET"] == preset
-    assert told(place, PRESET=preset)["PRESET"] == preset
+    assert told(place, preset)["PRESET"] == told(place, PRESET=preset)["PRESET"] == preset
 
 
 @pytest.mark.parametrize(
@@ -108,22 +107,20 @@ def test_a_preset_that_would_not_hold_is_refused(place, words, variables, says):
     assert not (place / "runs").exists()
 
 
-@pytest.mark.parametrize("preset", ["distill_from", "presets/distill_from.env"])
-def test_a_teacher_is_trained_first_and_once(place, preset):
-    got = told(place, PRESET=preset, TRAIN_SEQ_LEN=64)
+def test_a_teacher_is_trained_first_and_once(place):
+    student = {"PRESET": "distill_from", "TRAIN_SEQ_LEN": 64}
     artifact = place / "runs" / "it-teacher" / "model.int6.ptz"
-    assert got["DISTILL_FROM"] == str(artifact)
+    assert told(place, **student)["DISTILL_FROM"] == str(artifact)
     teacher = json.loads((artifact.parent / "told.json").read_text())
     assert (teacher["PRESET"], teacher["TRAIN_SEQ_LEN"]) == ("baseline", "64")
     assert "DISTILL_FROM" not in teacher
     written = artifact.stat().st_mtime_ns
     shutil.rmtree(place / "runs" / "it")
-    again = run_sh(place, RUN_ID="it", PRESET=preset, TRAIN_SEQ_LEN=64)
+    again = run_sh(place, RUN_ID="it", **student)
     assert f"teacher baseline is there already: {artifact.parent}\n" in again.stdout
     assert artifact.stat().st_mtime_ns == written
     shutil.rmtree(place / "runs")
-    got = told(place, PRESET=preset, DISTILL_FROM="mine.ptz")
-    assert got["DISTILL_FROM"] == "mine.ptz"
+    assert told(place, **student, DISTILL_FROM="mine.ptz")["DISTILL_FROM"] == "mine.ptz"
     assert [path.name for path in (place / "runs").iterdir()] == ["it"]
 
 
@@ -162,21 +159,13 @@ def test_what_the_script_says_against_a_preset_ends_it(place):
 def test_the_default_run_cut_short(place):
     """The real script: it trains, exports and scores, and the log says by which settings."""
     shutil.copy(SCRIPT, place)
-    tiny = {
-        "NUM_LAYERS": 2,
-        "TRAIN_BATCH_TOKENS": 512,
-        "MODEL_DIM": 64,
-        "BIGRAM_VOCAB_SIZE": 64,
-        "MAP_ADAPTER": "lora:4",
-        "GPTQ_CALIB_BATCHES": 1,
-    }
-    process = run_sh(place, ITERATIONS=2, EVAL_STRIDE=256, RUN_ID="short", **tiny)
+    tiny = {"NUM_LAYERS": 2, "MODEL_DIM": 64, "BIGRAM_VOCAB_SIZE": 64, "MAP_ADAPTER": "lora:4"}
+    short = {"ITERATIONS": 2, "TRAIN_BATCH_TOKENS": 512, "EVAL_STRIDE": 256}
+    process = run_sh(place, **tiny, **short, GPTQ_CALIB_BATCHES=1, RUN_ID="short")
     assert process.returncode == 0, process.stderr
     assert "final_int6_brotli_sliding_window_exact" in process.stdout
     assert f"{place}/tools/report.py {place}/runs/short --out" in process.stdout
-    folder = place / "runs" / "short"
-    assert json.loads((folder / "results.json").read_text())["steps"] == 2
-    log = (folder / "train.log").read_text()
+    log = (place / "runs" / "short" / "train.log").read_text()
     for line in ("TRAIN_SEQ_LEN=256", "NUM_LAYERS=2", "ITERATIONS=2", "VOCAB_SIZE=512"):
         assert f"\n{line}\n" in log
 
