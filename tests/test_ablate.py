@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import helpers
 from helpers import ONE_LAYER, ROOT, TINY, train_gpt
