@@ -100,16 +100,17 @@ def test_another_tokenizer_and_other_data_than_the_runs_are_refused(
     trained, unfinished, base, other_tokenizer, grown, export
 ):
     """A tokenizer of the same size; one more shard, which would move sequences to the hold-out."""
-    settings = base | {"RUN_ID": unfinished.name}
-    if export:
-        path = trained / "checkpoint.pt"
-        settings |= {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "other"}
-    message = refusal(settings | other_tokenizer)
-    assert f"TOKENIZER_PATH={other_tokenizer['TOKENIZER_PATH']}: the tokenizer there" in message
-    assert f"it was {base['TOKENIZER_PATH']}" in message
-    message = refusal(settings | grown)
-    assert f"DATA_PATH={grown['DATA_PATH']}: the shards there are not" in message
-    assert f"it was {base['DATA_PATH']}" in message
+    for changes, name, what in (
+        (other_tokenizer, "TOKENIZER_PATH", "the tokenizer there"),
+        (grown, "DATA_PATH", "the shards there are not"),
+    ):
+        settings = base | {"RUN_ID": unfinished.name} | changes
+        if export:
+            path = trained / "checkpoint.pt"
+            settings |= {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": name}
+        message = refusal(settings)
+        assert f"{name}={changes[name]}: {what}" in message
+        assert f"it was {base[name]}" in message
 
 
 def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinished, runs):

@@ -280,7 +280,7 @@ def test_text_that_is_too_short(tmp_path):
     short, out = tmp_path / "short.txt", tmp_path / "out"
     short.write_text("2 shrt")
     assert "short.txt: 5 characters are too few" in refusal(out, "text", short)
-    short.write_text(" \n")
+    short.write_text(" \n" * 1000)
     assert "no training text" in refusal(out, "text", short)
     equal = write_jsonl(tmp_path / "equal.jsonl", OTHERS[:1] * 3)
     assert "no val text" in refusal(out, "text", equal)
