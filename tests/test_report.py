@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -142,6 +141,7 @@ def test_tables_have_the_facts_of_the_run(runs, pages):
     assert stated["hardware"] == facts["hardware"] and stated["from step 4"] == "frozen_maps:2"
     rows = {row[0]: row for row in page.rows}
     assert rows["factor"] == ["factor", "4,096", "1,200", "2.34000", "–"]
+    assert rows["A codes"] == ["A codes", "1,234"]
     assert rows["blocks.0.attention.q"][1:3] == ["32×16", "hadamard"]
     assert float(rows["blocks.0.attention.q"][-1]) > 0  # adapter ratio
     assert "NUM_LAYERS=4 \\\n    MAP_BASIS=hadamard \\\n    python train_gpt.py" in page.text
@@ -149,7 +149,7 @@ def test_tables_have_the_facts_of_the_run(runs, pages):
 
 def test_charts_have_the_figures_of_the_run(runs, pages):
     page = pages[0]
-    assert list(page.charts) == [*list(report.CHARTS)[1:], "maps1"]
+    assert list(page.charts) == list(report.CHARTS)[1:]
     for chart, name in (("loss", "train_loss"), ("validation", "val_bpb")):
         logged = {row["step"]: row[name] for row in metrics(runs[0]) if name in row}
         drawn = {row["step"]: row[name] for row in page.data_of(chart) if name in row}
@@ -160,9 +160,6 @@ def test_charts_have_the_figures_of_the_run(runs, pages):
         "A codes": 1234,
         "weight codes": 567,
     }
-    exported = [row for row in page.data_of("candidates") if row["choice"] == "exported"]
-    assert len(exported) == 1
-    assert {row["basis"] for row in page.data_of("maps1")} == {"hadamard", "learned"}
 
 
 def test_scatter_has_a_line_through_the_learned_networks(pages):
@@ -172,7 +169,6 @@ def test_scatter_has_a_line_through_the_learned_networks(pages):
     assert line["mark"]["type"] == "line"
     assert {row["run"] for row in sets[line["data"]["name"]]} == {"learned", "larger"}
     assert len(sets[points["data"]["name"]]) == 3
-    assert {"maps1", "maps2", "maps3"} <= set(page.charts)
     (row,) = (row for row in page.rows if row[0] == "larger")
     assert row[1] == "1.25000" and row[3] == "999,999"
 
@@ -195,7 +191,7 @@ def test_run_of_an_old_script_has_what_there_is(copied, tmp_path):
     out = tmp_path / "page.html"
     assert report.main([str(copied), "--out", str(out)]) == 0
     page = Page(out)
-    assert {"loss", "validation", "schedule", "quantization"} == set(page.charts)
+    assert {"loss", "validation", "schedule"} == set(page.charts)
     assert "Maps" not in page.text and "The command" not in page.text
 
 
@@ -230,7 +226,8 @@ def test_no_text_of_a_run_can_break_the_page(copied, tmp_path):
     """Text from a file is text on the page, in tables and in the data of the charts."""
     maps = [map_row(HOSTILE, HOSTILE, 5)]
     settings = {"RUN": HOSTILE, "A=1; rm": "2"}
-    claim(copied, model=HOSTILE, maps=maps, settings=settings, **{HOSTILE: HOSTILE})
+    groups = [{"group": HOSTILE, "bytes": 5}]
+    claim(copied, model=HOSTILE, maps=maps, groups=groups, settings=settings, **{HOSTILE: HOSTILE})
     folder = copied.rename(tmp_path / "<!--<script>")
     other = shutil.copytree(folder, tmp_path / "deep" / "<!--<script>")
     out = tmp_path / "page.html"
@@ -239,7 +236,7 @@ def test_no_text_of_a_run_can_break_the_page(copied, tmp_path):
     assert "<!--" not in page.source and "<script>alert" not in page.source
     for data in re.findall(r'data-chart="\w+">(.*?)</script>', page.source):
         assert "<" not in data
-    assert page.data_of("maps1")[0]["name"] == HOSTILE
+    assert page.data_of("groups")[0]["group"] == HOSTILE
     assert page.text.count(HOSTILE) > 5 and "deep/<!--<script>" in page.text
     assert "rm" not in page.text.partition("The command")[2].partition("train_gpt.py")[0]
 
@@ -306,21 +303,3 @@ def test_tensorboard_reads_the_metrics(runs, tmp_path, capsys):
         assert "adapter_ratios/blocks.0.attention.q" in found
     capsys.readouterr()
     assert "is there already" in refusal(capsys, runs[0], "--tensorboard", out)
-
-
-def test_tensorboard_follows_a_run(copied, tmp_path):
-    path, ended = copied / "metrics.jsonl", copied / "results.json"
-    *lines, last, phase = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines) + last[:20])
-    text = ended.read_text()
-    ended.unlink()
-    arguments = [str(copied), "--tensorboard", str(tmp_path / "events"), "--follow"]
-    thread = threading.Thread(target=report.main, args=(arguments,))
-    thread.start()
-    with path.open("ab") as file:
-        file.write(last[20:] + phase)
-    ended.write_text(text)
-    thread.join(100)
-    assert not thread.is_alive()
-    expected = {row["step"]: row["val_bpb"] for row in metrics(copied) if "val_bpb" in row}
-    assert events(tmp_path / "events" / "copy")["val_bpb"] == pytest.approx(expected, rel=1e-5)
