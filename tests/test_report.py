@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -119,6 +118,7 @@ def test_tables_have_the_facts_of_the_run(runs, pages):
     assert stated["hardware"] == facts["hardware"] and stated["from step 4"] == "frozen_maps:2"
     rows = {row[0]: row for row in page.rows}
     assert rows["factor"] == ["factor", "4,096", "1,200", "2.34000", "–"]
+    assert rows["A codes"] == ["A codes", "1,234"]
     assert rows["blocks.0.attention.q"][1:3] == ["32×16", "hadamard"]
     assert float(rows["blocks.0.attention.q"][-1]) > 0  # adapter ratio
     assert "NUM_LAYERS=4 \\\n    MAP_BASIS=hadamard \\\n    python train_gpt.py" in page.text
@@ -126,15 +126,14 @@ def test_tables_have_the_facts_of_the_run(runs, pages):
 
 def test_charts_have_the_figures_of_the_run(runs, pages):
     page = pages[0]
-    assert list(page.charts) == [*list(report.CHARTS)[1:], "maps1"]
+    assert list(page.charts) == list(report.CHARTS)[1:]
     for chart, name in (("loss", "train_loss"), ("validation", "val_bpb")):
         drawn = {row["step"]: row[name] for row in page.data_of(chart) if name in row}
         assert drawn == metrics_of(runs[0], name) and len(drawn) >= 2
     phases = {row["step"]: row["text"] for row in page.data_of("schedule") if "text" in row}
     assert phases[4] == "frozen_maps:2"
-    assert [row["bytes"] for row in page.data_of("groups")] == [1234, 567]
-    assert [row["choice"] for row in page.data_of("candidates")].count("exported") == 1
-    assert {row["basis"] for row in page.data_of("maps1")} == {"hadamard", "learned"}
+    sizes = {row["group"]: row["bytes"] for row in page.data_of("groups")}
+    assert sizes == {"A codes": 1234, "weight codes": 567}
 
 
 def test_page_needs_nothing_but_itself(pages):
@@ -179,7 +178,9 @@ def test_unfinished_run_is_shown_on_demand(copied, tmp_path, capsys):
 def test_no_text_of_a_run_can_break_the_page(copied, tmp_path):
     """Text from a file is text on the page, in tables and in the data of the charts."""
     settings = {"RUN": HOSTILE, "A=1; rm": "2"}
-    claim(copied, model=HOSTILE, maps=[map_row(HOSTILE, HOSTILE, 5)], settings=settings)
+    groups = [{"group": HOSTILE, "bytes": 5}]
+    maps = [map_row(HOSTILE, HOSTILE, 5)]
+    claim(copied, model=HOSTILE, maps=maps, groups=groups, settings=settings)
     folder = copied.rename(tmp_path / "<!--<script>")
     out = tmp_path / "page.html"
     assert report.main([str(folder), "--out", str(out)]) == 0
@@ -187,7 +188,7 @@ def test_no_text_of_a_run_can_break_the_page(copied, tmp_path):
     assert "<!--" not in page.source and "<script>alert" not in page.source
     for data in re.findall(r'data-chart="\w+">(.*?)</script>', page.source):
         assert "<" not in data
-    assert page.data_of("maps1")[0]["name"] == HOSTILE and page.text.count(HOSTILE) > 3
+    assert page.data_of("groups")[0]["group"] == HOSTILE and page.text.count(HOSTILE) > 3
     assert "rm" not in page.text.partition("The command")[2].partition("train_gpt.py")[0]
 
 
@@ -237,20 +238,3 @@ def test_tensorboard_reads_the_metrics(runs, tmp_path, capsys):
         assert "adapter_ratios/blocks.0.attention.q" in found
     capsys.readouterr()
     assert "is there already" in refusal(capsys, runs[0], "--tensorboard", out)
-
-
-def test_tensorboard_follows_a_run(copied, tmp_path):
-    path, ended = copied / "metrics.jsonl", copied / "results.json"
-    lines = path.read_bytes()
-    path.write_bytes(lines[:-90])
-    held = ended.rename(tmp_path / "held")
-    arguments = [str(copied), "--tensorboard", str(tmp_path / "events"), "--follow"]
-    thread = threading.Thread(target=report.main, args=(arguments,))
-    thread.start()
-    with path.open("ab") as file:
-        file.write(lines[-90:])
-    held.rename(ended)
-    thread.join(100)
-    assert not thread.is_alive()
-    found = events(tmp_path / "events" / "copy")["val_bpb"]
-    assert found == pytest.approx(metrics_of(copied, "val_bpb"), rel=1e-5)

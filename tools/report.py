@@ -3,7 +3,6 @@
     python tools/report.py runs/ID --out report.html
     python tools/report.py runs/A runs/B runs/C --out report.html --png
     python tools/report.py runs/A runs/B --tensorboard events
-    python tools/report.py runs/ID --tensorboard events --follow   # while the run is going
 
 The page holds everything that it shows: it opens from the disk and needs no network. Charts are
 interactive; without JavaScript they are pictures, and all tables are text. --png also writes every
@@ -25,7 +24,6 @@ import math
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -176,11 +174,6 @@ SCHEDULE = {
     "grad_norm": "gradient norm before the clip",
     "tokens_per_second": "tokens per second since the start",
 }
-STAGES = {
-    "val_bpb_before": "before the export",
-    "val_bpb_roundtrip": "artifact, windows side by side",
-    "val_bpb_sliding_window": "artifact, sliding windows (the score)",
-}
 
 
 def all_metrics(runs: list[Run]) -> pd.DataFrame:
@@ -238,62 +231,11 @@ def schedule_chart(runs: list[Run]) -> alt.Chart:
     return alt.hconcat(*(chart + rules if len(phases) else chart for chart in charts))
 
 
-def bars(frame: pd.DataFrame, x: str, y: str, color: Any, number: str = ",") -> alt.Chart | None:
-    """Return horizontal bars of x for each y, with their numbers; None without data."""
-    if frame.empty:
-        return None
-    base = alt.Chart(frame).encode(
-        alt.X(f"{x}:Q", scale=alt.Scale(domainMax=1.1 * frame[x].max()), title=x),
-        alt.Y(f"{y}:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
-        tooltip=[alt.Tooltip(f"{name}:N") for name in frame.columns],
-    )
-    text = base.mark_text(align="left", dx=4, fontSize=10).encode(text=alt.Text(x, format=number))
-    marks = base.mark_bar().encode(color=color)
-    return (marks + text).properties(width=760, height=alt.Step(16))
-
-
-def candidate_chart(runs: list[Run]) -> alt.Chart | None:
-    """Held-out loss of what could be exported, before and after quantization."""
-    rows = []
-    for run in runs:
-        for key in run.results:
-            words = key.removeprefix("holdout_loss_").split("_")
-            if key.startswith("holdout_loss_") and math.isfinite(run.result(key)):
-                stage = "quantized" if words[0] == "quantized" else "before"
-                is_exported = stage == "quantized" and words[-1] == run.results.get("candidate")
-                label = " · ".join([run.name] * (len(runs) > 1) + [words[-1], stage])
-                choice = "exported" if is_exported else "other"
-                rows.append({"candidate": label, "loss": run.result(key), "choice": choice})
-    frame = pd.DataFrame(rows, columns=["candidate", "loss", "choice"])
-    return bars(frame, "loss", "candidate", alt.Color("choice:N", title=None), ".4f")
-
-
-def quantization_chart(runs: list[Run]) -> alt.Chart | None:
-    """val_bpb before the export, after it, and with sliding windows."""
-    rows = [
-        {"run": run.name, "stage": stage, "val_bpb": run.result(name)}
-        for run in runs
-        for name, stage in STAGES.items()
-    ]
-    frame = pd.DataFrame(rows).dropna()
-    if frame.empty:
-        return None
-    base = alt.Chart(frame).encode(
-        alt.X("val_bpb:Q", scale=alt.Scale(zero=False, padding=30)),
-        alt.Y("stage:N", title=None, sort=list(STAGES.values()), axis=alt.Axis(labelLimit=260)),
-        color_of(runs),
-        tooltip=["run:N", "stage:N", alt.Tooltip("val_bpb:Q", format=".6f")],
-    )
-    points = base.mark_point(size=90, filled=True, opacity=1)
-    text = base.mark_text(dy=-12, fontSize=11).encode(text=alt.Text("val_bpb:Q", format=".4f"))
-    return (points + text).properties(width=760, height=120)
-
-
 def group_chart(runs: list[Run]) -> alt.Chart | None:
     """Compressed bytes by group of like tensors."""
     frame = pd.concat([run.rows("groups", "group", "bytes").assign(run=run.name) for run in runs])
-    if len(runs) == 1 or frame.empty:
-        return bars(frame, "bytes", "group", alt.value("#4c78a8"))
+    if frame.empty:
+        return None
     chart = (
         alt.Chart(frame)
         .mark_bar()
@@ -307,16 +249,10 @@ def group_chart(runs: list[Run]) -> alt.Chart | None:
     return chart.properties(width=700, height=alt.Step(24))
 
 
-def map_chart(run: Run) -> alt.Chart | None:
-    """Bytes of each map before compression, in the color of its basis."""
-    frame = run.maps[["name", "shape", "basis", "bytes"]]
-    return bars(frame, "bytes", "name", alt.Color("basis:N"))
-
-
 def overview(runs: list[Run]) -> pd.DataFrame:
     """Return the figures of each run."""
     columns = ("val_bpb", "val_loss", "bytes_total", "bytes_model", "trained_parameters")
-    columns += ("frozen_parameters", "train_seconds", "tokens_per_second")
+    columns += ("frozen_parameters", "train_seconds", "tokens_per_second", "val_bpb_before")
     rows = []
     for run in runs:
         last = run.metrics.iloc[-1]
@@ -359,8 +295,6 @@ CHARTS: dict[str, tuple[str, Callable[[list[Run]], alt.Chart | None]]] = {
         "Learning rate, gradient norm and speed; a dashed line is the beginning of a phase",
         schedule_chart,
     ),
-    "candidates": ("Loss on held-out training text of what could be exported", candidate_chart),
-    "quantization": ("What quantization loses, and what sliding windows gain", quantization_chart),
     "groups": ("Bytes by group of like tensors, compressed", group_chart),
 }
 
@@ -390,12 +324,9 @@ class Figure:
 
 
 def figures(runs: list[Run]) -> Iterator[Figure]:
-    """Yield the charts of all runs together, then the maps of each."""
-    charts = [(name, caption, draw(runs)) for name, (caption, draw) in CHARTS.items()]
-    for index, run in enumerate(runs):
-        caption = f"Bytes by map of {run.name}, before compression"
-        charts.append((f"maps{index + 1}", caption, map_chart(run)))
-    for name, caption, chart in charts:
+    """Yield the charts that have data."""
+    for name, (caption, draw) in CHARTS.items():
+        chart = draw(runs)
         if chart is not None:
             yield Figure(name, caption, chart.to_dict())
 
@@ -438,7 +369,7 @@ PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1180px; }
 table { border-collapse: collapse; font-size: 13px; margin: .6rem 0; }
 th, td { padding: .2rem .5rem; border-bottom: 1px solid #ddd; text-align: left; }
-th { cursor: pointer; background: #f4f4f4; }
+th { background: #f4f4f4; }
 pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
 figure { margin: 1.6rem 0; overflow-x: auto; }
 figcaption, summary { font-weight: 600; }
@@ -446,7 +377,7 @@ figcaption, summary { font-weight: 600; }
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p>A click on a heading sorts the table; in charts, drag and scroll to move and zoom.</p>
+<p>In charts, drag and scroll to move and zoom.</p>
 {{ table(overview(runs))|safe }}
 {% for figure in figures %}
 <figure>
@@ -459,6 +390,7 @@ figcaption, summary { font-weight: 600; }
 <details {% if runs|length == 1 %}open{% endif %}>
 <summary>{{ run.name }}</summary>
 {{ table(facts(run))|safe }}
+{% if run.results.groups %}<h2>Bytes</h2>{{ table(run.rows("groups"))|safe }}{% endif %}
 {% if run.results.codes %}<h2>Codes</h2>{{ table(run.rows("codes"))|safe }}{% endif %}
 {% if run.results.maps %}<h2>Maps</h2>{{ table(run.maps)|safe }}{% endif %}
 {% if run.command %}<h2>The command that repeats it</h2><pre>{{ run.command }}</pre>{% endif %}
@@ -469,19 +401,6 @@ figcaption, summary { font-weight: 600; }
 for (const data of document.querySelectorAll("script[data-chart]")) {
   const place = document.getElementById(data.dataset.chart);
   vegaEmbed(place, JSON.parse(data.textContent), {renderer: "svg", actions: {export: true}});
-}
-function compare(a, b) {
-  const [x, y] = [a, b].map(text => Number(text.replaceAll(",", "")));
-  return isNaN(x - y) ? a.localeCompare(b, undefined, {numeric: true}) : x - y;
-}
-for (const heading of document.querySelectorAll("th")) {
-  heading.addEventListener("click", () => {
-    const body = heading.closest("table").tBodies[0];
-    const text = row => row.children[heading.cellIndex].textContent;
-    const rows = [...body.rows].sort((a, b) => compare(text(a), text(b)));
-    heading.dataset.falls = heading.dataset.falls === "no" ? "yes" : "no";
-    body.append(...(heading.dataset.falls === "no" ? rows : rows.reverse()));
-  });
 }
 </script>
 </body>
@@ -517,19 +436,6 @@ def write_page(args: argparse.Namespace) -> None:
 # ---- TensorBoard ---------------------------------------------------------------------------------
 
 
-def records_of(folder: Path, follow: bool) -> Iterator[dict[str, Any]]:
-    """Yield the records of a run, if it is to be followed as they come until it ends."""
-    seen = 0
-    while True:
-        is_last = (folder / "results.json").exists() or not follow
-        records = read_records(folder / "metrics.jsonl")
-        yield from records[seen:]
-        if is_last:
-            return
-        seen = len(records)
-        time.sleep(1)
-
-
 def scalars_of(record: dict[str, Any]) -> dict[str, float]:
     ratios = record.get("adapter_ratios") or {}
     values = record | {f"adapter_ratios/{name}": ratio for name, ratio in ratios.items()}
@@ -544,16 +450,15 @@ def write_tensorboard(args: argparse.Namespace) -> None:
     except ImportError as error:
         advice = "pip install -r tools/requirements.txt"
         raise UserError(f"{error.name} is missing: {advice}") from None
-    for run in read_runs(args.runs, args.unfinished or args.follow):
+    for run in read_runs(args.runs, args.unfinished):
         target = args.tensorboard / run.name
         if target.exists():
             raise UserError(f"{target} is there already; choose another folder")
         with SummaryWriter(str(target)) as writer:
             writer.add_text("results", table(facts(run)))
-            for record in records_of(run.folder, args.follow):
+            for record in read_records(run.folder / "metrics.jsonl"):
                 for name, value in scalars_of(record).items():
                     writer.add_scalar(name, value, record["step"])
-                writer.flush()
         print(f"{target}: written; look at it with tensorboard --logdir {args.tensorboard}")
 
 
@@ -571,7 +476,6 @@ def main(arguments: list[str] | None = None) -> int:
     add("--png", action="store_true", help="also write every chart as a picture")
     add("--unfinished", action="store_true", help="also show runs that have not ended")
     add("--tensorboard", type=Path, metavar="DIR", help="write event files to DIR, and no page")
-    add("--follow", action="store_true", help="with --tensorboard: go on until the run ends")
     args = parser.parse_args(arguments)
     try:
         write_tensorboard(args) if args.tensorboard else write_page(args)
