@@ -34,6 +34,7 @@ import train_gpt
 # Every variable that is read.
 SETTINGS = [name.upper() for name in (*train_gpt.SETTINGS, *train_gpt.ALIASES)]
 # What a launcher sets, or a shell may have set for other scripts, would decide a test's outcome.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what the script handles
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER, "PRESET"}
 
@@ -341,7 +342,7 @@ def run(
     if launcher or fresh or script != SCRIPT:
         return finish(start(settings, launcher, script, cwd, arguments))
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     code: str | int | None = 0
     with (
         pytest.MonkeyPatch.context() as patch,
