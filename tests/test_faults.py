@@ -329,7 +329,7 @@ def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch
         patch.setattr(train_gpt, "accumulate_gradients", poisoned)
         message = refusal(settings)
     assert f"step 11: {name} not finite" in message
-    assert "good checkpoint is checkpoint.pt of step 9" in message
+    assert "checkpoint.pt of step 9" in message
     checkpoint = site.run_of(settings) / "checkpoint.pt"
     exported = site.settings(EXPORT_ONLY=1, CHECKPOINT_PATH=checkpoint, WARMUP_STEPS=0)
     run_well(exported)
