@@ -189,6 +189,9 @@ def test_other_bad_input_is_refused_in_one_line(run, corpus, tmp_path, capsys, m
     foreign.write_bytes(corpus.tokenizer.read_bytes() + b"\0")
     message = refusal(capsys, run, "prompt", "--tokenizer", foreign)
     assert "not the tokenizer of the artifact" in message or "cannot be used" in message
+    with monkeypatch.context() as patch:
+        patch.setenv("MODEL_LIMIT_BYTES", "1000")
+        assert "MODEL_LIMIT_BYTES=1000" in refusal(capsys, run, "prompt")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     assert "standard input is not UTF-8" in refusal(capsys, run)
     words = "--tokens 0,--temperature -1,--temperature nan,--top-k -1,--top-p 0,--top-p 1.1"
@@ -196,5 +199,3 @@ def test_other_bad_input_is_refused_in_one_line(run, corpus, tmp_path, capsys, m
         with pytest.raises(SystemExit) as ended:
             sample.main(["model", *options.split()])
         assert ended.value.code == 2, options
-    monkeypatch.setenv("MODEL_LIMIT_BYTES", "1000")
-    assert "MODEL_LIMIT_BYTES=1000" in refusal(capsys, run, "prompt")
