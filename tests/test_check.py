@@ -229,7 +229,7 @@ def test_missing_part_is_said_and_does_not_pass(copied, tmp_path):
     assert list(found) == ["size", "evaluation", "probabilities", "scoring"]
     assert "copy the run's model.int6.ptz to" in found["size"]
     (copied / "results.json").unlink()
-    assert "has no figure" in check.perform("claims", submission(copied)).evidence
+    assert "copy the run's results.json to" in check.perform("claims", submission(copied)).evidence
     result = check.perform("bytes", submission(copied, "--data", tmp_path))
     assert result.verdict != "pass" and "name their folder with --data" in result.evidence
 
