@@ -1081,19 +1081,13 @@ def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | No
     return torch.cat([row.expand(m.out_features) for m, row in zip(maps, rows, strict=True)])
 
 
-Activation = Callable[[Tensor], Tensor]
-
-
 def fused_linear(
-    x: Tensor,
-    maps: Sequence[Linear],
-    row_scale: Tensor | None = None,
-    activation: Activation | None = None,
+    x: Tensor, maps: Sequence[Linear], row_scale: Tensor | None = None, activation: Any = None
 ) -> Tensor:
     """Apply maps of one input as a single product: gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
     All is computed in the type of x (..., in). `row_scale` (Σ out,) is multiplied into the maps'
-    own scales. The outputs of the maps lie side by side, (..., Σ out).
+    own scales; `activation` is a function or None. The outputs lie side by side, (..., Σ out).
     """
     scale = stack_rows(maps, "scale", 1.0)
     if row_scale is not None:
@@ -1194,9 +1188,7 @@ class Linear(QuantizedModule):
         """The modules that read its input, as in an InputGroup: this one alone."""
         return (self,)
 
-    def forward(
-        self, x: Tensor, row_scale: Tensor | None = None, activation: Activation | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, row_scale: Tensor | None = None, activation: Any = None) -> Tensor:
         """Apply the map: x (..., in) -> (..., out), as in `fused_linear`."""
         return fused_linear(x, (self,), row_scale, activation)
 
@@ -2110,14 +2102,6 @@ def adapter_ratios(model: LanguageModel) -> dict[str, float]:
             square = ((a.T @ a) * (b @ b.T)).sum()  # of the Frobenius norm of a b
             ratios[name] = (square.clamp(min=0).sqrt() / weight.norm()).item()
     return ratios
-
-
-def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean over layers for each kind of map, such as mlp.fc."""
-    by_kind: dict[str, list[float]] = {}
-    for name, value in values.items():
-        by_kind.setdefault(".".join(name.split(".")[-2:]), []).append(value)
-    return {kind: statistics.fmean(each) for kind, each in by_kind.items()}
 
 
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
@@ -4056,9 +4040,6 @@ class Trainer:
         ratios = adapter_ratios(self.model)
         text = f"val_loss:{loss:.4f} val_bpb:{bpb:.4f}"
         self.log(text, val_loss=loss, val_bpb=bpb, adapter_ratios=ratios)
-        if ratios:
-            text = " ".join(f"{kind}:{ratio:.3g}" for kind, ratio in mean_by_kind(ratios).items())
-            self.run.log(f"adapter_ratio {text}")
         return {"val_loss_before": loss, "val_bpb_before": bpb}
 
     def rank_candidates(self) -> tuple[Candidates, dict[str, float]]:
