@@ -4397,7 +4397,8 @@ def time_limit_exceeded(run: Run, metrics: Mapping[str, Any]) -> bool:
     total = metrics["train_seconds"] + metrics["export_seconds"]
     is_over = 0 < limit < total
     if is_over:
-        run.log(f"warning: training and export took {total:.1f} s, MAX_WALLCLOCK_SECONDS={limit:g}")
+        over = f"over MAX_WALLCLOCK_SECONDS={limit:g}"
+        run.log(f"warning: training and export took {total:.1f} s, {over}")
     return is_over
 
 
