@@ -389,15 +389,17 @@ def zeros_packed(size: int) -> bytes:
 
 
 def with_model(container: Container, **changes: object) -> bytes:
-    return container.blob({"model": container.header["model"] | changes})
+    return container.blob(model=container.header["model"] | changes)
 
 
 def with_table(container: Container, shape: list, kind: str, data: bytes) -> bytes:
-    return container.blob({"tensors": [["x", shape, [kind]]], "groups": [[kind, []]]}, [[data]])
+    return container.blob(blocks={kind: [data]}, tensors=[["x", shape, [kind]]])
 
 
-def with_first_group(container: Container, *blocks: bytes) -> bytes:
-    return container.blob(blocks=[list(blocks), *container.blocks[1:]])
+def bomb_in_group(container: Container, keep: int) -> bytes:
+    """Replace the first group by some of its blocks, and one that unpacks to gigabytes."""
+    name, blocks = next(iter(container.blocks.items()))
+    return container.blob(blocks=container.blocks | {name: [*blocks[:keep], zeros_packed(BOMB)]})
 
 
 NOT_FINITE = brotli.compress(np.array([1, np.nan], "<f2").tobytes())
@@ -407,16 +409,16 @@ FORGED: dict[str, Callable[[Container], bytes]] = {
     "cut": lambda c: sealed(c.blob()[:-1000]),
     "another version": lambda c: sealed(c.blob()[:8] + b"\x07" + c.blob()[9:-32]),
     "a bomb for a header": lambda c: c.blob(text=zeros_packed(BOMB)),
-    "a bomb for a group": lambda c: with_first_group(c, zeros_packed(BOMB)),
-    "a bomb for a block": lambda c: with_first_group(c, *c.blocks[0], zeros_packed(BOMB)),
+    "a bomb for a group": lambda c: bomb_in_group(c, keep=0),
+    "a bomb for a block": lambda c: bomb_in_group(c, keep=1),
     "1 KB that asks for 100 GB": lambda c: with_table(c, [160_000] * 2, "x codes", b"\x06"),
     "a product over 64 bits": lambda c: with_table(c, [2**25] * 9, "x codes", b"\x06"),
     "not finite": lambda c: with_table(c, [2], "x float16", NOT_FINITE),
-    "a block of negative size": lambda c: c.blob({"groups": [["x", [-5, 5]]]}, mend=False),
+    "a block of negative size": lambda c: c.blob(groups=[["x", [-5, 5]]]),
     "4 MiB of brackets": lambda c: c.blob(text=brotli.compress(b"[" * (2**22 - 10), quality=5)),
     "no JSON": lambda c: c.blob(text=brotli.compress(b"\xff\xfe\x00")),
-    "too few tensors": lambda c: c.blob({"tensors": c.header["tensors"][1:]}),
-    "another map's fingerprint": lambda c: c.blob({"fingerprint": "0" * 64}),
+    "too few tensors": lambda c: c.blob(tensors=c.header["tensors"][1:]),
+    "another map's fingerprint": lambda c: c.blob(fingerprint="0" * 64),
     "an unknown setting": lambda c: with_model(c, no_such_setting=1),
     "a setting that is not the model's": lambda c: with_model(c, output_dir="/tmp/elsewhere"),
     "wide": lambda c: with_model(c, model_dim=16_384, num_heads=256, num_kv_heads=256),
