@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,9 +63,8 @@ def unfinished(base, runs) -> Path:
 @pytest.fixture(scope="module")
 def other_tokenizer(corpus, tmp_path_factory) -> dict:
     """Settings of the same shards without their manifest, and of another tokenizer of this size."""
-    folder = tmp_path_factory.mktemp("other")
-    for path in corpus.folder.glob("fineweb_*.bin"):
-        shutil.copy(path, folder)
+    folder = tmp_path_factory.mktemp("other") / "data"
+    shutil.copytree(corpus.folder, folder, ignore=shutil.ignore_patterns("manifest.json"))
     path = folder / "other.model"
     path.write_bytes(corpus.tokenizer.read_bytes().replace(b"ing", b"gni"))
     return {"DATA_PATH": folder, "TOKENIZER_PATH": path}
@@ -73,9 +73,7 @@ def other_tokenizer(corpus, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def grown(corpus, tmp_path_factory) -> dict:
     """Settings of the same data after one more shard has been downloaded."""
-    folder = tmp_path_factory.mktemp("grown")
-    for path in corpus.folder.iterdir():
-        shutil.copy(path, folder)
+    folder = shutil.copytree(corpus.folder, tmp_path_factory.mktemp("grown") / "data")
     tokens = read_shard(corpus.folder / "fineweb_train_000000.bin")
     write_shard(folder / "fineweb_train_000001.bin", tokens[:5000])
     return {"DATA_PATH": folder, "TOKENIZER_PATH": corpus.tokenizer}
@@ -132,8 +130,7 @@ def test_another_teacher_than_the_runs_is_refused(trained, run_of, settings, tmp
     run = run_of(settings(distill_from=path))
     run.tokenizer.sha256 = train_gpt.read_artifact(Path(path).read_bytes())[0]["tokenizer"]
     train_gpt.load_teacher(run, None)
-    saved = copy.copy(train_gpt.Checkpoint.read(trained / "checkpoint.pt"))
-    saved.identity = {"teacher": run.identity["teacher"]}
+    saved = SimpleNamespace(identity={"teacher": run.identity["teacher"]})
     train_gpt.load_teacher(run, saved)
     saved.identity = {"teacher": "0" * 64}
     with pytest.raises(train_gpt.UserError, match="the run began with another teacher"):
@@ -144,32 +141,23 @@ def test_another_teacher_than_the_runs_is_refused(trained, run_of, settings, tmp
         train_gpt.load_teacher(run, saved)
 
 
-@pytest.mark.parametrize("name", ["shards", "tokenizer", "source", "SEED", "NUM_LAYERS"])
-def test_processes_with_different_data_or_code_are_refused(name, base, processes, tmp_path):
-    """Each node may have a disk and an environment of its own."""
-    h = train_gpt.load_settings({}, data_path=str(base["DATA_PATH"]))
-    tokenizer = train_gpt.Tokenizer(str(base["TOKENIZER_PATH"]), 512)
-    first = train_gpt.identify(h, tokenizer, processes)
-    dist = copy.copy(processes)
-    dist.rank, dist.broadcast_object = 1, lambda value: first
-    assert train_gpt.identify(h, tokenizer, dist) == first
-    dist.broadcast_object = lambda value: first | {name: "0" * 64}
-    with pytest.raises(train_gpt.UserError, match=f"process 1 has another {name} than process 0"):
-        train_gpt.identify(h, tokenizer, dist)
-
-
-def test_processes_may_have_paths_of_their_own_but_not_a_teacher(base, processes, settings):
+def test_processes_with_other_data_code_or_settings_are_refused(base, processes, settings):
+    """Each node may have a disk and an environment, and so paths of its own, but no teacher."""
     tokenizer = train_gpt.Tokenizer(str(base["TOKENIZER_PATH"]), 512)
     h = settings(data_path=str(base["DATA_PATH"]), distill_from="a.ptz", output_dir="a")
-    told = []
-    dist = copy.copy(processes)
-    dist.broadcast_object = lambda value: told.append(value) or value
-    train_gpt.identify(h, tokenizer, dist)
-    dist.rank, dist.broadcast_object = 1, lambda value: told[0]
     other = dataclasses.replace(h, distill_from="b.ptz", output_dir="b")
-    train_gpt.identify(other, tokenizer, dist)
-    with pytest.raises(train_gpt.UserError, match="process 1 has another DISTILL_FROM"):
-        train_gpt.identify(dataclasses.replace(h, distill_from=""), tokenizer, dist)
+    told = {}
+    dist = copy.copy(processes)
+    dist.broadcast_object = lambda value: told.update(value) or value
+    identity = train_gpt.identify(h, tokenizer, dist)
+    dist.rank = 1
+    for name in (None, "shards", "tokenizer", "source", "SEED", "NUM_LAYERS", "DISTILL_FROM"):
+        dist.broadcast_object = lambda _, name=name: told | ({name: "0" * 64} if name else {})
+        if not name:
+            assert train_gpt.identify(other, tokenizer, dist) == identity
+            continue
+        with pytest.raises(train_gpt.UserError, match=f"process 1 has another {name} than process"):
+            train_gpt.identify(h, tokenizer, dist)
 
 
 def test_the_script_that_runs_is_logged_although_its_file_changes(
@@ -217,15 +205,15 @@ def test_a_run_that_moves_with_its_data_is_still_evaluated(trained, base, tmp_pa
     """Results name the data as seen from their folder; without results the settings do."""
     results = json.loads((trained / "results.json").read_text())
     assert (trained / results["data_path"]).resolve() == base["DATA_PATH"].resolve()
-    moved = {"data_path": "../data", "tokenizer_path": "../data/it.model"}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "it.model").touch()
+    folder, data = tmp_path / "run", tmp_path / "data"
+    folder.mkdir()
+    data.mkdir()
+    (data / "it.model").touch()
+    moved = results | {"data_path": "../data", "tokenizer_path": "../data/it.model"}
     found = []
-    for content in (json.dumps(results | moved), "[]", '{"data_path": 1, "tokenizer_path": 2}'):
-        (tmp_path / "run" / "results.json").write_text(content)
-        found.append(train_gpt.locations_beside(str(tmp_path / "run" / "model.int6.ptz")))
-    data = tmp_path / "data"
+    for content in (moved, [], {"data_path": 1, "tokenizer_path": 2}):
+        (folder / "results.json").write_text(json.dumps(content))
+        found.append(train_gpt.locations_beside(str(folder / "model.int6.ptz")))
     expected = {"data_path": str(data), "tokenizer_path": str(data / "it.model")}
     assert found == [expected, {}, {}]
 
@@ -264,31 +252,27 @@ def test_a_run_without_a_checkpoint_begins_anew_only_where_it_may_and_says_so(ba
 @pytest.mark.parametrize("torn", ["", '{"step": 3, "tr', "half a line"])
 def test_a_line_that_a_crash_has_torn_is_cut(torn, tmp_path):
     """Or what a continued run writes would end it, and nobody could read the line."""
-    for name in ("train.log", "metrics.jsonl"):
-        (tmp_path / name).write_text(f'{{"step": 2}}\n{torn}')
+    paths = [tmp_path / name for name in ("train.log", "metrics.jsonl")]
+    for path in paths:
+        path.write_text(f'{{"step": 2}}\n{torn}')
     with train_gpt.RunLog(rank=0) as log:
         log.open(tmp_path)
         log('{"step": 3}')
         log.metrics(step=3)
-    for name in ("train.log", "metrics.jsonl"):
-        assert (tmp_path / name).read_text() == '{"step": 2}\n{"step": 3}\n'
+    for path in paths:
+        assert path.read_text() == '{"step": 2}\n{"step": 3}\n'
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])
-def test_a_terminal_that_closes_stops_a_run_as_sigterm_does(under_nohup):
+def test_a_terminal_that_closes_stops_a_run_as_sigterm_does(under_nohup, monkeypatch):
     """Unless nohup has asked for the signal to be ignored."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {signal.SIGHUP: signal.SIG_IGN} if under_nohup else {}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     stop = train_gpt.StopSignal()
-    stop.can_save = True
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else lambda *_: None)
-        stop.install()
-        signal.raise_signal(signal.SIGHUP)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert stop.requested != under_nohup
+    stop.install()
+    assert handlers.pop(signal.SIGHUP) == (signal.SIG_IGN if under_nohup else stop._handle)
+    assert handlers == dict.fromkeys((signal.SIGTERM, signal.SIGINT), stop._handle)
 
 
 @pytest.fixture
@@ -301,40 +285,29 @@ def exporting(data_settings, run_of, monkeypatch):
     clock = Seconds()
     monkeypatch.setattr(time, "perf_counter", clock)
 
-    def export(*_):
-        clock.now += 5
-        return train_gpt.Artifact(b"blob", {}, {}, math.nan)
+    def stand_in(name: str, seconds: float, result: object) -> None:
+        def take(*_):
+            clock.now += seconds
+            return result
 
-    def trained(run, model, *_):
-        figures = {"steps": 9, "choice_seconds": 0.0, "train_seconds": 50.0}
-        names = ("last", "ema", "swa")
-        figures |= {f"holdout_loss_{name}": 1.0 for name in names}  # all are worth an export
-        return figures, dict.fromkeys(names, model.state_dict())
+        monkeypatch.setattr(train_gpt, name, take)
 
     def run_it(limit: float, saving: float = 0.0, rank0: tuple = ()) -> tuple[int, dict]:
         run = run_of(data_settings(max_wallclock_seconds=limit, gptq_reserve_seconds=1))
         if rank0:
             answers = iter(rank0)
-
-            def by_rank0(*mine, flag=False):
-                return [next(answers) for _ in mine], flag
-
             run.dist = copy.copy(run.dist)
-            run.dist.sync_from_rank0 = by_rank0
-
-        def save(*_):
-            clock.now += saving
-
+            run.dist.sync_from_rank0 = lambda *mine, **_: ([next(answers) for _ in mine], False)
         weights = train_gpt.make_model(run.h).state_dict()
-        for name, stand_in in {
-            "export": export,
-            "train_model": trained,
-            "save_checkpoint": save,
-            "read_artifact": lambda _: ({}, weights),
-            "evaluate": lambda *_: 1.0,
-            "log_start": lambda *_: {},
-        }.items():
-            monkeypatch.setattr(train_gpt, name, stand_in)
+        candidates = dict.fromkeys(("last", "ema", "swa"), weights)
+        figures = {"steps": 9, "choice_seconds": 0.0, "train_seconds": 50.0}
+        figures |= {f"holdout_loss_{name}": 1.0 for name in candidates}  # all are worth an export
+        stand_in("export", 5, train_gpt.Artifact(b"blob", {}, {}, math.nan))
+        stand_in("train_model", 0, (figures, candidates))
+        stand_in("save_checkpoint", saving, None)
+        stand_in("read_artifact", 0, ({}, weights))
+        stand_in("evaluate", 0, 1.0)
+        stand_in("log_start", 0, {})
         metrics = train_gpt.train_and_export(run, None)[1]
         return sum(name.startswith("holdout_loss_quantized_") for name in metrics), metrics
 
@@ -343,10 +316,10 @@ def exporting(data_settings, run_of, monkeypatch):
 
 def test_writing_the_finished_checkpoint_counts(exporting):
     """It takes time from the export, and a slow disk puts a run over its time."""
-    (fast, metrics), (slow, slower) = exporting(limit=68.5), exporting(limit=68.5, saving=6)
-    assert (fast, slow) == (3, 2)
-    assert metrics["export_seconds"] == 3 * 5
-    assert slower["export_seconds"] == 6 + 2 * 5
+    for saving, count in ((0, 3), (6, 2)):
+        exported, metrics = exporting(limit=68.5, saving=saving)
+        assert exported == count
+        assert metrics["export_seconds"] == saving + count * 5
 
 
 @pytest.mark.parametrize(("rank0", "count"), [((), 2), ((100, 5, 5, 5), 3), ((1, 5), 1)])

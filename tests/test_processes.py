@@ -17,6 +17,7 @@ import torch
 
 import train_gpt
 from helpers import KeptLog, tiny_settings
+from reference import tokens
 
 Role = train_gpt.Role
 
@@ -71,47 +72,40 @@ def on_ranks(monkeypatch):
     return run
 
 
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_all_processes_take_rank_0s_numbers_and_any_ones_flag(on_ranks):
+def test_all_processes_take_rank_0s_numbers_and_objects_and_any_ones_flag(on_ranks):
     for who in (None, 0, 2):
         found = on_ranks(
             3, lambda dist, who=who: dist.sync_from_rank0(dist.rank + 5, 0.1, flag=dist.rank == who)
         )
         assert found == [([5.0, 0.1], who is not None)] * 3
-
-
-def test_all_processes_get_rank_0s_object(on_ranks):
     assert on_ranks(2, lambda dist: dist.broadcast_object(dist.rank)) == [0, 0]
 
 
-def plan_on(dist: train_gpt.Distributed, h: train_gpt.Hyperparameters) -> train_gpt.StepPlan:
-    """Return the plan of a process whose clock is an hour ahead of rank 0's for each rank."""
-    clock = train_gpt.Clock(100, 50.0)
-    clock.elapsed, clock.recent = 10.0 + 3600 * dist.rank, [2.0] * 5
-    stop = SimpleNamespace(requested=dist.rank == 1)
-    trainer = SimpleNamespace(h=h, dist=dist, clock=clock, step=7, saved_at=0.0, save_seconds=0.0)
-    trainer.run = SimpleNamespace(stop=stop)
-    return train_gpt.Trainer.plan_step(trainer)
-
-
 def test_all_processes_plan_a_step_by_rank_0s_clock(on_ranks, settings):
-    plans = on_ranks(2, lambda dist: plan_on(dist, settings(checkpoint_seconds=20)))
-    assert plans == [train_gpt.StepPlan(20, 0.2, save=False, stop=True, validate=False)] * 2
+    """The clock of each rank is an hour ahead of the one before."""
+
+    def plan_on(dist):
+        clock = train_gpt.Clock(100, 50.0)
+        clock.elapsed, clock.recent = 10.0 + 3600 * dist.rank, [2.0] * 5
+        trainer = SimpleNamespace(dist=dist, clock=clock, step=7, saved_at=0.0, save_seconds=0.0)
+        trainer.h = settings(checkpoint_seconds=20)
+        trainer.run = SimpleNamespace(stop=SimpleNamespace(requested=dist.rank == 1))
+        return train_gpt.Trainer.plan_step(trainer)
+
+    plan = train_gpt.StepPlan(20, 0.2, save=False, stop=True, validate=False)
+    assert on_ranks(2, plan_on) == [plan] * 2
 
 
 def test_processes_start_from_rank_0s_weights_and_must_agree_on_the_maps(
     on_ranks, data_settings, monkeypatch
 ):
     h = data_settings(num_layers=1)
-    initial_weight = train_gpt.initial_weight  # another on each machine, in the last bits
-    monkeypatch.setattr(
-        train_gpt,
-        "initial_weight",
-        lambda spec: initial_weight(spec) + 1e-3 * threading.get_ident() % 1,
-    )
+    initial_weight = train_gpt.initial_weight
+
+    def on_another_machine(spec):  # other last bits
+        return initial_weight(spec) + 1e-3 * threading.get_ident() % 1
+
+    monkeypatch.setattr(train_gpt, "initial_weight", on_another_machine)
 
     def start(dist, seed_of_map=0):
         own = train_gpt.load_settings({}, **h.as_dict() | {"map_seed": 7 + seed_of_map * dist.rank})
@@ -196,7 +190,7 @@ def test_hessians_are_summed_over_the_processes(on_ranks, settings, random_model
             torch.testing.assert_close(found[name], hessian, rtol=1e-4, atol=1e-3, msg=name)
 
 
-def test_sensitivities_are_of_the_text_of_all_processes(on_ranks, settings, random_model):
+def test_sensitivities_are_of_the_text_of_all(on_ranks, settings, random_model, processes):
     """The mean of what each finds alone, as both read as many tokens; each draws its own labels."""
     model = random_model(settings(num_layers=1))
 
@@ -208,7 +202,7 @@ def test_sensitivities_are_of_the_text_of_all_processes(on_ranks, settings, rand
         return by_name | {name: tables[m] for name, m in own.named_modules() if m in tables}
 
     def alone(rank):
-        dist = train_gpt.Distributed(tiny_settings())
+        dist = copy.copy(processes)
         dist.rank = rank
         return collect(dist)
 
