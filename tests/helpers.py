@@ -70,20 +70,14 @@ ONE_LAYER = {"NUM_LAYERS": 1, "VE_LAYERS": 0}  # for what is compiled: a layer t
 
 
 def tiny_settings(**changes: Any) -> train_gpt.Hyperparameters:
-    """Return the tiny settings with changes by lower-case name; the environment is not read.
-
-    None stands for the default.
-    """
+    """Return the tiny settings with changes by lower-case name; None stands for the default."""
     values = {name.lower(): value for name, value in TINY.items()} | changes
     given = {name: value for name, value in values.items() if value is not None}
     return train_gpt.load_settings({}, **given)
 
 
 def head_input(model: train_gpt.GPT, *given: Any) -> torch.Tensor:
-    """Return what the head reads when the model predicts, in the type of its parameters.
-
-    Logits are float32, and hide what a float64 model computes in its last bits.
-    """
+    """Return what the head reads when the model predicts: logits are float32 in any model."""
     inputs = []
     hook = model.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model.predict(*given)
@@ -265,11 +259,7 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 
 
 def environment(settings: dict) -> dict[str, str]:
-    """Return this process's environment with these settings and no others.
-
-    The script runs on the CPU unless they say otherwise, with one thread: sums always have one
-    order.
-    """
+    """Return this process's environment with these settings alone, on the CPU, with one thread."""
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     given = {name: str(value) for name, value in settings.items()}
     return inherited | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"} | given
@@ -279,7 +269,6 @@ def start(
     settings: dict,
     launcher: Sequence = (),
     script: Path = SCRIPT,
-    cwd: Path | None = None,
     arguments: Sequence[str] = (),
     **options: Any,
 ) -> subprocess.Popen:
@@ -287,16 +276,9 @@ def start(
 
     `options` are those of subprocess.Popen.
     """
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *arguments],
-        env=environment(settings),
-        cwd=cwd,
-        text=True,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+    command = [sys.executable, *launcher, str(script), *arguments]
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=environment(settings), **options)
 
 
 def finish(process: subprocess.Popen, timeout: float = 200) -> subprocess.CompletedProcess:

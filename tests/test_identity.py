@@ -186,9 +186,6 @@ def test_a_damaged_checkpoint_does_not_replace_the_one_before(unfinished, runs, 
         assert train_gpt.Checkpoint.read(path).finished
 
 
-# ---- An artifact and its windows -----------------------------------------------------------------
-
-
 def test_an_artifact_is_scored_as_its_run_was(trained, base):
     """Beside the results of its run it finds data and tokenizer, too."""
     evaluation = {"EVAL_ONLY": 1, "MODEL_PATH": trained / "model.int6.ptz", "DTYPE": "float32"}
@@ -225,27 +222,20 @@ def test_an_artifact_elsewhere_says_which_paths_it_needs(trained, other_tokenize
     assert "is not the tokenizer of the artifact; set TOKENIZER_PATH and DATA_PATH" in message
 
 
-def test_a_log_begins_with_the_source_although_an_earlier_start_failed(base, runs):
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(base, runs):
     """The first start opens the log and finds that the text is too short."""
-    tall = {"TRAIN_SEQ_LEN": 2**20, "TRAIN_BATCH_TOKENS": 2**20}
-    assert "too few training tokens" in refusal(base | tall | {"RUN_ID": "twice"})
-    assert "too few" in log_of(runs / "twice")
-    run_well(base | {"RUN_ID": "twice"})
-    source, found, _ = log_of(runs / "twice").partition("\nRUN_ID=")
-    assert found and source == SCRIPT.read_text(encoding="utf-8")
-    assert "too few" in (runs / "twice" / "train.previous.log").read_text()
-
-
-def test_a_run_without_a_checkpoint_begins_anew_only_where_it_may_and_says_so(base, runs):
-    folder = runs / "no checkpoint"
-    folder.mkdir()
-    (folder / "train.log").write_text("an earlier start\n")
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    folder = runs / "twice"
     settings = base | {"RUN_ID": folder.name}
-    assert "has no checkpoint; drop RESUME=1" in refusal(settings | {"RESUME": 1})
-    assert "has no checkpoint" in refusal(base | {"RUN_ID": "nothing", "RESUME": 1})
+    tall = {"TRAIN_SEQ_LEN": 2**20, "TRAIN_BATCH_TOKENS": 2**20}
+    assert "too few training tokens" in refusal(settings | tall)
+    assert "too few training tokens" in log_of(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    for name in (folder.name, "nothing"):
+        assert "has no checkpoint" in refusal(settings | {"RUN_ID": name, "RESUME": 1})
     assert "no checkpoint: the run begins anew\n" in run_well(settings)
-    assert "an earlier start" in (folder / "train.previous.log").read_text()
+    source, found, _ = log_of(folder).partition("\nRUN_ID=")
+    assert found and source == SCRIPT.read_text(encoding="utf-8")
+    assert "too few training tokens" in (folder / "train.previous.log").read_text()
     assert (folder / "metrics.previous.jsonl").read_text() == '{"step": 1}\n'
 
 
@@ -334,9 +324,6 @@ def test_all_processes_write_into_the_folder_that_rank_0_names(settings, process
     dist.rank, dist.broadcast_object = 1, lambda value: (tmp_path, None)
     *_, folder = train_gpt.decide_start(settings(), dist, train_gpt.RunLog(1))
     assert folder == tmp_path
-
-
-# ---- Smaller ones --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signs", ["bigram.signs=rademacher", "bigram.signs.current=none"])

@@ -142,9 +142,6 @@ def test_results_agree_with_the_log_and_the_files(trained, base):
     assert contents(trained) == before
 
 
-# ---- Repeatability -----------------------------------------------------------------------------
-
-
 def test_same_seed_gives_the_same_bytes(trained, base, runs):
     """Of two interpreters: each has an order of its own for a set of strings."""
     run_well(base | {"RUN_ID": "again"}, fresh=True)
@@ -224,9 +221,6 @@ def test_settings_that_agree_with_the_artifact_are_accepted(trained):
         assert h.eval_stride == 5
 
 
-# ---- Several processes -------------------------------------------------------------------------
-
-
 def test_two_processes_train_as_one(base, runs):
     settings = base | {"LATE_QAT_THRESHOLD": 0}  # it would round last bits to other codes
     run_well(settings | {"RUN_ID": "one"})
@@ -243,9 +237,6 @@ def test_two_processes_train_as_one(base, runs):
     weights, expected = weights_of(ours), weights_of(theirs)
     for name, weight in expected.items():
         assert (weights[name] - weight).abs().median() < 0.01 * tiny_settings().matrix_lr, name
-
-
-# ---- Export ------------------------------------------------------------------------------------
 
 
 def test_artifact_over_the_limit_is_refused_and_the_weights_stay(trained, base, runs):
@@ -281,9 +272,6 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
     stop._handle(2, None)
     assert log_of(tmp_path) == "a line\n"
     assert stop.requested
-
-
-# ---- Other configurations ----------------------------------------------------------------------
 
 
 def test_master_weights_are_float32_under_bfloat16(base, runs):
@@ -354,17 +342,6 @@ def test_compiled_gradients_of_embeddings_add_up_in_order(dynamo, monkeypatch):
         compiled(torch.randint(8, (64,))).float().sum().backward()
     assert any("embedding_dense_backward" in name for name in traced)
     assert not any("index_put" in name for name in traced)
-
-
-# ---- Time ----------------------------------------------------------------------------------------
-
-
-def test_the_reserve_grows_with_what_the_export_takes(processes, capsys):
-    h = tiny_settings(max_wallclock_seconds=100, gptq_reserve_seconds=10)
-    run = train_gpt.Run(h, processes, train_gpt.RunLog(0), train_gpt.StopSignal(), None, None)
-    assert train_gpt.reserve_for_export(run, 1.0) == 10
-    assert train_gpt.reserve_for_export(run, 40.0) == 50
-    assert "50.0 s are kept for it" in capsys.readouterr().out
 
 
 def test_data_read_ahead_are_those_of_the_step(data_settings, processes):
