@@ -93,7 +93,8 @@ if [[ $trains = 1 && -n $teacher && -z ${DISTILL_FROM:-} ]]; then
     export RUN_ID=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}
     folder=$OUTPUT_DIR/$RUN_ID-teacher
     if [ -f "$folder/results.json" ]; then
-        echo "teacher $teacher is there already: $folder"
+        echo "teacher $teacher: $folder is there already, with"
+        grep -E '"(model|dataset|seed)":' "$folder/results.json"
     else
         echo "teacher $teacher, run $RUN_ID-teacher"
         PRESET=$teacher RUN_ID=$RUN_ID-teacher bash "$root/run.sh" "${texts[@]}"

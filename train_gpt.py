@@ -49,10 +49,8 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
-import shlex
 import shutil
 import signal
 import statistics
@@ -183,10 +181,7 @@ class Hyperparameters:
     )
     map_gain: str = model_setting("1", "factor on the basis")
     map_seed: int = model_setting(
-        12_345,
-        "seed of the random maps",
-        0,
-        2**62,
+        *(12_345, "seed of the random maps", 0, 2**62),
         also="random_adapter_seed random_basis_seed random_backbone_seed",
     )
     map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
@@ -299,6 +294,10 @@ class Hyperparameters:
         """Return every setting by name."""
         return {name: getattr(self, name) for name in SETTINGS}
 
+    def given(self) -> dict[str, Any]:
+        """Return the settings that somebody set, by name."""
+        return {name: getattr(self, name) for name in self.explicit}
+
     def model_settings(self) -> dict[str, Any]:
         """Return what the artifact stores: everything that rebuilding the model depends on."""
         return {name: getattr(self, name) for name, f in SETTINGS.items() if f.metadata["stored"]}
@@ -393,14 +392,8 @@ ALIASES |= {
 }
 
 
-class Unsupported(NamedTuple):
-    """A variable of a published script whose feature does not exist here."""
-
-    defaults: list[str]  # published values at which it changes nothing here
-    reason: str
-
-
-# By reason: variables, each with its published values that change nothing here.
+# Variables of published scripts whose feature does not exist here, by reason; each with its
+# published values that change nothing.
 UNSUPPORTED_BY_REASON = {
     "this part of a published model is not built": "BACKOUT_ENABLED=0 BACKOUT_INIT=0.2"
     " DDL_ENABLED=0 MINI_MOE_EXPERTS=1 SHC_N=0",
@@ -409,10 +402,8 @@ UNSUPPORTED_BY_REASON = {
     " TTT_MOMENTUM=0.9 TTT_OPTIMIZER=sgd",
     "embeddings are tied here, without a separate head; set TIED_EMBED_LR": "EMBED_LR=0.6"
     " HEAD_LR=0.008 TIE_EMBEDDINGS=1",
-    "the token embedding has MODEL_DIM columns": "EMBEDDING_DIM=512",
-    "layers that share a map share it as it is": "MAP_TWIST=none",
-    "the switch is gone, because it made no run faster or better": "COMPILE_MUON=0 FUSE_QKV=1"
-    " MIX_ORDER_REDUCTION=0",
+    "it is gone, because it made no run faster or better": "COMPILE_MUON=0 EMBEDDING_DIM=512"
+    " FUSE_QKV=1 MAP_TWIST=none MIX_ORDER_REDUCTION=0",
     "the module that owns a tensor decides how it is quantized": "CONTROL_TENSOR_NAME_PATTERNS"
     " INT6_LAYERS INT6_STEP=4 INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
     "MATRIX_CLIP_SIGMAS decides where codes clip": "QAT_CLIP_PCT=0.9995",
@@ -424,6 +415,7 @@ UNSUPPORTED_BY_REASON = {
     "its probabilities sum to over 1": "NGRAM_EVAL=0",
     "MAP_BASIS chooses another basis than orthogonal": "RAND_INIT_QR=1",
     "RECUR_TIMES counts every pass, NUM_LOOPS=2 is RECUR_TIMES=3": "NUM_LOOPS=2",
+    "it belongs in a preset's file": "PRESET_BASE TEACHER_PRESET",
     "set RECUR_LAYERS, such as 3-5": "LOOP_START=3 LOOP_END=5",
     "set XSA_LAST_N": "XSA_LAYERS",
     "set DATA_PATH and TOKENIZER_PATH": "DATA_DIR=./data/,./data",
@@ -433,9 +425,9 @@ UNSUPPORTED_BY_REASON = {
     "COMPILE=0 turns compilation off": "TORCH_COMPILE_DISABLE=0",
 }
 UNSUPPORTED = {
-    name: Unsupported(list(filter(None, defaults.split(","))), reason)
+    name: (reason, values.split(","))
     for reason, variables in UNSUPPORTED_BY_REASON.items()
-    for name, _, defaults in (variable.partition("=") for variable in variables.split())
+    for name, _, values in (variable.partition("=") for variable in variables.split())
 }
 
 
@@ -451,8 +443,7 @@ def collect_errors(errors: list[str], where: str) -> Iterator[None]:
 def expand_aliases(overrides: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
     """Replace aliases among the overrides by the settings they stand for.
 
-    An explicit setting wins over an alias's defaults. An alias that contradicts an explicit setting
-    or another alias is an error.
+    An explicit setting wins over an alias's defaults, but what contradicts an alias is an error.
     """
     explicit = {name: value for name, value in overrides.items() if name not in ALIASES}
     aliased: dict[str, str] = {}  # what aliases stand for
@@ -474,10 +465,8 @@ def expand_aliases(overrides: Mapping[str, Any], errors: list[str]) -> dict[str,
             text = template.replace("{}", value)
             earlier = str(explicit.get(target, aliased.get(target, text)))
             if earlier != text:
-                errors.append(
-                    f"{name.upper()}={value} means {target.upper()}={text}, but"
-                    f" {set_by[target].upper()} says {earlier}; unset one"
-                )
+                means = f"{name.upper()}={value} means {target.upper()}={text}"
+                errors.append(f"{means}, but {set_by[target].upper()} says {earlier}; unset one")
             aliased.setdefault(target, text)
             set_by.setdefault(target, name)
     return alias_defaults | aliased | explicit
@@ -563,10 +552,10 @@ def same_value(text: str, other: str) -> bool:
 def unsupported_variables(environment: Mapping[str, str]) -> list[str]:
     """Return errors for variables of published scripts that would change something there."""
     errors = []
-    for name, unsupported in UNSUPPORTED.items():
+    for name, (reason, harmless) in UNSUPPORTED.items():
         value = environment.get(name, "").replace("_", "")
-        if value and not any(same_value(value, default) for default in unsupported.defaults):
-            errors.append(f"{name}={environment[name]}: {unsupported.reason}; unset it")
+        if value and not any(same_value(value, other) for other in harmless):
+            errors.append(f"{name}={environment[name]}: {reason}; unset it")
     return errors
 
 
@@ -587,11 +576,7 @@ PRESETS = Path(__file__).resolve().with_name("presets")
 
 
 def find_preset(name: str, on_cpu: bool) -> Path:
-    """Return the file of a preset: a path to an .env file, or a name in presets/.
-
-    On a CPU, a file of that name in presets/cpu/ comes first, unless the name has a folder.
-    UserError lists what there is.
-    """
+    """Return a preset's file: a path of an .env, or a name in presets/cpu/ (on a CPU), presets/."""
     places = [PRESETS / f"{name.removesuffix('.env')}.env"]
     if on_cpu and "/" not in name:
         places.insert(0, PRESETS / "cpu" / places[0].name)
@@ -607,9 +592,8 @@ def find_preset(name: str, on_cpu: bool) -> Path:
 def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -> dict[str, str]:
     """Return the variables of a preset, and those of its PRESET_BASE that it does not set itself.
 
-    A line is KEY=VALUE; # begins a comment. TEACHER_PRESET names the preset of the teacher that the
-    preset learns from. `device` is DEVICE, and `heirs` are the files that build on this one.
-    UserError for a missing file, another kind of line, or a circle of bases.
+    A line is KEY=VALUE; # begins a comment. TEACHER_PRESET names the preset of its teacher.
+    `device` is DEVICE, `heirs` are the files that build on this one. UserError for another line.
     """
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     path = find_preset(name, on_cpu and not heirs)
@@ -625,9 +609,7 @@ def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -
             raise UserError(f"{path}: not KEY=VALUE: {text}")
         own[key] = value
     base = own.pop("PRESET_BASE", None)
-    if not base:
-        return own
-    inherited = load_preset(base, device, (*heirs, path))
+    inherited = load_preset(base, device, (*heirs, path)) if base else {}
     inherited.pop("TEACHER_PRESET", None)  # a preset names its own teacher
     return inherited | own
 
@@ -635,16 +617,13 @@ def load_preset(name: str, device: str = "auto", heirs: tuple[Path, ...] = ()) -
 def apply_preset(name: str, given: dict[str, Any], errors: list[str]) -> dict[str, Any]:
     """Return what is given, over what a preset sets.
 
-    Beside another MAP_BASIS the preset's other columns would be about other maps: none of its MAP_*
-    settings holds.
+    Beside another MAP_BASIS its columns would be about other maps: none of its MAP_* holds.
     """
     preset = load_preset(name, str(given.get("device", "auto")))
     teacher = preset.pop("TEACHER_PRESET", None)
     if teacher and not given.get("distill_from"):
-        errors.append(
-            f"PRESET={name} needs a teacher: set DISTILL_FROM to the artifact of a run with"
-            f" PRESET={teacher}, or let run.sh train both"
-        )
+        by_hand = f"set DISTILL_FROM to the artifact of a run with PRESET={teacher}"
+        errors.append(f"PRESET={name} needs a teacher: {by_hand}, or let run.sh train both")
     errors += unsupported_variables(preset)
     settings = {key.lower(): text for key, text in preset.items() if key not in UNSUPPORTED}
     for key in sorted(settings.keys() - SETTINGS.keys() - ALIASES.keys()):
@@ -670,13 +649,11 @@ def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
     brings_settings = any(str(overrides.get(name)) == "1" for name in ("eval_only", "export_only"))
     if preset and not brings_settings:
         overrides = apply_preset(preset, overrides, errors)
+    errors += [f"{name}: no such setting" for name in overrides if name not in SETTINGS]
     values = {}
-    for name, raw in overrides.items():
-        if name not in SETTINGS:
-            errors.append(f"{name}: no such setting")
-            continue
-        with collect_errors(errors, f"{name.upper()}={raw}"):
-            values[name] = parse_setting(SETTINGS[name], raw)
+    for name in [name for name in overrides if name in SETTINGS]:
+        with collect_errors(errors, f"{name.upper()}={overrides[name]}"):
+            values[name] = parse_setting(SETTINGS[name], overrides[name])
     h = Hyperparameters(**values, explicit=frozenset(overrides))
     errors += wrong_combinations(h, environment)
     errors += unsupported_variables(environment)
@@ -691,19 +668,14 @@ def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
 def adopt_settings(
     h: Hyperparameters, stored: dict[str, Any], source: str, overridable: Iterable[str] = ()
 ) -> Hyperparameters:
-    """Return these settings with those of an artifact or a checkpoint in place of the defaults.
-
-    UserError if an explicit setting differs from the stored one and is not `overridable`.
-    """
+    """Return these settings over stored ones. UserError if one differs that is not overridable."""
     kept = {name for name in h.explicit if name not in stored or name in overridable}
-    differences = [
-        f"{name.upper()}={getattr(h, name)} here, {stored[name]} there"
-        for name in sorted(h.explicit - kept)
-        if getattr(h, name) != stored[name]
-    ]
-    if differences:
-        what = "; ".join(differences)
-        raise UserError(f"{source} has other settings: {what}. Unset these")
+    changed = [name for name in sorted(h.explicit - kept) if getattr(h, name) != stored[name]]
+    if changed:
+        pairs = [
+            f"{name.upper()}={getattr(h, name)} here, {stored[name]} there" for name in changed
+        ]
+        raise UserError(f"{source} has other settings: {'; '.join(pairs)}. Unset these")
     return reload_settings(stored | {name: getattr(h, name) for name in kept})
 
 
@@ -728,7 +700,7 @@ def settings_from_manifest(h: Hyperparameters) -> Hyperparameters:
     if {"tokenizer", "vocab_size"} <= manifest.keys():
         path = os.path.join(h.data_path, str(manifest["tokenizer"]))
         found = {"tokenizer_path": path, "vocab_size": manifest["vocab_size"]}
-    return reload_settings(found | {name: getattr(h, name) for name in h.explicit})
+    return reload_settings(found | h.given())
 
 
 def allowed_values(f: dataclasses.Field) -> str:
@@ -744,10 +716,8 @@ def allowed_values(f: dataclasses.Field) -> str:
 def settings_help() -> str:
     """Return all settings with defaults, meanings and ranges, in groups, for --help."""
     headings = {first: title for title, first in SETTING_GROUPS.items()}
-    lines = [
-        "Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py.",
-        "PRESET=NAME adds those of presets/NAME.env, on a CPU of presets/cpu/NAME.env.",
-    ]
+    lines = ["Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py."]
+    lines += ["PRESET=NAME adds those of presets/NAME.env, on a CPU of presets/cpu/NAME.env."]
     for name, f in SETTINGS.items():
         if name in headings:
             lines += ["", f"{headings[name]}:"]
@@ -775,10 +745,7 @@ def random_uint64(seed: int, n: int) -> np.ndarray:
 
 
 def normal_deviates(seed: int, n: int) -> np.ndarray:
-    """Return (n,) float64 standard normal deviates by Box and Muller's formula.
-
-    No library's sampler is involved, since those may change their streams between releases.
-    """
+    """Return (n,) float64 normal deviates by Box and Muller's formula: no sampler may change it."""
     half = (n + 1) // 2
     words = random_uint64(seed, 2 * half) >> np.uint64(11)
     uniform = words.astype(np.float64) * 2.0**-53  # [0, 1)
@@ -788,14 +755,11 @@ def normal_deviates(seed: int, n: int) -> np.ndarray:
 
 
 def orthogonal(out_features: int, in_features: int, seed: int) -> Tensor:
-    """Return (out, in) float64, Haar-random, orthonormal along its shorter side.
-
-    It is the Q of a normal matrix, made unique by a positive diagonal of R.
-    """
+    """Return (out, in) float64, Haar-random, orthonormal along its shorter side."""
     tall, short = max(out_features, in_features), min(out_features, in_features)
     normal = torch.from_numpy(normal_deviates(seed, tall * short).reshape(tall, short))
     q, r = torch.linalg.qr(normal)
-    q = q * r.diagonal().sign()
+    q = q * r.diagonal().sign()  # unique: now the diagonal of R is positive
     return q if out_features >= in_features else q.T
 
 
@@ -837,19 +801,12 @@ def hadamard(out_features: int, in_features: int, seed: int) -> Tensor:
 
 
 BASES: dict[str, Callable[[int, int, int], Tensor]] = {
-    "orthogonal": orthogonal,
-    "gaussian": gaussian,
-    "uniform": uniform,
-    "rademacher": rademacher,
-    "hadamard": hadamard,
+    basis.__name__: basis for basis in (orthogonal, gaussian, uniform, rademacher, hadamard)
 }
 
 
 def generate_map(spec: MapSpec) -> Tensor:
-    """Return the frozen map of a table row, (out, in) bfloat16, generated on the CPU.
-
-    These bfloat16 values are the map, on every device and for every type of activations.
-    """
+    """Return the frozen map of a table row, (out, in) bfloat16 on every device, made on the CPU."""
     values = BASES[spec.basis](spec.out_features, spec.in_features, spec.seed) * spec.gain
     if values.shape != spec.shape or not values.isfinite().all():
         shape = tuple(values.shape)
@@ -881,10 +838,7 @@ class QuantizedModule(nn.Module):
     roles: ClassVar[dict[str, Role]] = {}
 
     def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
-        """Return the codes of each tensor in `roles`.
-
-        `hessian` is Σ x xᵀ (in, in) over calibration inputs x; None: round to nearest.
-        """
+        """Return the codes of each tensor in `roles`, for inputs x by `hessian` Σ x xᵀ (in, in)."""
         return {
             name: quantizers[role].quantize(getattr(self, name), hessian)
             for name, role in self.roles.items()
@@ -949,10 +903,7 @@ def shared_normal(count: int, rows: int, columns: int, key: int) -> Tensor:
 
 
 class VeRA(Adapter):
-    """ΔW = diag(b) B diag(d) A (arXiv:2310.11454): b and d are learned, A and B frozen and random.
-
-    All maps of one shape share A and B.
-    """
+    """ΔW = diag(b) B diag(d) A (arXiv:2310.11454); maps of one shape share the frozen A and B."""
 
     size_unit = "rank"
 
@@ -995,9 +946,8 @@ class Sparse(Adapter):
 class Mask(Adapter):
     """W + ΔW is √2 · W where a learned bit is 1, else 0 (arXiv:1911.13299).
 
-    A bit is 1 where its score is positive; at first about half of them are. The scores are trained
-    through a straight-through estimator, the gradient of sigmoid(score / temperature). The
-    temperature falls during training as in PR #1753.
+    A bit is 1 where its score is positive. The scores get the gradient of
+    sigmoid(score / temperature); the temperature falls during training as in PR #1753.
     """
 
     roles: ClassVar = {"scores": Role.MASK}
@@ -1018,10 +968,7 @@ class Mask(Adapter):
 
 
 class Combination(Adapter):
-    """ΔW = Σ c_i R_i with learned c_i and seeded R_i, shared by all maps of one shape.
-
-    NOLA (arXiv:2310.02556) and PR #812; the coefficients are all that is stored.
-    """
+    """ΔW = Σ c_i R_i, learned c_i, seeded R_i of a shape (NOLA, arXiv:2310.02556; PR #812)."""
 
     size_unit = "count"
 
@@ -1075,22 +1022,20 @@ def initial_weight(spec: MapSpec) -> Tensor:
 def depth_weights(count: int, depth: float) -> Tensor:
     """Return initial weights (count,) of shared matrices in a layer at a depth from 0 to 1.
 
-    The matrices stand at equal distances along the depth; a layer starts as a mix of the two that
-    are nearest. With equal weights all layers would be the same at first (PR #812).
+    A layer starts as a mix of the two matrices that are nearest in depth: with equal weights all
+    layers would be the same at first (PR #812).
     """
     return (1 - (torch.arange(count) - depth * (count - 1)).abs()).clamp(min=0)
 
 
 class LowRankLinearFunction(torch.autograd.Function):
-    """y = x Mᵀ, with M the stacked rows of maps W + A B whose W is frozen.
+    """y = x Mᵀ, with M (Σ out, in) the stacked rows of maps W + A B whose W is frozen.
 
-    One GEMM in each direction, thin products for the gradients of A and B, and never the dense
-    gradient of M.
+    Thin products give the gradients of `factors`, A and B of each map, without that of M.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, merged: Tensor, *factors: Tensor) -> Tensor:
-        """Multiply x (..., in) by merged (Σ out, in); `factors` are A, B of each map."""
         ctx.save_for_backward(x, merged, *factors)
         return x @ merged.t()
 
@@ -1116,8 +1061,7 @@ class MapParts(NamedTuple):
     def low_rank_gradient_pays(self, has_scale: bool) -> bool:
         """Return whether thin products for a and b take less time than the dense gradient.
 
-        On a CPU FLOPs decide, and a step of cpu/random_adapters takes 7% less time. On a GPU memory
-        bounds thin products, and the dense gradient of the presets' maps is faster.
+        On a CPU they save 7% of a step of cpu/random_adapters. On a GPU memory bounds them.
         """
         rows, columns = self.weight.shape
         thin = 2 * len(self.b) * (rows + columns)
@@ -1137,22 +1081,13 @@ def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | No
     return torch.cat([row.expand(m.out_features) for m, row in zip(maps, rows, strict=True)])
 
 
-def merge_weights(parts: Sequence[MapParts]) -> Tensor:
-    """Return the rows of all maps W + A B in one matrix, (Σ out, in)."""
-    return torch.cat([torch.addmm(*each) if len(each.b) else each.weight for each in parts])
-
-
 def fused_linear(
-    x: Tensor,
-    maps: Sequence[Linear],
-    row_scale: Tensor | None = None,
-    activation: Callable[[Tensor], Tensor] | None = None,
+    x: Tensor, maps: Sequence[Linear], row_scale: Tensor | None = None, activation: Any = None
 ) -> Tensor:
     """Apply maps of one input as a single product: gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
-    One product for q, k and v reads x (..., in) once instead of three times. Everything is computed
-    in its type. `row_scale` (Σ out,) is multiplied into the maps' own scales. The outputs of the
-    maps lie side by side, (..., Σ out).
+    All is computed in the type of x (..., in). `row_scale` (Σ out,) is multiplied into the maps'
+    own scales; `activation` is a function or None. The outputs lie side by side, (..., Σ out).
     """
     scale = stack_rows(maps, "scale", 1.0)
     if row_scale is not None:
@@ -1160,7 +1095,7 @@ def fused_linear(
     bias = stack_rows(maps, "bias", 0.0)
     gate = stack_rows(maps, "gate", 1.0)
     parts = [each.parts(x.dtype) for each in maps]
-    weight = merge_weights(parts)
+    weight = torch.cat([torch.addmm(*each) if len(each.b) else each.weight for each in parts])
     trained = [each for each in parts if each.a.requires_grad]  # their factors
     has_dense = any(each.weight.requires_grad for each in parts)
     pays = all(each.low_rank_gradient_pays(scale is not None) for each in trained)
@@ -1235,15 +1170,12 @@ class Linear(QuantizedModule):
         return MapParts(total, a, b)
 
     def set_frozen(self, frozen: bool) -> None:
-        """Freeze everything that is learned of this map, or train it.
-
-        The compiler sees `is_frozen`: torch 2.9 makes no new graph where requires_grad changes.
-        """
+        """Freeze everything that is learned of this map, or train it."""
         self.requires_grad_(not frozen)
-        self.is_frozen = frozen
+        self.is_frozen = frozen  # torch 2.9 makes no new graph where requires_grad changes
 
     def base_weight(self) -> Tensor:
-        """Return W (out, in): learned, random, or made of shared matrices."""
+        """Return W (out, in)."""
         if not self.shared_matrices:
             return self.weight
         weights = self.shared_matrices[0].weights()
@@ -1256,12 +1188,7 @@ class Linear(QuantizedModule):
         """The modules that read its input, as in an InputGroup: this one alone."""
         return (self,)
 
-    def forward(
-        self,
-        x: Tensor,
-        row_scale: Tensor | None = None,
-        activation: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, row_scale: Tensor | None = None, activation: Any = None) -> Tensor:
         """Apply the map: x (..., in) -> (..., out), as in `fused_linear`."""
         return fused_linear(x, (self,), row_scale, activation)
 
@@ -1314,10 +1241,9 @@ class FrozenRows(nn.Module):
 class BigramTable(Embedding):
     """A learned table (rows, dim) whose rows pairs of tokens share by a hash (PR #1113).
 
-    Without signs, the pairs of a row read the same values: the mean of what they want. With signs,
-    each pair reads the row times a frozen random vector of its own, S₁[previous] ⊙ S₂[current] of
-    ±1. The row then holds what each pair wants under the pair's signs, and to the other pairs it is
-    noise of mean zero (signed hashing, arXiv:0902.2206).
+    Without signs, the pairs of a row read the mean of what they want. With signs, each reads it
+    times a frozen random vector of its own, S₁[previous] ⊙ S₂[current] of ±1: what one pair writes
+    is noise of mean zero to the others (signed hashing, arXiv:0902.2206).
     """
 
     def __init__(
@@ -1327,11 +1253,8 @@ class BigramTable(Embedding):
         self.signs = nn.ModuleDict(signs)  # previous and current, or nothing
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up each token with the one before it: ids (B, T) -> (B, T, out).
-
-        The last row is for the first position, whose previous token counts as token 0.
-        """
-        last = len(self.weight) - 1
+        """Look up each token with the one before it: ids (B, T) -> (B, T, out)."""
+        last = len(self.weight) - 1  # for the first position, whose previous token counts as 0
         buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
         buckets = F.pad(buckets, (1, 0), value=last)
         x = F.embedding(buckets, self.weight).to(self.dtype)  # (B, T, dim)
@@ -1342,7 +1265,7 @@ class BigramTable(Embedding):
 
 
 class TiedHead(InputGroup):
-    """Logits c·tanh(z/c), z = x Eᵀ, with the token embedding E: (..., dim) -> (..., vocabulary)."""
+    """Logits c·tanh(z/c), z = x Eᵀ with the token embedding E: (..., dim) -> (..., vocabulary)."""
 
     def __init__(self, embedding: Embedding, softcap: float) -> None:
         super().__init__(embedding)
@@ -1355,29 +1278,18 @@ class TiedHead(InputGroup):
         return torch.rsub(torch.sigmoid(-2 / c * z), c, alpha=2 * c)
 
 
-def tensors_by_role(model: nn.Module) -> dict[Role, dict[str, nn.Parameter]]:
+RoleGroups = dict[Role, dict[str, nn.Parameter]]  # role -> name in the model -> parameter
+
+
+def tensors_by_role(model: nn.Module) -> RoleGroups:
     """Return the parameters by name, sorted into the roles that their modules gave them."""
-    groups: dict[Role, dict[str, nn.Parameter]] = {role: {} for role in Role}
+    groups: RoleGroups = {role: {} for role in Role}
     for prefix, module in model.named_modules():
         roles = module.roles if isinstance(module, QuantizedModule) else {}
         for name, parameter in module.named_parameters(prefix, recurse=False):
             role = roles.get(name.rpartition(".")[-1], Role.SCALAR)
             groups[role][name] = parameter
     return groups
-
-
-def stored_bytes(module: nn.Module) -> int:
-    """Return the bytes of learned tensors before compression, without scales of columns."""
-    total = 0
-    for role, tensors in tensors_by_role(module).items():
-        for p in tensors.values():
-            if role is Role.SCALAR:
-                total += 2 * p.numel()  # float16
-            elif role is Role.MASK:
-                total += -(-p.numel() // 8)  # bits
-            else:
-                total += p.numel() + len(p)  # int8 codes and a scale per row
-    return total
 
 
 # ---- Map table ---------------------------------------------------------------------------------
@@ -1445,10 +1357,8 @@ class MapSpec(NamedTuple):
             with contextlib.suppress(ValueError):
                 size = float(text) if unit == "density" else int(text if unit else 0)
             if not low <= size <= high:
-                raise ValueError(
-                    f"{part!r} needs a {unit} from {low:.3g} to {high} on a map of"
-                    f" {self.out_features} x {self.in_features}"
-                )
+                shape = f"{self.out_features} x {self.in_features}"
+                raise ValueError(f"{part!r} needs a {unit} from {low:.3g} to {high}, map {shape}")
             sizes[name] = size
         return sizes
 
@@ -1457,10 +1367,9 @@ class MapRule(NamedTuple):
     """One CELL or SELECTOR=CELL of a column of the map table.
 
     A selector is [mMEMBER.]KIND[@LAYERS]. KIND is all, random (also those that are shared),
-    attention, mlp, mlp.in (the MLP without its proj) or one such as attention.q. The maps of
-    embeddings are not in all; bigram and value_embedding, or these with .proj, select them, and
-    bigram.signs selects the signs of pairs. A cell without a selector is for all maps, but an
-    adapter is for random ones.
+    attention, mlp, mlp.in (the MLP without its proj), one such as attention.q, or, since `all`
+    leaves them out, bigram, value_embedding, or bigram.signs. A cell without a selector is for all
+    maps, but an adapter is for random ones.
     """
 
     selector: str  # as written
@@ -1674,11 +1583,9 @@ class FrozenRandomLinearWithLoRA(Linear):
 def rotations(h: Hyperparameters, dtype: torch.dtype, length: int) -> Tensor:
     """Return cosine and sine for positions 0 to `length`, (2, length + 1, 1, R / 2), R = ROPE_DIMS.
 
-    The last one is the rotation by a whole row, which streaming needs. Computed in the forward
-    pass, compiled kernels would compute them again for every head.
-
-    Over ROPE_STRETCH_FROM tokens the base of the frequencies grows, so that the slowest rotation
-    turns as far over the longer sequence as before (PR #1113): base · (T / limit)^(R / (R - 2)).
+    The last one is the rotation by a whole row, which streaming needs. Over ROPE_STRETCH_FROM
+    tokens the base of the frequencies grows to base · (T / limit)^(R / (R - 2)), so that the
+    slowest rotation turns as far over the longer sequence as before (PR #1113).
     """
     base, limit, dims = h.rope_base, h.rope_stretch_from, h.rope_dims
     if 0 < limit < length and dims > 2:
@@ -1698,8 +1605,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RMSNormFunction(torch.autograd.Function):
     """x · scale / rms(x) over the last dimension (arXiv:1910.07467), rotated first if cos is given.
 
-    Its own gradient keeps y instead of x: a CPU step of 831 ms with torch's rms_norm takes 703.
-    Since y is divided by the scale in the backward pass, the scale must not be 0.
+    Its own gradient keeps y instead of x: a CPU step of 831 ms with torch's rms_norm takes 703. It
+    divides y by the scale, which must not be 0.
     """
 
     @staticmethod
@@ -1768,14 +1675,9 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
 
 
 HAS_AMX = torch.cpu._is_amx_tile_supported()  # matrix units of an Intel CPU
-# Longest sequence for which a CPU attends by plain products rather than by torch's fused kernel, by
-# (has AMX, with gradients): plain products keep T² weights for the backward pass (bench/speed.py).
-PLAIN_ATTENTION = {
-    (True, True): 512,
-    (True, False): 0,
-    (False, True): 2048,
-    (False, False): math.inf,
-}
+# Longest sequence for which a CPU attends by plain products rather than by torch's fused kernel,
+# with gradients (plain products keep T² weights for them) and without (bench/speed.py).
+PLAIN_ATTENTION = {True: 512, False: 0} if HAS_AMX else {True: 2048, False: math.inf}
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -1785,10 +1687,7 @@ SDPA_BACKENDS = {
 
 
 def attention_order(h: Hyperparameters) -> list[str]:
-    """Return the attention kernels for CUDA, first choice first. ValueError for an unknown one.
-
-    The order is explicit, since torch's own changes between releases.
-    """
+    """Return the kernels for CUDA, the first choice first. ValueError for an unknown one."""
     known = ["fa3", *SDPA_BACKENDS]
     if h.attention_backend == "auto":
         return known
@@ -1818,7 +1717,7 @@ def load_flash_attention_3(h: Hyperparameters) -> Callable[..., Any] | None:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend causally: q (B, n, H, D) of the last n positions, k, v (B, T, H_kv, D) -> as q."""
     length = k.size(1)
-    is_plain = not q.is_cuda and length <= PLAIN_ATTENTION[HAS_AMX, torch.is_grad_enabled()]
+    is_plain = not q.is_cuda and length <= PLAIN_ATTENTION[torch.is_grad_enabled()]
     if q.size(1) < length or is_plain:
         return block_attention(q, k, v, length)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -1854,11 +1753,8 @@ def streaming_attention(
     Shapes are q (B, T, H, D) and k, v (B, T, H_kv, D). `row_shift` rotates keys back by T
     positions: cosine and sine, (1, R) each.
     """
-    if q.is_cuda:
-        has_flash = q.dtype is torch.bfloat16 and q.size(-1) in range(8, 257, 8)
-    else:
-        has_flash = HAS_AMX
-    if not has_flash:
+    fits = q.dtype is torch.bfloat16 and q.size(-1) in range(8, 257, 8)
+    if not (fits if q.is_cuda else HAS_AMX):
         # Each row's keys: those of the row above, then its own, 2T in all.
         k_both = torch.cat([rotate(k[:-1], *row_shift), k[1:]], 1)
         v_both = torch.cat([v[:-1], v[1:]], 1)
@@ -1952,10 +1848,7 @@ class Attention(nn.Module):
 
 
 def squared_leaky_relu(x: Tensor) -> Tensor:
-    """Return LeakyReLU(0.5)².
-
-    On CUDA only x is kept: the backward pass reads x anyway, and computes the rest again.
-    """
+    """Return LeakyReLU(0.5)²; on CUDA only x is kept, and the rest computed again for gradients."""
 
     def compute(x: Tensor) -> Tensor:
         return F.leaky_relu(x, 0.5).square()
@@ -1999,10 +1892,7 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(h.model_dim))
 
     def forward(self, x: Tensor, x0: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """Return the stream (B, n, d) after the block, and the layer's own values (B, T, kv_dim).
-
-        The stream x and the embedding x0 are (B, T, d).
-        """
+        """Return stream (B, n, d) and own values (B, T, kv_dim) for stream, embedding (B, T, d)."""
         x = self.stream_mix.to(x.dtype) * x + self.embedding_mix.to(x.dtype) * x0
         normed = norm(x, self.norm_scale)
         y, own_v = self.attention(normed, self.attention_scale, context)
@@ -2024,10 +1914,9 @@ class LanguageModel(nn.Module):
         self.temperature = h.distill_temperature
 
     def predict(self, ids: Tensor, keep: int | None = None, streaming: bool = False) -> Tensor:
-        """Return float32 logits (B, n, vocabulary) for tokens (B, T).
+        """Return float32 logits (B, n, vocabulary) of the last n = `keep` of tokens (B, T), or all.
 
-        They are those of the last n = `keep` positions, or of all. If `streaming`, each
-        row continues the row above (see streaming_attention).
+        If `streaming`, each row continues the row above (see streaming_attention).
         """
         raise NotImplementedError
 
@@ -2037,9 +1926,9 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
     def forward(self, ids: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
-        """Return the mean loss of targets (B, T) after ids (B, T).
+        """Return the mean loss; with a teacher α CE + (1 - α) T² KL(teacher ‖ student).
 
-        With a teacher it is α CE + (1 - α) T² KL(teacher ‖ student) (arXiv:1503.02531).
+        Tokens and targets are (B, T); the teacher is arXiv:1503.02531's.
         """
         logits = self.predict(ids)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -2215,14 +2104,6 @@ def adapter_ratios(model: LanguageModel) -> dict[str, float]:
     return ratios
 
 
-def mean_by_kind(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean over layers for each kind of map, such as mlp.fc."""
-    by_kind: dict[str, list[float]] = {}
-    for name, value in values.items():
-        by_kind.setdefault(".".join(name.split(".")[-2:]), []).append(value)
-    return {kind: statistics.fmean(each) for kind, each in by_kind.items()}
-
-
 def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
     """Return about how many bytes of memory building the model takes."""
     sizes = [math.prod(spec.shape) for spec in table.values()]
@@ -2244,10 +2125,7 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
 
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """Return a new model. UserError if it would take more memory than MODEL_LIMIT_BYTES.
-
-    The limit also holds for artifacts, whose settings may come from anyone.
-    """
+    """Return a new model. UserError over MODEL_LIMIT_BYTES: an artifact may ask for anything."""
     need = memory_of_model(h, build_map_table(h))
     if need > h.model_limit_bytes:
         limit = f"MODEL_LIMIT_BYTES={h.model_limit_bytes}"
@@ -2256,7 +2134,7 @@ def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> Langua
 
 
 def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
-    """Return the map table of a built model, with counts of values and bytes before compression."""
+    """Return the map table of a built model, with counts of values."""
     rows = []
     for spec in model.table.values():
         module = model.get_submodule(spec.name)
@@ -2264,7 +2142,6 @@ def map_rows(model: LanguageModel) -> list[dict[str, Any]]:
         row |= {name: getattr(spec, name) for name in (*COLUMNS, "seed")}
         row["learned"] = sum(p.numel() for p in module.parameters())
         row["frozen"] = math.prod(spec.shape) if spec.is_random else 0
-        row["bytes"] = stored_bytes(module)
         rows.append(row)
     return rows
 
@@ -2283,10 +2160,7 @@ def describe_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def resolve_dtype(h: Hyperparameters, on_cuda: bool) -> torch.dtype:
-    """Return the type of activations that DTYPE means on this machine.
-
-    Intel CPUs without AMX multiply bfloat16 at half the speed of float32, by their AVX-512.
-    """
+    """Return the type of activations that DTYPE means on this machine."""
     if h.dtype != "auto":
         return getattr(torch, h.dtype)
     is_intel = any("GenuineIntel" in path.read_text() for path in Path("/proc").glob("cpuinfo"))
@@ -2305,11 +2179,9 @@ def use_cuda(h: Hyperparameters) -> bool:
         return True
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")  # on purpose
     if h.device == "cuda" or (GPU_FILE.exists() and not is_hidden):
-        build = f"torch {torch.__version__} (built for CUDA {torch.version.cuda})"
         raise UserError(
-            f"{build} finds no usable GPU. `nvidia-smi` names the driver's CUDA version: install a"
-            " torch build for that version or an older one, or a newer driver. Set DEVICE=cpu"
-            " to run on the CPU"
+            f"torch {torch.__version__} (built for CUDA {torch.version.cuda}) finds no usable GPU."
+            " Install a build for the CUDA version that `nvidia-smi` names, or set DEVICE=cpu"
         )
     return False
 
@@ -2328,53 +2200,37 @@ class Distributed:
         if self.on_cuda:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             self.device_name = torch.cuda.get_device_name(self.device)
+        self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
         self.stack = contextlib.ExitStack()
-
-    @property
-    def compile(self) -> bool:
-        return self.on_cuda if self.h.compile == "auto" else self.h.compile == "1"
 
     def __enter__(self) -> Distributed:
         self.configure(self.h)
         if self.world_size == 1:
             return self
-        rendezvous = torch.distributed.rendezvous(
-            "env://", self.rank, self.world_size, timeout=self.timeout
-        )
-        store, *_ = next(rendezvous)
+        place = {"rank": self.rank, "world_size": self.world_size, "timeout": self.timeout}
+        store, *_ = next(torch.distributed.rendezvous("env://", **place))
         # A restart by torchrun gets a part of the store of its own.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        torch.distributed.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if self.on_cuda else "gloo",
-            timeout=self.timeout,
-            world_size=self.world_size,
-            rank=self.rank,
-            store=torch.distributed.PrefixStore(restart, store),
-        )
+        backend = "cpu:gloo,cuda:nccl" if self.on_cuda else "gloo"
+        store = torch.distributed.PrefixStore(restart, store)
+        torch.distributed.init_process_group(backend, store=store, **place)
         return self
 
     def configure(self, h: Hyperparameters) -> None:
-        """Use the attention kernels and compiler switches of these settings.
-
-        UserError if they want another device than this process has.
-        """
+        """Use the kernels and switches of these settings. UserError if they want another device."""
         if use_cuda(h) != self.on_cuda:
             raise UserError(f"the run had DEVICE={h.device}; set DEVICE to what it is now")
-        self.h = h
+        self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
         self.stack.close()
         if self.on_cuda:
-            self._configure_cuda()
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32 will do for what stays float32
+            order = [SDPA_BACKENDS[name] for name in attention_order(h) if name != "fa3"]
+            self.stack.enter_context(sdpa_kernel(order, set_priority=True))
         if self.compile:
-            self._configure_inductor()
+            self._configure_inductor(h)
 
-    def _configure_cuda(self) -> None:
-        """Choose the device and the order of attention kernels for the whole run."""
-        torch.cuda.set_device(self.device)
-        torch.set_float32_matmul_precision("high")  # TF32 is precise enough for what stays float32
-        order = [SDPA_BACKENDS[name] for name in attention_order(self.h) if name != "fa3"]
-        self.stack.enter_context(sdpa_kernel(order, set_priority=True))
-
-    def _configure_inductor(self) -> None:
+    def _configure_inductor(self, h: Hyperparameters) -> None:
         """Set the compiler's switches. It is imported only now, since that takes seconds."""
         from torch._inductor import config as inductor
         from torch._inductor.decomposition import decompositions
@@ -2383,7 +2239,7 @@ class Distributed:
         # gives the same sum every time.
         decompositions.pop(torch.ops.aten.embedding_dense_backward.default, None)
         # The cache of compiled graphs on disk does not know the order of kernels otherwise.
-        torch.compiler.config.cache_key_tag = ",".join(attention_order(self.h))
+        torch.compiler.config.cache_key_tag = ",".join(attention_order(h))
         # This pass, on by default in torch 2.11, costs 5.9 ms of a step (PR #1420, pytorch#179494).
         if hasattr(inductor.triton, "mix_order_reduction"):
             inductor.triton.mix_order_reduction = False
@@ -2460,28 +2316,21 @@ class RunLog:
         self.metrics_file: io.TextIOBase | None = None
 
     def open(self, folder: Path) -> None:
-        """Open a folder's train.log and metrics.jsonl. UserError if another run has them.
-
-        They belong to this log until it is closed. A last line that a crash has torn goes.
-        """
+        """Open a folder's train.log and metrics.jsonl. UserError if another run has them."""
         path = folder / "train.log"
         self.file = path.open("a", encoding="utf-8")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file = None
-            raise UserError(
-                f"{path}: another process is using this run; choose a new RUN_ID"
-            ) from None
+            problem = f"{path}: another process is using this run; choose a new RUN_ID"
+            raise UserError(problem) from None
         self.metrics_file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        for file in (self.file, self.metrics_file):
+        for file in (self.file, self.metrics_file):  # a crash may have torn the last line
             file.truncate(Path(file.name).read_bytes().rfind(b"\n") + 1)
 
     def begin_anew(self) -> None:
-        """Empty the files; train.previous.log and metrics.previous.jsonl keep an earlier start's.
-
-        A log begins with the source of the script that trained the model.
-        """
+        """Empty the files; train.previous.log and metrics.previous.jsonl keep those before."""
         if os.fstat(self.file.fileno()).st_size:
             self("no checkpoint: the run begins anew")
             for file in (self.file, self.metrics_file):
@@ -2514,10 +2363,7 @@ class RunLog:
 
 
 def write_file(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Write a file atomically: no reader sees a part of it.
-
-    With `keep` the old file moves there first; until the new one arrives there is none.
-    """
+    """Write a file atomically: no reader sees a part of it. The old one moves to `keep` first."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -2542,20 +2388,11 @@ def untrusted_input(what: str) -> Iterator[None]:
     """Turn the exceptions that a missing or damaged file causes in the block into a UserError."""
     try:
         yield
+    except (UserError, MemoryError):
+        raise
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror or error}") from None
-    except (
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        brotli.error,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # a forged file may raise any
         raise UserError(f"{what} cannot be used: {type(error).__name__}: {error}") from None
 
 
@@ -2577,10 +2414,10 @@ def read_shards(folder: str, split: str) -> list[np.ndarray]:
     """
     paths = shard_paths(folder, split)
     if not paths:
-        raise UserError(
-            f"DATA_PATH={folder}: no fineweb_{split}_*.bin there. `python data/prepare.py fineweb`"
-            " downloads FineWeb, `python data/prepare.py text FILE` prepares your own text"
+        ways = (
+            "`python data/prepare.py fineweb`, or `python data/prepare.py text FILE` for your own"
         )
+        raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; {ways}")
     shards = []
     for path in paths:
         header = np.fromfile(path, "<i4", 3).tolist()
@@ -2588,9 +2425,7 @@ def read_shards(folder: str, split: str) -> list[np.ndarray]:
         is_whole = len(header) == 3 and size == SHARD_HEADER_BYTES + 2 * header[2]
         if header[:2] != [SHARD_MAGIC, SHARD_VERSION] or not is_whole or header[2] < 1:
             found = f"{size} bytes, header {header}"
-            raise UserError(
-                f"{path}: incomplete or not a shard ({found}); download or prepare it again"
-            )
+            raise UserError(f"{path}: incomplete or no shard ({found}); prepare it again")
         shards.append(np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (header[2],)))
     return shards
 
@@ -2613,13 +2448,12 @@ def epoch_order(order: str, seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 class TrainingData:
-    """The training shards as sequences; the last ones, at most 2%, are held out.
-
-    It has no state: seed and step say which sequences a step reads.
-    """
+    """The training shards as sequences, read by seed and step; the last ones are held out."""
 
     def __init__(self, h: Hyperparameters) -> None:
         self.h = h
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self.ahead: dict[int, Future[Tensor]] = {}  # the next step's sequences
         self.shards = read_shards(h.data_path, "train")
         length = h.train_seq_len
         positions = []  # (shard, start) of every sequence
@@ -2656,55 +2490,23 @@ class TrainingData:
         return rows.pin_memory() if dist.on_cuda else rows
 
     def split(self, rows: Tensor, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
-        """Return micro-batches on the device: inputs and targets, (n, TRAIN_SEQ_LEN) each.
-
-        They are equal, and as large as MICRO_BATCH_TOKENS allows.
-        """
+        """Return equal micro-batches on the device: inputs and targets, (n, TRAIN_SEQ_LEN) each."""
         most = min(max(1, self.h.micro_batch_tokens // self.h.train_seq_len), len(rows))
         size = max(n for n in range(1, most + 1) if len(rows) % n == 0)
         rows = rows.to(dist.device, non_blocking=True)
         return [(part[:, :-1], part[:, 1:]) for part in rows.split(size)]
 
     def micro_batches(self, step: int, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
-        return self.split(self.step_sequences(step, dist), dist)
+        """Return this process's micro-batches, and read the next step's while it computes."""
+        read = functools.partial(self.reader.submit, self.step_sequences)
+        rows = self.ahead.pop(step, None) or read(step, dist)
+        self.ahead = {step + 1: read(step + 1, dist)}
+        return self.split(rows.result(), dist)
 
     def held_out_stream(self) -> Tensor:
         """Return the held-out training text as one stream of tokens."""
         rows = self.read(self.held_out)
         return torch.cat([rows[:, :-1].flatten(), rows[-1, -1:]])
-
-
-class BatchLoader:
-    """Reads the next step's sequences in a thread while the present step computes.
-
-    It counts how often and how long training had to wait for data.
-    """
-
-    def __init__(self, data: TrainingData, dist: Distributed) -> None:
-        self.data, self.dist = data, dist
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self.reading: dict[int, Future[Tensor]] = {}  # by step
-        self.stalls, self.stall_seconds = 0, 0.0
-
-    def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """Return this process's micro-batches of a step, and begin to read the next one."""
-        was_ahead = step in self.reading
-        if not was_ahead:
-            self._read(step)
-        began = time.perf_counter()
-        rows = self.reading.pop(step).result()
-        seconds = time.perf_counter() - began
-        if was_ahead and seconds > 1e-3:
-            self.stalls += 1
-            self.stall_seconds += seconds
-        self._read(step + 1)
-        return self.data.split(rows, self.dist)
-
-    def _read(self, step: int) -> None:
-        self.reading[step] = self.pool.submit(self.data.step_sequences, step, self.dist)
-
-    def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
 
 
 class Tokenizer:
@@ -2768,10 +2570,9 @@ class ValidationStream:
         previous = np.append(any_control, tokens[: whole - 1])
         counted = tokenizer.count_bytes(previous, tokens[:whole])
         if counted != len(self.text):
-            raise UserError(
-                f"DATA_PATH={h.data_path}: validation tokens count {counted} bytes, their text has"
-                f" {len(self.text)}; is TOKENIZER_PATH={h.tokenizer_path} what made them?"
-            )
+            counts = f"validation tokens count {counted} bytes, their text has {len(self.text)}"
+            question = f"is TOKENIZER_PATH={h.tokenizer_path} what made them?"
+            raise UserError(f"DATA_PATH={h.data_path}: {counts}; {question}")
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
 
     def bits_per_byte(self, mean_loss: float) -> float:
@@ -2781,10 +2582,9 @@ class ValidationStream:
 
 
 def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dict[str, str]:
-    """Return what a run depends on beside its settings: SHA-256 of tokenizer, shards and source.
+    """Return what a run depends on beside its settings; shards count by their names and sizes.
 
-    Shards count by their names and sizes. UserError if the processes do not have the same, or
-    differ in a setting that is no path.
+    UserError if the processes do not have the same, or differ in a setting that is no path.
     """
     splits = ("val",) if h.eval_only else ("train", "val")
     shards = [path for split in splits for path in shard_paths(h.data_path, split)]
@@ -2793,10 +2593,13 @@ def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dic
         "tokenizer": tokenizer.sha256,
         "shards": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
         "source": hashlib.sha256(SOURCE).hexdigest(),
+        "processes": str(dist.world_size),
+        "dtype": str(resolve_dtype(h, dist.on_cuda)),
     }
     paths = ("run_id", "output_dir", "distill_from", "model_path", "checkpoint_path", *LOCATIONS)
     settings = h.as_dict() | {name: bool(getattr(h, name)) for name in paths}
     mine = identity | {name.upper(): value for name, value in settings.items()}
+    mine |= {"versions": VERSIONS, "packed code": code_bytes()}
     for name, value in dist.broadcast_object(mine).items():
         if mine[name] != value:
             raise UserError(f"process {dist.rank} has another {name} than process 0")
@@ -2807,11 +2610,7 @@ def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dic
 
 
 def orthogonalize(g: Tensor, steps: int) -> Tensor:
-    """Bring the singular values of matrices (n, rows, columns) near 1.
-
-    A quintic Newton-Schulz iteration. With baddbmm in place of separate sums all optimizers of a
-    step took 8.0 ms instead of 9.7 on a CPU (bench/results/speed.md).
-    """
+    """Bring the singular values of matrices (n, rows, columns) near 1 by Newton and Schulz."""
     is_tall = g.size(1) > g.size(2)
     x = (g.mT if is_tall else g).to(torch.bfloat16 if g.is_cuda else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -2823,10 +2622,7 @@ def orthogonalize(g: Tensor, steps: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized Nesterov momentum (Jordan et al. 2024).
-
-    Matrices of one shape form a batch, which is divided among the processes.
-    """
+    """Orthogonalized Nesterov momentum (Jordan et al. 2024); processes share a shape's matrices."""
 
     def __init__(
         self,
@@ -2856,9 +2652,8 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = shape
                 lr = group["lr"]
                 torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(
-                    params, list(updates), alpha=-lr * max(1, rows / columns) ** 0.5
-                )
+                lr *= max(1, rows / columns) ** 0.5
+                torch._foreach_add_(params, list(updates), alpha=-lr)
 
     def _start(
         self, params: list[nn.Parameter], momentum: float
@@ -2883,12 +2678,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizers:
     """Muon for matrices and low-rank factors, AdamW for everything else."""
 
-    def __init__(
-        self,
-        groups: Mapping[Role, Mapping[str, nn.Parameter]],
-        h: Hyperparameters,
-        dist: Distributed,
-    ) -> None:
+    def __init__(self, groups: RoleGroups, h: Hyperparameters, dist: Distributed) -> None:
         self.h, self.dist = h, dist
         self.names = {p: name for group in groups.values() for name, p in group.items()}
         self.params = list(self.names)
@@ -2910,13 +2700,8 @@ class Optimizers:
                 for role, (lr, weight_decay) in rates.items()
             ]
 
-        self.muon = Muon(
-            param_groups(muon_rates),
-            momentum=h.muon_momentum,
-            backend_steps=h.muon_backend_steps,
-            dist=dist,
-        )
-        betas = (h.beta1, h.beta2)
+        steps, betas = h.muon_backend_steps, (h.beta1, h.beta2)
+        self.muon = Muon(param_groups(muon_rates), backend_steps=steps, dist=dist)
         self.adam = torch.optim.AdamW(param_groups(adam_rates), 0.0, betas, h.adam_eps, fused=True)
         self.base_lrs = [group["lr"] for group in self.param_groups]
 
@@ -2925,10 +2710,7 @@ class Optimizers:
         return self.muon.param_groups + self.adam.param_groups
 
     def step(self, step: int, lr_scale: float) -> dict[str, Tensor]:
-        """Average the gradients over the processes, clip and apply them; return their norms.
-
-        The norms are those before the clip, by name.
-        """
+        """Average the gradients over the processes, clip and apply; return their norms by name."""
         h = self.h
         warm = min(1.0, step / max(h.muon_momentum_warmup_steps, 1))
         momentum = (1 - warm) * h.muon_momentum_warmup_start + warm * h.muon_momentum
@@ -2945,21 +2727,17 @@ class Optimizers:
         if h.grad_clip_norm:
             total_norm = torch.stack(norms).norm()
             torch.nn.utils.clip_grads_with_norm_(trained, h.grad_clip_norm, total_norm)
-        self.muon.step()
-        self.adam.step()
-        for p in self.params:
-            p.grad = None
-            if not p.requires_grad:  # frozen by now: its state is freed
-                self.muon.state.pop(p, None)
-                self.adam.state.pop(p, None)
+        for optimizer in (self.muon, self.adam):
+            optimizer.step()
+            optimizer.zero_grad()
+            for p in self.params:
+                if not p.requires_grad:  # frozen by now: its state is freed
+                    optimizer.state.pop(p, None)
         return {self.names[p]: size for p, size in zip(trained, norms, strict=True)}
 
 
 class WeightAverages:
-    """Averages of the weights, candidates for the export.
-
-    `ema` counts older weights less, with a bias correction; `swa` is the plain mean of late ones.
-    """
+    """Averages of the weights: `ema` counts older ones less; `swa` is the mean of late ones."""
 
     def __init__(self, params: list[nn.Parameter], h: Hyperparameters) -> None:
         self.h, self.params = h, params
@@ -3121,9 +2899,8 @@ class Quantizer:
 class SensitivityQuantizer(Quantizer):
     """Quantization in which rounding costs the same for every value: `loss_per_value` nats a token.
 
-    An error is uniform within a scale s and costs s²/24 times the curvature of the loss. One bit
-    less makes it cost four times as much, for every value alike: so at a given number of bytes
-    the loss is least where that cost is equal everywhere (reverse water-filling).
+    An error is uniform within a scale s and costs s²/24 times the curvature of the loss, and four
+    times as much for every bit less: so the loss is least where that cost is equal everywhere.
     """
 
     bits: int = 8
@@ -3187,13 +2964,8 @@ def make_quantizers(h: Hyperparameters) -> Quantizers:
 
 
 @contextlib.contextmanager
-def weights_as_stored(
-    groups: Mapping[Role, Mapping[str, nn.Parameter]], quantizers: Quantizers
-) -> Iterator[None]:
-    """Hold rounded values in tensors that are stored as codes: the nearest codes (late QAT).
-
-    The float32 masters return after the block and take the step (straight-through gradients).
-    """
+def weights_as_stored(groups: RoleGroups, quantizers: Quantizers) -> Iterator[None]:
+    """Hold the values of the nearest codes in tensors of codes, the masters after it (late QAT)."""
     by_shape: dict[tuple[Quantizer, torch.Size], list[Tensor]] = {}
     for role, quantizer in quantizers.items():
         for p in groups[role].values():
@@ -3269,9 +3041,8 @@ def collect_sensitivities(
     """Return the Fisher information of what is stored as codes.
 
     Its unit is nats per token and squared unit of a value. Labels are drawn from the model's own
-    predictions. Gradients of different positions are then uncorrelated, and a batch's squared
-    gradient is an unbiased estimate of the sum of theirs (arXiv:1412.1193). Each process uses its
-    own batches of tokens (B, T).
+    predictions: a batch's squared gradient is then an unbiased estimate of the sum over positions
+    (arXiv:1412.1193). Each process uses its own batches of tokens (B, T).
 
     The first table has for each parameter the mean over each row's values, (rows,) float64; a row
     of an embedding has 5% of its mean added, since the calibration text may lack its token. The
@@ -3438,10 +3209,9 @@ def decompress(packed: bytes, limit: int) -> bytearray:
 
 
 def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the header, and every tensor by name in float32.
+    """Return the header, and every tensor by name in float32. UserError if the file is damaged.
 
-    Nothing in the file is executed, and no length is used before it is checked. UserError if the
-    file is damaged.
+    Nothing in the file is executed, and no length is used before it is checked.
     """
     if len(blob) < 48 or blob[:8] != ARTIFACT_MAGIC:
         found = f"{len(blob)} bytes that begin with {bytes(blob[:8])!r}"
@@ -3450,9 +3220,7 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError("the artifact is damaged, its checksum does not match; copy it again")
     version, size = np.frombuffer(blob[8:16], "<u4").tolist()
     if version != ARTIFACT_VERSION:
-        raise UserError(
-            f"the artifact has format version {version}, this script reads {ARTIFACT_VERSION}"
-        )
+        raise UserError(f"the artifact has format {version}, this script reads {ARTIFACT_VERSION}")
     with untrusted_input("the artifact"):
         header = json.loads(decompress(blob[16 : 16 + size], 2**22))
         return header, dict(read_tensors(header, blob[16 + size : -32]))
@@ -3482,10 +3250,7 @@ def read_groups(groups: list, body: bytes) -> dict[str, Tensor]:
 
 
 def element_counts(shape: list[int], groups: list[str]) -> list[int]:
-    """Return how many elements a tensor has in each of its groups (bits: bytes).
-
-    ValueError for impossible shapes.
-    """
+    """Return how many elements (bits: bytes) each group has of a tensor. ValueError: no shape."""
     if len(shape) > 2 or not all(type(n) is int and 0 <= n < 2**26 for n in shape):
         raise ValueError(f"{shape} is not a valid shape")
     count = math.prod(shape)
@@ -3538,10 +3303,7 @@ def quantize_model(
 
 @functools.cache
 def code_bytes() -> int:
-    """Return how many bytes this script takes at most as it ships: compressed, self-extracting.
-
-    The challenge counts what `tools/submit.py` writes, which is smaller still.
-    """
+    """Return the most bytes that this script takes packed; `tools/submit.py` packs it smaller."""
     tree = ast.parse(SOURCE)
     for node in ast.walk(tree):
         may_have_one = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
@@ -3567,11 +3329,13 @@ def entropy_bytes(codes: Tensor) -> float:
     return (counts * (counts.sum() / counts).log2()).sum().item() / 8
 
 
-def estimate_bytes(model: LanguageModel, quantizers: Quantizers) -> float:
+def estimate_bytes(
+    h: Hyperparameters, model: LanguageModel, calibration: Calibration, loss_per_value: float
+) -> float:
     """Return about the bytes of a model's codes: the nearest ones, by their entropy."""
     groups = tensors_by_role(model)
     total = 0.0
-    for role, quantizer in quantizers.items():
+    for role, quantizer in calibration.quantizers(h, loss_per_value).items():
         codes = [quantizer.quantize(p).codes.flatten() for p in groups[role].values()]
         total += entropy_bytes(torch.cat(codes)) if codes else 0
     return total
@@ -3585,10 +3349,9 @@ def solve_for_bytes(
 ) -> Artifact:
     """Return the largest artifact found of up to `target` bytes, else the smallest one found.
 
-    The search begins at a loss per value (nats per token). It ends within 0.5% under the target,
-    after eight artifacts, or where other scales give the same codes. `build` takes seconds to
-    minutes; `estimate` gives about the bytes of the codes, fast. Twice the loss saves half a bit
-    per value.
+    The search begins at a loss per value (nats per token; twice the loss saves half a bit). It ends
+    within 0.5% under the target, after eight artifacts, or where other scales give the same codes.
+    `build` takes seconds to minutes; `estimate` gives about the bytes of the codes, fast.
     """
     tried: list[Artifact] = []
     steps = range(-600, 600)  # of 0.01 octaves of the loss
@@ -3622,10 +3385,7 @@ def solve_for_bytes(
 
 
 def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
-    """Return values of each role's codes, bytes and bits a value by their entropy, and the loss.
-
-    The loss (nats per token) is what rounding may cost; scales by RMS do not know it (None).
-    """
+    """Return values, bytes and bits a value of each role's codes, and the loss they may cost."""
     rows = []
     loss = artifact.loss_per_value
     for role, group in tensors_by_role(model).items():
@@ -3656,16 +3416,14 @@ def largest_model(h: Hyperparameters) -> int:
 def check_size(h: Hyperparameters, size: int) -> None:
     """Raise UserError if code and a model of `size` bytes are over TARGET_BYTES or the limit."""
     total = code_bytes() + size
+    advice = "use a smaller rank or width"
     if h.target_bytes and total > h.target_bytes:
-        raise UserError(
-            f"{describe_size(h, size)}, over TARGET_BYTES={h.target_bytes:,} at any scales;"
-            " use a smaller rank or width"
-        )
+        target = f"TARGET_BYTES={h.target_bytes:,}"
+        raise UserError(f"{describe_size(h, size)}, over {target} at any scales; {advice}")
     if total > h.artifact_limit_bytes:
-        raise UserError(
-            f"{describe_size(h, size)}, over the limit of {h.artifact_limit_bytes:,}; EXPORT_ONLY=1"
-            " CHECKPOINT_PATH=…/checkpoint.pt and TARGET_BYTES, or a smaller rank or width"
-        )
+        limit = f"the limit of {h.artifact_limit_bytes:,}"
+        advice += ", or EXPORT_ONLY=1 CHECKPOINT_PATH=…/checkpoint.pt with TARGET_BYTES"
+        raise UserError(f"{describe_size(h, size)}, over {limit}; {advice}")
 
 
 def build_artifact(
@@ -3674,12 +3432,9 @@ def build_artifact(
     """Return the artifact of a calibrated model; scales by RMS ignore the loss per value."""
     if calibration.sensitivities is None:
         loss_per_value = math.nan
-    header = {
-        "model": run.h.model_settings(),
-        "evaluation": {name: getattr(run.h, name) for name in SCORING},
-        "fingerprint": model.fingerprint(),
-        "tokenizer": run.tokenizer.sha256,
-    }
+    scoring = {name: getattr(run.h, name) for name in SCORING}
+    header = {"model": run.h.model_settings(), "evaluation": scoring}
+    header |= {"fingerprint": model.fingerprint(), "tokenizer": run.tokenizer.sha256}
     quantizers = calibration.quantizers(run.h, loss_per_value)
     tensors = quantize_model(model, quantizers, calibration.hessians)
     return Artifact(*write_artifact(header, tensors), tensors, loss_per_value)
@@ -3700,10 +3455,7 @@ def export(
     build = functools.partial(build_artifact, run, model, calibration)
     loss = h.loss_per_value if start is None else start
     if h.target_bytes:
-
-        def estimate(loss_per_value: float) -> float:
-            return estimate_bytes(model, calibration.quantizers(h, loss_per_value))
-
+        estimate = functools.partial(estimate_bytes, h, model, calibration)
         artifact = solve_for_bytes(build, estimate, largest_model(h), loss)
     else:
         artifact = build(loss)
@@ -3728,10 +3480,11 @@ def rebuild_model(
         model = make_model(h, resolve_dtype(h, dist.on_cuda))
         here, there = model.fingerprint(), stored["fingerprint"]
         if here != there:
-            raise UserError(
-                f"the maps generated here are not the stored ones ({here[:16]}, not {there[:16]}):"
-                f" it is of {stored['versions']}, this is {VERSIONS}; use the same versions"
+            problem = (
+                f"the maps generated here ({here[:16]}) are not the stored ones ({there[:16]})"
             )
+            versions = f"versions there: {stored['versions']}, here: {VERSIONS}"
+            raise UserError(f"{problem}; {versions}; use the same")
         model.load_state_dict(tensors)
     return model.to(dist.device).eval()
 
@@ -3773,11 +3526,10 @@ def sliding_batches(num_targets: int, length: int, stride: int, per_batch: int) 
 
 
 def streaming_batches(num_targets: int, length: int, warm: int, per_batch: int) -> list[EvalBatch]:
-    """Return batches of consecutive rows of a stream.
+    """Return batches of consecutive rows of a stream, each at least `warm` + 1 rows.
 
     Rows at the start of a batch lack the rows above them. Batches therefore overlap: all but the
-    first score nothing in their first `warm` rows, and each row is scored once, as a whole. A batch
-    has at least one row more than these.
+    first score nothing in their first `warm` rows, and each row is scored once, as a whole.
     """
     rows = -(-num_targets // length)
     per_batch = min(max(per_batch, warm + 1), rows)
@@ -3794,10 +3546,7 @@ def streaming_batches(num_targets: int, length: int, warm: int, per_batch: int) 
 def gather_windows(
     tokens: Tensor, starts: Tensor, counts: Tensor, offsets: Tensor, tail: int, num_targets: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return inputs (n, T), targets (n, tail) and is_scored (n, tail) of n windows.
-
-    A window whose count is below `tail` scores only its last `count` positions.
-    """
+    """Return inputs (n, T), targets and is_scored (n, tail) of windows with `counts` new tokens."""
     positions = starts[:, None] + offsets  # (n, T + 1)
     rows = tokens[positions]
     is_new = offsets[:tail] >= tail - counts[:, None]  # no earlier window scored it
@@ -3828,8 +3577,7 @@ def evaluate(
     """Return the mean loss in nats over all tokens (n,) after the first, each scored once.
 
     A window scores `stride` new tokens. The processes take batches in turn. With `trial` one batch
-    is computed, or one of each shape where they are compiled: its result shows whether losses are
-    finite.
+    of each compiled shape is computed, to compile it and to see whether losses are finite.
     """
     model.eval()
     num_targets = len(tokens) - 1
@@ -3895,10 +3643,7 @@ class Checkpoint:
 
     @classmethod
     def read_newest(cls, folder: Path, log: Callable[[str], Any] = print) -> Checkpoint | None:
-        """Read a folder's checkpoint, or the one before it where that is damaged; None: no file.
-
-        A damaged one is renamed, or the next one to be saved would take it for the one before.
-        """
+        """Read a folder's checkpoint, or the one before it where that is damaged; None: no file."""
         newest, previous = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
         if not newest.exists():
             return cls.read(previous) if previous.exists() else None
@@ -3908,28 +3653,22 @@ class Checkpoint:
             if not previous.exists():
                 raise
             saved = cls.read(previous)
+            # Else the next one to be saved would take it for the one before.
             damaged = newest.replace(folder / "checkpoint.damaged.pt")
             log(f"warning: {error}; it is {damaged.name} now, and the one before it is taken")
             return saved
 
 
 def save_checkpoint(
-    run: Run,
-    model: LanguageModel,
-    fingerprint: str,
-    training: dict[str, Any],
-    metrics: dict[str, Any] | None,
+    run: Run, model: LanguageModel, training: dict[str, Any], metrics: dict[str, Any] | None = None
 ) -> None:
-    """Let rank 0 write checkpoint.pt; the one before it is kept as checkpoint.previous.pt.
-
-    `metrics` are those of a finished training.
-    """
+    """Let rank 0 write checkpoint.pt and keep the one before; `metrics` mean training ended."""
     if run.dist.rank:
         return
     saved = Checkpoint(
         settings=run.h.as_dict(),
         model=run.h.model_settings(),
-        fingerprint=fingerprint,
+        fingerprint=model.fingerprint(),
         weights=model.state_dict(),
         training=training,
         metrics=metrics or {},
@@ -3947,32 +3686,21 @@ def check_identity(h: Hyperparameters, saved: Checkpoint, identity: Mapping[str,
     """Raise UserError if a checkpoint's run had another tokenizer or other shards."""
     for name, setting in (("tokenizer", "tokenizer_path"), ("shards", "data_path")):
         if saved.identity[name] != identity[name]:
-            variable = setting.upper()
-            raise UserError(
-                f"{variable}={getattr(h, setting)}: the {name} there are not what the run began"
-                f" with; set {variable} to that, it was {saved.settings[setting]}"
-            )
+            variable = f"{setting.upper()}={getattr(h, setting)}"
+            advice = f"set {setting.upper()} to that, it was {saved.settings[setting]}"
+            raise UserError(f"{variable}: the {name} there are not the run's; {advice}")
 
 
 # Settings that may change when a run continues: locations, logging, memory and size limits.
 RESUME_OVERRIDES = (
-    "run_id",
-    "resume",
-    "output_dir",
-    "data_path",
-    "tokenizer_path",
-    "distill_from",
-    "device",
-    "compile",
-    "checkpoint_seconds",
-    "timeout_seconds",
-    "train_log_every",
-    "allow_unknown",
-    "micro_batch_tokens",
-    "eval_batch_tokens",
-    "model_limit_bytes",
-    "artifact_limit_bytes",
+    *("run_id", "resume", "output_dir", "data_path", "tokenizer_path", "distill_from"),
+    *("device", "compile", "checkpoint_seconds", "timeout_seconds", "train_log_every"),
+    *("allow_unknown", "micro_batch_tokens", "eval_batch_tokens"),
+    *("model_limit_bytes", "artifact_limit_bytes"),
 )
+# What EXPORT_ONLY may set anew: the quantizer, the artifact and the evaluation, the last settings.
+EXPORT_OVERRIDES = {"export_only", "checkpoint_path", "dtype"}
+EXPORT_OVERRIDES |= {*list(SETTINGS)[list(SETTINGS).index("quantizer") :]}
 
 
 # ---- Training ----------------------------------------------------------------------------------
@@ -3990,14 +3718,14 @@ class Clock:
         self.set_limit(seconds)
         self.elapsed = 0.0
         self.recent: list[float] = []  # seconds of the last steps
-        self.mark = time.perf_counter()  # time before this moment is counted
+        self.start()
 
     def set_limit(self, seconds: float) -> None:
         """Set the training time; 0 or less: no limit."""
         self.seconds = seconds if seconds > 0 else math.inf
 
     def start(self) -> None:
-        self.mark = time.perf_counter()
+        self.mark = time.perf_counter()  # time before this moment is counted
 
     def lap(self) -> float:
         """Count the time since the last mark, and return it."""
@@ -4012,10 +3740,8 @@ class Clock:
     def remaining(self, step: int) -> int:
         """Return the steps that are left when `step` of them are done."""
         left = max(0.0, self.seconds - self.elapsed)
-        by_clock = math.inf
-        if left == 0:
-            by_clock = 0
-        elif len(self.recent) >= 5:
+        by_clock = math.inf if left else 0.0
+        if len(self.recent) >= 5:
             by_clock = left / statistics.median(self.recent)
         return int(min(self.iterations - step, by_clock))
 
@@ -4056,10 +3782,7 @@ def accumulate_gradients(
 
 
 class Phases:
-    """What changes at fractions of training: frozen maps, recurrence, the teacher.
-
-    The changes may come in any order. `boundaries` are the fractions at which a phase begins.
-    """
+    """What changes at `boundaries`, fractions of training: frozen maps, recurrence, the teacher."""
 
     def __init__(
         self,
@@ -4077,9 +3800,8 @@ class Phases:
             self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
         if self.teacher:
             boundaries |= {h.distill_start_frac, h.distill_end_frac}
-            self.teacher_predict = torch.compile(
-                self.teacher.predict, dynamic=False, disable=not compiled
-            )
+            predict = self.teacher.predict
+            self.teacher_predict = torch.compile(predict, dynamic=False, disable=not compiled)
         self.boundaries = sorted(boundaries - {1.0})
         self.current = 0.0  # the boundary at which the present phase began
 
@@ -4135,8 +3857,7 @@ class FiniteCheck:
 
     def failures(self) -> list[str]:
         """Return the names of what was not finite in the recorded step."""
-        is_finite = self.wait().isfinite().tolist()
-        return [name for name, finite in zip(self.names, is_finite, strict=True) if not finite]
+        return [self.names[i] for i in (~self.wait().isfinite()).nonzero().flatten()]
 
 
 # Candidate -> parameter name -> values; the best candidate before quantization is first.
@@ -4171,17 +3892,11 @@ class Trainer:
         self.averages = WeightAverages(self.optimizers.params, h)
         self.clock = Clock(h.iterations, h.max_wallclock_seconds - h.gptq_reserve_seconds)
         # What a checkpoint holds beside the weights.
-        self.parts = {
-            "clock": self.clock,
-            "muon": self.optimizers.muon,
-            "adam": self.optimizers.adam,
-            "averages": self.averages,
-        }
+        self.parts = {"muon": self.optimizers.muon, "adam": self.optimizers.adam}
+        self.parts |= {"clock": self.clock, "averages": self.averages}
         if h.self_distill:
             self.parts["teacher"] = self.phases.teacher
         self.finite = FiniteCheck()
-        self.loader = BatchLoader(data, dist)
-        self.fingerprint = model.fingerprint()
         self.step = 0  # steps that are done
         self.late_qat = False
         self.lr_scale = 1.0  # of the last step
@@ -4236,8 +3951,6 @@ class Trainer:
             if len(self.clock.recent) == 5 and expected < self.h.iterations:
                 self.run.log(f"about {expected} of {self.h.iterations} steps fit into the time")
         self.clock.lap()
-        self.loader.close()
-        self.run.log(f"data_stalls:{self.loader.stalls} seconds:{self.loader.stall_seconds:.2f}")
 
     def plan_step(self) -> StepPlan:
         """Decide what happens next, by rank 0's clock."""
@@ -4249,13 +3962,9 @@ class Trainer:
         stop_here = self.run.stop.requested
         (remaining, progress, save), stop = self.dist.sync_from_rank0(*mine, flag=stop_here)
         every = h.val_loss_every
-        return StepPlan(
-            remaining=int(remaining),
-            progress=progress if remaining > 0 else 1.0,
-            save=bool(save),
-            stop=stop,
-            validate=bool(every) and self.step > 0 and self.step % every == 0,
-        )
+        validate = bool(every) and self.step > 0 and self.step % every == 0
+        progress = progress if remaining > 0 else 1.0
+        return StepPlan(int(remaining), progress, bool(save), stop, validate)
 
     def train_step(self, plan: StepPlan) -> Tensor:
         """Take one step; return its loss on this process, still on the device."""
@@ -4273,7 +3982,7 @@ class Trainer:
         if self.late_qat:
             as_stored = weights_as_stored(self.groups, self.quantizers)
         with as_stored:
-            batches = self.loader.micro_batches(self.step)
+            batches = self.data.micro_batches(self.step, dist)
             loss = accumulate_gradients(self.forward, batches, self.phases.teacher_logits)
         norms = self.optimizers.step(self.step, lr_scale)  # on the float32 masters
         self.averages.update(self.step, lr_scale)
@@ -4286,11 +3995,9 @@ class Trainer:
         """Raise UserError if the last recorded step had a loss or gradient that is not finite."""
         bad = self.finite.failures()
         if bad:
-            raise UserError(
-                f"step {self.step}: {', '.join(bad[:3])} not finite ({len(bad)} in all); the last"
-                f" good checkpoint is {self.last_save}. Lower the learning rates, or export that"
-                " checkpoint"
-            )
+            what = f"step {self.step}: {', '.join(bad[:3])} not finite ({len(bad)} in all)"
+            advice = "Lower the learning rates, or export that checkpoint"
+            raise UserError(f"{what}; the last good checkpoint is {self.last_save}. {advice}")
 
     def log_loss(self, loss: Tensor) -> None:
         """Log the mean loss over the processes, for the first steps and then now and then."""
@@ -4309,22 +4016,16 @@ class Trainer:
 
     def log(self, text: str, **metrics: Any) -> None:
         """Log a line with the step and the training time; metrics.jsonl gets the metrics, too."""
-        milliseconds = 1000 * self.clock.elapsed
-        average = milliseconds / max(self.step, 1)
-        self.run.log(
-            f"step:{self.step}/{self.h.iterations} {text} train_time:{milliseconds:.0f}ms"
-            f" step_avg:{average:.2f}ms"
-        )
+        ms = 1000 * self.clock.elapsed
+        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(self.step, 1):.2f}ms"
+        self.run.log(f"step:{self.step}/{self.h.iterations} {text} {times}")
         self.run.log.metrics(step=self.step, **self.speed(), **metrics)
 
     def speed(self) -> dict[str, float]:
         """Return the tokens and seconds of training, and their quotient."""
         tokens, seconds = self.step * self.h.train_batch_tokens, self.clock.elapsed
-        return {
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / max(seconds, 1e-9)),
-        }
+        rate = round(tokens / max(seconds, 1e-9))
+        return {"tokens": tokens, "seconds": round(seconds, 3), "tokens_per_second": rate}
 
     # -- Validation, and the choice of what is exported
 
@@ -4339,16 +4040,10 @@ class Trainer:
         ratios = adapter_ratios(self.model)
         text = f"val_loss:{loss:.4f} val_bpb:{bpb:.4f}"
         self.log(text, val_loss=loss, val_bpb=bpb, adapter_ratios=ratios)
-        if ratios:
-            text = " ".join(f"{kind}:{ratio:.3g}" for kind, ratio in mean_by_kind(ratios).items())
-            self.run.log(f"adapter_ratio {text}")
         return {"val_loss_before": loss, "val_bpb_before": bpb}
 
     def rank_candidates(self) -> tuple[Candidates, dict[str, float]]:
-        """Score the candidates on held-out training text, and leave the best in the model.
-
-        Return those whose loss is finite, the best one first, and all losses. UserError if none is.
-        """
+        """Score the candidates on held-out text; return finite ones, best first, and losses."""
         params = [p.detach() for p in self.optimizers.params]
         candidates = self.averages.candidates()
         tokens = self.data.held_out_stream()
@@ -4358,13 +4053,12 @@ class Trainer:
             losses[name] = self.loss_on(tokens)
         finite = [name for name, loss in losses.items() if math.isfinite(loss)]
         if not finite:
-            problem = f"the trained weights' loss is not finite: {losses}"
-            raise UserError(f"{problem}; lower the learning rates")
+            raise UserError(f"the losses are not finite: {losses}; lower the learning rates")
         ranked = sorted(finite, key=losses.get)
         torch._foreach_copy_(params, candidates[ranked[0]])
         text = " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items())
-        by_steps = self.step >= self.clock.iterations
-        end = "ITERATIONS" if by_steps else "MAX_WALLCLOCK_SECONDS"
+        end = "ITERATIONS" if self.step >= self.h.iterations else "MAX_WALLCLOCK_SECONDS"
+        end = "EXPORT_ONLY" if self.h.export_only else end
         self.run.log(f"average {text} best:{ranked[0]} ended_by:{end} lr_scale:{self.lr_scale:.3f}")
         names = self.optimizers.names.values()
         by_name = {name: dict(zip(names, candidates[name], strict=True)) for name in ranked}
@@ -4374,28 +4068,19 @@ class Trainer:
         """Rank the candidates and validate the best; return the metrics and the candidates."""
         began = time.perf_counter()
         candidates, losses = self.rank_candidates()
-        choice_seconds = time.perf_counter() - began
-        speed = self.speed()
-        metrics = {
-            "steps": self.step,
-            "train_seconds": speed["seconds"],
-            "tokens_per_second": speed["tokens_per_second"],
-            "choice_seconds": round(choice_seconds, 3),
-            **self.validate(),
-            **{f"holdout_loss_{name}": loss for name, loss in losses.items()},
-        }
+        choice_seconds = round(time.perf_counter() - began, 3)
+        _, seconds, rate = self.speed().values()
+        metrics = {"steps": self.step, "train_seconds": seconds, "tokens_per_second": rate}
+        metrics |= {"choice_seconds": choice_seconds} | self.validate()
+        metrics |= {f"holdout_loss_{name}": loss for name, loss in losses.items()}
         return metrics, candidates
 
     # -- Saving and restoring
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the weights."""
-        own = {
-            "step": self.step,
-            "late_qat": self.late_qat,
-            "lr_scale": self.lr_scale,
-            "boundary": self.phases.current,
-        }
+        own = {"step": self.step, "boundary": self.phases.current}
+        own |= {"late_qat": self.late_qat, "lr_scale": self.lr_scale}
         return own | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -4411,7 +4096,7 @@ class Trainer:
         """Write a checkpoint. UserError if the last step was not finite."""
         began = time.perf_counter()
         self.check_finite()
-        save_checkpoint(self.run, self.model, self.fingerprint, self.state_dict(), None)
+        save_checkpoint(self.run, self.model, self.state_dict())
         self.last_save = f"{self.run.folder}/checkpoint.pt of step {self.step}"
         self.saved_at = self.clock.elapsed
         # All processes wait here until rank 0 has written.
@@ -4460,10 +4145,15 @@ def open_folder(h: Hyperparameters, log: RunLog) -> tuple[Path, Checkpoint | Non
     return folder, saved
 
 
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Return what the work gives, and how many seconds it takes."""
+    began = time.perf_counter()
+    return work(), time.perf_counter() - began
+
+
 def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     """Try everything that comes after training, with a copy of the model as it is now.
 
-    It exports, reads back and evaluates on the shapes that will be used, and so compiles them.
     Return about how many seconds lie between the end of training and the artifact. UserError names
     the stage that fails, before any step of this start.
     """
@@ -4477,17 +4167,15 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     try:
         batches = list(calibration_batches(h, dist, data, 0))
         some = [batch[: max(1, 2048 // h.train_seq_len)] for batch in batches[:1]]
-        start = time.perf_counter()
-        calibration = calibrate(h, trial, dist, some)
-        seconds = time.perf_counter() - start
+        calibration, seconds = timed(lambda: calibrate(h, trial, dist, some))
         # The export takes gradients, three quarters of this time, of every fourth batch.
         calibration_seconds = seconds * sum(map(len, batches)) / max(sum(map(len, some)), 1)
         calibration_seconds *= (1 + 3 * -(-len(batches) // 4) / max(len(batches), 1)) / 4
         # What the loss feels before training says nothing about what it feels later.
         calibration = calibration._replace(sensitivities=None)
-        start = time.perf_counter()
-        blob = dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
-        build_seconds = time.perf_counter() - start
+        blob, build_seconds = timed(
+            lambda: dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
+        )
         run.log(f"projected artifact {describe_size(h, len(blob))}")
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
@@ -4498,10 +4186,9 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         stage = "choice of the candidate"
         tokens = data.held_out_stream()
         part = tokens if dist.compile else tokens[: max(h.eval_seq_len, h.eval_batch_tokens) + 1]
-        start = time.perf_counter()
-        evaluate(rebuilt, part, h, dist, h.eval_seq_len)
-        seconds = (time.perf_counter() - start) * len(tokens) / len(part)
-        choice_seconds = 4 * seconds  # there are up to three candidates, and the artifact of one
+        _, seconds = timed(lambda: evaluate(rebuilt, part, h, dist, h.eval_seq_len))
+        # There are up to three candidates, and the artifact of one.
+        choice_seconds = 4 * seconds * len(tokens) / len(part)
         stage = "disk"
         # Per value: weight 4, optimizer up to 8, EMA 4, SWA 4 bytes, and 4 of a teacher.
         value_bytes = 20 + 4 * h.self_distill
@@ -4517,11 +4204,7 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
 
 
 def reserve_for_export(run: Run, estimate: float) -> float:
-    """Return the seconds kept for the export: GPTQ_RESERVE_SECONDS, or more if it takes longer.
-
-    Training keeps half of the time unless GPTQ_RESERVE_SECONDS takes more; a run that then takes
-    too long says so at its end.
-    """
+    """Return the seconds kept for the export: GPTQ_RESERVE_SECONDS, or up to half of the time."""
     h = run.h
     (estimate,), _ = run.dist.sync_from_rank0(estimate)
     most = h.max_wallclock_seconds / 2 or math.inf
@@ -4567,27 +4250,6 @@ def prepare_model(run: Run, saved: Checkpoint | None) -> LanguageModel:
     return model
 
 
-def first_usable_attention(h: Hyperparameters, dist: Distributed, dtype: torch.dtype) -> str:
-    """Return what computes causal attention, as text for the log."""
-    if not dist.on_cuda:
-        longest = PLAIN_ATTENTION[HAS_AMX, True]
-        return f"plain products up to {longest} tokens in training, else torch's fused kernel"
-    if load_flash_attention_3(h) and dtype is torch.bfloat16:
-        return "fa3"
-    shape = (1, h.num_heads, h.train_seq_len, h.head_dim)
-    q = torch.empty(shape, dtype=dtype, device=dist.device)
-    k = q[:, : h.num_kv_heads]
-    params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, True, True)
-    can_use = {
-        "cudnn": torch.backends.cuda.can_use_cudnn_attention,
-        "flash": torch.backends.cuda.can_use_flash_attention,
-        "efficient": torch.backends.cuda.can_use_efficient_attention,
-        "math": lambda params: True,
-    }
-    usable = [name for name in attention_order(h) if name != "fa3" and can_use[name](params)]
-    return usable[0] if usable else "none"
-
-
 def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     """Log everything needed to repeat the run; return the numbers of parameters, and the maps."""
     log = run.log
@@ -4598,17 +4260,19 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     log(describe_rows(rows))
     trained = sum(p.numel() for p in model.parameters())
     maps = model.random_maps()
-    frozen = sum(spec.out_features * spec.in_features for spec in maps)
-    log(
-        f"{trained:,} trained and {frozen:,} frozen parameters; {len(maps)} of {len(model.table)}"
-        f" maps are random, in 0 bytes; the rest takes {stored_bytes(model):,} bytes uncompressed"
-    )
+    frozen = sum(math.prod(spec.shape) for spec in maps)
+    log(f"{trained:,} trained and {frozen:,} frozen parameters, the latter in 0 bytes")
+    log(f"{len(maps)} of {len(model.table)} maps are random")
     log(f"code: {code_bytes():,} bytes as it ships, packed; {len(SOURCE):,} readable")
-    threads = torch.get_num_threads()
-    log(f"versions {json.dumps(VERSIONS)} device {run.dist.device_name}, {threads} threads")
-    dtype = resolve_dtype(run.h, run.dist.on_cuda)
-    log(f"attention: {first_usable_attention(run.h, run.dist, dtype)}")
-    return {"trained_parameters": trained, "frozen_parameters": frozen, "maps": rows}
+    device = f"{run.dist.device_name}, {torch.get_num_threads()} threads"
+    log(f"versions {json.dumps(VERSIONS)} device {device}")
+    if run.dist.on_cuda:
+        has_fa3 = load_flash_attention_3(run.h) is not None
+        kernels = [name for name in attention_order(run.h) if has_fa3 or name != "fa3"]
+        log(f"attention: the first of {', '.join(kernels)} that can")
+    hardware = f"{run.dist.world_size} x {run.dist.device_name}"
+    counts = {"trained_parameters": trained, "frozen_parameters": frozen}
+    return counts | {"maps": rows, "hardware": hardware}
 
 
 def train_model(
@@ -4644,10 +4308,10 @@ def export_best(
     step: int,
     seconds: float,
 ) -> tuple[bytes, dict[str, Any]]:
-    """Return the artifact whose loss on held-out training text is the least, and its metrics.
+    """Return the artifact whose loss on held-out text is the least, and its metrics.
 
-    The first candidate is exported in any case, the others while `seconds` last. The model keeps
-    the values of the last artifact. `step` steps of training are done.
+    The first candidate is exported in any case, the others while `seconds` last. `step` steps of
+    training are done.
     """
     tokens = data.held_out_stream()
     exported: dict[str, Artifact] = {}
@@ -4673,9 +4337,8 @@ def export_best(
     if left_out:
         run.log(f"no time is left to export {', '.join(left_out)}")
     best = min(scores, key=scores.get)
-    blob = exported[best].blob
+    blob, sizes = exported[best].blob, exported[best].sizes
     codes = code_rows(model, exported[best])
-    sizes = exported[best].sizes
     text = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     run.log(f"exported:{best}\n{describe_rows(codes)}\nartifact bytes: {text}")
     run.log(f"artifact {describe_size(run.h, len(blob))}")
@@ -4693,6 +4356,10 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     counts = log_start(run, model)
     if saved and saved.identity["source"] != run.identity["source"]:
         run.log("warning: the script has changed since the checkpoint was written")
+    for name in ("processes", "dtype"):
+        if saved and saved.identity[name] != run.identity[name]:
+            began = f"the run began with {name} {saved.identity[name]}"
+            run.log(f"warning: {began}, it goes on with {run.identity[name]}")
     is_finished = saved is not None and saved.finished
     if is_finished:
         metrics = saved.metrics
@@ -4702,8 +4369,8 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
         metrics = counts | metrics
     began = time.perf_counter()
     # EXPORT_ONLY may have read a finished checkpoint from another folder.
-    if not is_finished or not (run.folder / "checkpoint.pt").exists():
-        save_checkpoint(run, model, model.fingerprint(), {"candidates": candidates}, metrics)
+    if h.export_only or not is_finished or not (run.folder / "checkpoint.pt").exists():
+        save_checkpoint(run, model, {"candidates": candidates}, metrics)
     run.stop.can_save = False
     _, stop = run.dist.sync_from_rank0(flag=run.stop.requested)
     if stop:
@@ -4728,11 +4395,9 @@ def time_limit_exceeded(run: Run, metrics: Mapping[str, Any]) -> bool:
     """Return whether training and export took longer than they may; log it if so."""
     limit = run.h.max_wallclock_seconds
     total = metrics["train_seconds"] + metrics["export_seconds"]
-    is_over = bool(limit) and total > limit
+    is_over = 0 < limit < total
     if is_over:
-        run.log(
-            f"warning: training and export took {total:.1f} s, over MAX_WALLCLOCK_SECONDS={limit:g}"
-        )
+        run.log(f"warning: training and export took {total:.1f} s, MAX_WALLCLOCK_SECONDS={limit:g}")
     return is_over
 
 
@@ -4741,10 +4406,8 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
     h, log = run.h, run.log
     header, _ = read_artifact(blob)
     if header.get("tokenizer") != run.tokenizer.sha256:
-        raise UserError(
-            f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer of the artifact; set"
-            " TOKENIZER_PATH and DATA_PATH to those of its training"
-        )
+        problem = f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer of the artifact"
+        raise UserError(f"{problem}; set TOKENIZER_PATH and DATA_PATH to those of its training")
     began = time.perf_counter()
     model = model_from_artifact(h, blob, run.dist)
     dtype = str(resolve_dtype(h, run.dist.on_cuda)).removeprefix("torch.")
@@ -4758,10 +4421,9 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         metrics |= {f"val_loss_{kind}": loss, f"val_bpb_{kind}": bpb, "eval_mode": mode}
         name = f"final_int6_brotli_{kind}"  # the challenge's name, whatever MATRIX_BITS is
-        log(
-            f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} length:{h.eval_seq_len}"
-            f" stride:{stride} mode:{mode} dtype:{dtype} eval_time:{1000 * seconds:.0f}ms"
-        )
+        how = f"length:{h.eval_seq_len} stride:{stride} mode:{mode} dtype:{dtype}"
+        spent = f"eval_time:{1000 * seconds:.0f}ms"
+        log(f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {how} {spent}")
         log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     seconds = time.perf_counter() - began
     total = code_bytes() + len(blob)
@@ -4792,7 +4454,6 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
     results = {
         "model": f"{h.num_layers} x {h.model_dim}, maps {h.map_basis}, {h.map_adapter}",
         "date": time.strftime("%F"),
-        "hardware": f"{run.dist.world_size} x {run.dist.device_name}",
         "versions": VERSIONS,
         "dataset": Path(h.data_path).name,
         "seed": h.seed,
@@ -4812,25 +4473,10 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
     content = (json.dumps(results, indent=2) + "\n").encode()
     write_file(run.folder / "results.json", content)
     run.log(f"written: {run.folder}/ model.int6.ptz, results.json, checkpoint.pt, train.log")
-    say_what_is_next(run.folder)
-
-
-def say_what_is_next(folder: Path) -> None:
-    """Print, where the project's tools lie beside this script, how to look at a run."""
-    tools = Path(__file__).resolve().with_name("tools")
-    if (tools / "report.py").exists():
-        python, path, run = (shlex.quote(str(each)) for each in (sys.executable, tools, folder))
-        console = RunLog(rank=0)  # without a file
-        console(f"\n{python} -m pip install -r {path}/requirements.txt  # once")
-        console(f"{python} {path}/report.py {run} --out report.html  # curves and tables")
-        console(f'{python} {path}/sample.py {run} "PROMPT"  # text that the model writes')
 
 
 def settings_from_artifact(h: Hyperparameters, blob: bytes) -> Hyperparameters:
-    """Return the settings with those of the artifact's model.
-
-    It is scored as it was when it was written, except for what somebody set.
-    """
+    """Return the settings of the artifact's model, scored as it was unless somebody set it."""
     source = f"MODEL_PATH={h.model_path}"
     with untrusted_input(source):
         header, _ = read_artifact(blob)
@@ -4841,15 +4487,12 @@ def settings_from_artifact(h: Hyperparameters, blob: bytes) -> Hyperparameters:
 
 
 def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperparameters:
-    """Return the settings of the checkpoint's run, except for what somebody set.
-
-    The model's settings cannot be set anew.
-    """
+    """Return the settings of the checkpoint's run, but quantizer and evaluation may be set anew."""
     source = f"CHECKPOINT_PATH={h.checkpoint_path}"
     with untrusted_input(source):
         names = saved.settings.keys() - set(RESUME_OVERRIDES) | {*LOCATIONS, "eval_batch_tokens"}
         stored = {name: saved.settings[name] for name in names}
-        return adopt_settings(h, stored, source, stored.keys() - saved.model.keys())
+        return adopt_settings(h, stored, source, EXPORT_OVERRIDES | {*RESUME_OVERRIDES})
 
 
 def decide_start(
@@ -4863,7 +4506,7 @@ def decide_start(
     """
     if h.eval_only:
         found = dist.from_rank0(lambda: locations_beside(h.model_path))
-        h = reload_settings(found | {name: getattr(h, name) for name in h.explicit})
+        h = reload_settings(found | h.given())
         h = settings_from_manifest(h)
         blob = dist.from_rank0(lambda: read_file("MODEL_PATH", h.model_path))
         return settings_from_artifact(h, blob), blob, None, None
@@ -4874,9 +4517,10 @@ def decide_start(
         saved = dist.from_rank0(lambda: Checkpoint.read(Path(h.checkpoint_path)))
         h = settings_from_checkpoint(h, saved)
     folder, resumed = dist.from_rank0(lambda: open_folder(h, log))
-    if resumed:
+    if resumed and not h.export_only:  # which exports CHECKPOINT_PATH, whatever lies there
         h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
-    return h, b"", resumed or saved, folder
+        saved = resumed
+    return h, b"", saved, folder
 
 
 def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal) -> None:

@@ -293,22 +293,3 @@ def test_a_mask_is_exported_as_the_signs_of_its_scores():
     with torch.no_grad():
         layer.mask.scores.copy_(codes["scores"].float())
     assert torch.equal(layer(x), y)
-
-
-def test_stored_bytes_of_each_kind():
-    """Literals: 10 x 6 with codes and exponents of a byte, floats of two and masks of a bit."""
-    expected = {
-        "none": 0,
-        "lora:3": 30 + 10 + 18 + 3,
-        "rslora:1": 10 + 10 + 6 + 1,
-        "vera:3": 2 * 13,
-        "sparse:0.5": 30 + 10,
-        "mask": 8,
-        "combination:5": 2 * 5,
-        "mask+lora:1": 8 + 27,
-    }
-    for adapter, size in expected.items():
-        for own, more in (({}, 0), ({"scale": "row", "gate": 0.0}, 40), ({"scale": "map"}, 2)):
-            layer = made(10, 6, adapter=adapter, **own)
-            assert train_gpt.stored_bytes(layer) == size + more, (adapter, own)
-    assert train_gpt.stored_bytes(made(10, 6, "learned")) == 70

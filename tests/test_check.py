@@ -335,7 +335,7 @@ def test_child_has_a_clean_environment_and_an_end(copied, monkeypatch):
     "old, new",
     [
         ("\nEXPORT_ONLY=0\n", "\nEXPORT_ONLY=1\n"),
-        ("\nattention: ", "\nwarning: the script has changed since …\nattention: "),
+        ("\nversions ", "\nwarning: the script has changed since …\nversions "),
     ],
 )
 def test_export_of_what_another_start_trained_is_no_run_of_this_script(copied, old, new):

@@ -111,17 +111,42 @@ def test_another_tokenizer_and_other_data_than_the_runs_are_refused(
         assert f"it was {base[name]}" in message
 
 
+def test_an_export_cannot_claim_another_training(trained):
+    claims = {"SEED": 7, "HOLDOUT_TOKENS": 7, "EMA_DECAY": 0.5, "NUM_LAYERS": 7}
+    message = refusal({"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt"} | claims)
+    for name, value in claims.items():
+        assert f"{name}={value} here" in message
+
+
+def test_a_repeated_export_takes_the_checkpoint_that_it_names(trained, unfinished, runs):
+    """Not the copy that an interrupted export of an earlier one left in its folder."""
+    stale = shutil.copytree(unfinished, runs / "again") / "checkpoint.pt"
+    saved = torch.load(stale, weights_only=True)
+    saved["weights"] = {name: values + 1 for name, values in saved["weights"].items()}
+    torch.save(saved, stale)
+    path = trained / "checkpoint.pt"
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "again", "OUTPUT_DIR": runs}
+    run_well(export | {"ARTIFACT_LIMIT_BYTES": 16_000_000})
+    kept = train_gpt.Checkpoint.read(stale)
+    for name, values in train_gpt.Checkpoint.read(path).weights.items():
+        assert torch.equal(kept.weights[name], values), name
+
+
 def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinished, runs):
-    """It is told no path; the source that wrote the checkpoint was another one, or the same."""
+    """It is told no path; what wrote the checkpoint was another script and other processes."""
     for name in ("edited", "same"):
         path = shutil.copytree(unfinished, runs / name) / "checkpoint.pt"
         if name == "edited":
             saved = torch.load(path, weights_only=True)
-            saved["identity"]["source"] = "0" * 64
+            saved["identity"] |= {"source": "0" * 64, "processes": "2"}
             torch.save(saved, path)
         again = {"RUN_ID": name, "OUTPUT_DIR": runs, "ARTIFACT_LIMIT_BYTES": 16_000_000}
-        warning = "warning: the script has changed since the checkpoint was written"
-        assert (warning in run_well(again)) == (name == "edited")
+        out = run_well(again)
+        for warning in (
+            "warning: the script has changed since the checkpoint was written",
+            "warning: the run began with processes 2, it goes on with 1",
+        ):
+            assert (warning in out) == (name == "edited")
 
 
 def test_another_teacher_than_the_runs_is_refused(trained, run_of, settings, tmp_path):
@@ -151,7 +176,16 @@ def test_processes_with_other_data_code_or_settings_are_refused(base, processes,
     dist.broadcast_object = lambda value: told.update(value) or value
     identity = train_gpt.identify(h, tokenizer, dist)
     dist.rank = 1
-    for name in (None, "shards", "tokenizer", "source", "SEED", "NUM_LAYERS", "DISTILL_FROM"):
+    for name in (
+        None,
+        "shards",
+        "tokenizer",
+        "source",
+        "dtype",
+        "versions",
+        "SEED",
+        "DISTILL_FROM",
+    ):
         dist.broadcast_object = lambda _, name=name: told | ({name: "0" * 64} if name else {})
         if not name:
             assert train_gpt.identify(other, tokenizer, dist) == identity

@@ -555,7 +555,7 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exporte
     nearest = quantizers[Role.MATRIX].quantize(model.blocks[3].mlp.proj.lora.B).dequantize()
     assert not torch.equal(tensors["blocks.3.mlp.proj.lora.B"], nearest)
     assert torch.equal(tensors["skip_weights"], model.skip_weights.half().float())
-    estimated = train_gpt.estimate_bytes(model, quantizers)
+    estimated = train_gpt.estimate_bytes(h, model, calibration, h.loss_per_value)
     assert estimated == pytest.approx(len(blob), rel=0.2)
 
 

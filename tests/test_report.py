@@ -25,7 +25,7 @@ HOSTILE = "<!--<script>alert(1)</script>"
 
 
 def map_row(name: str, basis: str, size: int) -> dict:
-    row = {"name": name, "shape": "32x16", "basis": basis, "gain": 1.0, "seed": 7, "bytes": size}
+    row = {"name": name, "shape": "32x16", "basis": basis, "gain": 1.0, "seed": 7, "learned": size}
     return row | {"adapter": "lora:4", "scale": "none", "gate": None, "freeze": 0.0, "learned": 9}
 
 

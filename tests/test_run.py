@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import re
 import shutil
@@ -105,7 +104,7 @@ def test_log_and_metrics_have_what_others_look_for(trained):
         rounded = rf"^final_int6_brotli_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} "
         assert re.search(rounded, text, re.M)
     assert final(text, "roundtrip") != final(text)  # windows that overlap score differently
-    assert "late_qat:on step:11" in text and "data_stalls:" in text
+    assert "late_qat:on step:11" in text
 
 
 def test_log_holds_all_that_the_run_depends_on(trained, base):
@@ -346,9 +345,10 @@ def test_compiled_gradients_of_embeddings_add_up_in_order(dynamo, monkeypatch):
 
 def test_data_read_ahead_are_those_of_the_step(data_settings, processes):
     data = train_gpt.TrainingData(data_settings())
-    loader = train_gpt.BatchLoader(data, processes)
-    for step in range(3):
-        found, expected = loader.micro_batches(step), data.micro_batches(step, processes)
-        for pair in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
-            assert torch.equal(*pair)
-    loader.close()
+    for step in (0, 1, 2, 7, 1):  # the last two were not read ahead
+        rows = data.step_sequences(step, processes)
+        parts = [
+            torch.cat([ids, targets[:, -1:]], 1)
+            for ids, targets in data.micro_batches(step, processes)
+        ]
+        assert torch.equal(torch.cat(parts), rows)

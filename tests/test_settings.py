@@ -268,7 +268,7 @@ def test_impossible_value_of_a_published_variable_is_refused(name, value, settin
 )
 def test_values_that_change_nothing_may_be_written_in_another_way(name, value):
     assert load({name: value}) == load({})
-    assert faults({name: "7"}) == [f"{name}=7: {UNSUPPORTED[name].reason}; unset it"]
+    assert faults({name: "7"}) == [f"{name}=7: {UNSUPPORTED[name][0]}; unset it"]
 
 
 # ---- Misspelled settings -------------------------------------------------------------------------

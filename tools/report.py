@@ -76,7 +76,7 @@ class Run:
     @property
     def maps(self) -> pd.DataFrame:
         """The map table, with the ratio of adapter to map at the last validation."""
-        frame = self.rows("maps", "name", "shape", "basis", "bytes").copy()
+        frame = self.rows("maps", "name", "shape", "basis", "learned").copy()
         frame["shape"] = frame["shape"].astype(str).str.replace("x", "×")
         known = self.metrics.get("adapter_ratios", pd.Series(dtype=object)).dropna()
         return frame.assign(adapter_ratio=frame["name"].map(known.iloc[-1] if len(known) else {}))

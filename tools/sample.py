@@ -47,7 +47,8 @@ def fold_adapters(model: train_gpt.LanguageModel, dtype: torch.dtype) -> None:
     """Compute W + ΔW of every map once: it does not change from token to token."""
     for module in model.modules():
         if isinstance(module, train_gpt.Linear):
-            weight = train_gpt.merge_weights([module.parts(dtype)])
+            weight, a, b = module.parts(dtype)
+            weight = torch.addmm(weight, a, b) if len(b) else weight
             folded = train_gpt.MapParts(weight, weight[:, :0], weight[:0])
             module.parts = lambda dtype, folded=folded: folded
 
