@@ -342,7 +342,6 @@ def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch
     ("changes", "named"),
     [
         ({"DATA_PATH": "gone"}, "DATA_PATH=gone"),
-        ({"TOKENIZER_PATH": "gone"}, "TOKENIZER_PATH=gone"),
         ({"TOKENIZER_PATH": "/"}, "directory"),
         ({"OUTPUT_DIR": __file__}, __file__),
         ({"DISTILL_FROM": "gone", "SELF_DISTILL": 0}, "DISTILL_FROM=gone"),

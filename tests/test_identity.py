@@ -84,15 +84,6 @@ def score(text: str) -> str:
     return line
 
 
-def test_an_export_takes_the_data_of_its_run(trained, base, runs):
-    """Nothing but the checkpoint is named; the script's default data do not exist here."""
-    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "exported"}
-    out = run_well(export | {"OUTPUT_DIR": runs})
-    assert score(out) == score(log_of(trained))
-    artifacts = [runs / name / "model.int6.ptz" for name in ("exported", "trained")]
-    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
-
-
 @pytest.mark.parametrize("export", [True, False])
 def test_another_tokenizer_and_other_data_than_the_runs_are_refused(
     trained, unfinished, base, other_tokenizer, grown, export
@@ -111,22 +102,20 @@ def test_another_tokenizer_and_other_data_than_the_runs_are_refused(
         assert f"it was {base[name]}" in message
 
 
-def test_an_export_cannot_claim_another_training(trained):
-    claims = {"SEED": 7, "HOLDOUT_TOKENS": 7, "EMA_DECAY": 0.5, "NUM_LAYERS": 7}
-    message = refusal({"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt"} | claims)
-    for name, value in claims.items():
-        assert f"{name}={value} here" in message
-
-
-def test_a_repeated_export_takes_the_checkpoint_that_it_names(trained, unfinished, runs):
-    """Not the copy that an interrupted export of an earlier one left in its folder."""
+def test_an_export_takes_the_weights_and_data_of_the_checkpoint_that_it_names(
+    trained, unfinished, runs
+):
+    """Not those that an interrupted export of an earlier one left in its folder."""
     stale = shutil.copytree(unfinished, runs / "again") / "checkpoint.pt"
     saved = torch.load(stale, weights_only=True)
     saved["weights"] = {name: values + 1 for name, values in saved["weights"].items()}
     torch.save(saved, stale)
     path = trained / "checkpoint.pt"
     export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "again", "OUTPUT_DIR": runs}
-    run_well(export | {"ARTIFACT_LIMIT_BYTES": 16_000_000})
+    out = run_well(export | {"ARTIFACT_LIMIT_BYTES": 16_000_000})
+    assert score(out) == score(log_of(trained))
+    artifacts = [folder / "model.int6.ptz" for folder in (stale.parent, trained)]
+    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
     kept = train_gpt.Checkpoint.read(stale)
     for name, values in train_gpt.Checkpoint.read(path).weights.items():
         assert torch.equal(kept.weights[name], values), name
@@ -299,57 +288,54 @@ def test_a_terminal_that_closes_stops_a_run_as_sigterm_does(under_nohup, monkeyp
     assert handlers == dict.fromkeys((signal.SIGTERM, signal.SIGINT), stop._handle)
 
 
-@pytest.fixture
-def exporting(data_settings, run_of, monkeypatch):
-    """exporting(limit, saving, rank0): how many candidates a run exports, and its metrics.
-
-    It trained for 50 s. Saving takes `saving` seconds, each export 5; `rank0` are the seconds of
-    rank 0's clock, if this is another process.
-    """
-    clock = Seconds()
-    monkeypatch.setattr(time, "perf_counter", clock)
-
-    def stand_in(name: str, seconds: float, result: object) -> None:
-        def take(*_):
-            clock.now += seconds
-            return result
-
-        monkeypatch.setattr(train_gpt, name, take)
-
-    def run_it(limit: float, saving: float = 0.0, rank0: tuple = ()) -> tuple[int, dict]:
-        run = run_of(data_settings(max_wallclock_seconds=limit, gptq_reserve_seconds=1))
-        if rank0:
-            answers = iter(rank0)
-            run.dist = copy.copy(run.dist)
-            run.dist.sync_from_rank0 = lambda *mine, **_: ([next(answers) for _ in mine], False)
-        weights = train_gpt.make_model(run.h).state_dict()
-        candidates = dict.fromkeys(("last", "ema", "swa"), weights)
-        figures = {"steps": 9, "choice_seconds": 0.0, "train_seconds": 50.0}
-        figures |= {f"holdout_loss_{name}": 1.0 for name in candidates}  # all are worth an export
-        stand_in("export", 5, train_gpt.Artifact(b"blob", {}, {}, math.nan))
-        stand_in("train_model", 0, (figures, candidates))
-        stand_in("save_checkpoint", saving, None)
-        stand_in("read_artifact", 0, ({}, weights))
-        stand_in("evaluate", 0, 1.0)
-        stand_in("log_start", 0, {})
-        metrics = train_gpt.train_and_export(run, None)[1]
-        return sum(name.startswith("holdout_loss_quantized_") for name in metrics), metrics
-
-    return run_it
-
-
-def test_writing_the_finished_checkpoint_counts(exporting):
+def test_writing_the_finished_checkpoint_counts(data_settings, run_of, monkeypatch):
     """It takes time from the export, and a slow disk puts a run over its time."""
-    for saving, count in ((0, 3), (6, 2)):
-        exported, metrics = exporting(limit=68.5, saving=saving)
-        assert exported == count
-        assert metrics["export_seconds"] == saving + count * 5
+    clock, left = Seconds(), []
+
+    def save(*_):
+        clock.now += 6
+
+    def export_best(*given):
+        left.append(given[-1])
+        clock.now += 5
+        return b"", {}
+
+    figures = {"steps": 9, "choice_seconds": 2.0, "train_seconds": 50.0}
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(train_gpt, "train_model", lambda *_: (figures, {"last": {}}))
+    monkeypatch.setattr(train_gpt, "log_start", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "save_checkpoint", save)
+    monkeypatch.setattr(train_gpt, "export_best", export_best)
+    run = run_of(data_settings(max_wallclock_seconds=100))
+    _, metrics = train_gpt.train_and_export(run, None)
+    assert left == [100 - 50 - 2 - 6]
+    assert metrics["export_seconds"] == 2 + 6 + 5
 
 
 @pytest.mark.parametrize(("rank0", "count"), [((), 2), ((100, 5, 5, 5), 3), ((1, 5), 1)])
-def test_rank_0_decides_for_all_how_many_candidates_are_exported(exporting, rank0, count):
-    """This process alone would export two."""
-    assert exporting(limit=62.5, rank0=rank0)[0] == count
+def test_rank_0_decides_for_all_how_many_candidates_are_exported(
+    data_settings, run_of, monkeypatch, rank0, count
+):
+    """This process alone would export two, of 5 seconds each, in 12.5; `rank0` are its seconds."""
+    clock, answers, run = Seconds(), iter(rank0), run_of(data_settings())
+    if rank0:
+        run.dist = copy.copy(run.dist)
+        run.dist.sync_from_rank0 = lambda *mine: ([next(answers) for _ in mine], False)
+
+    def export(*_):
+        clock.now += 5
+        return train_gpt.Artifact(b"blob", {}, {}, math.nan)
+
+    model = train_gpt.make_model(run.h)
+    weights = model.state_dict()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(train_gpt, "export", export)
+    monkeypatch.setattr(train_gpt, "read_artifact", lambda _: ({}, weights))
+    monkeypatch.setattr(train_gpt, "evaluate", lambda *_: 1.0)
+    candidates = dict.fromkeys(("last", "ema", "swa"), weights)
+    data = train_gpt.TrainingData(run.h)
+    _, metrics = train_gpt.export_best(run, model, data, candidates, 9, 12.5)
+    assert sum(name.startswith("holdout_loss_quantized_") for name in metrics) == count
 
 
 def test_all_processes_write_into_the_folder_that_rank_0_names(settings, processes, tmp_path):

@@ -186,22 +186,25 @@ def test_artifact_alone_repeats_the_score(trained, corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "path", "name"),
+    ("task", "path", "name", "claims"),
     [
-        ("EVAL_ONLY", "MODEL_PATH", "model.int6.ptz"),
-        ("EXPORT_ONLY", "CHECKPOINT_PATH", "checkpoint.pt"),
+        ("EVAL_ONLY", "MODEL_PATH", "model.int6.ptz", {}),
+        ("EXPORT_ONLY", "CHECKPOINT_PATH", "checkpoint.pt", {"SEED": 7, "EMA_DECAY": 0.5}),
     ],
 )
-def test_another_model_than_was_asked_for_is_refused(trained, runs, task, path, name):
+def test_another_model_or_training_than_was_asked_for_is_refused(
+    trained, runs, task, path, name, claims
+):
     """Whoever sets a variable of the model expects it to hold; so do the published names for it."""
     settings = {task: 1, path: trained / name, "OUTPUT_DIR": runs, "RUN_ID": "no"}
     others = {"NUM_LAYERS": 12, "RANDOM_ADAPTER_RANK": 8, "MAP_SEED": 7}
-    message = refusal(settings | others)
+    message = refusal(settings | others | claims)
     for part in (
         f"{path}={trained / name} has other settings",
         f"NUM_LAYERS=12 here, {TINY['NUM_LAYERS']} there",
         "MAP_ADAPTER=lora:8 here, lora:4 there",
         "MAP_SEED=7 here, 12345 there",
+        *(f"{claimed}={value} here" for claimed, value in claims.items()),
     ):
         assert part in message
     assert "MODEL_DIM" not in message, "it is as stored, or nobody asked for it"
@@ -346,9 +349,6 @@ def test_compiled_gradients_of_embeddings_add_up_in_order(dynamo, monkeypatch):
 def test_data_read_ahead_are_those_of_the_step(data_settings, processes):
     data = train_gpt.TrainingData(data_settings())
     for step in (0, 1, 2, 7, 1):  # the last two were not read ahead
-        rows = data.step_sequences(step, processes)
-        parts = [
-            torch.cat([ids, targets[:, -1:]], 1)
-            for ids, targets in data.micro_batches(step, processes)
-        ]
-        assert torch.equal(torch.cat(parts), rows)
+        batches = data.micro_batches(step, processes)
+        rows = torch.cat([torch.cat([ids, targets[:, -1:]], 1) for ids, targets in batches])
+        assert torch.equal(rows, data.step_sequences(step, processes))
