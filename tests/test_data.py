@@ -102,17 +102,16 @@ def training_data(numbered, **given):
 def test_every_sequence_that_is_not_held_out_is_seen_once_an_epoch(numbered):
     data = training_data(numbered, holdout_tokens=3 * LENGTH)
     # A sequence needs LENGTH + 1 tokens of one shard: 70, 39 and 61 of them.
-    everything = [
-        (shard, i * LENGTH) for shard, count in enumerate((70, 39, 61)) for i in range(count)
-    ]
     starts = np.cumsum([0, LENGTH * 70 + 5, LENGTH * 40])
+    shards = zip(starts, (70, 39, 61), strict=True)
+    everything = np.concatenate([first + LENGTH * np.arange(count) for first, count in shards])
     held_out, epoch = data.read(data.held_out), len(everything) - len(data.held_out)
     assert len(held_out) == 3
     for number in range(3):
         rows = data.sequences(number * epoch, epoch)
         assert (rows.diff(dim=1) == 1).all()  # whole sequences, none across the end of a shard
         seen = torch.cat([rows[:, 0], held_out[:, 0]]).sort().values
-        assert seen.tolist() == sorted(int(starts[shard] + start) for shard, start in everything)
+        assert seen.tolist() == everything.tolist()
 
 
 def test_little_data_is_not_held_out_whole(numbered):
@@ -143,10 +142,10 @@ def test_a_step_is_the_same_for_any_number_of_processes(
     numbered, monkeypatch, micro_batch_tokens, world_size
 ):
     step_tokens = {"train_batch_tokens": 12 * LENGTH, "micro_batch_tokens": micro_batch_tokens}
-    data = training_data(numbered, **step_tokens)
+    ranks = [training_data(numbered, **step_tokens) for _ in range(world_size)]
     for step in (0, 1, 40):  # the last is in a later epoch
         together = []
-        for rank in range(world_size):  # processes that need not be there to read
+        for rank, data in enumerate(ranks):  # processes that need not be there to read
             monkeypatch.setenv("RANK", str(rank))
             monkeypatch.setenv("WORLD_SIZE", str(world_size))
             batches = data.micro_batches(step, train_gpt.Distributed(data.h))
@@ -159,20 +158,15 @@ def test_a_step_is_the_same_for_any_number_of_processes(
         assert torch.equal(torch.cat(together), data.sequences(step * 12, 12))
 
 
-def test_token_outside_the_vocabulary_is_refused(tmp_path):
-    tokens = np.full(LENGTH * 9, 3)
-    tokens[100] = 512
-    write_shard(tmp_path / "fineweb_train_000000.bin", tokens)
-    data = train_gpt.TrainingData(tiny_settings(data_path=tmp_path, vocab_size=512))
-    with pytest.raises(UserError, match="token 512 is outside VOCAB_SIZE=512"):
-        data.sequences(0, len(data.positions))
-
-
-def test_too_few_training_tokens_are_refused(tmp_path):
-    one_sequence = np.zeros(2 * LENGTH)  # and none to hold out
-    write_shard(tmp_path / "fineweb_train_000000.bin", one_sequence)
+def test_too_few_training_tokens_or_one_outside_the_vocabulary_are_refused(tmp_path):
+    path, h = tmp_path / "fineweb_train_000000.bin", tiny_settings(data_path=tmp_path)
+    write_shard(path, np.zeros(2 * LENGTH))  # one sequence, and none to hold out
     with pytest.raises(UserError, match="too few training tokens"):
-        train_gpt.TrainingData(tiny_settings(data_path=tmp_path))
+        train_gpt.TrainingData(h)
+    write_shard(path, np.where(np.arange(LENGTH * 9) == 100, 64, 3))
+    data = train_gpt.TrainingData(h)
+    with pytest.raises(UserError, match="token 64 is outside VOCAB_SIZE=64"):
+        data.sequences(0, len(data.positions))
 
 
 # ---- Byte accounting ---------------------------------------------------------------------------

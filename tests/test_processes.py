@@ -22,52 +22,39 @@ from reference import tokens
 Role = train_gpt.Role
 
 
-class Group:
-    """Stands for torch.distributed: collectives of threads, each of which is one rank."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.barrier = threading.Barrier(world_size, timeout=30)  # broken where a rank stays away
-        self.local = threading.local()
-        self.given: list[Any] = [None] * world_size
-
-    def exchange(self, value: Any) -> list[Any]:
-        """Return what every rank gave."""
-        self.given[self.local.rank] = value
-        self.barrier.wait()
-        given = list(self.given)
-        self.barrier.wait()
-        return given
-
-    def all_reduce(self, tensor: torch.Tensor, async_op: bool = False) -> SimpleNamespace:
-        tensor.copy_(torch.stack(self.exchange(tensor.clone())).sum(0))
-        return SimpleNamespace(wait=lambda: None)
-
-    def broadcast_object_list(self, box: list, source: int) -> None:
-        box[:] = self.exchange(copy.deepcopy(box))[source]
-
-    def run(self, function: Callable[[train_gpt.Distributed], Any]) -> list[Any]:
-        """Return what the function gives on each rank."""
-
-        def on_rank(rank: int) -> Any:
-            self.local.rank = rank
-            dist = train_gpt.Distributed(tiny_settings())
-            dist.rank, dist.world_size = rank, self.world_size
-            return function(dist)
-
-        with ThreadPoolExecutor(self.world_size) as pool:
-            return list(pool.map(on_rank, range(self.world_size)))
-
-
 @pytest.fixture
 def on_ranks(monkeypatch):
-    """on_ranks(n, function): what function(dist) gives on each of n ranks."""
+    """on_ranks(n, function): what function(dist) gives on each of n ranks, which are threads."""
 
     def run(world_size: int, function: Callable[[train_gpt.Distributed], Any]) -> list[Any]:
-        group = Group(world_size)
-        for name in ("all_reduce", "broadcast_object_list"):
-            monkeypatch.setattr(torch.distributed, name, getattr(group, name))
-        return group.run(function)
+        barrier = threading.Barrier(world_size, timeout=30)  # broken where a rank stays away
+        local, given = threading.local(), [None] * world_size
+
+        def exchange(value: Any) -> list[Any]:
+            """Return what every rank gave."""
+            given[local.rank] = value
+            barrier.wait()
+            received = list(given)
+            barrier.wait()
+            return received
+
+        def all_reduce(tensor: torch.Tensor, async_op: bool = False) -> SimpleNamespace:
+            tensor.copy_(torch.stack(exchange(tensor.clone())).sum(0))
+            return SimpleNamespace(wait=lambda: None)
+
+        def broadcast_object_list(box: list, source: int) -> None:
+            box[:] = exchange(copy.deepcopy(box))[source]
+
+        def on_rank(rank: int) -> Any:
+            local.rank = rank
+            dist = train_gpt.Distributed(tiny_settings())
+            dist.rank, dist.world_size = rank, world_size
+            return function(dist)
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast_object_list)
+        with ThreadPoolExecutor(world_size) as pool:
+            return list(pool.map(on_rank, range(world_size)))
 
     return run
 
@@ -122,8 +109,12 @@ def test_processes_start_from_rank_0s_weights_and_must_agree_on_the_maps(
 def test_a_restart_meets_no_keys_of_the_dead_run_and_waits_no_longer_than_asked(monkeypatch):
     """Whether torchrun gives the processes of a restart a new store, or the old one."""
     shared, groups = torch.distributed.HashStore(), []
+
+    def begin(*_, **given):
+        groups.append(given)
+
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **each: groups.append(each))
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
