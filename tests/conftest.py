@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-import helpers
-from helpers import train_gpt
+from helpers import (
+    NOT_INHERITED,
+    Corpus,
+    KeptLog,
+    make_corpus,
+    tiny_settings,
+    train_gpt,
+    write_shard,
+)
+from reference import tokens
 
 # Tiny models gain nothing from threads, and wait long for them on shared cores: here, and in the
 # processes that tools start for tests.
@@ -43,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
 def clean_environment():
     """Take settings and a launcher's variables out of the environment, for the whole session."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in helpers.NOT_INHERITED:
+        for name in NOT_INHERITED:
             patch.delenv(name, raising=False)
         yield
 
@@ -56,8 +64,8 @@ def either_cpu(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def settings():
-    """settings(**changes): the Hyperparameters of the tiny model, see helpers.TINY."""
-    return helpers.tiny_settings
+    """settings(**changes): the Hyperparameters of the tiny model, see TINY."""
+    return tiny_settings
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +94,9 @@ def processes(settings, clean_environment):
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> helpers.Corpus:
+def corpus(tmp_path_factory) -> Corpus:
     """A small corpus with its tokenizer. It is shared: tests that damage it copy it first."""
-    return helpers.make_corpus(tmp_path_factory.mktemp("corpus"))
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 # ---- Runs in this process ------------------------------------------------------------------------
@@ -103,7 +111,7 @@ def data_settings(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for number in range(2):
         ids = 64 * np.random.default_rng(number).random(3000) ** 2
-        helpers.write_shard(folder / f"fineweb_train_{number:06}.bin", ids.astype(int))
+        write_shard(folder / f"fineweb_train_{number:06}.bin", ids.astype(int))
     return lambda **changes: settings(**{"data_path": str(folder)} | changes)
 
 
@@ -112,17 +120,10 @@ def run_of(processes, tmp_path):
     """run_of(h, model): a run in this process, with a tokenizer and a validation text of no use."""
 
     def make(h, model=None):
-        text = torch.randint(64, (50,), generator=torch.Generator().manual_seed(0))
-        val = SimpleNamespace(tokens=text, bytes=50, bits_per_byte=lambda loss: loss)
-        return train_gpt.Run(
-            h,
-            processes,
-            helpers.KeptLog(model),
-            train_gpt.StopSignal(),
-            SimpleNamespace(sha256="0" * 64),
-            val,
-            tmp_path,
-        )
+        val = SimpleNamespace(tokens=tokens(50), bytes=50, bits_per_byte=lambda loss: loss)
+        tokenizer = SimpleNamespace(sha256="0" * 64)
+        log, stop = KeptLog(model), train_gpt.StopSignal()
+        return train_gpt.Run(h, processes, log, stop, tokenizer, val, tmp_path)
 
     return make
 

@@ -8,17 +8,16 @@ import io
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any, NamedTuple
 from unittest import mock
 
 import brotli
 import numpy as np
-import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +33,6 @@ import train_gpt
 # Every variable that is read.
 SETTINGS = [name.upper() for name in (*train_gpt.SETTINGS, *train_gpt.ALIASES)]
 # What a launcher sets, or a shell may have set for other scripts, would decide a test's outcome.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what the script handles
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER, "PRESET"}
 
@@ -72,20 +70,14 @@ ONE_LAYER = {"NUM_LAYERS": 1, "VE_LAYERS": 0}  # for what is compiled: a layer t
 
 
 def tiny_settings(**changes: Any) -> train_gpt.Hyperparameters:
-    """Return the tiny settings with changes by lower-case name; the environment is not read.
-
-    None stands for the default.
-    """
+    """Return the tiny settings with changes by lower-case name; None stands for the default."""
     values = {name.lower(): value for name, value in TINY.items()} | changes
     given = {name: value for name, value in values.items() if value is not None}
     return train_gpt.load_settings({}, **given)
 
 
 def head_input(model: train_gpt.GPT, *given: Any) -> torch.Tensor:
-    """Return what the head reads when the model predicts, in the type of its parameters.
-
-    Logits are float32, and hide what a float64 model computes in its last bits.
-    """
+    """Return what the head reads when the model predicts: logits are float32 in any model."""
     inputs = []
     hook = model.head.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model.predict(*given)
@@ -178,23 +170,15 @@ class Corpus(NamedTuple):
 
 def make_corpus(folder: Path) -> Corpus:
     """Make English and some harder text; a tiny model validates on it in a tenth of a second."""
-    from pydoc_data.topics import topics
-
     texts = sorted(set(topics.values()), key=lambda text: (len(text), text))
     validation = texts[:8] + UNUSUAL_DOCUMENTS
     train = write_jsonl(folder / "train.jsonl", texts[8:])
     val = write_jsonl(folder / "val.jsonl", validation)
-    script = ROOT / "data" / "prepare.py"
-    command = [sys.executable, script, "--out", folder, "text", train, "--val", val, "--vocab", 512]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=60)
+    command = ["--out", folder, "text", train, "--val", val, "--vocab", 512]
+    assert prepare.main([str(part) for part in command]) == 0
     (dataset,) = (folder / "datasets").iterdir()
-    manifest = json.loads((dataset / "manifest.json").read_text())
-    tokenizer = (dataset / manifest["tokenizer"]).resolve()
-    settings = {
-        "DATA_PATH": dataset,
-        "TOKENIZER_PATH": tokenizer,
-        "VOCAB_SIZE": manifest["vocab_size"],
-    }
+    (tokenizer,) = (folder / "tokenizers").glob("*.model")
+    settings = {"DATA_PATH": dataset, "TOKENIZER_PATH": tokenizer, "VOCAB_SIZE": 512}
     return Corpus(dataset, tokenizer, settings, validation)
 
 
@@ -210,41 +194,34 @@ class Container:
     """An artifact in its parts, by the format's description alone; `blob` joins them again."""
 
     def __init__(self, blob: bytes) -> None:
-        size = int.from_bytes(blob[12:16], "little")
-        place = 16 + size
+        assert blob[:8] == b"RANDMAPS"
+        place = 16 + int.from_bytes(blob[12:16], "little")
         self.start = blob[:12]  # magic and version
         self.header = json.loads(brotli.decompress(blob[16:place]))
-        self.blocks: list[list[bytes]] = []  # of each group
-        for _, lengths in self.header["groups"]:
-            self.blocks.append([])
+        self.blocks: dict[str, list[bytes]] = {}  # of each group
+        for name, lengths in self.header["groups"]:
+            self.blocks[name] = []
             for length in lengths:
-                self.blocks[-1].append(blob[place : place + length])
+                self.blocks[name].append(blob[place : place + length])
                 place += length
         assert blob[place:] == hashlib.sha256(blob[:place]).digest()
 
     def blob(
-        self,
-        changes: dict | None = None,
-        blocks: list[list[bytes]] | None = None,
-        mend: bool = True,
-        text: bytes | None = None,
+        self, text: bytes = b"", blocks: dict[str, list[bytes]] | None = None, **changes: Any
     ) -> bytes:
         """Return an artifact with a right checksum.
 
         Args:
-            changes: entries of the header that become others.
+            text: the compressed header, instead of one that has the sizes of the blocks.
             blocks: of each group, instead of the own ones.
-            mend: make the sizes of the blocks right in the header.
-            text: the compressed header, instead of all that.
+            changes: entries of the header that become others.
         """
-        header, blocks = self.header | (changes or {}), self.blocks if blocks is None else blocks
-        if mend:
-            pairs = zip(header["groups"], blocks, strict=True)
-            header["groups"] = [[name, list(map(len, group))] for (name, _), group in pairs]
-        if text is None:
-            text = brotli.compress(json.dumps(header).encode(), quality=5)
-        parts = [self.start, len(text).to_bytes(4, "little"), text, *itertools.chain(*blocks)]
-        return sealed(b"".join(parts))
+        blocks = blocks or self.blocks
+        sizes = [[name, [len(block) for block in group]] for name, group in blocks.items()]
+        header = self.header | {"groups": sizes} | changes
+        text = text or brotli.compress(json.dumps(header).encode(), quality=5)
+        size = len(text).to_bytes(4, "little")
+        return sealed(b"".join([self.start, size, text, *itertools.chain(*blocks.values())]))
 
 
 # ---- Folders of runs -----------------------------------------------------------------------------
@@ -282,11 +259,7 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 
 
 def environment(settings: dict) -> dict[str, str]:
-    """Return this process's environment with these settings and no others.
-
-    The script runs on the CPU unless they say otherwise, with one thread: sums always have one
-    order.
-    """
+    """Return this process's environment with these settings alone, on the CPU, with one thread."""
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     given = {name: str(value) for name, value in settings.items()}
     return inherited | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"} | given
@@ -296,7 +269,6 @@ def start(
     settings: dict,
     launcher: Sequence = (),
     script: Path = SCRIPT,
-    cwd: Path | None = None,
     arguments: Sequence[str] = (),
     **options: Any,
 ) -> subprocess.Popen:
@@ -304,16 +276,9 @@ def start(
 
     `options` are those of subprocess.Popen.
     """
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *arguments],
-        env=environment(settings),
-        cwd=cwd,
-        text=True,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+    command = [sys.executable, *launcher, str(script), *arguments]
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, env=environment(settings), **options)
 
 
 def finish(process: subprocess.Popen, timeout: float = 200) -> subprocess.CompletedProcess:
@@ -326,40 +291,30 @@ def finish(process: subprocess.Popen, timeout: float = 200) -> subprocess.Comple
 
 
 def run(
-    settings: dict,
-    launcher: Sequence = (),
-    script: Path = SCRIPT,
-    cwd: Path | None = None,
-    arguments: Sequence[str] = (),
-    fresh: bool = False,
+    settings: dict, fresh: bool = False, arguments: Sequence[str] = (), **options: Any
 ) -> subprocess.CompletedProcess:
     """Run the script to its end, in this process, which takes a tenth of the time.
 
-    A launcher, another script and `fresh` get an interpreter of their own. Here the script's main
-    is called as an interpreter would, and this process stays as it was. SystemExit becomes an exit
+    `fresh` and the options of `start` ask for an interpreter of its own. Here the script's main is
+    called as an interpreter would, and this process stays as it was. SystemExit becomes an exit
     code; any other exception is a test's failure, as is a traceback.
     """
-    if launcher or fresh or script != SCRIPT:
-        return finish(start(settings, launcher, script, cwd, arguments))
+    if fresh or options:
+        return finish(start(settings, arguments=arguments, **options))
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     code: str | int | None = 0
     with (
-        pytest.MonkeyPatch.context() as patch,
         mock.patch.dict(os.environ, environment(settings), clear=True),
         mock.patch.object(sys, "argv", [str(SCRIPT), *arguments]),
+        mock.patch.object(train_gpt.StopSignal, "install"),
         torch.random.fork_rng(devices=[]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.chdir(cwd or ".")
         try:
             train_gpt.main(arguments)
         except SystemExit as ended:
             code = ended.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     if isinstance(code, str):
         print(code, file=err)
     returncode = 1 if isinstance(code, str) else code or 0

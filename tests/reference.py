@@ -5,14 +5,14 @@ Nothing here calls the functions that it is compared with.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 
 import brotli
-import numpy as np
 import torch
 from torch import Tensor
+
+from helpers import Container
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -63,13 +63,5 @@ def linear_map(
 
 def artifact_groups(blob: bytes) -> dict[str, bytes]:
     """Return the values of each group of an artifact, by the description of the format alone."""
-    assert blob[:8] == b"RANDMAPS"
-    _, size = np.frombuffer(blob[8:16], "<u4").tolist()
-    place, groups = 16 + size, {}
-    for name, lengths in json.loads(brotli.decompress(blob[16:place]))["groups"]:
-        groups[name] = b""
-        for length in lengths:
-            groups[name] += brotli.decompress(blob[place : place + length])
-            place += length
-    assert place == len(blob) - 32, "a SHA-256 ends the file"
-    return groups
+    groups = Container(blob).blocks.items()
+    return {name: b"".join(map(brotli.decompress, blocks)) for name, blocks in groups}

@@ -4,58 +4,49 @@ from __future__ import annotations
 
 import multiprocessing.dummy
 import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
 
 from bench import speed, textbook
-from helpers import ROOT, train_gpt
+from helpers import ROOT, finish, start, train_gpt
+from reference import tokens
+
+BATCHES = [(part[:, :-1], part[:, 1:]) for part in tokens(4, 17).split(2)]
 
 
-def textbook_name(name: str) -> str:
-    """Return what the textbook calls a parameter of ours."""
-    return name.replace(".lora.", ".")
-
-
-@pytest.fixture
-def batches():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, 64, (4, 17), generator=generator)
-    return [(part[:, :-1], part[:, 1:]) for part in rows.split(2)]
+def by_name(model):
+    """Return the parameters by what the textbook calls them."""
+    return {name.replace(".lora.", "."): p for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("stretch_from", [1024, 4])
-def test_textbook_has_our_loss_and_gradients(settings, random_model, batches, stretch_from):
+def test_textbook_has_our_loss_and_gradients(settings, random_model, stretch_from):
     h = settings(rope_stretch_from=stretch_from)
     ours = random_model(h, torch.float64)
     theirs = textbook.Textbook(h, ours, torch.float64)
-    loss, other = ours(*batches[0]), theirs(*batches[0])
+    loss, other = ours(*BATCHES[0]), theirs(*BATCHES[0])
     assert other.item() == pytest.approx(loss.item(), rel=1e-5)  # logits are float32 in both
     loss.backward()
     other.backward()
-    gradients = {textbook_name(name): p.grad for name, p in ours.named_parameters()}
-    parameters = dict(theirs.named_parameters())
-    assert set(parameters) == set(gradients)
-    for name, p in parameters.items():
-        assert (p.grad - gradients[name]).norm() < 1e-5 * gradients[name].norm(), name
+    found = by_name(theirs)
+    assert found.keys() == by_name(ours).keys()
+    for name, p in by_name(ours).items():
+        assert (found[name].grad - p.grad).norm() < 1e-5 * p.grad.norm(), name
 
 
-def test_textbook_takes_our_step(settings, random_model, processes, batches):
+def test_textbook_takes_our_step(settings, random_model, processes):
     h = settings(factor_lr=0.02, factor_wd=0.1)
     ours = random_model(h)
     theirs = textbook.Textbook(h, ours, torch.float32)
     step = textbook.TextbookStep(h, theirs, compiled=False)
     our_step = speed.OurStep(h, processes, ours, compiled=False)
     for _ in range(2):
-        loss = our_step(batches)
-        assert step(batches).item() == pytest.approx(loss.item(), rel=1e-5)
-    parameters = dict(theirs.named_parameters())
-    for name, p in ours.named_parameters():
-        other = parameters[textbook_name(name)]
-        torch.testing.assert_close(other, p, rtol=1e-3, atol=1e-3, msg=name)
+        loss = our_step(BATCHES)
+        assert step(BATCHES).item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, p in by_name(ours).items():
+        torch.testing.assert_close(by_name(theirs)[name], p, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def measure_here(sides, options, calls=1):
@@ -121,11 +112,17 @@ def test_stages_kernels_and_starts_are_timed(shown, monkeypatch):
     assert len(column(shown("start"), "time")) == 4
 
 
-def test_sides_are_processes_that_take_turns(tmp_path):
-    command = [sys.executable, ROOT / "bench" / "speed.py", "step", "--smoke"]
-    command += ["--with", "MODEL_DIM=33", "--only", "ours", "ours, MODEL_DIM=33"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def test_sides_are_processes_that_take_turns():
+    arguments = [
+        "step",
+        "--smoke",
+        "--with",
+        "MODEL_DIM=33",
+        "--only",
+        "ours",
+        "ours, MODEL_DIM=33",
+    ]
+    result = finish(start({}, script=ROOT / "bench" / "speed.py", arguments=arguments), timeout=300)
     assert result.returncode == 0, result.stderr
     assert f"torch {torch.__version__}" in result.stdout
     assert "MODEL_DIM=33: failed" in result.stdout  # and does not hold up the other side

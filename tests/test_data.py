@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,11 +42,9 @@ def test_header_is_skipped_to_the_byte(tmp_path):
     write_shard(tmp_path / "fineweb_train_000001.bin", second)
     write_shard(tmp_path / "fineweb_val_000000.bin", [65_535, 3])
 
-    def read(split):
-        return [tokens.tolist() for tokens in train_gpt.read_shards(str(tmp_path), split)]
-
-    assert read("train") == [first.tolist(), second.tolist()]
-    assert read("val") == [[65_535, 3]]
+    for split, expected in (("train", [first, second]), ("val", [[65_535, 3]])):
+        found = train_gpt.read_shards(str(tmp_path), split)
+        assert [tokens.tolist() for tokens in found] == [list(tokens) for tokens in expected]
 
 
 SPOILED = {
@@ -101,27 +99,19 @@ def training_data(numbered, **given):
     return train_gpt.TrainingData(tiny_settings(data_path=numbered, vocab_size=65_536, **given))
 
 
-def test_every_sequence_is_seen_once_an_epoch(numbered):
+def test_every_sequence_that_is_not_held_out_is_seen_once_an_epoch(numbered):
     data = training_data(numbered, holdout_tokens=3 * LENGTH)
     # A sequence needs LENGTH + 1 tokens of one shard: 70, 39 and 61 of them.
-    everything = [
-        (shard, i * LENGTH) for shard, count in enumerate((70, 39, 61)) for i in range(count)
-    ]
     starts = np.cumsum([0, LENGTH * 70 + 5, LENGTH * 40])
+    shards = zip(starts, (70, 39, 61), strict=True)
+    everything = np.concatenate([first + LENGTH * np.arange(count) for first, count in shards])
     held_out, epoch = data.read(data.held_out), len(everything) - len(data.held_out)
     assert len(held_out) == 3
     for number in range(3):
         rows = data.sequences(number * epoch, epoch)
         assert (rows.diff(dim=1) == 1).all()  # whole sequences, none across the end of a shard
         seen = torch.cat([rows[:, 0], held_out[:, 0]]).sort().values
-        assert seen.tolist() == sorted(int(starts[shard] + start) for shard, start in everything)
-
-
-def test_held_out_sequences_are_never_trained_on(numbered):
-    data = training_data(numbered, holdout_tokens=3 * LENGTH)
-    assert len(data.held_out) == 3
-    trained = data.sequences(0, 4 * len(data.positions))[:, :-1].unique()
-    assert not torch.isin(data.read(data.held_out)[:, 1:], trained).any()
+        assert seen.tolist() == everything.tolist()
 
 
 def test_little_data_is_not_held_out_whole(numbered):
@@ -139,19 +129,11 @@ def test_each_epoch_and_each_seed_has_its_own_order(numbered):
     assert torch.equal(training_data(numbered).sequences(0, count)[:, 0], orders[0])
 
 
-def part_of_process(data, step: int, rank: int, world_size: int, monkeypatch):
-    """Return the micro-batches of one of several processes, which need not be there to read."""
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(world_size))
-    return data.micro_batches(step, train_gpt.Distributed(data.h))
-
-
 def test_a_stream_is_read_as_it_lies_in_the_shards(numbered):
     data = training_data(numbered, data_order="stream")
     count = len(data.positions)
     for epoch in range(2):
-        starts = data.sequences(epoch * count, count)[:, 0]
-        assert (starts.diff() > 0).all()
+        assert (data.sequences(epoch * count, count)[:, 0].diff() > 0).all()
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 2 * LENGTH, 3 * LENGTH, 98_304])
@@ -160,11 +142,13 @@ def test_a_step_is_the_same_for_any_number_of_processes(
     numbered, monkeypatch, micro_batch_tokens, world_size
 ):
     step_tokens = {"train_batch_tokens": 12 * LENGTH, "micro_batch_tokens": micro_batch_tokens}
-    data = training_data(numbered, **step_tokens)
+    ranks = [training_data(numbered, **step_tokens) for _ in range(world_size)]
     for step in (0, 1, 40):  # the last is in a later epoch
         together = []
-        for rank in range(world_size):
-            batches = part_of_process(data, step, rank, world_size, monkeypatch)
+        for rank, data in enumerate(ranks):  # processes that need not be there to read
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", str(world_size))
+            batches = data.micro_batches(step, train_gpt.Distributed(data.h))
             (size,) = {len(inputs) for inputs, _ in batches}  # one shape: one graph
             assert size <= max(1, micro_batch_tokens // LENGTH)
             for inputs, targets in batches:
@@ -174,20 +158,15 @@ def test_a_step_is_the_same_for_any_number_of_processes(
         assert torch.equal(torch.cat(together), data.sequences(step * 12, 12))
 
 
-def test_token_outside_the_vocabulary_is_refused(tmp_path):
-    tokens = np.full(LENGTH * 9, 3)
-    tokens[100] = 512
-    write_shard(tmp_path / "fineweb_train_000000.bin", tokens)
-    data = train_gpt.TrainingData(tiny_settings(data_path=tmp_path, vocab_size=512))
-    with pytest.raises(UserError, match="token 512 is outside VOCAB_SIZE=512"):
-        data.sequences(0, len(data.positions))
-
-
-def test_too_few_training_tokens_are_refused(tmp_path):
-    one_sequence = np.zeros(2 * LENGTH)  # and none to hold out
-    write_shard(tmp_path / "fineweb_train_000000.bin", one_sequence)
+def test_too_few_training_tokens_or_one_outside_the_vocabulary_are_refused(tmp_path):
+    path, h = tmp_path / "fineweb_train_000000.bin", tiny_settings(data_path=tmp_path)
+    write_shard(path, np.zeros(2 * LENGTH))  # one sequence, and none to hold out
     with pytest.raises(UserError, match="too few training tokens"):
-        train_gpt.TrainingData(tiny_settings(data_path=tmp_path))
+        train_gpt.TrainingData(h)
+    write_shard(path, np.where(np.arange(LENGTH * 9) == 100, 64, 3))
+    data = train_gpt.TrainingData(h)
+    with pytest.raises(UserError, match="token 64 is outside VOCAB_SIZE=64"):
+        data.sequences(0, len(data.positions))
 
 
 # ---- Byte accounting ---------------------------------------------------------------------------
@@ -216,6 +195,9 @@ def test_counted_bytes_are_the_decoded_text_document_by_document(corpus, tokeniz
         assert counted(tokenizer, tokens) == len(decoded)
         total += len(decoded)
     assert counted(tokenizer, stream) == len(tokenizer.decode(stream)) == total
+    read = train_gpt.ValidationStream(corpus_settings(corpus), tokenizer)
+    assert read.tokens.tolist() == stream.tolist()
+    assert (read.text, read.bytes) == (tokenizer.decode(stream), total)
 
 
 @settings(max_examples=200)
@@ -231,13 +213,6 @@ def test_any_text_counts_its_decoded_length(tokenizer, texts):
     assert counted(tokenizer, stream) == sum(counted(tokenizer, tokens) for tokens in documents)
 
 
-def test_stream_counts_all_but_its_first_token(corpus, tokenizer):
-    stream = train_gpt.ValidationStream(corpus_settings(corpus), tokenizer)
-    assert stream.tokens.tolist() == read_shard(corpus.folder / "fineweb_val_000000.bin").tolist()
-    assert stream.text == tokenizer.decode(stream.tokens.numpy())
-    assert stream.bytes == len(stream.text)  # the first token is a BOS, of no bytes
-
-
 def test_a_first_token_of_text_is_not_counted(tokenizer, tmp_path):
     """As in a shard that was cut from a longer one: nothing predicts its first token."""
     tokens = tokenizer.model.encode("plain words of text")
@@ -246,20 +221,27 @@ def test_a_first_token_of_text_is_not_counted(tokenizer, tmp_path):
     assert stream.bytes == len("plain words of text") - len(first)
 
 
+def every_space(tokenizer):
+    """Return an account of every ▁, also of one that decoding drops at the start of a document."""
+    return lambda _, tokens: int((tokenizer.own_bytes + tokenizer.has_space)[tokens].sum())
+
+
 MISTAKES = {
-    "a space counts twice": lambda t: t.own_bytes + t.has_space,
-    "a byte is as long as its piece, <0xE6>": lambda t: np.where(t.is_byte, 6, t.own_bytes),
-    "control tokens have bytes": lambda t: np.where(t.is_control, 3, t.own_bytes),
-    "no space counts": lambda t: t.own_bytes - t.has_space,
+    "a space counts twice": ("own_bytes", lambda t: t.own_bytes + t.has_space),
+    "a byte is as long as <0xE6>": ("own_bytes", lambda t: np.where(t.is_byte, 6, t.own_bytes)),
+    "control tokens have bytes": ("own_bytes", lambda t: np.where(t.is_control, 3, t.own_bytes)),
+    "no space counts": ("own_bytes", lambda t: t.own_bytes - t.has_space),
+    "a space before a document counts": ("count_bytes", every_space),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path, mistake):
+@pytest.mark.parametrize(("name", "mistake"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path, name, mistake):
     wrong = train_gpt.Tokenizer(str(corpus.tokenizer), 512)
-    tokens = [BOS, *wrong.model.encode("plain text and 日本語 too")]
-    stream_of(tokens, wrong, tmp_path)
-    wrong.own_bytes = mistake(wrong)
+    text = "plain text and 日本語 too"
+    tokens = [BOS, wrong.model.piece_to_id("▁"), *wrong.model.encode(text)]
+    assert stream_of(tokens, wrong, tmp_path).bytes == len(text.encode())
+    setattr(wrong, name, mistake(wrong))
     with pytest.raises(UserError, match="validation tokens count"):
         stream_of(tokens, wrong, tmp_path)
 
@@ -286,47 +268,26 @@ def test_unusable_stream_is_refused(tokenizer, tmp_path, tokens, says):
         stream_of(tokens, tokenizer, tmp_path)
 
 
-def test_space_at_the_start_of_a_document_is_not_text(corpus, tokenizer, tmp_path):
-    """Decoding drops it; an account that counts every ▁ is refused."""
-
-    class EverySpace(train_gpt.Tokenizer):
-        def count_bytes(self, previous, tokens):
-            return int((self.own_bytes + self.has_space)[tokens].sum())
-
-    tokens = [BOS, tokenizer.model.piece_to_id("▁"), *tokenizer.model.encode("text")]
-    assert stream_of(tokens, tokenizer, tmp_path).bytes == len("text")
-    with pytest.raises(UserError, match=r"\b5\b.*\b4\b"):
-        stream_of(tokens, EverySpace(str(corpus.tokenizer), 512), tmp_path)
-
-
 # ---- Tokenizers --------------------------------------------------------------------------------
 
 
-def test_tokenizer_without_a_piece_for_the_space_is_refused(tmp_path):
-    path = tmp_path / "some.model"
-    for lines, has_space in ((["abcd efgh"] * 20, True), (["abcdefgh"] * 20, False)):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=(model := io.BytesIO()),
-            vocab_size=280,
-            model_type="bpe",
-            byte_fallback=True,
-            add_dummy_prefix=False,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        path.write_bytes(model.getvalue())
-        vocabulary = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-        if has_space:
-            train_gpt.Tokenizer(str(path), vocabulary)
-            continue
-        with pytest.raises(UserError, match="the vocabulary has no piece ▁"):
-            train_gpt.Tokenizer(str(path), vocabulary)
-
-
-def test_tokenizer_of_another_size_is_refused(corpus):
+def test_a_tokenizer_of_another_size_or_without_a_piece_for_the_space_is_refused(corpus, tmp_path):
     with pytest.raises(UserError, match="has 512 pieces, but VOCAB_SIZE=511"):
         train_gpt.Tokenizer(str(corpus.tokenizer), 511)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abcdefgh"] * 20),
+        model_prefix=tmp_path / "some",
+        vocab_size=280,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path = str(tmp_path / "some.model")
+    size = sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
+    with pytest.raises(UserError, match="the vocabulary has no piece ▁"):
+        train_gpt.Tokenizer(path, size)
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", None])
@@ -339,30 +300,21 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
     assert f"TOKENIZER_PATH={path}" in str(refused.value)
 
 
+OTHER_MANIFESTS = (None, [], 3, {"tokenizer_sha256": None}, {"tokenizer": "some.model"})
+
+
 def test_tokenizer_that_did_not_make_the_shards_is_refused(corpus, tokenizer, tmp_path):
     """Trap 9: one of the same size passes every other check, and its text is another."""
-    tokenizer.check_manifest(corpus_settings(corpus))
-    proto = corpus.tokenizer.read_bytes()
-    other = tmp_path / "other.model"
-    other.write_bytes(proto.replace(b"the", b"eht"))
-    assert other.read_bytes() != proto
-    h = tiny_settings(data_path=corpus.folder, tokenizer_path=other, vocab_size=512)
-    with pytest.raises(UserError) as refused:
-        train_gpt.Tokenizer(str(other), 512).check_manifest(h)
-    message = str(refused.value)
-    assert message.startswith(f"TOKENIZER_PATH={other} ")
-    for told in (other, corpus.folder / "manifest.json"):
-        assert str(told) in message
-
-
-@pytest.mark.parametrize(
-    "content", [None, [], 3, {"tokenizer_sha256": None}, {"tokenizer": "some.model"}], ids=repr
-)
-def test_manifest_of_another_form_is_ignored(tokenizer, tmp_path, content):
-    """Shards from elsewhere have none, or one that says other things."""
-    if content is not None:
-        (tmp_path / "manifest.json").write_text(json.dumps(content))
-    tokenizer.check_manifest(tiny_settings(data_path=tmp_path))
+    h = corpus_settings(corpus)
+    tokenizer.check_manifest(h)
+    other = SimpleNamespace(sha256="0" * 64)
+    names = f"TOKENIZER_PATH={corpus.tokenizer} .*{corpus.folder / 'manifest.json'}"
+    with pytest.raises(UserError, match=names):
+        train_gpt.Tokenizer.check_manifest(other, h)
+    for content in OTHER_MANIFESTS:  # shards from elsewhere have none, or one that says less
+        if content is not None:
+            (tmp_path / "manifest.json").write_text(json.dumps(content))
+        tokenizer.check_manifest(tiny_settings(data_path=tmp_path))
 
 
 # ---- Windows -----------------------------------------------------------------------------------
@@ -438,12 +390,6 @@ def test_evaluation_equals_a_slow_loop(corpus, processes, model, stream, length,
         h = corpus_settings(corpus, eval_seq_len=length, eval_stride=1, eval_batch_tokens=batch)
         loss = train_gpt.evaluate(model, tokens, h, processes, stride)
         assert loss == pytest.approx(expected, abs=LOGIT_ERROR)
-
-
-def test_context_helps_or_these_tests_show_nothing(model, stream):
-    plans = (32, 32), (32, 8), (8, 8)
-    losses = [slow_evaluation(model, stream.tokens, length, stride) for length, stride in plans]
-    assert max(losses) - min(losses) > 100 * LOGIT_ERROR
 
 
 def test_bits_per_byte_divide_all_nats_by_all_bytes(stream):

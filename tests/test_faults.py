@@ -23,6 +23,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import brotli
 import numpy as np
@@ -64,10 +65,10 @@ SETTINGS = TINY | {
 ARTIFACT = "model.int6.ptz"
 
 # Runs the script with slow steps, so that a fault finds it in training, and leaves process ids.
-DRIVER = """
+DRIVER = f"""
 import os, sys, time
 from pathlib import Path
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 import train_gpt
 rank = os.environ.get("RANK", "0")
 Path(os.environ["OUTPUT_DIR"], os.environ["RUN_ID"] + "." + rank).write_text(str(os.getpid()))
@@ -88,7 +89,7 @@ class Site:
     def __init__(self, folder: Path, corpus: Corpus) -> None:
         self.folder, self.corpus, self.numbers = folder, corpus, itertools.count()
         self.driver = folder / "driver.py"
-        self.driver.write_text(DRIVER.format(root=str(ROOT)))
+        self.driver.write_text(DRIVER)
         self.killed: dict[str, Path] = {}  # what a kill at a moment leaves
         with pytest.MonkeyPatch.context() as patch:
             settings = self.settings()
@@ -131,11 +132,6 @@ class Site:
         return log_of(folder)
 
 
-def wrapped(wrapper: Callable, function: Callable) -> Callable:
-    """Return a function, also usable as a method, that calls `wrapper` with what it replaces."""
-    return lambda *given, **more: wrapper(function, *given, **more)
-
-
 def call_at_moments(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
     """Save at steps 5 and 9; call `act` around what replaces a file, and where stages begin."""
     counts: collections.Counter = collections.Counter()
@@ -158,9 +154,12 @@ def call_at_moments(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> No
     def plan_saves(plan_step: Callable, trainer: train_gpt.Trainer) -> train_gpt.StepPlan:
         return plan_step(trainer)._replace(save=trainer.step in (5, 9))
 
-    def begin(function: Callable, *given: object, **more: object) -> object:
+    def begin(function: Callable, *given: object) -> object:
         act(function.__name__)
-        return function(*given, **more)
+        return function(*given)
+
+    def wrapped(wrapper: Callable, function: Callable) -> Callable:
+        return lambda *given: wrapper(function, *given)  # a method, too
 
     for owner, name, wrapper in (
         (train_gpt, "write_file", counted_write),
@@ -343,7 +342,6 @@ def test_not_a_number_is_found_and_the_last_checkpoint_exports(site, monkeypatch
     ("changes", "named"),
     [
         ({"DATA_PATH": "gone"}, "DATA_PATH=gone"),
-        ({"TOKENIZER_PATH": "gone"}, "TOKENIZER_PATH=gone"),
         ({"TOKENIZER_PATH": "/"}, "directory"),
         ({"OUTPUT_DIR": __file__}, __file__),
         ({"DISTILL_FROM": "gone", "SELF_DISTILL": 0}, "DISTILL_FROM=gone"),
@@ -363,9 +361,7 @@ def evaluation_of(site: Site, blob: bytes) -> dict:
     """Return the settings of an evaluation of these bytes."""
     path = site.folder / "spoiled.ptz"
     path.write_bytes(blob)
-    names = "DATA_PATH", "TOKENIZER_PATH", "EVAL_SEQ_LEN", "EVAL_STRIDE", "DTYPE"
-    given = site.settings()
-    return {name: given[name] for name in names} | {"EVAL_ONLY": 1, "MODEL_PATH": path}
+    return site.corpus.settings | {"EVAL_ONLY": 1, "MODEL_PATH": path, "DTYPE": "float32"}
 
 
 @pytest.fixture
@@ -381,42 +377,43 @@ def one_gibibyte_more():
 
 
 @functools.cache
-def zeros_packed(size: int) -> bytes:
-    """Return so many zeros, whole blocks of 16 MiB and a rest, in a few bytes."""
+def bomb() -> bytes:
+    """Return a few bytes that brotli unpacks to 1.5 GiB of zeros."""
     compressor, block = brotli.Compressor(quality=5, lgwin=24), bytes(2**24)
-    parts = [compressor.process(block) for _ in range(size // len(block))]
-    return b"".join([*parts, compressor.process(bytes(size % len(block))), compressor.finish()])
+    parts = [compressor.process(block) for _ in range(96)]
+    return b"".join([*parts, compressor.finish()])
 
 
 def with_model(container: Container, **changes: object) -> bytes:
-    return container.blob({"model": container.header["model"] | changes})
+    return container.blob(model=container.header["model"] | changes)
 
 
 def with_table(container: Container, shape: list, kind: str, data: bytes) -> bytes:
-    return container.blob({"tensors": [["x", shape, [kind]]], "groups": [[kind, []]]}, [[data]])
+    return container.blob(blocks={kind: [data]}, tensors=[["x", shape, [kind]]])
 
 
-def with_first_group(container: Container, *blocks: bytes) -> bytes:
-    return container.blob(blocks=[list(blocks), *container.blocks[1:]])
+def bomb_in_group(container: Container, keep: int) -> bytes:
+    """Replace the first group by some of its blocks, and one that unpacks to gigabytes."""
+    name, blocks = next(iter(container.blocks.items()))
+    return container.blob(blocks=container.blocks | {name: [*blocks[:keep], bomb()]})
 
 
 NOT_FINITE = brotli.compress(np.array([1, np.nan], "<f2").tobytes())
-BOMB = 3 * 2**29  # bytes that it unpacks to
 # Name -> artifact that somebody made on purpose, with a right checksum, of a sound one's parts.
 FORGED: dict[str, Callable[[Container], bytes]] = {
     "cut": lambda c: sealed(c.blob()[:-1000]),
     "another version": lambda c: sealed(c.blob()[:8] + b"\x07" + c.blob()[9:-32]),
-    "a bomb for a header": lambda c: c.blob(text=zeros_packed(BOMB)),
-    "a bomb for a group": lambda c: with_first_group(c, zeros_packed(BOMB)),
-    "a bomb for a block": lambda c: with_first_group(c, *c.blocks[0], zeros_packed(BOMB)),
+    "a bomb for a header": lambda c: c.blob(text=bomb()),
+    "a bomb for a group": lambda c: bomb_in_group(c, keep=0),
+    "a bomb for a block": lambda c: bomb_in_group(c, keep=1),
     "1 KB that asks for 100 GB": lambda c: with_table(c, [160_000] * 2, "x codes", b"\x06"),
     "a product over 64 bits": lambda c: with_table(c, [2**25] * 9, "x codes", b"\x06"),
     "not finite": lambda c: with_table(c, [2], "x float16", NOT_FINITE),
-    "a block of negative size": lambda c: c.blob({"groups": [["x", [-5, 5]]]}, mend=False),
+    "a block of negative size": lambda c: c.blob(groups=[["x", [-5, 5]]]),
     "4 MiB of brackets": lambda c: c.blob(text=brotli.compress(b"[" * (2**22 - 10), quality=5)),
     "no JSON": lambda c: c.blob(text=brotli.compress(b"\xff\xfe\x00")),
-    "too few tensors": lambda c: c.blob({"tensors": c.header["tensors"][1:]}),
-    "another map's fingerprint": lambda c: c.blob({"fingerprint": "0" * 64}),
+    "too few tensors": lambda c: c.blob(tensors=c.header["tensors"][1:]),
+    "another map's fingerprint": lambda c: c.blob(fingerprint="0" * 64),
     "an unknown setting": lambda c: with_model(c, no_such_setting=1),
     "a setting that is not the model's": lambda c: with_model(c, output_dir="/tmp/elsewhere"),
     "wide": lambda c: with_model(c, model_dim=16_384, num_heads=256, num_kv_heads=256),
@@ -435,14 +432,13 @@ def test_a_forged_artifact_is_refused(site, one_gibibyte_more, name):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-class Executes:
+class Executes(NamedTuple):
     """What a hostile pickle holds: unpickling it would make a folder."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    folder: Path
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, (str(self.folder),)
 
 
 def with_bomb(data: bytes) -> bytes:
@@ -492,17 +488,15 @@ def spoil_bytes(data: bytes, draw: random.Random) -> bytes:
 
 def test_a_torn_checkpoint_gives_way_to_the_one_before(site, tmp_path):
     """Whatever happened to it, what is read is one of the two, or the run says so."""
-    source = site.killed["checkpoint.pt 2: replaced"]
-    names = "checkpoint.pt", "checkpoint.previous.pt"
-    known = [train_gpt.Checkpoint.read(source / name) for name in names]
-    assert [saved.training["step"] for saved in known] == [9, 5]
-    whole = (source / names[0]).read_bytes()
-    shutil.copy(source / names[1], tmp_path)
-    steps = []
+    folder = shutil.copytree(site.killed["checkpoint.pt 2: replaced"], tmp_path / "run")
+    paths = folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    known = {read.training["step"]: read for read in map(train_gpt.Checkpoint.read, paths)}
+    assert list(known) == [9, 5]
+    whole, steps = paths[0].read_bytes(), []
     for i in range(20):
-        (tmp_path / names[0]).write_bytes(spoil_bytes(whole, random.Random(i)))
-        found = train_gpt.Checkpoint.read_newest(tmp_path)
+        paths[0].write_bytes(spoil_bytes(whole, random.Random(i)))
+        found = train_gpt.Checkpoint.read_newest(folder)
         steps.append(found.training["step"])
-        expected = known[steps[-1] == 5].weights
+        expected = known[steps[-1]].weights
         assert all(torch.equal(found.weights[key], expected[key]) for key in expected), i
     assert steps.count(5) > 15

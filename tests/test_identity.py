@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,9 +63,8 @@ def unfinished(base, runs) -> Path:
 @pytest.fixture(scope="module")
 def other_tokenizer(corpus, tmp_path_factory) -> dict:
     """Settings of the same shards without their manifest, and of another tokenizer of this size."""
-    folder = tmp_path_factory.mktemp("other")
-    for path in corpus.folder.glob("fineweb_*.bin"):
-        shutil.copy(path, folder)
+    folder = tmp_path_factory.mktemp("other") / "data"
+    shutil.copytree(corpus.folder, folder, ignore=shutil.ignore_patterns("manifest.json"))
     path = folder / "other.model"
     path.write_bytes(corpus.tokenizer.read_bytes().replace(b"ing", b"gni"))
     return {"DATA_PATH": folder, "TOKENIZER_PATH": path}
@@ -73,9 +73,7 @@ def other_tokenizer(corpus, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def grown(corpus, tmp_path_factory) -> dict:
     """Settings of the same data after one more shard has been downloaded."""
-    folder = tmp_path_factory.mktemp("grown")
-    for path in corpus.folder.iterdir():
-        shutil.copy(path, folder)
+    folder = shutil.copytree(corpus.folder, tmp_path_factory.mktemp("grown") / "data")
     tokens = read_shard(corpus.folder / "fineweb_train_000000.bin")
     write_shard(folder / "fineweb_train_000001.bin", tokens[:5000])
     return {"DATA_PATH": folder, "TOKENIZER_PATH": corpus.tokenizer}
@@ -84,15 +82,6 @@ def grown(corpus, tmp_path_factory) -> dict:
 def score(text: str) -> str:
     (line,) = re.findall(SCORE, text, re.M)
     return line
-
-
-def test_an_export_takes_the_data_of_its_run(trained, base, runs):
-    """Nothing but the checkpoint is named; the script's default data do not exist here."""
-    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "RUN_ID": "exported"}
-    out = run_well(export | {"OUTPUT_DIR": runs})
-    assert score(out) == score(log_of(trained))
-    artifacts = [runs / name / "model.int6.ptz" for name in ("exported", "trained")]
-    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
 
 
 @pytest.mark.parametrize("export", [True, False])
@@ -113,23 +102,20 @@ def test_another_tokenizer_and_other_data_than_the_runs_are_refused(
         assert f"it was {base[name]}" in message
 
 
-@pytest.mark.parametrize("name", ["SEED", "HOLDOUT_TOKENS", "EMA_DECAY", "NUM_LAYERS"])
-def test_an_export_cannot_claim_another_training(trained, name):
-    settings = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", name: 0.5}
-    if name != "EMA_DECAY":
-        settings[name] = 7
-    assert f"{name}={settings[name]} here" in refusal(settings)
-
-
-def test_a_repeated_export_takes_the_checkpoint_that_it_names(trained, unfinished, runs):
-    """Not the copy that an interrupted export of an earlier one left in its folder."""
+def test_an_export_takes_the_weights_and_data_of_the_checkpoint_that_it_names(
+    trained, unfinished, runs
+):
+    """Not those that an interrupted export of an earlier one left in its folder."""
     stale = shutil.copytree(unfinished, runs / "again") / "checkpoint.pt"
     saved = torch.load(stale, weights_only=True)
     saved["weights"] = {name: values + 1 for name, values in saved["weights"].items()}
     torch.save(saved, stale)
     path = trained / "checkpoint.pt"
     export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "again", "OUTPUT_DIR": runs}
-    run_well(export | {"ARTIFACT_LIMIT_BYTES": 16_000_000})
+    out = run_well(export | {"ARTIFACT_LIMIT_BYTES": 16_000_000})
+    assert score(out) == score(log_of(trained))
+    artifacts = [folder / "model.int6.ptz" for folder in (stale.parent, trained)]
+    assert artifacts[0].read_bytes() == artifacts[1].read_bytes()
     kept = train_gpt.Checkpoint.read(stale)
     for name, values in train_gpt.Checkpoint.read(path).weights.items():
         assert torch.equal(kept.weights[name], values), name
@@ -158,8 +144,7 @@ def test_another_teacher_than_the_runs_is_refused(trained, run_of, settings, tmp
     run = run_of(settings(distill_from=path))
     run.tokenizer.sha256 = train_gpt.read_artifact(Path(path).read_bytes())[0]["tokenizer"]
     train_gpt.load_teacher(run, None)
-    saved = copy.copy(train_gpt.Checkpoint.read(trained / "checkpoint.pt"))
-    saved.identity = {"teacher": run.identity["teacher"]}
+    saved = SimpleNamespace(identity={"teacher": run.identity["teacher"]})
     train_gpt.load_teacher(run, saved)
     saved.identity = {"teacher": "0" * 64}
     with pytest.raises(train_gpt.UserError, match="the run began with another teacher"):
@@ -170,32 +155,32 @@ def test_another_teacher_than_the_runs_is_refused(trained, run_of, settings, tmp
         train_gpt.load_teacher(run, saved)
 
 
-@pytest.mark.parametrize("name", ["shards", "tokenizer", "source", "dtype", "versions", "SEED"])
-def test_processes_with_different_data_or_code_are_refused(name, base, processes, tmp_path):
-    """Each node may have a disk and an environment of its own."""
-    h = train_gpt.load_settings({}, data_path=str(base["DATA_PATH"]))
-    tokenizer = train_gpt.Tokenizer(str(base["TOKENIZER_PATH"]), 512)
-    first = train_gpt.identify(h, tokenizer, processes)
-    dist = copy.copy(processes)
-    dist.rank, dist.broadcast_object = 1, lambda value: first
-    assert train_gpt.identify(h, tokenizer, dist) == first
-    dist.broadcast_object = lambda value: first | {name: "0" * 64}
-    with pytest.raises(train_gpt.UserError, match=f"process 1 has another {name} than process 0"):
-        train_gpt.identify(h, tokenizer, dist)
-
-
-def test_processes_may_have_paths_of_their_own_but_not_a_teacher(base, processes, settings):
+def test_processes_with_other_data_code_or_settings_are_refused(base, processes, settings):
+    """Each node may have a disk and an environment, and so paths of its own, but no teacher."""
     tokenizer = train_gpt.Tokenizer(str(base["TOKENIZER_PATH"]), 512)
     h = settings(data_path=str(base["DATA_PATH"]), distill_from="a.ptz", output_dir="a")
-    told = []
-    dist = copy.copy(processes)
-    dist.broadcast_object = lambda value: told.append(value) or value
-    train_gpt.identify(h, tokenizer, dist)
-    dist.rank, dist.broadcast_object = 1, lambda value: told[0]
     other = dataclasses.replace(h, distill_from="b.ptz", output_dir="b")
-    train_gpt.identify(other, tokenizer, dist)
-    with pytest.raises(train_gpt.UserError, match="process 1 has another DISTILL_FROM"):
-        train_gpt.identify(dataclasses.replace(h, distill_from=""), tokenizer, dist)
+    told = {}
+    dist = copy.copy(processes)
+    dist.broadcast_object = lambda value: told.update(value) or value
+    identity = train_gpt.identify(h, tokenizer, dist)
+    dist.rank = 1
+    for name in (
+        None,
+        "shards",
+        "tokenizer",
+        "source",
+        "dtype",
+        "versions",
+        "SEED",
+        "DISTILL_FROM",
+    ):
+        dist.broadcast_object = lambda _, name=name: told | ({name: "0" * 64} if name else {})
+        if not name:
+            assert train_gpt.identify(other, tokenizer, dist) == identity
+            continue
+        with pytest.raises(train_gpt.UserError, match=f"process 1 has another {name} than process"):
+            train_gpt.identify(h, tokenizer, dist)
 
 
 def test_the_script_that_runs_is_logged_although_its_file_changes(
@@ -224,9 +209,6 @@ def test_a_damaged_checkpoint_does_not_replace_the_one_before(unfinished, runs, 
         assert train_gpt.Checkpoint.read(path).finished
 
 
-# ---- An artifact and its windows -----------------------------------------------------------------
-
-
 def test_an_artifact_is_scored_as_its_run_was(trained, base):
     """Beside the results of its run it finds data and tokenizer, too."""
     evaluation = {"EVAL_ONLY": 1, "MODEL_PATH": trained / "model.int6.ptz", "DTYPE": "float32"}
@@ -243,15 +225,15 @@ def test_a_run_that_moves_with_its_data_is_still_evaluated(trained, base, tmp_pa
     """Results name the data as seen from their folder; without results the settings do."""
     results = json.loads((trained / "results.json").read_text())
     assert (trained / results["data_path"]).resolve() == base["DATA_PATH"].resolve()
-    moved = {"data_path": "../data", "tokenizer_path": "../data/it.model"}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "it.model").touch()
+    folder, data = tmp_path / "run", tmp_path / "data"
+    folder.mkdir()
+    data.mkdir()
+    (data / "it.model").touch()
+    moved = results | {"data_path": "../data", "tokenizer_path": "../data/it.model"}
     found = []
-    for content in (json.dumps(results | moved), "[]", '{"data_path": 1, "tokenizer_path": 2}'):
-        (tmp_path / "run" / "results.json").write_text(content)
-        found.append(train_gpt.locations_beside(str(tmp_path / "run" / "model.int6.ptz")))
-    data = tmp_path / "data"
+    for content in (moved, [], {"data_path": 1, "tokenizer_path": 2}):
+        (folder / "results.json").write_text(json.dumps(content))
+        found.append(train_gpt.locations_beside(str(folder / "model.int6.ptz")))
     expected = {"data_path": str(data), "tokenizer_path": str(data / "it.model")}
     assert found == [expected, {}, {}]
 
@@ -263,122 +245,97 @@ def test_an_artifact_elsewhere_says_which_paths_it_needs(trained, other_tokenize
     assert "is not the tokenizer of the artifact; set TOKENIZER_PATH and DATA_PATH" in message
 
 
-def test_a_log_begins_with_the_source_although_an_earlier_start_failed(base, runs):
+def test_a_run_without_a_checkpoint_begins_anew_and_says_so(base, runs):
     """The first start opens the log and finds that the text is too short."""
-    tall = {"TRAIN_SEQ_LEN": 2**20, "TRAIN_BATCH_TOKENS": 2**20}
-    assert "too few training tokens" in refusal(base | tall | {"RUN_ID": "twice"})
-    assert "too few" in log_of(runs / "twice")
-    run_well(base | {"RUN_ID": "twice"})
-    source, found, _ = log_of(runs / "twice").partition("\nRUN_ID=")
-    assert found and source == SCRIPT.read_text(encoding="utf-8")
-    assert "too few" in (runs / "twice" / "train.previous.log").read_text()
-
-
-def test_a_run_without_a_checkpoint_begins_anew_only_where_it_may_and_says_so(base, runs):
-    folder = runs / "no checkpoint"
-    folder.mkdir()
-    (folder / "train.log").write_text("an earlier start\n")
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    folder = runs / "twice"
     settings = base | {"RUN_ID": folder.name}
-    assert "has no checkpoint; drop RESUME=1" in refusal(settings | {"RESUME": 1})
-    assert "has no checkpoint" in refusal(base | {"RUN_ID": "nothing", "RESUME": 1})
+    tall = {"TRAIN_SEQ_LEN": 2**20, "TRAIN_BATCH_TOKENS": 2**20}
+    assert "too few training tokens" in refusal(settings | tall)
+    assert "too few training tokens" in log_of(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    for name in (folder.name, "nothing"):
+        assert "has no checkpoint" in refusal(settings | {"RUN_ID": name, "RESUME": 1})
     assert "no checkpoint: the run begins anew\n" in run_well(settings)
-    assert "an earlier start" in (folder / "train.previous.log").read_text()
+    source, found, _ = log_of(folder).partition("\nRUN_ID=")
+    assert found and source == SCRIPT.read_text(encoding="utf-8")
+    assert "too few training tokens" in (folder / "train.previous.log").read_text()
     assert (folder / "metrics.previous.jsonl").read_text() == '{"step": 1}\n'
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 3, "tr', "half a line"])
 def test_a_line_that_a_crash_has_torn_is_cut(torn, tmp_path):
     """Or what a continued run writes would end it, and nobody could read the line."""
-    for name in ("train.log", "metrics.jsonl"):
-        (tmp_path / name).write_text(f'{{"step": 2}}\n{torn}')
+    paths = [tmp_path / name for name in ("train.log", "metrics.jsonl")]
+    for path in paths:
+        path.write_text(f'{{"step": 2}}\n{torn}')
     with train_gpt.RunLog(rank=0) as log:
         log.open(tmp_path)
         log('{"step": 3}')
         log.metrics(step=3)
-    for name in ("train.log", "metrics.jsonl"):
-        assert (tmp_path / name).read_text() == '{"step": 2}\n{"step": 3}\n'
+    for path in paths:
+        assert path.read_text() == '{"step": 2}\n{"step": 3}\n'
 
 
 @pytest.mark.parametrize("under_nohup", [False, True])
-def test_a_terminal_that_closes_stops_a_run_as_sigterm_does(under_nohup):
+def test_a_terminal_that_closes_stops_a_run_as_sigterm_does(under_nohup, monkeypatch):
     """Unless nohup has asked for the signal to be ignored."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {signal.SIGHUP: signal.SIG_IGN} if under_nohup else {}
+    monkeypatch.setattr(signal, "getsignal", handlers.get)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     stop = train_gpt.StopSignal()
-    stop.can_save = True
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if under_nohup else lambda *_: None)
-        stop.install()
-        signal.raise_signal(signal.SIGHUP)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert stop.requested != under_nohup
+    stop.install()
+    assert handlers.pop(signal.SIGHUP) == (signal.SIG_IGN if under_nohup else stop._handle)
+    assert handlers == dict.fromkeys((signal.SIGTERM, signal.SIGINT), stop._handle)
 
 
-@pytest.fixture
-def exporting(data_settings, run_of, monkeypatch):
-    """exporting(limit, saving, rank0): how many candidates a run exports, and its metrics.
+def test_writing_the_finished_checkpoint_counts(data_settings, run_of, monkeypatch):
+    """It takes time from the export, and a slow disk puts a run over its time."""
+    clock, left = Seconds(), []
 
-    It trained for 50 s. Saving takes `saving` seconds, each export 5; `rank0` are the seconds of
-    rank 0's clock, if this is another process.
-    """
-    clock = Seconds()
+    def save(*_):
+        clock.now += 6
+
+    def export_best(*given):
+        left.append(given[-1])
+        clock.now += 5
+        return b"", {}
+
+    figures = {"steps": 9, "choice_seconds": 2.0, "train_seconds": 50.0}
     monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(train_gpt, "train_model", lambda *_: (figures, {"last": {}}))
+    monkeypatch.setattr(train_gpt, "log_start", lambda *_: {})
+    monkeypatch.setattr(train_gpt, "save_checkpoint", save)
+    monkeypatch.setattr(train_gpt, "export_best", export_best)
+    run = run_of(data_settings(max_wallclock_seconds=100))
+    _, metrics = train_gpt.train_and_export(run, None)
+    assert left == [100 - 50 - 2 - 6]
+    assert metrics["export_seconds"] == 2 + 6 + 5
+
+
+@pytest.mark.parametrize(("rank0", "count"), [((), 2), ((100, 5, 5, 5), 3), ((1, 5), 1)])
+def test_rank_0_decides_for_all_how_many_candidates_are_exported(
+    data_settings, run_of, monkeypatch, rank0, count
+):
+    """This process alone would export two, of 5 seconds each, in 12.5; `rank0` are its seconds."""
+    clock, answers, run = Seconds(), iter(rank0), run_of(data_settings())
+    if rank0:
+        run.dist = copy.copy(run.dist)
+        run.dist.sync_from_rank0 = lambda *mine: ([next(answers) for _ in mine], False)
 
     def export(*_):
         clock.now += 5
         return train_gpt.Artifact(b"blob", {}, {}, math.nan)
 
-    def trained(run, model, *_):
-        figures = {"steps": 9, "choice_seconds": 0.0, "train_seconds": 50.0}
-        names = ("last", "ema", "swa")
-        figures |= {f"holdout_loss_{name}": 1.0 for name in names}  # all are worth an export
-        return figures, dict.fromkeys(names, model.state_dict())
-
-    def run_it(limit: float, saving: float = 0.0, rank0: tuple = ()) -> tuple[int, dict]:
-        run = run_of(data_settings(max_wallclock_seconds=limit, gptq_reserve_seconds=1))
-        if rank0:
-            answers = iter(rank0)
-
-            def by_rank0(*mine, flag=False):
-                return [next(answers) for _ in mine], flag
-
-            run.dist = copy.copy(run.dist)
-            run.dist.sync_from_rank0 = by_rank0
-
-        def save(*_):
-            clock.now += saving
-
-        weights = train_gpt.make_model(run.h).state_dict()
-        for name, stand_in in {
-            "export": export,
-            "train_model": trained,
-            "save_checkpoint": save,
-            "read_artifact": lambda _: ({}, weights),
-            "evaluate": lambda *_: 1.0,
-            "log_start": lambda *_: {},
-        }.items():
-            monkeypatch.setattr(train_gpt, name, stand_in)
-        metrics = train_gpt.train_and_export(run, None)[1]
-        return sum(name.startswith("holdout_loss_quantized_") for name in metrics), metrics
-
-    return run_it
-
-
-def test_writing_the_finished_checkpoint_counts(exporting):
-    """It takes time from the export, and a slow disk puts a run over its time."""
-    (fast, metrics), (slow, slower) = exporting(limit=68.5), exporting(limit=68.5, saving=6)
-    assert (fast, slow) == (3, 2)
-    assert metrics["export_seconds"] == 3 * 5
-    assert slower["export_seconds"] == 6 + 2 * 5
-
-
-@pytest.mark.parametrize(("rank0", "count"), [((), 2), ((100, 5, 5, 5), 3), ((1, 5), 1)])
-def test_rank_0_decides_for_all_how_many_candidates_are_exported(exporting, rank0, count):
-    """This process alone would export two."""
-    assert exporting(limit=62.5, rank0=rank0)[0] == count
+    model = train_gpt.make_model(run.h)
+    weights = model.state_dict()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    monkeypatch.setattr(train_gpt, "export", export)
+    monkeypatch.setattr(train_gpt, "read_artifact", lambda _: ({}, weights))
+    monkeypatch.setattr(train_gpt, "evaluate", lambda *_: 1.0)
+    candidates = dict.fromkeys(("last", "ema", "swa"), weights)
+    data = train_gpt.TrainingData(run.h)
+    _, metrics = train_gpt.export_best(run, model, data, candidates, 9, 12.5)
+    assert sum(name.startswith("holdout_loss_quantized_") for name in metrics) == count
 
 
 def test_all_processes_write_into_the_folder_that_rank_0_names(settings, processes, tmp_path):
@@ -387,9 +344,6 @@ def test_all_processes_write_into_the_folder_that_rank_0_names(settings, process
     dist.rank, dist.broadcast_object = 1, lambda value: (tmp_path, None)
     *_, folder = train_gpt.decide_start(settings(), dist, train_gpt.RunLog(1))
     assert folder == tmp_path
-
-
-# ---- Smaller ones --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signs", ["bigram.signs=rademacher", "bigram.signs.current=none"])

@@ -25,6 +25,10 @@ KINDS = {
     "mlp.fc": "mlp.fc",
     "mlp.proj": "mlp.proj",
 }
+PARTS = {
+    "learned": {"weight": "weight"},
+    "adapters": {"frozen_weight": "weight", "lora_A": "lora.A", "lora_B": "lora.B"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +39,10 @@ def golden() -> dict[str, np.ndarray]:
 
 def published_settings(golden: dict[str, np.ndarray], kind: str) -> train_gpt.Hyperparameters:
     config = json.loads(str(golden["config"]))
-    adapters = {"map_adapter": f"lora:{config.pop('rank')}", "map_seed": config.pop("seed")}
-    learned = {"map_basis": "learned", "map_adapter": "none"}
-    config.pop("seed", None)
+    changes = {"map_adapter": f"lora:{config.pop('rank')}", "map_seed": config.pop("seed")}
+    if kind == "learned":
+        changes = {"map_basis": "learned", "map_adapter": "none"}
     lengths = {"train_seq_len": 40, "eval_seq_len": 1100, "train_batch_tokens": 40}
-    changes = adapters if kind == "adapters" else learned
     return train_gpt.load_settings({}, **config, **lengths, **changes, dtype="float32")
 
 
@@ -75,28 +78,22 @@ def published_model(golden: dict[str, np.ndarray], kind: str) -> train_gpt.GPT:
     scales = [value(f"ve_layer_scales.{i}") for i in range(len(h.value_layers))]
     state["value_scales"] = torch.cat(scales) * value("ve_shared.scale")
     for layer in range(h.num_layers):
-        ours, theirs = f"blocks.{layer}", f"blocks.{layer}"
-        stream, embedding = value(f"{theirs}.resid_mix")
-        state[f"{ours}.stream_mix"], state[f"{ours}.embedding_mix"] = stream, embedding
-        state[f"{ours}.attention_scale"] = value(f"{theirs}.attn_scale")
-        state[f"{ours}.mlp_scale"] = value(f"{theirs}.mlp_scale")
-        state[f"{ours}.attention.q_gain"] = value(f"{theirs}.attn.q_gain")[:, None]
+        block = f"blocks.{layer}"
+        state[f"{block}.stream_mix"], state[f"{block}.embedding_mix"] = value(f"{block}.resid_mix")
+        state[f"{block}.attention_scale"] = value(f"{block}.attn_scale")
+        state[f"{block}.mlp_scale"] = value(f"{block}.mlp_scale")
+        state[f"{block}.attention.q_gain"] = value(f"{block}.attn.q_gain")[:, None]
         if layer:
-            state[f"{ours}.attention.value_gate"] = value(f"vrl_alphas.{layer - 1}").reshape(1)
+            state[f"{block}.attention.value_gate"] = value(f"vrl_alphas.{layer - 1}").reshape(1)
         for name, published in KINDS.items():
-            turn = name in ("attention.q", "attention.k")
-            source = f"{theirs}.{published}"
-            parts = {"weight": "weight"}
-            if kind == "adapters":
-                parts = {"frozen_weight": "weight", "lora_A": "lora.A", "lora_B": "lora.B"}
-            for part, target in parts.items():
-                tensor = value(f"{source}.{part}")
-                if turn and part != "lora_B":
+            for part, target in PARTS[kind].items():
+                tensor = value(f"{block}.{published}.{part}")
+                if name in ("attention.q", "attention.k") and part != "lora_B":
                     tensor = turned(tensor, h)
                 if part == "frozen_weight":
-                    model.get_submodule(f"{ours}.{name}").weight = tensor.to(torch.bfloat16)
+                    model.get_submodule(f"{block}.{name}").weight = tensor.to(torch.bfloat16)
                 else:
-                    state[f"{ours}.{name}.{target}"] = tensor
+                    state[f"{block}.{name}.{target}"] = tensor
     model.load_state_dict(state)
     return model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -32,25 +31,27 @@ def presets(tmp_path, monkeypatch) -> Path:
 
 SMALL = {"NUM_LAYERS": "2", "MAP_SCALE": "row", "MODEL_DIM": "64", "ROPE_DIMS": "8"}
 SMALL |= {"MAP_ADAPTER": "mask"}
+LARGE = {"NUM_LAYERS": "12"}
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "variables"),
+    ("name", "device", "has_gpu", "variables"),
     [
-        ("a", "cpu", SMALL),
-        ("a.env", "auto", SMALL),
-        ("cpu/a", "cpu", SMALL),
-        ("b", "cpu", {"MODEL_DIM": "32"}),
-        ("presets/a.env", "cpu", {"NUM_LAYERS": "12"}),
+        ("a", "cpu", True, SMALL),
+        ("a.env", "auto", False, SMALL),
+        ("a", "auto", True, LARGE),
+        ("cpu/a", "auto", True, SMALL),
+        ("b", "cpu", False, {"MODEL_DIM": "32"}),
+        ("presets/a.env", "cpu", False, LARGE),
+        ("mine.env", "auto", True, {"SEED": "1", "MODEL_DIM": "32"}),
     ],
 )
-def test_a_preset_by_its_name_or_its_file(presets, monkeypatch, name, device, variables):
+def test_a_preset_by_its_name_or_its_file(presets, monkeypatch, name, device, has_gpu, variables):
     """A name is that of a small twin on a CPU; a path is exactly that file."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert load_preset(name, device) == variables
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
     path = presets.parent / "mine.env"
     path.write_text("PRESET_BASE=b\nSEED=1")
-    assert load_preset(str(path), device) == {"SEED": "1", "MODEL_DIM": "32"}
+    assert load_preset(str(path) if name == path.name else name, device) == variables
 
 
 @pytest.mark.parametrize("name", ["/nowhere/mine/a.env", "mine/a", "presets/cpu/none/a.env"])
@@ -59,20 +60,13 @@ def test_a_path_that_is_wrong_takes_no_preset_of_its_name(presets, name):
         load_preset(name, "cpu")
 
 
-def test_a_preset_on_a_gpu(presets, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert load_preset("a") == {"NUM_LAYERS": "12"}
-    assert load_preset("cpu/a") == SMALL
-    assert load_settings({"PRESET": "a", "DEVICE": "cpu"}).num_layers == 2
-
-
 @pytest.mark.parametrize(
     ("variables", "columns"),
     [
         ({"NUM_LAYERS": "5", "MAP_SCALE": "map"}, {"num_layers": 5, "map_scale": "map"}),
         ({"RANDOM_ADAPTER_RANK": "8"}, {"map_adapter": "lora:8", "map_scale": "row"}),
         ({"SELECTIVE_FREEZE": "1"}, {"map_adapter": "none", "map_scale": "none"}),
-        ({"MAP_BASIS": "uniform"}, {"map_adapter": "lora:32", "model_dim": 64}),
+        ({"MAP_BASIS": "uniform"}, {"map_adapter": "lora:32", "model_dim": 64, "num_layers": 2}),
     ],
 )
 def test_what_the_environment_says_wins(presets, variables, columns):
@@ -140,13 +134,3 @@ def test_run_sh_learns_gpus_vocabulary_and_teacher(monkeypatch, variables, plan)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert train_gpt.plan_of_run(variables) == plan
-
-
-def test_help_says_what_each_setting_allows():
-    text = train_gpt.settings_help()
-    for line in (
-        r"  NUM_LAYERS +\(11\) +transformer blocks \[1 to 256\]",
-        r"  DEVICE +\(auto\) .* \[auto, cpu, cuda\]",
-        r"  STRIDE +EVAL_STRIDE=VALUE: another name of it",
-    ):
-        assert re.search(f"^{line}$", text, re.MULTILINE), line

@@ -17,101 +17,82 @@ import torch
 
 import train_gpt
 from helpers import KeptLog, tiny_settings
+from reference import tokens
 
 Role = train_gpt.Role
 
 
-class Group:
-    """Stands for torch.distributed: collectives of threads, each of which is one rank."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.barrier = threading.Barrier(world_size, timeout=30)  # broken where a rank stays away
-        self.local = threading.local()
-        self.given: list[Any] = [None] * world_size
-
-    def exchange(self, value: Any) -> list[Any]:
-        """Return what every rank gave."""
-        self.given[self.local.rank] = value
-        self.barrier.wait()
-        given = list(self.given)
-        self.barrier.wait()
-        return given
-
-    def all_reduce(self, tensor: torch.Tensor, async_op: bool = False) -> SimpleNamespace:
-        tensor.copy_(torch.stack(self.exchange(tensor.clone())).sum(0))
-        return SimpleNamespace(wait=lambda: None)
-
-    def broadcast_object_list(self, box: list, source: int) -> None:
-        box[:] = self.exchange(copy.deepcopy(box))[source]
-
-    def run(self, function: Callable[[train_gpt.Distributed], Any]) -> list[Any]:
-        """Return what the function gives on each rank."""
-
-        def on_rank(rank: int) -> Any:
-            self.local.rank = rank
-            dist = train_gpt.Distributed(tiny_settings())
-            dist.rank, dist.world_size = rank, self.world_size
-            return function(dist)
-
-        with ThreadPoolExecutor(self.world_size) as pool:
-            return list(pool.map(on_rank, range(self.world_size)))
-
-
 @pytest.fixture
 def on_ranks(monkeypatch):
-    """on_ranks(n, function): what function(dist) gives on each of n ranks."""
+    """on_ranks(n, function): what function(dist) gives on each of n ranks, which are threads."""
 
     def run(world_size: int, function: Callable[[train_gpt.Distributed], Any]) -> list[Any]:
-        group = Group(world_size)
-        for name in ("all_reduce", "broadcast_object_list"):
-            monkeypatch.setattr(torch.distributed, name, getattr(group, name))
-        return group.run(function)
+        barrier = threading.Barrier(world_size, timeout=30)  # broken where a rank stays away
+        local, given = threading.local(), [None] * world_size
+
+        def exchange(value: Any) -> list[Any]:
+            """Return what every rank gave."""
+            given[local.rank] = value
+            barrier.wait()
+            received = list(given)
+            barrier.wait()
+            return received
+
+        def all_reduce(tensor: torch.Tensor, async_op: bool = False) -> SimpleNamespace:
+            tensor.copy_(torch.stack(exchange(tensor.clone())).sum(0))
+            return SimpleNamespace(wait=lambda: None)
+
+        def broadcast_object_list(box: list, source: int) -> None:
+            box[:] = exchange(copy.deepcopy(box))[source]
+
+        def on_rank(rank: int) -> Any:
+            local.rank = rank
+            dist = train_gpt.Distributed(tiny_settings())
+            dist.rank, dist.world_size = rank, world_size
+            return function(dist)
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast_object_list)
+        with ThreadPoolExecutor(world_size) as pool:
+            return list(pool.map(on_rank, range(world_size)))
 
     return run
 
 
-def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_all_processes_take_rank_0s_numbers_and_any_ones_flag(on_ranks):
+def test_all_processes_take_rank_0s_numbers_and_objects_and_any_ones_flag(on_ranks):
     for who in (None, 0, 2):
         found = on_ranks(
             3, lambda dist, who=who: dist.sync_from_rank0(dist.rank + 5, 0.1, flag=dist.rank == who)
         )
         assert found == [([5.0, 0.1], who is not None)] * 3
-
-
-def test_all_processes_get_rank_0s_object(on_ranks):
     assert on_ranks(2, lambda dist: dist.broadcast_object(dist.rank)) == [0, 0]
 
 
-def plan_on(dist: train_gpt.Distributed, h: train_gpt.Hyperparameters) -> train_gpt.StepPlan:
-    """Return the plan of a process whose clock is an hour ahead of rank 0's for each rank."""
-    clock = train_gpt.Clock(100, 50.0)
-    clock.elapsed, clock.recent = 10.0 + 3600 * dist.rank, [2.0] * 5
-    stop = SimpleNamespace(requested=dist.rank == 1)
-    trainer = SimpleNamespace(h=h, dist=dist, clock=clock, step=7, saved_at=0.0, save_seconds=0.0)
-    trainer.run = SimpleNamespace(stop=stop)
-    return train_gpt.Trainer.plan_step(trainer)
-
-
 def test_all_processes_plan_a_step_by_rank_0s_clock(on_ranks, settings):
-    plans = on_ranks(2, lambda dist: plan_on(dist, settings(checkpoint_seconds=20)))
-    assert plans == [train_gpt.StepPlan(20, 0.2, save=False, stop=True, validate=False)] * 2
+    """The clock of each rank is an hour ahead of the one before."""
+
+    def plan_on(dist):
+        clock = train_gpt.Clock(100, 50.0)
+        clock.elapsed, clock.recent = 10.0 + 3600 * dist.rank, [2.0] * 5
+        trainer = SimpleNamespace(dist=dist, clock=clock, step=7, saved_at=0.0, save_seconds=0.0)
+        trainer.h = settings(checkpoint_seconds=20)
+        trainer.run = SimpleNamespace(stop=SimpleNamespace(requested=dist.rank == 1))
+        return train_gpt.Trainer.plan_step(trainer)
+
+    plan = train_gpt.StepPlan(20, 0.2, save=False, stop=True, validate=False)
+    assert on_ranks(2, plan_on) == [plan] * 2
 
 
 def test_processes_start_from_rank_0s_weights_and_must_agree_on_the_maps(
     on_ranks, data_settings, monkeypatch
 ):
     h = data_settings(num_layers=1)
-    initial_weight = train_gpt.initial_weight  # another on each machine, in the last bits
-    monkeypatch.setattr(
-        train_gpt,
-        "initial_weight",
-        lambda spec: initial_weight(spec) + 1e-3 * threading.get_ident() % 1,
-    )
+    initial_weight = train_gpt.initial_weight
+
+    def on_another_machine(spec):  # other last bits
+        return initial_weight(spec) + 1e-3 * threading.get_ident() % 1
+
+    monkeypatch.setattr(train_gpt, "initial_weight", on_another_machine)
 
     def start(dist, seed_of_map=0):
         own = train_gpt.load_settings({}, **h.as_dict() | {"map_seed": 7 + seed_of_map * dist.rank})
@@ -128,8 +109,12 @@ def test_processes_start_from_rank_0s_weights_and_must_agree_on_the_maps(
 def test_a_restart_meets_no_keys_of_the_dead_run_and_waits_no_longer_than_asked(monkeypatch):
     """Whether torchrun gives the processes of a restart a new store, or the old one."""
     shared, groups = torch.distributed.HashStore(), []
+
+    def begin(*_, **given):
+        groups.append(given)
+
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(shared, 0, 2)]))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **each: groups.append(each))
+    monkeypatch.setattr(torch.distributed, "init_process_group", begin)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
@@ -196,7 +181,7 @@ def test_hessians_are_summed_over_the_processes(on_ranks, settings, random_model
             torch.testing.assert_close(found[name], hessian, rtol=1e-4, atol=1e-3, msg=name)
 
 
-def test_sensitivities_are_of_the_text_of_all_processes(on_ranks, settings, random_model):
+def test_sensitivities_are_of_the_text_of_all(on_ranks, settings, random_model, processes):
     """The mean of what each finds alone, as both read as many tokens; each draws its own labels."""
     model = random_model(settings(num_layers=1))
 
@@ -208,7 +193,7 @@ def test_sensitivities_are_of_the_text_of_all_processes(on_ranks, settings, rand
         return by_name | {name: tables[m] for name, m in own.named_modules() if m in tables}
 
     def alone(rank):
-        dist = train_gpt.Distributed(tiny_settings())
+        dist = copy.copy(processes)
         dist.rank = rank
         return collect(dist)
 

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,18 +93,10 @@ def names_in(folder: Path) -> set[str]:
 # ---- One run -------------------------------------------------------------------------------------
 
 
-def test_metrics_have_every_logged_step_and_the_adapters(trained):
-    losses = values_of(trained, "train_loss")
+def test_log_and_metrics_have_what_others_look_for(trained):
+    text, losses = log_of(trained), values_of(trained, "train_loss")
     assert len(losses) == 20
     assert losses[0] == pytest.approx(math.log(512), abs=0.1)  # nothing is known at first
-    assert values_of(trained, "val_bpb")[-1] > 0
-    table = train_gpt.build_map_table(tiny_settings()).values()
-    random = {spec.name for spec in table if spec.is_random}
-    assert set(values_of(trained, "adapter_ratios")[-1]) == random
-
-
-def test_log_has_the_lines_that_others_look_for(trained):
-    text = log_of(trained)
     assert [int(found[1]) for found in LOSSES.finditer(text)] == list(range(1, 21))
     assert [found[1] for found in VALIDATIONS.finditer(text)] == ["10", "20"]
     for kind in ("roundtrip", "sliding_window"):
@@ -127,6 +118,8 @@ def test_log_holds_all_that_the_run_depends_on(trained, base):
     assert train_gpt.describe_rows(rows) in text
     table = train_gpt.build_map_table(tiny_settings())
     assert {row["name"]: row["seed"] for row in rows} == {n: s.seed for n, s in table.items()}
+    random = {name for name, spec in table.items() if spec.is_random}
+    assert set(values_of(trained, "adapter_ratios")[-1]) == random
 
 
 def test_results_agree_with_the_log_and_the_files(trained, base):
@@ -146,9 +139,6 @@ def test_results_agree_with_the_log_and_the_files(trained, base):
     before = contents(trained)
     assert "choose a new RUN_ID" in refusal(base)
     assert contents(trained) == before
-
-
-# ---- Repeatability -----------------------------------------------------------------------------
 
 
 def test_same_seed_gives_the_same_bytes(trained, base, runs):
@@ -178,44 +168,43 @@ def test_validation_text_has_no_part_in_training(trained, base, runs, corpus, tm
 # ---- Evaluation from the artifact --------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def eval_only(trained, corpus, tmp_path_factory) -> dict:
-    """What an evaluator sets: where things lie, how to score. The artifact describes the model."""
-    folder = tmp_path_factory.mktemp("validation")
-    shutil.copy(corpus.folder / "fineweb_val_000000.bin", folder)
-    places = {"MODEL_PATH": trained / "model.int6.ptz", "DATA_PATH": folder}
-    scoring = {"EVAL_SEQ_LEN": 32, "EVAL_STRIDE": 8, "DTYPE": "float32"}
-    return {"EVAL_ONLY": 1, "TOKENIZER_PATH": corpus.tokenizer, **places, **scoring}
-
-
-def test_artifact_alone_repeats_the_score(trained, eval_only, tmp_path):
-    """The roundtrip has one window after the other in either mode."""
+def test_artifact_alone_repeats_the_score(trained, corpus, tmp_path):
+    """An evaluator sets where things lie; the artifact describes the model."""
     script = Path(shutil.copy(SCRIPT, tmp_path))
-    out = run_well(eval_only, script=script, cwd=tmp_path)
+    artifact = shutil.copy(trained / "model.int6.ptz", tmp_path)
+    shutil.copy(corpus.folder / "fineweb_val_000000.bin", tmp_path)
+    before = names_in(tmp_path)
+    places = {"MODEL_PATH": artifact, "TOKENIZER_PATH": corpus.tokenizer, "DATA_PATH": tmp_path}
+    settings = {"EVAL_ONLY": 1, "DTYPE": "float32", **places}
+    out = run_well(settings, script=script, cwd=tmp_path)
     for kind in ("sliding_window", "roundtrip"):
         assert final(out, kind) == pytest.approx(final(log_of(trained), kind), abs=1e-6)
-    assert list(tmp_path.iterdir()) == [script]  # an evaluation writes nothing
-    out = run_well(eval_only | {"EVAL_MODE": "streaming"})
+    assert names_in(tmp_path) == before  # an evaluation writes nothing
+    out = run_well(settings | {"EVAL_MODE": "streaming"})
     modes = dict(re.findall(r"final_int6_brotli_(\w+) .* mode:(\w+)", out))
     assert modes == {"roundtrip": "exact", "sliding_window": "streaming"}
 
 
-@pytest.mark.parametrize("task", ["evaluation", "export"])
-def test_another_model_than_was_asked_for_is_refused(trained, eval_only, base, runs, task):
+@pytest.mark.parametrize(
+    ("task", "path", "name", "claims"),
+    [
+        ("EVAL_ONLY", "MODEL_PATH", "model.int6.ptz", {}),
+        ("EXPORT_ONLY", "CHECKPOINT_PATH", "checkpoint.pt", {"SEED": 7, "EMA_DECAY": 0.5}),
+    ],
+)
+def test_another_model_or_training_than_was_asked_for_is_refused(
+    trained, runs, task, path, name, claims
+):
     """Whoever sets a variable of the model expects it to hold; so do the published names for it."""
-    checkpoint = trained / "checkpoint.pt"
-    settings, source = eval_only, f"MODEL_PATH={trained / 'model.int6.ptz'}"
-    if task == "export":
-        settings = {name: base[name] for name in ("DATA_PATH", "TOKENIZER_PATH", "OUTPUT_DIR")}
-        settings |= {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": checkpoint, "RUN_ID": "no"}
-        source = f"CHECKPOINT_PATH={checkpoint}"
+    settings = {task: 1, path: trained / name, "OUTPUT_DIR": runs, "RUN_ID": "no"}
     others = {"NUM_LAYERS": 12, "RANDOM_ADAPTER_RANK": 8, "MAP_SEED": 7}
-    message = refusal(settings | others)
+    message = refusal(settings | others | claims)
     for part in (
-        f"{source} has other settings",
+        f"{path}={trained / name} has other settings",
         f"NUM_LAYERS=12 here, {TINY['NUM_LAYERS']} there",
         "MAP_ADAPTER=lora:8 here, lora:4 there",
         "MAP_SEED=7 here, 12345 there",
+        *(f"{claimed}={value} here" for claimed, value in claims.items()),
     ):
         assert part in message
     assert "MODEL_DIM" not in message, "it is as stored, or nobody asked for it"
@@ -225,21 +214,20 @@ def test_another_model_than_was_asked_for_is_refused(trained, eval_only, base, r
 def test_settings_that_agree_with_the_artifact_are_accepted(trained):
     """However they are spelled; what is no part of the model stays as it was set."""
     stored = train_gpt.read_artifact(artifact_of(trained))[0]["model"]
-    ours = {"NUM_LAYERS": "4", "VE_LAYERS": "-2,-1", "MAP_ADAPTER": "lora:4", "EVAL_STRIDE": "5"}
-    published = {"USE_RANDOM_ADAPTERS": "1", "RANDOM_ADAPTER_SEED": "0x3039", "EVAL_STRIDE": "5"}
+    ours = {"NUM_LAYERS": "4", "VE_LAYERS": "-2,-1", "MAP_ADAPTER": "lora:4"}
+    published = {"USE_RANDOM_ADAPTERS": "1", "RANDOM_ADAPTER_SEED": "0x3039"}
     for given in (ours, published):
-        h = train_gpt.adopt_settings(train_gpt.load_settings(given), stored, "the artifact")
+        h = train_gpt.load_settings(given | {"EVAL_STRIDE": "5"})
+        h = train_gpt.adopt_settings(h, stored, "the artifact")
         assert h.model_settings() == stored
         assert h.eval_stride == 5
 
 
-# ---- Several processes -------------------------------------------------------------------------
-
-
-def test_two_processes_train_as_one(base, runs, one):
-    settings = one | {"RUN_ID": "two"}
-    run_well(settings, launcher=TWO_PROCESSES)
-    ours, theirs = runs / settings["RUN_ID"], runs / one["RUN_ID"]
+def test_two_processes_train_as_one(base, runs):
+    settings = base | {"LATE_QAT_THRESHOLD": 0}  # it would round last bits to other codes
+    run_well(settings | {"RUN_ID": "one"})
+    run_well(settings | {"RUN_ID": "two"}, launcher=TWO_PROCESSES)
+    ours, theirs = runs / "two", runs / "one"
     assert results_of(ours)["hardware"].startswith("2 x ")
     for name in ("train_loss", "grad_norm"):  # of the first step: sums in another order
         first, expected = values_of(ours, name)[0], values_of(theirs, name)[0]
@@ -251,17 +239,6 @@ def test_two_processes_train_as_one(base, runs, one):
     weights, expected = weights_of(ours), weights_of(theirs)
     for name, weight in expected.items():
         assert (weights[name] - weight).abs().median() < 0.01 * tiny_settings().matrix_lr, name
-
-
-@pytest.fixture(scope="module")
-def one(base, runs) -> dict:
-    """Settings of a run of one process. Late QAT would round last bits to other codes."""
-    settings = base | {"RUN_ID": "one", "LATE_QAT_THRESHOLD": 0}
-    run_well(settings)
-    return settings
-
-
-# ---- Export ------------------------------------------------------------------------------------
 
 
 def test_artifact_over_the_limit_is_refused_and_the_weights_stay(trained, base, runs):
@@ -291,15 +268,12 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
     log, stop = train_gpt.RunLog(rank=0), train_gpt.StopSignal()
     log.open(tmp_path)
     stop.can_save = True
-    monkeypatch.setattr("sys.stdout", SimpleNamespace(write=write, flush=write))
+    monkeypatch.setattr("sys.stdout.write", write)
     monkeypatch.setattr("os.write", write)
     log("a line")
     stop._handle(2, None)
     assert log_of(tmp_path) == "a line\n"
     assert stop.requested
-
-
-# ---- Other configurations ----------------------------------------------------------------------
 
 
 def test_master_weights_are_float32_under_bfloat16(base, runs):
@@ -372,23 +346,9 @@ def test_compiled_gradients_of_embeddings_add_up_in_order(dynamo, monkeypatch):
     assert not any("index_put" in name for name in traced)
 
 
-# ---- Time ----------------------------------------------------------------------------------------
-
-
-def test_the_reserve_grows_with_what_the_export_takes(processes, capsys):
-    h = tiny_settings(max_wallclock_seconds=100, gptq_reserve_seconds=10)
-    run = train_gpt.Run(h, processes, train_gpt.RunLog(0), train_gpt.StopSignal(), None, None)
-    assert train_gpt.reserve_for_export(run, 1.0) == 10
-    assert train_gpt.reserve_for_export(run, 40.0) == 50
-    assert "50.0 s are kept for it" in capsys.readouterr().out
-
-
 def test_data_read_ahead_are_those_of_the_step(data_settings, processes):
     data = train_gpt.TrainingData(data_settings())
     for step in (0, 1, 2, 7, 1):  # the last two were not read ahead
-        rows = data.step_sequences(step, processes)
-        parts = [
-            torch.cat([ids, targets[:, -1:]], 1)
-            for ids, targets in data.micro_batches(step, processes)
-        ]
-        assert torch.equal(torch.cat(parts), rows)
+        batches = data.micro_batches(step, processes)
+        rows = torch.cat([torch.cat([ids, targets[:, -1:]], 1) for ids, targets in batches])
+        assert torch.equal(rows, data.step_sequences(step, processes))
