@@ -105,7 +105,12 @@ class Restated:
             last = self.h.bigram_vocab_size - 1
             pairs = itertools.pairwise(row)
             hashed = [last, *(((36313 * now) ^ (27191 * before)) % last for before, now in pairs)]
-            x = x + p["bigram_scale"] * self.linear("bigram.proj", p["bigram.weight"][hashed])
+            rows, signs = p["bigram.weight"][hashed], self.model.bigram.signs
+            if signs:
+                rows = (
+                    rows * signs["previous"].weight[[0, *row[:-1]]] * signs["current"].weight[row]
+                )
+            x = x + p["bigram_scale"] * self.linear("bigram.proj", rows)
         x = rms_normalized(x)
         if self.h.smear_enabled:
             gate, before = torch.sigmoid(p["smear_gate"]), torch.cat([0 * x[:1], x[:-1]])
@@ -176,6 +181,7 @@ class Restated:
         {"map_seed": 7, "map_seed_stride": 99},
         {"map_basis": "learned"},
         {"map_basis": "attention.v@1-2=orthogonal"},
+        {"map_basis": "orthogonal,bigram.signs=rademacher"},
         {"map_basis": "orthogonal,bigram=gaussian,value_embedding=orthogonal"},
         {"map_adapter": "sparse:0.2+lora:4", "map_scale": "row", "map_gate": "mlp=0.5"},
         {"mlp_gated": 1, "map_adapter": "vera:3", "map_scale": "map", "map_gate": "mlp=0.5"},

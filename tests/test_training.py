@@ -475,19 +475,6 @@ def without_times(trainer: train_gpt.Trainer) -> dict:
     return {name: value for name, value in trainer.state_dict().items() if name != "clock"}
 
 
-def test_the_checkpoint_before_is_kept_and_read_where_the_last_is_damaged(
-    data_settings, trainer_of
-):
-    trainer = trainer_of(data_settings(iterations=3))
-    folder = trainer.run.folder
-    trainer.save()
-    trainer.step = 1
-    trainer.save()
-    assert train_gpt.Checkpoint.read_newest(folder).training["step"] == 1
-    (folder / "checkpoint.pt").write_bytes(b"a part of it")
-    assert train_gpt.Checkpoint.read_newest(folder).training["step"] == 0
-
-
 def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     """Else a power failure leaves an empty file where the checkpoint was."""
     calls, replace = [], Path.replace
