@@ -107,9 +107,8 @@ class Restated:
             hashed = [last, *(((36313 * now) ^ (27191 * before)) % last for before, now in pairs)]
             rows, signs = p["bigram.weight"][hashed], self.model.bigram.signs
             if signs:
-                rows = (
-                    rows * signs["previous"].weight[[0, *row[:-1]]] * signs["current"].weight[row]
-                )
+                rows = rows * signs["previous"].weight[[0, *row[:-1]]]
+                rows = rows * signs["current"].weight[row]
             x = x + p["bigram_scale"] * self.linear("bigram.proj", rows)
         x = rms_normalized(x)
         if self.h.smear_enabled:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 
 import pytest
 
 import helpers
-from helpers import SETTINGS, train_gpt
+from helpers import ROOT, SETTINGS, train_gpt
 
 UserError, UNSUPPORTED = train_gpt.UserError, train_gpt.UNSUPPORTED
 build_map_table, load_settings = train_gpt.build_map_table, train_gpt.load_settings
@@ -79,14 +80,6 @@ def test_settings_of_an_artifact_come_back_with_all_their_defaults():
     assert (h.explicit, again.explicit) == ({"warmdown_frac"}, train_gpt.SETTINGS.keys())
 
 
-@pytest.mark.parametrize("name", ["MAP_SEED", "RANDOM_ADAPTER_SEED", "RANDOM_BASIS_SEED"])
-def test_hexadecimal_seeds(name):
-    h = load({"SEED": "0xD15EA5E", name: "0xd15ea5e"})
-    table = build_map_table(h)
-    assert h.seed == h.map_seed == table["blocks.0.attention.q"].seed == 219_540_062
-    assert build_map_table(load({name: "219540062"})) == table
-
-
 def test_maps_of_embeddings_are_random_only_by_name():
     kinds = ["bigram.proj", "value_embedding.proj"]
     table = build_map_table(load({"MAP_BASIS": "all=gaussian", "MAP_FREEZE": "0.5"}))
@@ -130,9 +123,18 @@ def test_text_that_names_no_layers_is_refused(text):
         train_gpt.parse_layers(text, 11)
 
 
-def test_a_selector_counts_layers_from_the_end():
+@pytest.mark.parametrize(
+    ("selector", "kinds"),
+    [
+        ("mlp.fc@-1", ["mlp.fc"]),
+        ("mlp.in@-1", ["mlp.gate", "mlp.fc"]),
+        ("mlp@10", ["mlp.gate", "mlp.fc", "mlp.proj"]),
+    ],
+)
+def test_a_selector_names_kinds_and_layers_also_from_the_end(selector, kinds):
     """And the last rule that selects a map wins."""
-    assert random_maps(load({"MAP_BASIS": "learned,mlp.fc@-1=gaussian"})) == ["blocks.10.mlp.fc"]
+    h = load({"MAP_BASIS": f"learned,{selector}=gaussian", "MLP_GATED": 1})
+    assert set(random_maps(h)) == {f"blocks.10.{kind}" for kind in kinds}
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -146,9 +148,6 @@ def test_help_lists_every_setting_and_ends_well():
     for name, field in train_gpt.SETTINGS.items():
         for part in (str(field.default), field.metadata["meaning"]):
             assert part in documented[name.upper()]
-    assert re.search(r"^  NUM_LAYERS .* \[1 to 256\]$", out, re.MULTILINE)
-    assert re.search(r"^  DEVICE .* \[auto, cpu, cuda\]$", out, re.MULTILINE)
-    assert re.search(r"^  TARGET_BYTES .* \[at least 0\]$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("argument", ["--num-layers=3", "NUM_LAYERS=3"])
@@ -162,6 +161,12 @@ def test_an_argument_is_refused(argument, capsys):
 
 # ---- Variables of published scripts --------------------------------------------------------------
 
+# The 121 variables of PR #1113, #1684, #1301, #1295, #1228, #2058, #1549 and the naive baseline,
+# with their defaults.
+with (ROOT / "tests" / "golden" / "published_switches.tsv").open(encoding="utf-8") as file:
+    SWITCHES = {
+        row["variable"]: row["read by (default)"] for row in csv.DictReader(file, delimiter="\t")
+    }
 SYSTEM_B = {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"}
 OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "RAND_GAIN")
 
@@ -169,8 +174,14 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
 @pytest.mark.parametrize(
     ("variables", "columns"),
     [
+        ({"MAP_SEED": "0xD15EA5E"}, {"map_seed": 219_540_062}),
+        ({"SEED": "0x10", "RANDOM_ADAPTER_SEED": "0x20"}, {"seed": 16, "map_seed": 32}),
         ({"ADAPTER_LR": 0.01}, {"factor_lr": 0.01}),
         ({"ADAPTER_RANK": 8, "RANDOM_BACKBONE_SEED": 7}, {"map_adapter": "lora:8", "map_seed": 7}),
+        (
+            {"RANDOM_ADAPTER_RANK": 8, "RANDOM_ADAPTER_SEED": 0},
+            {"map_adapter": "lora:8", "map_seed": 0},
+        ),
         ({"MLP_RANK": 4}, {"map_basis": "mlp=orthogonal", "map_adapter": "lora:4"}),
         ({"ENABLE_LOOPING_AT": 0.5}, {"recur_frac": 0.5}),
         ({"PARALLEL_RESIDUAL_START": 7}, {"parallel_from": 7}),
@@ -180,21 +191,12 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
         ({"STRIDE": 128, "SWA_EVERY": 25}, {"eval_stride": 128, "swa_interval": 25}),
         ({"USE_RANDOM_ADAPTERS": 0, "RANDOM_ADAPTER_RANK": 8}, {"map_basis": "learned"}),
         (
-            {"RANDOM_ADAPTER_RANK": 8, "RANDOM_ADAPTER_SEED": 0},
-            {"map_adapter": "lora:8", "map_seed": 0},
-        ),
-        (
             {"RANDOM_BASIS_ENABLED": 1},
             SYSTEM_B | {"map_adapter": "lora:16", "map_seed": 0xD15EA5E, "map_seed_stride": 1009},
         ),
         (
-            {
-                "RANDOM_BASIS_ENABLED": 1,
-                "LORA_RANK": 8,
-                "RANDOM_BASIS_SEED": "0x10",
-                "MAP_SEED_STRIDE": 50,
-            },
-            SYSTEM_B | {"map_adapter": "lora:8", "map_seed": 16, "map_seed_stride": 50},
+            {"RANDOM_BASIS_ENABLED": 1, "RANDOM_BASIS_SEED": "0x10", "MAP_SEED_STRIDE": 50},
+            SYSTEM_B | {"map_adapter": "lora:16", "map_seed": 16, "map_seed_stride": 50},
         ),
         (
             {"USE_RANDOM_ADAPTERS": 0, "SELECTIVE_FREEZE": 1},
@@ -210,11 +212,8 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
             },
         ),
         (dict.fromkeys(OFF, 0), {}),
-        (dict.fromkeys(OFF[2:3], "0.0"), {}),
-        (
-            {"LORA_RANK": 16, "MAP_ADAPTER": "lora:16", "RANDOM_ADAPTER_RANK": 16},
-            {"map_adapter": "lora:16"},
-        ),
+        ({"PROGRESSIVE_FREEZE_FRAC": "0.0"}, {}),
+        ({"LORA_RANK": 16, "RANDOM_ADAPTER_RANK": 16}, {"map_adapter": "lora:16"}),
     ],
 )
 def test_published_variables_are_what_they_expand_to(variables, columns):
@@ -262,13 +261,29 @@ def test_impossible_value_of_a_published_variable_is_refused(name, value, settin
     assert value.replace(",", "+") in line
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("TTT_ENABLED", "0.0"), ("TTT_CHUNK_TOKENS", "65_536"), ("TTT_MOMENTUM", ".90")],
-)
-def test_values_that_change_nothing_may_be_written_in_another_way(name, value):
-    assert load({name: value}) == load({})
-    assert faults({name: "7"}) == [f"{name}=7: {UNSUPPORTED[name].reason}; unset it"]
+def test_each_published_variable_is_understood_or_has_a_reason():
+    assert len(SWITCHES) == 121
+    for name in SWITCHES:
+        assert (name in SETTINGS) != (name in UNSUPPORTED), name
+
+
+@pytest.mark.parametrize("name", [name for name in SWITCHES if name in UNSUPPORTED])
+def test_an_unsupported_switch_is_refused_by_name_unless_it_changes_nothing(name):
+    """What changes nothing is a published default, in this or another spelling, or off."""
+    numbers = re.findall(r"\((.*?)\)(?:;|$)", SWITCHES[name].replace("_", "").replace(" ", ""))
+    published = [number.strip("'\"") for number in numbers]
+    for default in UNSUPPORTED[name].defaults:
+        assert load({name: default}) == load({})
+        is_published = any(
+            train_gpt.same_value(default.replace("_", ""), text) for text in published
+        )
+        assert is_published or default in ("0", "0.0", "1", "./data", "524288")
+    assert faults({name: "17"}) == [f"{name}=17: {UNSUPPORTED[name].reason}; unset it"]
+
+
+def test_values_that_change_nothing_may_be_written_in_another_way():
+    variables = {"TTT_ENABLED": "0.0", "TTT_CHUNK_TOKENS": "65_536", "TTT_MOMENTUM": ".90"}
+    assert load(variables) == load({})
 
 
 # ---- Misspelled settings -------------------------------------------------------------------------
@@ -329,6 +344,7 @@ def test_common_variables_are_not_mistaken_for_settings():
         ("MATRIX_LR", "fast", "number"),
         ("MATRIX_LR", "nan", "at least 0"),
         ("MAX_WALLCLOCK_SECONDS", "inf", "at least 0"),
+        ("PRUNE_PCT", "3", "at most"),
         ("DTYPE", "float16", "bfloat16, float32"),
         ("ATTENTION_BACKEND", "fa2", "'fa2' is none of fa3, cudnn, flash"),
         ("ATTENTION_BACKEND", "fa3", "one of torch's kernels"),
@@ -443,10 +459,15 @@ def test_evaluation_takes_any_number_of_processes():
     load({"WORLD_SIZE": 5, "EVAL_ONLY": 1, "MODEL_PATH": "some.ptz"})
 
 
-def test_all_errors_are_reported_at_once():
+def test_a_run_refuses_all_errors_at_once(corpus, tmp_path):
     wrong = {"NUM_LAYERS": "x", "SEED": -1, "NUM_HEADS": 7, "TTT_ENABLED": 1, "EVAL_STRIED": 64}
-    message = "\n".join(faults(wrong))
-    for name in wrong:
-        assert name in message
+    places = corpus.settings | {"OUTPUT_DIR": tmp_path / "runs"}
+    message = helpers.refusal(places | {"VAL_BATCH_SIZE": "524_288"} | wrong)
+    assert all(name in message for name in wrong)
+    assert "VAL_BATCH_SIZE" not in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_keyword_that_is_no_setting_is_refused():
     with pytest.raises(UserError, match="layers: no such setting"):
         load_settings({}, layers=3)
