@@ -156,6 +156,28 @@ def test_averages_that_are_off_or_empty_are_no_candidates(settings):
         assert set(averages.candidates()) == expected
 
 
+def test_averages_leave_frozen_tensors_as_they_stand(settings):
+    h = settings(ema_decay=0.9, swa_interval=1, swa_threshold=1)
+    frozen, learned = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    averages = train_gpt.WeightAverages([frozen, learned], h)
+    for step in range(8):
+        with torch.no_grad():
+            frozen.add_(float(frozen.requires_grad))
+            learned.add_(1.0)
+        averages.update(step, 0.5)
+        if step == 3:
+            frozen.requires_grad_(False)
+    assert all(frozen not in means for means in averages.means.values()), "their memory is freed"
+    ages = range(7, -1, -1)
+    ema = sum(0.9**age * (8 - age) for age in ages) / sum(0.9**age for age in ages)
+    found = averages.candidates()
+    for name, expected in {"last": 8, "swa": 4.5, "ema": ema}.items():
+        kept, mean = found[name]
+        assert kept.tolist() == [4, 4, 4]
+        assert mean.tolist() == pytest.approx([expected] * 3, rel=1e-5)
+        assert kept.data_ptr() != frozen.data_ptr(), "a candidate is a copy"
+
+
 # ---- Clock and schedule --------------------------------------------------------------------------
 
 

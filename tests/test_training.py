@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import torch
 
 import train_gpt
 from helpers import Seconds, copied
+from reference import tokens
 
 # Every state that a checkpoint must hold: optimizers, averages, dropout, a teacher, phases.
 EVERYTHING = {
@@ -235,6 +237,51 @@ def test_a_finished_checkpoint_holds_its_candidates(ended_with, data_settings, r
     saved = train_gpt.Checkpoint.read_newest(run_of(data_settings()).folder)
     assert saved.finished
     assert list(saved.training["candidates"]) == ["last", "ema", "swa"]
+
+
+# ---- Phases --------------------------------------------------------------------------------------
+
+
+def stepped(h: train_gpt.Hyperparameters, processes, steps: int, without: str = "") -> tuple:
+    """Return a model and its optimizers after steps that are a quarter of a training each.
+
+    All phases begin when they do; or none, and what they would freeze gets no gradient instead.
+    """
+    torch.manual_seed(0)
+    model = train_gpt.make_model(h, torch.float64).double()
+    phases = train_gpt.Phases(h, model, None, compiled=False)
+    optimizers = train_gpt.Optimizers(train_gpt.tensors_by_role(model), h, processes)
+    for step in range(steps):
+        phases.enter(0.0 if without else step / 4)
+        model(tokens(4, 16, seed=step), tokens(4, 16, seed=step + 100)).backward()
+        for name, p in model.named_parameters():
+            if without and step >= 2 and re.match(without, name):
+                p.grad = None
+        optimizers.step(step, 1.0)
+    return model, optimizers
+
+
+def test_frozen_maps_stand_still_and_the_others_move_as_if_nothing_was_forgotten(
+    settings, processes
+):
+    """What optimizers kept for the frozen ones is freed."""
+    h = settings(
+        map_basis="learned,attention=uniform",
+        map_adapter="attention=lora:2+sparse:0.2",
+        map_scale="attention=row",
+        map_freeze="mlp.in=0.5,attention@1=0.5",
+    )
+    freezes = r"blocks\.(\d\.mlp\.fc|1\.attention\.(q|k|v|proj)\.)"
+    before, _ = stepped(h, processes, 2)
+    model, optimizers = stepped(h, processes, 4)
+    expected = dict(stepped(h, processes, 4, freezes)[0].named_parameters())
+    learned = set()
+    for name, p in model.named_parameters():
+        is_frozen = re.match(freezes, name) is not None
+        assert torch.equal(p, before.get_parameter(name)) == is_frozen, name
+        torch.testing.assert_close(p, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+        learned |= set() if is_frozen else {p}
+    assert optimizers.muon.state.keys() | optimizers.adam.state.keys() == learned
 
 
 # ---- Warm-up and preflight -----------------------------------------------------------------------
