@@ -357,6 +357,11 @@ def test_impossible_value_is_refused(name, value, says):
     assert says in line
 
 
+def test_attention_kernels_come_in_the_order_asked_for():
+    h = load({"ATTENTION_BACKEND": "math, flash"})
+    assert train_gpt.attention_order(h) == ["math", "flash"]
+
+
 TWO_TEACHERS = {"DISTILL_FROM": "some.ptz", "SELF_DISTILL": 1, "DISTILL_START_FRAC": 0.3}
 
 

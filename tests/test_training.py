@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 import train_gpt
 from helpers import Seconds, copied
@@ -95,9 +96,7 @@ def test_a_continued_run_has_what_is_left_of_the_time(data_settings, trainer_of,
     limit = {"max_wallclock_seconds": 25, "gptq_reserve_seconds": 5}
     h = data_settings(iterations=1000, num_layers=1, **limit)
     first = trainer_of(h)
-    stop_after(first, 8)
-    with pytest.raises(train_gpt.UserError, match="stopped by a signal"):
-        first.train()
+    train_until(first, 8)
     seconds.now += 3600
     second = continued(first, trainer_of(h))
     second.train()
@@ -456,33 +455,26 @@ def test_the_temperature_of_masks_halves_in_training(data_settings, trainer_of):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
-def assert_same(ours: object, theirs: object, where: str = "") -> None:
-    """Compare values in nested dicts and lists exactly; tensors by their values."""
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs), where
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key in ours:
-            assert_same(ours[key], theirs[key], f"{where}.{key}")
-    elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs), where
-        for i, pair in enumerate(zip(ours, theirs, strict=True)):
-            assert_same(*pair, f"{where}.{i}")
-    else:
-        assert ours == theirs, where
+def assert_same(ours: object, theirs: object) -> None:
+    """Compare nested dicts and lists exactly; tensors by their values."""
+    (values, shape), (others, other_shape) = tree_flatten(ours), tree_flatten(theirs)
+    assert shape == other_shape
+    for one, other in zip(values, others, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def stop_after(trainer: train_gpt.Trainer, steps: int) -> None:
-    """Let a signal ask for the end of training after so many steps."""
+def train_until(trainer: train_gpt.Trainer, steps: int) -> None:
+    """Train until a signal ends it after so many steps."""
     train_step, stop = trainer.train_step, trainer.run.stop
 
     def step(plan):
         loss = train_step(plan)
-        if trainer.step == steps:
-            stop.requested_at = 1.0
+        stop.requested_at = float(trainer.step == steps)
         return loss
 
     trainer.train_step = step
+    with pytest.raises(train_gpt.UserError, match="stopped by a signal"):
+        trainer.train()
 
 
 def continued(first: train_gpt.Trainer, second: train_gpt.Trainer) -> train_gpt.Trainer:
@@ -501,9 +493,7 @@ def test_a_continued_run_is_the_one_that_was_not_stopped(data_settings, trainer_
     whole.warm_up()
     whole.train()
     first.warm_up()
-    stop_after(first, steps)
-    with pytest.raises(train_gpt.UserError, match="stopped by a signal"):
-        first.train()
+    train_until(first, steps)
     first.run.stop.requested_at = 0.0
     again = trainer_of(h)
     again.warm_up()
@@ -550,23 +540,6 @@ def test_checkpoints_come_as_often_as_asked_and_take_a_hundredth_at_most(
     trainer.save = save
     trainer.train()
     assert saved == [*range(every or 17, 17, every or 17), 17]
-
-
-def test_a_loss_that_is_no_number_ends_training_and_is_never_saved(data_settings, trainer_of):
-    trainer = trainer_of(data_settings(iterations=5))
-    trainer.save()
-    train_step = trainer.train_step
-
-    def spoil(plan):
-        if trainer.step == 2:
-            with torch.no_grad():
-                trainer.model.embedding.weight[0, 0] = torch.nan
-        return train_step(plan)
-
-    trainer.train_step = spoil
-    with pytest.raises(train_gpt.UserError, match=r"loss.* not finite"):
-        trainer.train()
-    assert train_gpt.Checkpoint.read_newest(trainer.run.folder).training["step"] == 0
 
 
 # ---- Averages ------------------------------------------------------------------------------------
@@ -616,22 +589,20 @@ def test_the_best_candidate_is_what_the_model_holds_after_the_choice(
     params, names = trainer.optimizers.params, [*trainer.optimizers.names.values()]
     own = [p.detach().clone() for p in params]
     candidates = {"last": spoiled(own, 1), "ema": spoiled(own, 2), "swa": spoiled(own, 3)}
-    candidates[best] = [w + 1e-3 for w in own]
+    candidates[best] = own
+    held_out, losses = trainer.data.held_out_stream(), {}
+    for name, weights in candidates.items():
+        trainer.model.load_state_dict(dict(zip(names, weights, strict=True)))
+        losses[name] = trainer.loss_on(held_out)
     monkeypatch.setattr(trainer.averages, "candidates", lambda: candidates)
     metrics, ranked = trainer.finish()
-    losses = {name: metrics[f"holdout_loss_{name}"] for name in candidates}
-    assert_same([p.detach() for p in params], candidates[best])
+    assert {name: metrics[f"holdout_loss_{name}"] for name in losses} == losses
+    assert_same([p.detach() for p in params], own)
     assert list(ranked) == sorted(losses, key=losses.get)
     assert next(iter(ranked)) == best
     for name, weights in ranked.items():
         assert_same(weights, dict(zip(names, candidates[name], strict=True)))
     assert metrics["val_loss_before"] == trainer.loss_on(trainer.run.val.tokens)
-    held_out = trainer.data.held_out_stream()
-    for name, weights in candidates.items():
-        with torch.no_grad():
-            for p, w in zip(params, weights, strict=True):
-                p.copy_(w)
-        assert losses[name] == trainer.loss_on(held_out)
     (line,) = lines_of(trainer, "average ")
     assert f" best:{best} " in line
 
@@ -640,7 +611,7 @@ def test_a_candidate_that_is_not_finite_is_not_chosen(data_settings, trainer_of,
     trainer = trainer_of(data_settings(num_layers=1))
     own = [p.detach().clone() for p in trainer.optimizers.params]
     broken = [torch.full_like(w, torch.nan) for w in own]
-    candidates = {"last": broken, "ema": spoiled(own, 1), "swa": broken}
+    candidates = {"last": broken, "ema": own, "swa": broken}
     monkeypatch.setattr(trainer.averages, "candidates", lambda: candidates)
     assert list(trainer.rank_candidates()[0]) == ["ema"]
     candidates["ema"] = broken
@@ -665,6 +636,4 @@ def test_the_best_artifact_is_exported_whatever_came_first(data_settings, run_of
     assert min(losses, key=losses.get) == metrics["candidate"] == "ema"
     assert losses["ema"] == loss
     assert len(set(losses.values())) == 3
-    lines = [line for line in run.log.lines if line.startswith("quantized ")]
-    assert [line.split()[1] for line in lines] == [f"{name}:{losses[name]:.4f}" for name in losses]
     assert any(line.startswith("exported:ema\n") for line in run.log.lines)
