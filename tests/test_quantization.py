@@ -594,11 +594,6 @@ def sample_tensors() -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def sample() -> bytes:
-    return train_gpt.write_artifact({"note": "é"}, sample_tensors())[0]
-
-
 @pytest.mark.parametrize("block", [1, 64, 2**22])
 def test_artifacts_give_back_every_value(monkeypatch, block):
     """Whatever the size of the blocks; the sizes that a run reports add up to the file."""
@@ -648,7 +643,8 @@ def test_groups_are_byte_planes_packed_by_brotli():
     }
 
 
-def test_any_flipped_bit_is_noticed(sample):
+def test_any_flipped_bit_is_noticed():
+    sample = train_gpt.write_artifact({"note": "é"}, sample_tensors())[0]
     generator = random.Random(0)
     end = len(sample) - 40
     places = [*range(60), *generator.sample(range(60, end), 200), *range(end, len(sample))]
@@ -663,15 +659,11 @@ PACKED = brotli.compress(bytes(8))
 ONE_GROUP = {"tensors": [["a", [4], ["float16"]]], "groups": [["float16", [len(PACKED)]]]}
 
 
-def test_a_group_that_stands_twice_is_refused():
-    """Else each of many mentions of a small file would be unpacked."""
+def test_an_artifact_carries_nothing_twice_and_nothing_beside_its_groups():
+    """Each of many mentions of a small file would be unpacked; any file could be a part of it."""
     assert [name for name, _ in train_gpt.read_tensors(ONE_GROUP, PACKED)] == ["a"]
     with pytest.raises(ValueError, match="stands twice"):
         dict(train_gpt.read_tensors(ONE_GROUP | {"groups": 2 * ONE_GROUP["groups"]}, 2 * PACKED))
-
-
-def test_bytes_that_belong_to_no_group_are_refused():
-    """Else an artifact could carry anything, and be larger than it says."""
     with pytest.raises(ValueError, match="the file has"):
         list(train_gpt.read_tensors(ONE_GROUP, PACKED + b"more"))
 

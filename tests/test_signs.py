@@ -5,7 +5,6 @@ The model with signs stands in test_model.py, test_streaming.py and test_variant
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from helpers import train_gpt
@@ -34,17 +33,3 @@ def test_the_table_without_signs_is_the_published_one(settings, random_model):
     for signs in signed.bigram.signs.values():
         signs.weight.fill_(1)
     assert torch.equal(published.predict(tokens(2, 20)), signed.predict(tokens(2, 20)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"map_basis": "learned,bigram.signs=learned"}, "none or random"),
-        ({"map_basis": "learned,mlp=none"}, "only bigram.signs can be none"),
-        ({"map_basis": SIGNED, "map_scale": "bigram.signs=row"}, "none or random"),
-        ({"map_basis": SIGNED, "bigram_vocab_size": 0}, "bigram.signs selects no map"),
-    ],
-)
-def test_a_table_of_signs_that_cannot_be_built_is_refused(settings, changes, message):
-    with pytest.raises(train_gpt.UserError, match=message):
-        settings(**{"map_adapter": "none"} | changes)

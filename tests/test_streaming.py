@@ -111,20 +111,6 @@ def test_every_token_is_scored_once(streaming, processes, count):
     assert loss * (count - 1) == pytest.approx(sum(i**2 for i in range(2, count + 1)), rel=1e-12)
 
 
-def test_whole_windows_are_scored_as_ever(streaming, random_model, processes):
-    """The roundtrip and validations in training have one window after the other, in either mode."""
-    stream, model = tokens(100), random_model(streaming())
-    losses = {
-        stride: [
-            train_gpt.evaluate(model, stream, streaming(eval_mode=mode), processes, stride)
-            for mode in ("streaming", "exact")
-        ]
-        for stride in (WINDOW, 4)
-    }
-    assert losses[WINDOW][0] == losses[WINDOW][1]
-    assert losses[4][0] != losses[4][1]
-
-
 @pytest.mark.parametrize(
     ("either_cpu", "scored", "streams"),
     [

@@ -48,7 +48,12 @@ VARIANTS = {
     },
     "distilled": {"MAP_ADAPTER": "lora:2", "MODEL_DIM": 16, "DISTILL_FROM": "system-a"},
     "ensemble": {"ENSEMBLE": 2, "MAP_BASIS": "learned,m1.all=orthogonal", "MAP_ADAPTER": "lora:4"},
-    "vera": {"MAP_BASIS": "uniform", "MAP_ADAPTER": "vera:4"},
+    "vera": {  # without a learned matrix
+        "MAP_BASIS": "uniform",
+        "MAP_ADAPTER": "vera:4",
+        "BIGRAM_VOCAB_SIZE": 0,
+        "VE_ENABLED": 0,
+    },
     "random-projections": {"RAND_PROJ_LAYERS": "0,1", "RAND_GAIN": 1},
     "recurrent": {"MAP_ADAPTER": "rslora:16", "RECUR_LAYERS": 1, "PARALLEL_FROM": 2},
     "shared": {"MAP_BASIS": "shared:2", "MAP_ADAPTER": "lora:4"},
