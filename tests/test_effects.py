@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -94,12 +93,12 @@ class Watched(train_gpt.Trainer):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.seen: dict[str, list] = {"lr": [], "batches": [], "calls": [], "phases": []}
-        self.seen |= {"validations": [], "saves": [], "quantized": []}
+        names = ("lr", "batches", "calls", "validations", "quantized")
+        self.seen: dict[str, list] = {name: [] for name in names}
         forward, train_step = self.forward, self.train_step
 
         def watched_forward(ids, targets, teacher_logits):
-            self.seen["calls"].append((self.step, tuple(ids.shape), teacher_logits is not None))
+            self.seen["calls"].append((self.step, tuple(ids.shape)))
             self.seen["batches"].append(ids.tolist())
             return forward(ids, targets, teacher_logits)
 
@@ -107,7 +106,6 @@ class Watched(train_gpt.Trainer):
             loss = train_step(plan)
             self.seen["lr"].append(self.lr_scale)
             self.seen["quantized"].append(self.late_qat)
-            self.seen["phases"].append((self.phases.has_teacher, self.model.recurs))
             self.clock.elapsed += 1  # on a machine that takes a second
             return loss
 
@@ -118,8 +116,7 @@ class Watched(train_gpt.Trainer):
         return {}
 
     def save(self) -> None:
-        self.seen["saves"].append(self.step)
-        self.saved_at = self.clock.elapsed
+        """Write nothing."""
 
 
 def run_for(h: train_gpt.Hyperparameters) -> train_gpt.Run:
@@ -133,7 +130,7 @@ def observe_training(h: train_gpt.Hyperparameters) -> Parts:
     torch.manual_seed(0)
     model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
     run = run_for(h)
-    trainer = Watched(run, model, data, train_gpt.load_teacher(run))
+    trainer = Watched(run, model, data, None)
     trainer.clock.set_limit(h.max_wallclock_seconds - train_gpt.reserve_for_export(run, 0.0))
     trainer.warm_up()
     warm_up = len(trainer.seen["calls"])
@@ -187,7 +184,6 @@ def observe_evaluation(h: train_gpt.Hyperparameters) -> Parts:
 ONE_LAYER = {"num_layers": 1}
 # Six steps of a second each, in which learning rates fall from the first on.
 SHORT = {"num_layers": 2, "iterations": 6, "warmdown_iters": 3500, "late_qat_threshold": 0.0}
-TEACHING = SHORT | {"self_distill": 1, "distill_start_frac": 0.4}
 LEARNED = {"map_basis": "learned"}
 MIXED = {"map_basis": "orthogonal,mlp.fc=learned", "map_adapter": "lora:4+sparse:0.2"}
 BY_RMS = MIXED | {"quantizer": "rms", "num_layers": 1}
@@ -202,7 +198,6 @@ evaluation = shown_by(observe_evaluation)
 
 OBSERVED = {
     # Run and data
-    "checkpoint_seconds": training("only saves", 2.0),
     "seed": training("batches weights", 7, SHORT | {"dropout": 0.1}),
     "model_limit_bytes": model("refused", 1000),
     "data_order": training("batches weights", "stream"),
@@ -224,15 +219,7 @@ OBSERVED = {
     # Training
     "iterations": training("steps lr", 5),
     "warmup_steps": training("only warm-up", 2),
-    "warmdown_iters": training("lr weights", 3),
-    "warmdown_frac": training("lr weights", 0.5, SHORT | {"warmdown_iters": None}),
-    "min_lr": training("lr weights", 0.5),
     "dropout": training("only weights", 0.2),
-    "recur_frac": training("phases", 0.6, SHORT | {"recur_layers": "1"}),
-    "distill_from": training("calls weights", "teacher.ptz"),
-    "self_distill": training("calls phases", 1, TEACHING | {"self_distill": 0}),
-    "distill_start_frac": training("calls phases", 0.6, TEACHING),
-    "distill_end_frac": training("calls phases", 0.8, TEACHING),
     "train_batch_tokens": training("batches weights", 128),
     "train_seq_len": training("batches weights", 16),
     "micro_batch_tokens": training("calls batches", 64),
@@ -283,8 +270,9 @@ OBSERVED = {
 
 
 # Each of these has a test of its own: files and folders in test_run.py, test_identity.py and
-# test_faults.py, the model and its device in test_model.py, averages in test_optimizers.py, others
-# in test_processes.py and test_settings.py.
+# test_faults.py, the model and its device in test_model.py, schedule and averages in
+# test_optimizers.py, phases in test_variants.py, others in test_training.py, test_processes.py and
+# test_settings.py.
 ELSEWHERE = """
     run_id resume output_dir eval_only model_path export_only checkpoint_path data_path
     tokenizer_path device dtype compile attention_backend timeout_seconds allow_unknown ema_decay
@@ -292,7 +280,8 @@ ELSEWHERE = """
     rope_stretch_from xsa_last_n ln_scale bigram_vocab_size ve_enabled ve_layers vrl_enabled
     smear_enabled skips_enabled skip_gates_enabled mlp_gated parallel_from recur_layers recur_times
     logit_softcap map_basis map_seed map_seed_stride map_scale map_gate distill_alpha
-    distill_temperature
+    distill_temperature recur_frac distill_from self_distill distill_start_frac distill_end_frac
+    warmdown_iters warmdown_frac min_lr checkpoint_seconds
 """
 
 
@@ -315,20 +304,6 @@ def same_value(one: object, other: object) -> bool:
 
 
 @pytest.fixture(scope="module")
-def teacher(data_settings, tmp_path_factory) -> Path:
-    """An artifact of the tiny model."""
-    h = data_settings(**SHORT)
-    header = {
-        "model": h.model_settings(),
-        "fingerprint": filled_model(h).fingerprint(),
-        "tokenizer": "0" * 64,
-    }
-    path = tmp_path_factory.mktemp("teacher") / "teacher.ptz"
-    path.write_bytes(train_gpt.write_artifact(header, filled_model(h).state_dict())[0])
-    return path
-
-
-@pytest.fixture(scope="module")
 def seen(data_settings):
     """seen(observer, settings): what it sees; what was seen once is not looked at again."""
     known: dict[tuple, Parts] = {}
@@ -344,11 +319,10 @@ def seen(data_settings):
 
 
 @pytest.mark.parametrize("name", OBSERVED)
-def test_a_setting_changes_what_it_names(name, seen, teacher):
+def test_a_setting_changes_what_it_names(name, seen):
     case = OBSERVED[name]
-    value = teacher if case.value == "teacher.ptz" else case.value
     before = seen(case.by, case.beside)
-    after = seen(case.by, case.beside | {name: value})
+    after = seen(case.by, case.beside | {name: case.value})
     changed = {part for part in before | after if not same(before.get(part), after.get(part))}
     words = case.parts.split()
     expected = set(words) - {"only"}
