@@ -1,20 +1,19 @@
 """Every setting acts: a change of it changes the part of the script that it names.
 
-OBSERVED has a line for each setting: what is looked at, and what of it must change. A new setting
-needs a line, and one that nothing reads cannot have a true one.
+OBSERVED has a line for a setting: what is looked at, and what of it must change. A new setting
+needs a line, or a test of its own and a place in ELSEWHERE.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 import train_gpt
 from helpers import KeptLog, tiny_settings
@@ -57,17 +56,6 @@ def observe_steps(h: train_gpt.Hyperparameters) -> Parts:
     return {role.value: groups[role][role.value].detach() for role in Role}
 
 
-def observe_averages(h: train_gpt.Hyperparameters) -> Parts:
-    """Return the candidates of one parameter that took the values 1, 2, 4, 8 ..."""
-    p = torch.nn.Parameter(torch.ones(2))
-    averages = train_gpt.WeightAverages([p], h)
-    for step in range(24):
-        averages.update(step, 1 - step / 24)
-        with torch.no_grad():
-            p.mul_(2)
-    return {name: weights[0] for name, weights in averages.candidates().items()}
-
-
 @functools.cache
 def filled_model(h: train_gpt.Hyperparameters) -> train_gpt.LanguageModel:
     """Return a model none of whose learned values is at its initial value."""
@@ -105,12 +93,12 @@ class Watched(train_gpt.Trainer):
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self.seen: dict[str, list] = {"lr": [], "batches": [], "calls": [], "phases": []}
-        self.seen |= {"validations": [], "saves": [], "quantized": []}
+        names = ("lr", "batches", "calls", "validations", "quantized")
+        self.seen: dict[str, list] = {name: [] for name in names}
         forward, train_step = self.forward, self.train_step
 
         def watched_forward(ids, targets, teacher_logits):
-            self.seen["calls"].append((self.step, tuple(ids.shape), teacher_logits is not None))
+            self.seen["calls"].append((self.step, tuple(ids.shape)))
             self.seen["batches"].append(ids.tolist())
             return forward(ids, targets, teacher_logits)
 
@@ -118,7 +106,6 @@ class Watched(train_gpt.Trainer):
             loss = train_step(plan)
             self.seen["lr"].append(self.lr_scale)
             self.seen["quantized"].append(self.late_qat)
-            self.seen["phases"].append((self.phases.has_teacher, self.model.recurs))
             self.clock.elapsed += 1  # on a machine that takes a second
             return loss
 
@@ -129,8 +116,7 @@ class Watched(train_gpt.Trainer):
         return {}
 
     def save(self) -> None:
-        self.seen["saves"].append(self.step)
-        self.saved_at = self.clock.elapsed
+        """Write nothing."""
 
 
 def run_for(h: train_gpt.Hyperparameters) -> train_gpt.Run:
@@ -144,7 +130,7 @@ def observe_training(h: train_gpt.Hyperparameters) -> Parts:
     torch.manual_seed(0)
     model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
     run = run_for(h)
-    trainer = Watched(run, model, data, train_gpt.load_teacher(run))
+    trainer = Watched(run, model, data, None)
     trainer.clock.set_limit(h.max_wallclock_seconds - train_gpt.reserve_for_export(run, 0.0))
     trainer.warm_up()
     warm_up = len(trainer.seen["calls"])
@@ -159,14 +145,6 @@ def observe_training(h: train_gpt.Hyperparameters) -> Parts:
         "held-out": data.held_out_stream(),
         "weights": {name: p.detach() for name, p in model.named_parameters()},
     }
-
-
-def observe_loss(h: train_gpt.Hyperparameters) -> Parts:
-    """Return the loss of a student with a teacher."""
-    model = filled_model(h)
-    ids = tokens(2, 17)
-    teacher_logits = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1))
-    return {"loss": model(ids[:, :-1], ids[:, 1:], teacher_logits).item()}
 
 
 def observe_export(h: train_gpt.Hyperparameters) -> Parts:
@@ -201,192 +179,47 @@ def observe_evaluation(h: train_gpt.Hyperparameters) -> Parts:
     return {"loss": loss, "largest": max(n for n, _ in shapes), "shapes": shapes}
 
 
-class Reached(Exception):
-    """Where a run came to."""
-
-
-def observe_job(h: train_gpt.Hyperparameters) -> Parts:
-    """Return what a run reads first, and where it would write."""
-
-    def reach(what: str) -> Callable:
-        def reached(*given):
-            raise Reached(what, *(str(each) for each in given if isinstance(each, Path)))
-
-        return reached
-
-    with pytest.MonkeyPatch.context() as patch:
-        artifact = reach("artifact")
-        patch.setattr(
-            Path, "read_bytes", lambda path: b"{}" if path.suffix == ".json" else artifact(path)
-        )
-        patch.setattr(train_gpt.Checkpoint, "read", reach("checkpoint"))
-        patch.setattr(train_gpt, "check_folder", lambda h, folder: reach("folder")(folder))
-        dist = train_gpt.Distributed(h)
-        try:
-            train_gpt.run_job(h, dist, train_gpt.RunLog(0), train_gpt.StopSignal())
-        except Reached as reached:
-            return {"reads": reached.args[0], "path": reached.args[1:]}
-    raise AssertionError("it reached nothing")
-
-
-def observe_resume(h: train_gpt.Hyperparameters) -> Parts:
-    """Return whether an unfinished run's folder, and one that is not there, may be used."""
-    said = []
-    for folder in (Path(h.data_path), Path(h.data_path) / "none"):
-        try:
-            train_gpt.check_folder(h, folder)
-            said.append("taken")
-        except train_gpt.UserError as error:
-            said.append(str(error))
-    return {"unfinished": said[0], "new": said[1]}
-
-
-def observe_machine(h: train_gpt.Hyperparameters) -> Parts:
-    """Return what the run asks of torch, on a machine that seems to have a GPU."""
-    orders = []
-
-    def kernels_in_order(order, set_priority):
-        orders.append(order)
-        return contextlib.nullcontext()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-        patch.setattr(torch.cuda, "set_device", lambda _: None)
-        patch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
-        patch.setattr(train_gpt, "sdpa_kernel", kernels_in_order)
-        dist = train_gpt.Distributed(h)
-        if dist.on_cuda:
-            dist._configure_cuda()
-    dtype = train_gpt.resolve_dtype(h, dist.on_cuda)
-    return {
-        "device": dist.device.type,
-        "compiles": dist.compile,
-        "timeout": dist.timeout.total_seconds(),
-        "dtype": str(dtype),
-        "kernels": orders,
-    }
-
-
-def observe_data(h: train_gpt.Hyperparameters) -> Parts:
-    """Return what is said against the data and the tokenizer, which are not there."""
-    said = []
-    for read in (train_gpt.TrainingData, lambda h: train_gpt.Tokenizer(h.tokenizer_path, 64)):
-        with pytest.raises(train_gpt.UserError) as error:
-            read(h)
-        said.append(str(error.value))
-    return {"data": said[0], "tokenizer": said[1]}
-
-
-def observe_misspelling(h: train_gpt.Hyperparameters) -> Parts:
-    """Return what is said against a misspelled variable."""
-    try:
-        train_gpt.load_settings({"NUM_LAYER": "3", "ALLOW_UNKNOWN": str(h.allow_unknown)})
-    except train_gpt.UserError as error:
-        return {"said": str(error)}
-    return {"said": ""}
-
-
 # ---- What each setting changes -------------------------------------------------------------------
 
 ONE_LAYER = {"num_layers": 1}
 # Six steps of a second each, in which learning rates fall from the first on.
 SHORT = {"num_layers": 2, "iterations": 6, "warmdown_iters": 3500, "late_qat_threshold": 0.0}
-TEACHING = SHORT | {"self_distill": 1, "distill_start_frac": 0.4}
 LEARNED = {"map_basis": "learned"}
 MIXED = {"map_basis": "orthogonal,mlp.fc=learned", "map_adapter": "lora:4+sparse:0.2"}
 BY_RMS = MIXED | {"quantizer": "rms", "num_layers": 1}
 CODED = "matrix factor sparse"
 
 steps = shown_by(observe_steps)
-averages = shown_by(observe_averages)
 model = shown_by(observe_model)
 training = shown_by(observe_training, SHORT)
 exported = shown_by(observe_export, MIXED | ONE_LAYER)
 by_rms = shown_by(observe_export, BY_RMS)
 evaluation = shown_by(observe_evaluation)
-job = shown_by(observe_job)
-data = shown_by(observe_data, {"data_path": "nowhere"})
-machine = shown_by(observe_machine, {"device": "auto", "compile": "auto"})
 
 OBSERVED = {
-    # Run
-    "run_id": job("only path", "mine"),
-    "resume": shown_by(observe_resume)("new", "1", {"run_id": "mine"}),
-    "checkpoint_seconds": training("only saves", 2.0),
-    "timeout_seconds": machine("only timeout", 7.0),
-    "output_dir": job("only path", "elsewhere", {"run_id": "mine"}),
+    # Run and data
     "seed": training("batches weights", 7, SHORT | {"dropout": 0.1}),
-    "device": machine("device", "cpu"),
-    "dtype": machine("only dtype", "float32", {"device": "auto", "dtype": "bfloat16"}),
-    "compile": machine("compiles", "0"),
-    "attention_backend": machine("only kernels", "math,flash"),
-    "eval_only": job("reads", 1, {"model_path": "a.ptz", "run_id": "mine"}),
-    "model_path": job("only path", "b.ptz", {"eval_only": 1, "model_path": "a.ptz"}),
-    "export_only": job("reads", 1, {"checkpoint_path": "a.pt", "run_id": "mine"}),
-    "checkpoint_path": job("only path", "b.pt", {"export_only": 1, "checkpoint_path": "a.pt"}),
     "model_limit_bytes": model("refused", 1000),
-    "allow_unknown": shown_by(observe_misspelling)("said", 1),
-    # Data
-    "data_path": data("only data", "elsewhere"),
-    "tokenizer_path": shown_by(observe_data)(
-        "only tokenizer", "none.model", {"data_path": "nowhere"}
-    ),
     "data_order": training("batches weights", "stream"),
     "holdout_tokens": training("held-out", 64, SHORT | {"holdout_tokens": 96}),
     # Model
     "vocab_size": model("shapes", 70),
-    "num_layers": model("maps shapes logits", 3),
     "model_dim": model("maps shapes", 16),
     "num_heads": model("shapes logits", 2),
-    "num_kv_heads": model("maps shapes", 4),
-    "mlp_mult": model("maps shapes", 2.0),
-    "rope_dims": model("only logits", 2),
-    "rope_base": model("only logits", 100.0),
-    "rope_stretch_from": model("only logits", 8),
-    "xsa_last_n": model("only logits", 1),
-    "ln_scale": model("only logits", 0),
-    "bigram_vocab_size": model("shapes logits", 16),
     "bigram_dim": model("shapes logits", 4),
-    "ve_enabled": model("shapes logits", 0),
     "ve_dim": model("shapes logits", 4),
-    "ve_layers": model("only logits", "0,1"),
-    "vrl_enabled": model("shapes logits", 0),
-    "smear_enabled": model("shapes logits", 0),
-    "skips_enabled": model("shapes logits", 0),
-    "skip_gates_enabled": model("shapes logits", 1),
-    "mlp_gated": model("maps shapes logits", 1),
-    "parallel_from": model("only logits", 3),
-    "recur_layers": model("logits phases", "1"),
-    "recur_times": model("only logits", 2, {"recur_layers": "1"}),
     "ensemble": model("maps shapes", 2),
     "qk_gain_init": model("only initial", 2.0),
-    "logit_softcap": model("only logits", 5.0),
     "tied_embed_init_std": model("only initial", 0.1),
     # Map table
-    "map_basis": model("maps logits", "gaussian"),
     "map_init": model("only initial", "zero", LEARNED),
     "map_gain": model("maps logits", "0.5"),
-    "map_seed": model("maps logits", 7),
-    "map_seed_stride": model("maps logits", 50),
     "map_adapter": model("shapes logits", "lora:3"),
-    "map_scale": model("shapes logits", "row"),
-    "map_gate": model("shapes logits", "0.5"),
     "map_freeze": model("only phases", "0.5"),
     # Training
     "iterations": training("steps lr", 5),
     "warmup_steps": training("only warm-up", 2),
-    "warmdown_iters": training("lr weights", 3),
-    "warmdown_frac": training("lr weights", 0.5, SHORT | {"warmdown_iters": None}),
-    "min_lr": training("lr weights", 0.5),
     "dropout": training("only weights", 0.2),
-    "recur_frac": training("phases", 0.6, SHORT | {"recur_layers": "1"}),
-    "distill_from": training("calls weights", "teacher.ptz"),
-    "self_distill": training("calls phases", 1, TEACHING | {"self_distill": 0}),
-    "distill_start_frac": training("calls phases", 0.6, TEACHING),
-    "distill_end_frac": training("calls phases", 0.8, TEACHING),
-    "distill_alpha": shown_by(observe_loss)("loss", 0.25),
-    "distill_temperature": shown_by(observe_loss)("loss", 3.0),
     "train_batch_tokens": training("batches weights", 128),
     "train_seq_len": training("batches weights", 16),
     "micro_batch_tokens": training("calls batches", 64),
@@ -416,10 +249,6 @@ OBSERVED = {
     "beta2": steps("only embedding scalar sparse mask", 0.8),
     "adam_eps": steps("only embedding scalar sparse mask", 1e-2),
     "grad_clip_norm": steps("matrix factor embedding scalar sparse mask", 3.0),
-    "ema_decay": averages("only ema", 0.9),
-    "swa_enabled": averages("only swa", 0, {"swa_interval": 3}),
-    "swa_interval": averages("only swa", 2, {"swa_interval": 3}),
-    "swa_threshold": averages("only swa", 0.7, {"swa_interval": 1}),
     "late_qat_threshold": training("quantized weights", 0.6),
     # Quantization and artifact
     "quantizer": exported(f"{CODED} embedding", "rms"),
@@ -440,32 +269,38 @@ OBSERVED = {
 }
 
 
+# Each of these has a test of its own: files and folders in test_run.py, test_identity.py and
+# test_faults.py, the model and its device in test_model.py, schedule and averages in
+# test_optimizers.py, phases in test_variants.py, others in test_training.py, test_processes.py and
+# test_settings.py.
+ELSEWHERE = """
+    run_id resume output_dir eval_only model_path export_only checkpoint_path data_path
+    tokenizer_path device dtype compile attention_backend timeout_seconds allow_unknown ema_decay
+    swa_enabled swa_interval swa_threshold num_layers num_kv_heads mlp_mult rope_dims rope_base
+    rope_stretch_from xsa_last_n ln_scale bigram_vocab_size ve_enabled ve_layers vrl_enabled
+    smear_enabled skips_enabled skip_gates_enabled mlp_gated parallel_from recur_layers recur_times
+    logit_softcap map_basis map_seed map_seed_stride map_scale map_gate distill_alpha
+    distill_temperature recur_frac distill_from self_distill distill_start_frac distill_end_frac
+    warmdown_iters warmdown_frac min_lr checkpoint_seconds
+"""
+
+
 def test_every_setting_is_observed():
-    """A new setting needs a line in OBSERVED."""
-    assert OBSERVED.keys() == train_gpt.SETTINGS.keys()
+    """A new setting needs a line in OBSERVED, or a test of its own."""
+    assert {*OBSERVED, *ELSEWHERE.split()} == train_gpt.SETTINGS.keys()
+    assert not OBSERVED.keys() & set(ELSEWHERE.split())
 
 
-def is_same(ours: object, theirs: object) -> bool:
-    if isinstance(ours, torch.Tensor):
-        return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        same_keys = ours.keys() == theirs.keys()
-        return same_keys and all(is_same(ours[key], theirs[key]) for key in ours)
-    return ours == theirs
+def same(ours: object, theirs: object) -> bool:
+    """Compare nested dicts and lists exactly; tensors by their values."""
+    (values, shape), (others, other_shape) = tree_flatten(ours), tree_flatten(theirs)
+    return shape == other_shape and all(map(same_value, values, others))
 
 
-@pytest.fixture(scope="module")
-def teacher(data_settings, tmp_path_factory) -> Path:
-    """An artifact of the tiny model."""
-    h = data_settings(**SHORT)
-    header = {
-        "model": h.model_settings(),
-        "fingerprint": filled_model(h).fingerprint(),
-        "tokenizer": "0" * 64,
-    }
-    path = tmp_path_factory.mktemp("teacher") / "teacher.ptz"
-    path.write_bytes(train_gpt.write_artifact(header, filled_model(h).state_dict())[0])
-    return path
+def same_value(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return one is other or (type(one) is type(other) and one == other)
 
 
 @pytest.fixture(scope="module")
@@ -484,12 +319,11 @@ def seen(data_settings):
 
 
 @pytest.mark.parametrize("name", OBSERVED)
-def test_a_setting_changes_what_it_names(name, seen, teacher):
+def test_a_setting_changes_what_it_names(name, seen):
     case = OBSERVED[name]
-    value = teacher if case.value == "teacher.ptz" else case.value
     before = seen(case.by, case.beside)
-    after = seen(case.by, case.beside | {name: value})
-    changed = {part for part in before | after if not is_same(before.get(part), after.get(part))}
+    after = seen(case.by, case.beside | {name: case.value})
+    changed = {part for part in before | after if not same(before.get(part), after.get(part))}
     words = case.parts.split()
     expected = set(words) - {"only"}
     assert expected <= changed
@@ -501,4 +335,4 @@ def test_what_is_observed_changes_by_nothing_but_the_settings(by, data_settings)
     """Else the test before would show nothing."""
     case = next(case for case in OBSERVED.values() if case.by is by)
     h = data_settings(**case.beside)
-    assert is_same(by(h), by(h))
+    assert same(by(h), by(h))

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import itertools
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import ROOT, head_input, train_gpt
+from helpers import ROOT, finish, head_input, start, train_gpt
 from reference import linear_map, normal, tokens
 
 # ---- The forward pass, restated ------------------------------------------------------------------
@@ -105,7 +102,11 @@ class Restated:
             last = self.h.bigram_vocab_size - 1
             pairs = itertools.pairwise(row)
             hashed = [last, *(((36313 * now) ^ (27191 * before)) % last for before, now in pairs)]
-            x = x + p["bigram_scale"] * self.linear("bigram.proj", p["bigram.weight"][hashed])
+            rows, signs = p["bigram.weight"][hashed], self.model.bigram.signs
+            if signs:
+                rows = rows * signs["previous"].weight[[0, *row[:-1]]]
+                rows = rows * signs["current"].weight[row]
+            x = x + p["bigram_scale"] * self.linear("bigram.proj", rows)
         x = rms_normalized(x)
         if self.h.smear_enabled:
             gate, before = torch.sigmoid(p["smear_gate"]), torch.cat([0 * x[:1], x[:-1]])
@@ -176,6 +177,7 @@ class Restated:
         {"map_seed": 7, "map_seed_stride": 99},
         {"map_basis": "learned"},
         {"map_basis": "attention.v@1-2=orthogonal"},
+        {"map_basis": "orthogonal,bigram.signs=rademacher"},
         {"map_basis": "orthogonal,bigram=gaussian,value_embedding=orthogonal"},
         {"map_adapter": "sparse:0.2+lora:4", "map_scale": "row", "map_gate": "mlp=0.5"},
         {"mlp_gated": 1, "map_adapter": "vera:3", "map_scale": "map", "map_gate": "mlp=0.5"},
@@ -207,27 +209,18 @@ def test_the_types_that_train_agree_with_float64(settings, random_model, dtype):
     assert (logits - exact).norm() < 24 * torch.finfo(dtype).eps * exact.norm()
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("shape", [(2, 3, 8), (4, 1)])
-def test_the_norm_is_torchs_with_its_gradient(shape, scale):
-    x, weights = normal(*shape).requires_grad_(), normal(*shape, seed=1)
-    y, expected = train_gpt.norm(x, scale), scale * F.rms_norm(x, shape[-1:])
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    mine, theirs = (torch.autograd.grad((each * weights).sum(), x)[0] for each in (y, expected))
-    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
-
-
-def test_the_norm_of_rotated_vectors_with_a_gain_for_each_head():
+@pytest.mark.parametrize("scale", [0.3, torch.tensor([[0.2], [-1.5], [1.0]]).double()])
+def test_the_norm_is_torchs_with_its_gradient(scale):
+    """By a number, or of rotated vectors by a gain for each head."""
     x, weights = normal(2, 5, 3, 8).requires_grad_(), normal(2, 5, 3, 8, seed=1)
-    gain = torch.tensor([[0.2], [-1.5], [1.0]], dtype=torch.float64).requires_grad_()
-    angles = normal(5, 1, 2, seed=2)
-    cos, sin = angles.cos(), angles.sin()
-    y = train_gpt.norm(x, gain, cos, sin)
-    expected = gain * F.rms_norm(train_gpt.rotate(x, cos, sin), (8,))
+    learned, turn, rotated_x = [x], (), x
+    if isinstance(scale, torch.Tensor):
+        learned.append(scale.requires_grad_())
+        turn = normal(5, 1, 2, seed=2).cos(), normal(5, 1, 2, seed=2).sin()
+        rotated_x = train_gpt.rotate(x, *turn)
+    y, expected = train_gpt.norm(x, scale, *turn), scale * F.rms_norm(rotated_x, (8,))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    ours, theirs = (
-        torch.autograd.grad((each * weights).sum(), (x, gain)) for each in (y, expected)
-    )
+    ours, theirs = (torch.autograd.grad((each * weights).sum(), learned) for each in (y, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -418,30 +411,15 @@ def test_members_of_an_ensemble_learn_each_for_itself(ensemble):
 
 def test_members_of_an_ensemble_have_maps_and_weights_of_their_own(settings):
     model = train_gpt.make_model(settings(ensemble=3))
-    seeds = [spec.seed for spec in model.random_maps()]
-    assert len(seeds) == len(set(seeds)) == 3 * 24
-    for name in ("blocks.0.mlp.fc.weight", "embedding.weight", "blocks.0.mlp.fc.lora.B"):
-        path, _, last = name.rpartition(".")
-        values = [getattr(member.get_submodule(path), last) for member in model.members]
-        for one, other in itertools.combinations(values, 2):
-            assert not torch.equal(one, other)
+    assert len({spec.seed for spec in model.random_maps()}) == 3 * 24
+    for one, other in itertools.combinations(model.members, 2):
+        ours, theirs = one.blocks[0].mlp.fc, other.blocks[0].mlp.fc
+        assert not torch.equal(ours.weight, theirs.weight)
+        assert not torch.equal(ours.lora.B, theirs.lora.B)
+        assert not torch.equal(one.embedding.weight, other.embedding.weight)
 
 
 # ---- Recurrence and dropout ----------------------------------------------------------------------
-
-
-def order_of(model: train_gpt.GPT) -> list[int]:
-    """Return the layers that really run, one after the other."""
-    seen = []
-    hooks = [
-        block.register_forward_pre_hook(lambda *_, layer=i: seen.append(layer))
-        for i, block in enumerate(model.blocks)
-    ]
-    with torch.no_grad():
-        model.predict(tokens(1, 8))
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 @pytest.mark.parametrize(
@@ -454,14 +432,17 @@ def order_of(model: train_gpt.GPT) -> list[int]:
     ],
 )
 def test_layers_recur_in_this_order(settings, layers, recurring, times, expected):
-    """From RECUR_FRAC on."""
-    h = settings(num_layers=layers, recur_layers=recurring, recur_times=times, recur_frac=0.4)
-    model = train_gpt.make_model(h)
-    assert h.block_order == order_of(model) == expected
+    h = settings(num_layers=layers, recur_layers=recurring, recur_times=times)
+    assert h.block_order == expected
+
+
+def test_layers_recur_from_their_fraction_of_training_on(settings, random_model):
+    h, ids = settings(recur_layers="1-2", recur_frac=0.4), tokens(2, 16)
+    model, plain = random_model(h), random_model(settings())
     phases = train_gpt.Phases(h, model, None, compiled=False)
     for progress, recurs in ((0.0, False), (0.39, False), (0.4, True), (1.0, True), (0.0, False)):
         phases.enter(progress)
-        assert order_of(model) == (expected if recurs else list(range(layers)))
+        assert torch.equal(model.predict(ids), plain.predict(ids)) is not recurs
 
 
 @pytest.mark.parametrize("parallel", [0, 4])
@@ -487,34 +468,22 @@ def test_initial_values_are_the_references(settings):
     torch.manual_seed(0)
     h = settings(num_layers=5, vocab_size=512, model_dim=64)
     values = {name: p.detach() for name, p in train_gpt.GPT(h).named_parameters()}
-    constants = {
-        "lora.A": 0,
-        "q_gain": 1.5,
-        "attention_scale": 1,
-        "mlp_scale": 1,
-        "value_gate": 0,
-        "bigram.weight": 0,
-        "bigram_scale": 0.05,
-        "smear_gate": 0,
-        "skip_weights": 1,
-    }
+    constants = {"q_gain": 1.5, "attention_scale": 1, "mlp_scale": 1, "bigram_scale": 0.05}
+    constants |= {"skip_weights": 1, "smear_gate": 0, "value_gate": 0}
+    constants |= {"lora.A": 0, "bigram.weight": 0}
     for ending, constant in constants.items():
-        found = [p for name, p in values.items() if name.endswith(ending)]
-        assert found, ending
-        assert torch.cat([p.flatten() for p in found]).unique().tolist() == pytest.approx(
-            [constant]
-        )
+        found = [p.flatten() for name, p in values.items() if name.endswith(ending)]
+        assert torch.cat(found).unique().tolist() == pytest.approx([constant]), ending
     for name in [name for name in values if name.endswith("lora.B")]:
-        p = values[name]
-        assert p.mean().abs() < 0.4 * p.size(1) ** -0.5, name
-        assert p.std() == pytest.approx(p.size(1) ** -0.5, rel=0.2), name
+        std = values[name].size(1) ** -0.5
+        assert values[name].mean().abs() < 0.4 * std, name
+        assert values[name].std() == pytest.approx(std, rel=0.2), name
     for layer in range(5):
         share = 1 / (1 + math.exp(-3 * (layer / 4 - 0.5)))
-        stream, embedding = (values[f"blocks.{layer}.{of}_mix"] for of in ("stream", "embedding"))
-        torch.testing.assert_close(stream, torch.full((64,), share))
-        torch.testing.assert_close(embedding, torch.full((64,), 1 - share))
+        for of, expected in (("stream", share), ("embedding", 1 - share)):
+            mix = values[f"blocks.{layer}.{of}_mix"]
+            torch.testing.assert_close(mix, torch.full((64,), expected))
     assert values["embedding.weight"].std() == pytest.approx(0.005, rel=0.03)
-    assert values["skip_weights"].shape == (2, 64)
     assert "blocks.0.attention.value_gate" not in values, "layer 0 has no earlier values to add"
 
 
@@ -536,10 +505,6 @@ def test_a_new_model_knows_nothing_and_follows_the_seed(settings):
 def test_loading_restores_the_logits_exactly_and_keeps_the_buffers(settings, random_model):
     """A frozen buffer that loading re-creates would throw the compiled graph away."""
     saved, ids = random_model(settings()), tokens(2, 16)
-    file = io.BytesIO()
-    torch.save(saved.state_dict(), file)
-    file.seek(0)
-    torch.manual_seed(99)
     model = train_gpt.GPT(settings())
 
     def addresses():
@@ -547,7 +512,7 @@ def test_loading_restores_the_logits_exactly_and_keeps_the_buffers(settings, ran
         return {name: tensor.data_ptr() for name, tensor in tensors}
 
     before = addresses()
-    model.load_state_dict(torch.load(file, weights_only=True))
+    model.load_state_dict(saved.state_dict())
     assert addresses() == before
     with torch.no_grad():
         assert torch.equal(model.predict(ids), saved.predict(ids))
@@ -561,34 +526,18 @@ def test_importing_the_script_has_no_side_effects(tmp_path):
 
     Nothing is read, made, printed or joined.
     """
-    code = """if True:
-        import threading, torch
-        before = torch.get_rng_state()
-        import train_gpt
-        assert torch.equal(torch.get_rng_state(), before)
-        assert not torch.distributed.is_initialized()
-        assert not torch.cuda.is_initialized()
-        assert threading.active_count() == 1
-    """
-    shell = {
-        "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "NUM_LAYERS": "banana",
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-        "LOCAL_RANK": "7",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | shell,
-        timeout=100,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = """
+import threading, torch
+before = torch.get_rng_state()
+import train_gpt
+assert torch.equal(torch.get_rng_state(), before)
+assert not torch.distributed.is_initialized()
+assert not torch.cuda.is_initialized()
+assert threading.active_count() == 1
+"""
+    rank = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    shell = {"PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": 1, "NUM_LAYERS": "banana"} | rank
+    done = finish(start(shell, launcher=("-c", code), cwd=tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -626,11 +575,11 @@ def test_sizes_of_the_full_configuration():
 @pytest.mark.parametrize(
     ("amx", "avx512", "maker", "expected"),
     [
-        (True, True, "GenuineIntel", torch.bfloat16),
-        (False, True, "AuthenticAMD", torch.bfloat16),
-        (False, True, None, torch.bfloat16),
-        (False, True, "GenuineIntel", torch.float32),
-        (False, False, "AuthenticAMD", torch.float32),
+        (True, True, "GenuineIntel", "bfloat16"),
+        (False, True, "AuthenticAMD", "bfloat16"),
+        (False, True, None, "bfloat16"),
+        (False, True, "GenuineIntel", "float32"),
+        (False, False, "AuthenticAMD", "float32"),
     ],
 )
 def test_the_type_is_the_one_that_this_cpu_multiplies_faster(
@@ -641,56 +590,50 @@ def test_the_type_is_the_one_that_this_cpu_multiplies_faster(
     if maker:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {maker}\n")
     monkeypatch.setattr(train_gpt, "Path", lambda path: tmp_path)  # for /proc
-    auto = train_gpt.load_settings({})
-    assert train_gpt.resolve_dtype(auto, on_cuda=False) is expected
-    assert train_gpt.resolve_dtype(auto, on_cuda=True) is torch.bfloat16
-    for name in ("float32", "bfloat16"):
-        h = train_gpt.load_settings({}, dtype=name)
-        for on_cuda in (False, True):
-            assert train_gpt.resolve_dtype(h, on_cuda) is getattr(torch, name)
+    for asked in ("auto", "float32", "bfloat16"):
+        h = train_gpt.load_settings({}, dtype=asked)
+        for on_cuda, auto in ((False, expected), (True, "bfloat16")):
+            found = train_gpt.resolve_dtype(h, on_cuda)
+            assert found is getattr(torch, auto if asked == "auto" else asked)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "available", "on_cuda"),
-    [("auto", True, True), ("auto", False, False), ("cuda", True, True), ("cpu", True, False)],
+    ("wanted", "usable", "is_there", "visible", "device"),
+    [
+        ("auto", True, True, "0", "cuda:3"),
+        ("cuda", True, True, "0", "cuda:3"),
+        ("cpu", True, True, "0", "cpu"),
+        ("auto", False, False, "0", "cpu"),
+        ("auto", False, True, "", "cpu"),  # hidden on purpose
+        ("auto", False, True, "-1", "cpu"),
+        ("cpu", False, True, "0", "cpu"),
+        ("auto", False, True, "0", "error"),  # the CPU is hundreds of times slower
+        ("cuda", False, True, "0", "error"),
+        ("cuda", False, False, "0", "error"),
+    ],
 )
 def test_the_device_is_the_gpu_unless_there_is_none_or_nobody_wants_it(
-    wanted, available, on_cuda, monkeypatch, tmp_path
+    wanted, usable, is_there, visible, device, monkeypatch, tmp_path
 ):
     """COMPILE=auto compiles on the GPU alone."""
-    monkeypatch.setattr(train_gpt, "GPU_FILE", tmp_path / "nvidia0")  # it is not there
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(train_gpt, "GPU_FILE", tmp_path / "nvidia0")
+    if is_there:
+        train_gpt.GPU_FILE.touch()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    dist = train_gpt.Distributed(train_gpt.load_settings({}, device=wanted))
-    assert (dist.on_cuda, dist.compile) == (on_cuda, on_cuda)
-    assert str(dist.device) == ("cuda:3" if on_cuda else "cpu")
-    assert dist.device_name == "GPU 3" if on_cuda else dist.device_name.endswith("CPU")
+    h = train_gpt.load_settings({}, device=wanted)
+    if device == "error":
+        with pytest.raises(train_gpt.UserError, match=r"no usable GPU.*DEVICE=cpu"):
+            train_gpt.Distributed(h)
+        return
+    dist = train_gpt.Distributed(h)
+    assert (str(dist.device), dist.on_cuda, dist.compile) == (device, *[device != "cpu"] * 2)
+    assert dist.device_name == "GPU 3" if dist.on_cuda else dist.device_name.endswith("CPU")
     for choice in ("0", "1"):
         h = train_gpt.load_settings({}, device=wanted, compile=choice)
         assert train_gpt.Distributed(h).compile == (choice == "1")
-
-
-@pytest.mark.parametrize(("wanted", "is_there"), [("cuda", False), ("cuda", True), ("auto", True)])
-def test_a_gpu_that_torch_cannot_use_is_an_error(wanted, is_there, monkeypatch, tmp_path):
-    """Else the run would go on hundreds of times slower on the CPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train_gpt, "GPU_FILE", tmp_path / "nvidia0")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if is_there:
-        train_gpt.GPU_FILE.touch()
-    with pytest.raises(train_gpt.UserError, match=r"no usable GPU.*DEVICE=cpu"):
-        train_gpt.Distributed(train_gpt.load_settings({}, device=wanted))
-    assert not train_gpt.Distributed(train_gpt.load_settings({}, device="cpu")).on_cuda
-
-
-@pytest.mark.parametrize("visible", ["", "-1"])
-def test_a_gpu_that_is_hidden_on_purpose_is_left_alone(visible, monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train_gpt, "GPU_FILE", tmp_path / "nvidia0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    train_gpt.GPU_FILE.touch()
-    assert not train_gpt.Distributed(train_gpt.load_settings({}, device="auto")).on_cuda
 
 
 # ---- Compiled ------------------------------------------------------------------------------------

@@ -44,37 +44,28 @@ def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shap
     assert torch.equal(train_gpt.orthogonalize(0 * g, 5), 0 * g)
 
 
-@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
-def test_muon_is_nesterov_momentum_orthogonalized_with_decoupled_decay(shape):
-    torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(shape))
-    w, momentum = p.detach().double(), torch.zeros(shape, dtype=torch.float64)
-    optimizer = train_gpt.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.04)
-    for _ in range(3):
-        p.grad = torch.randn(shape)
-        gradient = p.grad.double()
-        optimizer.step()
-        momentum = 0.9 * momentum + gradient
-        update = newton_schulz(gradient + 0.9 * momentum)
-        w = w * (1 - 0.1 * 0.04) - 0.1 * max(1, shape[0] / shape[1]) ** 0.5 * update
-        torch.testing.assert_close(p.detach().double(), w, rtol=1e-6, atol=ROUNDING)
-
-
-def test_muon_in_batches_is_muon_one_by_one():
+def test_muon_is_nesterov_momentum_orthogonalized_with_decoupled_decay():
     """Matrices of one shape share a batch; one without a gradient is left alone."""
     torch.manual_seed(0)
-    shapes = [(6, 10), (10, 6), (6, 10), (5, 5), (6, 10)]
-    together = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    alone = [torch.nn.Parameter(p.detach().clone()) for p in together]
-    untouched = together[4].detach().clone()
-    for p, other in zip(together[:4], alone[:4], strict=True):
-        p.grad = torch.randn_like(p)
-        other.grad = p.grad.clone()
-        train_gpt.Muon([other]).step()
-    train_gpt.Muon(together).step()
-    for p, other in zip(together[:4], alone[:4], strict=True):
-        torch.testing.assert_close(p, other, rtol=1e-6, atol=ROUNDING)
-    assert torch.equal(together[4], untouched)
+    shapes = [(24, 8), (8, 24), (24, 8), (5, 5)]
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in [*shapes, (24, 8)]]
+    *weights, untouched = [p.detach().double() for p in params]
+    momenta = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    optimizer = train_gpt.Muon(params, lr=0.1, momentum=0.9, weight_decay=0.04)
+    for _ in range(3):
+        for p in params[:-1]:
+            p.grad = torch.randn(p.shape)
+        gradients = [p.grad.double() for p in params[:-1]]
+        optimizer.step()
+        for i, (p, gradient, (rows, columns)) in enumerate(
+            zip(params[:-1], gradients, shapes, strict=True)
+        ):
+            momenta[i] = 0.9 * momenta[i] + gradient
+            update = newton_schulz(gradient + 0.9 * momenta[i])
+            step = 0.1 * max(1, rows / columns) ** 0.5 * update
+            weights[i] = weights[i] * (1 - 0.1 * 0.04) - step
+            torch.testing.assert_close(p.detach().double(), weights[i], rtol=1e-6, atol=ROUNDING)
+    assert torch.equal(params[-1].double(), untouched)
 
 
 def test_a_step_warms_momentum_up_and_scales_every_learning_rate(settings, random_model, processes):
@@ -154,6 +145,28 @@ def test_averages_that_are_off_or_empty_are_no_candidates(settings):
         averages = train_gpt.WeightAverages([p], settings(ema_decay=decay))
         averages.load_state_dict(trained.state_dict())
         assert set(averages.candidates()) == expected
+
+
+def test_averages_leave_frozen_tensors_as_they_stand(settings):
+    h = settings(ema_decay=0.9, swa_interval=1, swa_threshold=1)
+    frozen, learned = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    averages = train_gpt.WeightAverages([frozen, learned], h)
+    for step in range(8):
+        with torch.no_grad():
+            frozen.add_(float(frozen.requires_grad))
+            learned.add_(1.0)
+        averages.update(step, 0.5)
+        if step == 3:
+            frozen.requires_grad_(False)
+    assert all(frozen not in means for means in averages.means.values()), "their memory is freed"
+    ages = range(7, -1, -1)
+    ema = sum(0.9**age * (8 - age) for age in ages) / sum(0.9**age for age in ages)
+    found = averages.candidates()
+    for name, expected in {"last": 8, "swa": 4.5, "ema": ema}.items():
+        kept, mean = found[name]
+        assert kept.tolist() == [4, 4, 4]
+        assert mean.tolist() == pytest.approx([expected] * 3, rel=1e-5)
+        assert kept.data_ptr() != frozen.data_ptr(), "a candidate is a copy"
 
 
 # ---- Clock and schedule --------------------------------------------------------------------------

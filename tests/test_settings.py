@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 
 import pytest
 
 import helpers
-from helpers import SETTINGS, train_gpt
+from helpers import ROOT, SETTINGS, train_gpt
 
 UserError, UNSUPPORTED = train_gpt.UserError, train_gpt.UNSUPPORTED
 build_map_table, load_settings = train_gpt.build_map_table, train_gpt.load_settings
@@ -51,11 +52,8 @@ def random_maps(h: train_gpt.Hyperparameters) -> list[str]:
 
 
 def test_published_command_is_accepted():
-    command = (
-        "USE_RANDOM_ADAPTERS=1 RANDOM_ADAPTER_RANK=32 RANDOM_ADAPTER_SEED=12345 NGRAM_EVAL=0"
-        " KNN_LAMBDA=0 SEED=42 OMP_NUM_THREADS=1"
-    )
-    h = load(dict(assignment.split("=") for assignment in command.split()))
+    variables = {"USE_RANDOM_ADAPTERS": 1, "RANDOM_ADAPTER_RANK": 32, "RANDOM_ADAPTER_SEED": 12345}
+    h = load(variables | {"NGRAM_EVAL": 0, "KNN_LAMBDA": 0, "SEED": 42, "OMP_NUM_THREADS": 1})
     assert (h.map_basis, h.map_adapter, h.map_seed) == ("orthogonal", "lora:32", 12_345)
     assert build_map_table(h) == build_map_table(load({}))
     assert h.seed == 42
@@ -77,14 +75,6 @@ def test_settings_of_an_artifact_come_back_with_all_their_defaults():
     again = load_settings({}, **h.as_dict())
     assert again == h
     assert (h.explicit, again.explicit) == ({"warmdown_frac"}, train_gpt.SETTINGS.keys())
-
-
-@pytest.mark.parametrize("name", ["MAP_SEED", "RANDOM_ADAPTER_SEED", "RANDOM_BASIS_SEED"])
-def test_hexadecimal_seeds(name):
-    h = load({"SEED": "0xD15EA5E", name: "0xd15ea5e"})
-    table = build_map_table(h)
-    assert h.seed == h.map_seed == table["blocks.0.attention.q"].seed == 219_540_062
-    assert build_map_table(load({name: "219540062"})) == table
 
 
 def test_maps_of_embeddings_are_random_only_by_name():
@@ -130,9 +120,18 @@ def test_text_that_names_no_layers_is_refused(text):
         train_gpt.parse_layers(text, 11)
 
 
-def test_a_selector_counts_layers_from_the_end():
+@pytest.mark.parametrize(
+    ("selector", "kinds"),
+    [
+        ("mlp.fc@-1", ["mlp.fc"]),
+        ("mlp.in@-1", ["mlp.gate", "mlp.fc"]),
+        ("mlp@10", ["mlp.gate", "mlp.fc", "mlp.proj"]),
+    ],
+)
+def test_a_selector_names_kinds_and_layers_also_from_the_end(selector, kinds):
     """And the last rule that selects a map wins."""
-    assert random_maps(load({"MAP_BASIS": "learned,mlp.fc@-1=gaussian"})) == ["blocks.10.mlp.fc"]
+    h = load({"MAP_BASIS": f"learned,{selector}=gaussian", "MLP_GATED": 1})
+    assert set(random_maps(h)) == {f"blocks.10.{kind}" for kind in kinds}
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -146,9 +145,6 @@ def test_help_lists_every_setting_and_ends_well():
     for name, field in train_gpt.SETTINGS.items():
         for part in (str(field.default), field.metadata["meaning"]):
             assert part in documented[name.upper()]
-    assert re.search(r"^  NUM_LAYERS .* \[1 to 256\]$", out, re.MULTILINE)
-    assert re.search(r"^  DEVICE .* \[auto, cpu, cuda\]$", out, re.MULTILINE)
-    assert re.search(r"^  TARGET_BYTES .* \[at least 0\]$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("argument", ["--num-layers=3", "NUM_LAYERS=3"])
@@ -162,6 +158,12 @@ def test_an_argument_is_refused(argument, capsys):
 
 # ---- Variables of published scripts --------------------------------------------------------------
 
+# The 121 variables of PR #1113, #1684, #1301, #1295, #1228, #2058, #1549 and the naive baseline,
+# with their defaults.
+with (ROOT / "tests" / "golden" / "published_switches.tsv").open(encoding="utf-8") as file:
+    SWITCHES = {
+        row["variable"]: row["read by (default)"] for row in csv.DictReader(file, delimiter="\t")
+    }
 SYSTEM_B = {"map_basis": "mlp=gaussian", "map_gate": "mlp.fc=0"}
 OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "RAND_GAIN")
 
@@ -169,8 +171,14 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
 @pytest.mark.parametrize(
     ("variables", "columns"),
     [
+        ({"MAP_SEED": "0xD15EA5E"}, {"map_seed": 219_540_062}),
+        ({"SEED": "0x10", "RANDOM_ADAPTER_SEED": "0x20"}, {"seed": 16, "map_seed": 32}),
         ({"ADAPTER_LR": 0.01}, {"factor_lr": 0.01}),
         ({"ADAPTER_RANK": 8, "RANDOM_BACKBONE_SEED": 7}, {"map_adapter": "lora:8", "map_seed": 7}),
+        (
+            {"RANDOM_ADAPTER_RANK": 8, "RANDOM_ADAPTER_SEED": 0},
+            {"map_adapter": "lora:8", "map_seed": 0},
+        ),
         ({"MLP_RANK": 4}, {"map_basis": "mlp=orthogonal", "map_adapter": "lora:4"}),
         ({"ENABLE_LOOPING_AT": 0.5}, {"recur_frac": 0.5}),
         ({"PARALLEL_RESIDUAL_START": 7}, {"parallel_from": 7}),
@@ -180,21 +188,12 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
         ({"STRIDE": 128, "SWA_EVERY": 25}, {"eval_stride": 128, "swa_interval": 25}),
         ({"USE_RANDOM_ADAPTERS": 0, "RANDOM_ADAPTER_RANK": 8}, {"map_basis": "learned"}),
         (
-            {"RANDOM_ADAPTER_RANK": 8, "RANDOM_ADAPTER_SEED": 0},
-            {"map_adapter": "lora:8", "map_seed": 0},
-        ),
-        (
             {"RANDOM_BASIS_ENABLED": 1},
             SYSTEM_B | {"map_adapter": "lora:16", "map_seed": 0xD15EA5E, "map_seed_stride": 1009},
         ),
         (
-            {
-                "RANDOM_BASIS_ENABLED": 1,
-                "LORA_RANK": 8,
-                "RANDOM_BASIS_SEED": "0x10",
-                "MAP_SEED_STRIDE": 50,
-            },
-            SYSTEM_B | {"map_adapter": "lora:8", "map_seed": 16, "map_seed_stride": 50},
+            {"RANDOM_BASIS_ENABLED": 1, "RANDOM_BASIS_SEED": "0x10", "MAP_SEED_STRIDE": 50},
+            SYSTEM_B | {"map_adapter": "lora:16", "map_seed": 16, "map_seed_stride": 50},
         ),
         (
             {"USE_RANDOM_ADAPTERS": 0, "SELECTIVE_FREEZE": 1},
@@ -210,11 +209,8 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
             },
         ),
         (dict.fromkeys(OFF, 0), {}),
-        (dict.fromkeys(OFF[2:3], "0.0"), {}),
-        (
-            {"LORA_RANK": 16, "MAP_ADAPTER": "lora:16", "RANDOM_ADAPTER_RANK": 16},
-            {"map_adapter": "lora:16"},
-        ),
+        ({"PROGRESSIVE_FREEZE_FRAC": "0.0"}, {}),
+        ({"LORA_RANK": 16, "RANDOM_ADAPTER_RANK": 16}, {"map_adapter": "lora:16"}),
     ],
 )
 def test_published_variables_are_what_they_expand_to(variables, columns):
@@ -249,7 +245,6 @@ def test_published_variables_that_contradict_each_other_are_refused(variables, s
         ("RAND_GAIN", "-1", "RAND_GAIN"),
         ("RANDOM_ADAPTER_RANK", "many", "MAP_ADAPTER"),
         ("LORA_RANK", "0", "MAP_ADAPTER"),
-        ("LORA_RANK", "513", "MAP_ADAPTER"),
         ("RANDOM_BASIS_SEED", "0xfg", "MAP_SEED"),
         ("PROGRESSIVE_FREEZE_FRAC", "1.5", "MAP_FREEZE"),
         ("RAND_PROJ_LAYERS", "0,x", "MAP_BASIS"),
@@ -262,13 +257,30 @@ def test_impossible_value_of_a_published_variable_is_refused(name, value, settin
     assert value.replace(",", "+") in line
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("TTT_ENABLED", "0.0"), ("TTT_CHUNK_TOKENS", "65_536"), ("TTT_MOMENTUM", ".90")],
-)
-def test_values_that_change_nothing_may_be_written_in_another_way(name, value):
-    assert load({name: value}) == load({})
-    assert faults({name: "7"}) == [f"{name}=7: {UNSUPPORTED[name][0]}; unset it"]
+def test_each_published_variable_is_understood_or_has_a_reason():
+    assert len(SWITCHES) == 121
+    for name in SWITCHES:
+        assert (name in SETTINGS) != (name in UNSUPPORTED), name
+
+
+@pytest.mark.parametrize("name", [name for name in SWITCHES if name in UNSUPPORTED])
+def test_an_unsupported_switch_is_refused_by_name_unless_it_changes_nothing(name):
+    """What changes nothing is a published default, in this or another spelling, or off."""
+    numbers = re.findall(r"\((.*?)\)(?:;|$)", SWITCHES[name].replace("_", "").replace(" ", ""))
+    published = [number.strip("'\"") for number in numbers]
+    reason, harmless = UNSUPPORTED[name]
+    for default in filter(None, harmless):
+        assert load({name: default}) == load({})
+        is_published = any(
+            train_gpt.same_value(default.replace("_", ""), text) for text in published
+        )
+        assert is_published or default in ("0", "0.0", "1", "./data", "524288")
+    assert faults({name: "17"}) == [f"{name}=17: {reason}; unset it"]
+
+
+def test_values_that_change_nothing_may_be_written_in_another_way():
+    variables = {"TTT_ENABLED": "0.0", "TTT_CHUNK_TOKENS": "65_536", "TTT_MOMENTUM": ".90"}
+    assert load(variables) == load({})
 
 
 # ---- Misspelled settings -------------------------------------------------------------------------
@@ -321,14 +333,12 @@ def test_common_variables_are_not_mistaken_for_settings():
     ("name", "value", "says"),
     [
         ("NUM_LAYERS", "many", "whole number"),
-        ("NUM_LAYERS", "2.5", "whole number"),
-        ("NUM_LAYERS", "", "whole number"),
         ("NUM_LAYERS", "0", "at least 1"),
         ("NUM_LAYERS", "257", "at most 256"),
         ("VOCAB_SIZE", "65537", "at most 65,536"),
-        ("MATRIX_LR", "fast", "number"),
         ("MATRIX_LR", "nan", "at least 0"),
         ("MAX_WALLCLOCK_SECONDS", "inf", "at least 0"),
+        ("PRUNE_PCT", "3", "at most"),
         ("DTYPE", "float16", "bfloat16, float32"),
         ("ATTENTION_BACKEND", "fa2", "'fa2' is none of fa3, cudnn, flash"),
         ("ATTENTION_BACKEND", "fa3", "one of torch's kernels"),
@@ -341,6 +351,12 @@ def test_impossible_value_is_refused(name, value, says):
     assert says in line
 
 
+def test_attention_kernels_come_in_the_order_asked_for():
+    h = load({"ATTENTION_BACKEND": "math, flash"})
+    assert train_gpt.attention_order(h) == ["math", "flash"]
+
+
+SIGNED = "orthogonal,bigram.signs=rademacher"
 TWO_TEACHERS = {"DISTILL_FROM": "some.ptz", "SELF_DISTILL": 1, "DISTILL_START_FRAC": 0.3}
 
 
@@ -353,7 +369,6 @@ TWO_TEACHERS = {"DISTILL_FROM": "some.ptz", "SELF_DISTILL": 1, "DISTILL_START_FR
         ({"ROPE_DIMS": 66}, "ROPE_DIMS=66 64"),
         ({"VE_LAYERS": "9,11"}, "VE_LAYERS=9,11 10"),
         ({"RECUR_LAYERS": "5-3"}, "RECUR_LAYERS=5-3"),
-        ({"RANDOM_ADAPTER_RANK": 257}, "MAP_ADAPTER=lora:257 256"),
         ({"MAP_SEED_STRIDE": 1}, "MAP_SEED_STRIDE=1 seed"),
         (TWO_TEACHERS, "DISTILL_FROM SELF_DISTILL=1"),
         ({"SELF_DISTILL": 1}, "SELF_DISTILL=1 DISTILL_START_FRAC"),
@@ -387,20 +402,22 @@ def test_impossible_combination_is_refused(variables, says):
         ("MAP_BASIS", "gaussian,", "'' learned"),
         ("MAP_BASIS", "mlp@11=gaussian", "11 layers 10"),
         ("MAP_BASIS", "MLP=gaussian", "'MLP' selector"),
-        ("MAP_BASIS", "attn=gaussian", "attn selects no map"),
         ("MAP_BASIS", "mlp.gate=gaussian", "mlp.gate selects no map"),
         ("MAP_BASIS", "m1.mlp=gaussian", "m1.mlp selects no map"),
         ("MAP_BASIS", "shared:0", "'shared:0' learned shared"),
         ("MAP_BASIS", "gaussian:2", "'gaussian:2' learned"),
         ("MAP_INIT", "one", "'one' orthogonal zero"),
-        ("MAP_GAIN", "attention.o=2", "attention.o selects no map"),
         ("MAP_GAIN", "inf", "'inf' number"),
         ("MAP_ADAPTER", "dora:4", "'dora' lora vera sparse none"),
         ("MAP_ADAPTER", "lora:4+", "'' lora"),
         ("MAP_ADAPTER", "lora", "'lora' rank 512 x 512"),
-        ("MAP_ADAPTER", "lora:0", "rank 1"),
         ("MAP_ADAPTER", "lora:1.5", "'lora:1.5' rank"),
+        ("MAP_ADAPTER", "lora:257", "'lora:257' rank 256"),
+        ("MAP_ADAPTER", "lora:4+lora:8", "lora"),
+        ("MAP_ADAPTER", "vera:0", "'vera:0' rank 1"),
+        ("MAP_ADAPTER", "combination:0", "'combination:0' 1"),
         ("MAP_ADAPTER", "sparse:nan", "density 1"),
+        ("MAP_ADAPTER", "sparse:0.0001", "density"),
         ("MAP_ADAPTER", "mask:3", "'mask:3' size"),
         ("MAP_SCALE", "column", "'column' none map row"),
         ("MAP_GATE", "nan", "'nan' number"),
@@ -419,10 +436,11 @@ def test_impossible_column_is_refused(name, value, says):
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        (
-            {"MAP_BASIS": "attention=gaussian", "MAP_ADAPTER": "mlp.fc=lora:4"},
-            "mlp.fc is learned in full",
-        ),
+        ({"MAP_BASIS": "learned", "MAP_ADAPTER": "mlp.fc=lora:4"}, "mlp.fc is learned in full"),
+        ({"MAP_BASIS": "orthogonal,bigram.signs=learned"}, "bigram.signs are none or random"),
+        ({"MAP_BASIS": "mlp=none"}, "only bigram.signs can be none"),
+        ({"MAP_BASIS": SIGNED, "MAP_SCALE": "bigram.signs=row"}, "and take no adapter or scale"),
+        ({"MAP_BASIS": SIGNED, "BIGRAM_VOCAB_SIZE": 0}, "bigram.signs selects no map"),
         (
             {"MAP_ADAPTER": "none", "MAP_FREEZE": "mlp.fc=0.5"},
             "mlp.fc is orthogonal and has no adapter, scale or gate to freeze",
@@ -443,10 +461,15 @@ def test_evaluation_takes_any_number_of_processes():
     load({"WORLD_SIZE": 5, "EVAL_ONLY": 1, "MODEL_PATH": "some.ptz"})
 
 
-def test_all_errors_are_reported_at_once():
+def test_a_run_refuses_all_errors_at_once(corpus, tmp_path):
     wrong = {"NUM_LAYERS": "x", "SEED": -1, "NUM_HEADS": 7, "TTT_ENABLED": 1, "EVAL_STRIED": 64}
-    message = "\n".join(faults(wrong))
-    for name in wrong:
-        assert name in message
+    places = corpus.settings | {"OUTPUT_DIR": tmp_path / "runs"}
+    message = helpers.refusal(places | {"VAL_BATCH_SIZE": "524_288"} | wrong)
+    assert all(name in message for name in wrong)
+    assert "VAL_BATCH_SIZE" not in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_keyword_that_is_no_setting_is_refused():
     with pytest.raises(UserError, match="layers: no such setting"):
         load_settings({}, layers=3)
