@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shlex
 import site
 import socket
 import subprocess
@@ -66,8 +67,6 @@ class CannotCheck(Exception):
 
 
 class Result(NamedTuple):
-    """The outcome of a check."""
-
     verdict: str  # pass, FAIL or not checked
     evidence: str
 
@@ -132,7 +131,6 @@ class Submission:
         return int(text)
 
     def claim(self, name: str) -> float:
-        """Return a figure of the results."""
         try:
             value = float(json.loads(self.part(RESULTS))[name])
         except (KeyError, TypeError, ValueError):
@@ -363,7 +361,6 @@ def check_evaluation(s: Submission) -> Result:
 
 
 def found_by_child(name: str, s: Submission) -> Result:
-    """Return what `probe` found in the child."""
     error = s.evaluation["error"]
     if error:
         raise CannotCheck(f"the script cannot be probed on the artifact: {error}")
@@ -706,11 +703,20 @@ def probe_scoring(p: Probed) -> Result:
     return judge(problems, f"in streams of {sizes} tokens every token after the first counts once")
 
 
+def command_of(settings: dict[str, str], hardware: Any) -> str:
+    """Return what repeats a run in a shell; `hardware` begins with the number of processes."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    processes = str(hardware).partition(" ")[0]
+    start = "python"
+    if processes.isdigit() and processes != "1":
+        start = f"torchrun --standalone --nproc_per_node={processes}"
+    return " \\\n    ".join([*words, f"{start} train_gpt.py"])
+
+
 # ---- Command -------------------------------------------------------------------------------------
 
 
 def table(results: dict[str, Result]) -> str:
-    """Return the results as text."""
     rows = []
     for name, (verdict, evidence) in results.items():
         indents = {"initial_indent": f"{name:<15}{verdict:<13}", "subsequent_indent": 28 * " "}
@@ -719,7 +725,6 @@ def table(results: dict[str, Result]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the checks need to know to a command line."""
     add = parser.add_argument
     add("--data", default="", help="folder of fineweb_{train,val}_*.bin (default: the log's)")
     add("--tokenizer", default="", help="SentencePiece model (default: the log's)")
@@ -732,7 +737,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -747,7 +751,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all checks; return the exit code."""
     options = parse(arguments)
     try:
         submission = Submission(options.folder, options)
