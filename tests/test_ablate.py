@@ -358,7 +358,7 @@ def test_stopped_comparison_continues(corpus, tmp_path):
     words += ["--budget", f"tokens={steps * STEP}", "OMP_NUM_THREADS=1"]
     options = {"script": TOOL, "cwd": tmp_path, "arguments": list(map(str, words))}
     process = helpers.start({}, **options)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not any(path.stat().st_size for path in out.glob("runs/*/metrics.jsonl")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)

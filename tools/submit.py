@@ -243,8 +243,9 @@ def readme(runs: list[Run], facts: dict[str, Any], table: str) -> str:
         total = facts["bytes_code"] + run.bytes_model
         rows.append(row.format(**dict.fromkeys(names, 0) | run.results, total=total))
     settings = {"DATA_PATH": "...", "TOKENIZER_PATH": "..."}
-    for name in first.results.get("settings", {}).keys() - check.PLACES:
-        settings[name] = first.parts.settings.get(name, "")
+    for name, value in first.parts.settings.items():
+        if name in first.results.get("settings", {}) and name not in check.PLACES:
+            settings[name] = value
     score = f"{facts['val_bpb']:.8f}"
     if len(runs) > 1:
         score += f" ± {facts['val_bpb_std']:.8f} (mean and deviation of {len(runs)} seeds)"
