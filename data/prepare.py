@@ -317,13 +317,13 @@ def named_files(names: list[str]) -> dict[Path, Path]:
     """
     found = {}
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            paths = [each for each in sorted(path.rglob("*")) if is_text_of(path, each)]
-        elif path.exists():
-            paths = [path]
-        else:
-            paths = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))))
+        path, is_folder = Path(name), Path(name).is_dir()
+        pattern = os.path.join(glob.escape(name), "**", "*") if is_folder else name
+        paths = [path]
+        if is_folder or not path.exists():  # what is hidden does not match
+            paths = sorted(filter(Path.is_file, map(Path, glob.glob(pattern, recursive=True))))
+        if is_folder:
+            paths = [each for each in paths if kind(each) in FOLDER_SUFFIXES]
         if not paths:
             kinds = ", ".join(FOLDER_SUFFIXES)
             raise PrepareError(
@@ -334,13 +334,6 @@ def named_files(names: list[str]) -> dict[Path, Path]:
             raise PrepareError(f"{name}: not a regular file, which can be read more than once")
         found |= {path.resolve(): path for path in paths}
     return found
-
-
-def is_text_of(folder: Path, path: Path) -> bool:
-    """Return whether a file below a folder is text that is neither hidden nor generated."""
-    parts = path.relative_to(folder).parts
-    is_skipped = any(part.startswith((".", "__pycache__")) for part in parts)
-    return kind(path) in FOLDER_SUFFIXES and path.is_file() and not is_skipped
 
 
 def open_file(path: Path) -> Source:
@@ -421,10 +414,8 @@ class Corpus:
         else:
             self.split = f"validation is about {100 * fraction:g} % of the documents"
             if shares[1] <= self.limit:
-                raise PrepareError(
-                    "there is no val text: too few documents for both training and validation;"
-                    " name more text, another --val-fraction or --val files"
-                )
+                advice = "name more text, another --val-fraction or --val files"
+                raise PrepareError(f"there is no val text: too few documents to part; {advice}")
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Yield (split, text) of each document, as if nothing were held out."""
@@ -488,11 +479,9 @@ def train_tokenizer(documents: Iterable[str], vocab: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise PrepareError(
-            f"--vocab {vocab}: no tokenizer of this size can be made of this text; 4 control"
-            " tokens, 256 bytes and each common character need a piece each"
-            f" ({one_line(error)})"
-        ) from None
+        pieces = "4 control tokens, 256 bytes and each common character need a piece each"
+        problem = f"--vocab {vocab}: no tokenizer of this size can be made of this text"
+        raise PrepareError(f"{problem}; {pieces} ({one_line(error)})") from None
     return model.getvalue()
 
 
@@ -503,9 +492,7 @@ def load_tokenizer(model: bytes, where: object) -> sentencepiece.SentencePiecePr
     except RuntimeError as error:
         raise PrepareError(f"{where}: not a SentencePiece model ({one_line(error)})") from None
     if tokenizer.is_unknown(tokenizer.piece_to_id("▁")):
-        raise PrepareError(
-            f"{where}: ▁ is no piece of its own, so bytes per token could not be counted"
-        )
+        raise PrepareError(f"{where}: ▁ is no piece, so bytes per token could not be counted")
     if tokenizer.bos_id() < 0 or tokenizer.vocab_size() > 65_536:
         raise PrepareError(f"{where}: needs a BOS piece and at most 65,536 pieces")
     return tokenizer
@@ -617,14 +604,10 @@ def split_tokens(folder: Path, split: str) -> int:
 
 def prepare_docs(args: argparse.Namespace) -> None:
     documents = python_documents()
-    order = sorted(documents, key=document_share)
-    validation, size, total = set(), 0, sum(map(len, documents.values()))
-    for key in order:
-        if size >= total * args.val_fraction:
-            break
-        validation.add(key)
+    pairs, size, total = [], 0, sum(map(len, documents.values()))
+    for key in sorted(documents, key=document_share):
+        pairs.append(("val" if size < total * args.val_fraction else "train", documents[key]))
         size += len(documents[key])
-    pairs = [("val" if key in validation else "train", documents[key]) for key in order]
     model = train_tokenizer((text for split, text in pairs if split == "train"), args.vocab)
     source = {"kind": "docs", "python": sys.version.split()[0], "numpy": np.__version__}
     write_dataset(args.out, args.name or "docs", model, source, pairs)
@@ -717,10 +700,8 @@ def fetch(repository: str, path: str, download: Path) -> Path:
     try:
         return Path(hf_hub_download(repository, path, repo_type="dataset", local_dir=download))
     except Exception as error:
-        raise PrepareError(
-            f"{repository}/{path} could not be fetched ({one_line(error)}); run the command again"
-            " to carry on where it stopped"
-        ) from None
+        problem = f"{repository}/{path} could not be fetched ({one_line(error)})"
+        raise PrepareError(f"{problem}; run the command again to carry on") from None
 
 
 # ---- Command line --------------------------------------------------------------------------------

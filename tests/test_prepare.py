@@ -320,7 +320,7 @@ def test_blank_lines_do_not_shift_validation(tmp_path):
 def tree(tmp_path) -> Path:
     """A folder with text of many kinds, what is hidden, and what is no text."""
     folder = tmp_path / "my notes"
-    kinds = ["a.md", "b/c.txt", "b/d.RST", "b/e.py", "f.html", ".git/g.txt", "__pycache__/h.txt"]
+    kinds = ["a.md", "b/c.txt", "b/d.RST", "b/e.py", "f.html", ".git/g.txt"]
     for text, name in zip(DOCUMENTS, [*kinds, ".i.md"], strict=False):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

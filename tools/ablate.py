@@ -288,8 +288,8 @@ class Runner:
     def command(self) -> list[str]:
         launcher = []
         if self.jobs == 1 and self.gpus > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone"]
-            launcher.append(f"--nproc_per_node={self.gpus}")
+            processes = f"--nproc_per_node={self.gpus}"
+            launcher = ["-m", "torch.distributed.run", "--standalone", processes]
         return [sys.executable, *launcher, str(self.script)]
 
     def environment(self, settings: dict[str, str], device: str) -> dict[str, str]:
@@ -348,9 +348,7 @@ class Runner:
         problem = self.budget.problem(results["steps"], results["train_seconds"])
         return figures | {"run": folder.name, "error": problem}
 
-    def result(
-        self, variant: Variant, seed: int, teacher: Future | None
-    ) -> tuple[dict[str, Any], str]:
+    def result(self, variant: Variant, seed: int, teacher: Future | None) -> tuple[dict, str]:
         """Return the row of a run, after its teacher's run, and what to remark on it."""
         if teacher:
             teacher.result()
@@ -363,9 +361,8 @@ class Runner:
             shutil.rmtree(folder)  # its training time was wrong
         row = dict.fromkeys(TEXT, "") | dict.fromkeys([*FIGURES, "tokens"], math.nan)
         row |= {"preset": variant.preset, "seed": seed, "variant": variant.id, "script": self.sha}
-        words = [f"{key}={text}" for key, text in variant.settings.items()]
-        row |= {"settings": " ".join(words), "budget": str(self.budget)}
-        row["torch"] = torch.__version__
+        row |= {"budget": str(self.budget), "torch": torch.__version__}
+        row["settings"] = " ".join(f"{key}={text}" for key, text in variant.settings.items())
         try:
             return row | self.run(variant, seed), ""
         except RunFailed as error:

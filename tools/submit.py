@@ -81,8 +81,7 @@ def pack(source: str) -> bytes:
     Names stay, except for local ones, and so does what --help prints of the module's docstring.
     CannotCheck if the source is no Python, or packed already.
     """
-    already = "the run's script is packed already; give a run of the readable script"
-    require("b85decode" not in source, already)
+    require("b85decode" not in source, "the run's script is packed already; give a readable one")
     try:
         help_text = ast.get_docstring(ast.parse(source), clean=False) or ""
     except (SyntaxError, ValueError) as error:
