@@ -79,16 +79,9 @@ class PrepareError(Exception):
 
 
 def shard_header(tokens: int, magic: int = SHARD_MAGIC, version: int = SHARD_VERSION) -> bytes:
-    """Return the header of a shard of this many tokens."""
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = magic, version, tokens
     return header.tobytes()
-
-
-def write_shard(path: Path, tokens: Iterable[int]) -> Path:
-    """Write tokens as one shard, which appears when it is whole."""
-    body = np.asarray(tokens, "<u2")
-    return write_whole(path, shard_header(len(body)) + body.tobytes())
 
 
 def shard_tokens(path: Path) -> int | None:
@@ -120,7 +113,6 @@ class SplitWriter:
         self.tokens = [np.empty(0, "<u2")]  # that are in no shard yet
 
     def add(self, text: str) -> None:
-        """Take one document."""
         self.texts.append(text)
         self.characters += len(text)
         self.counts["documents"] += 1
@@ -136,11 +128,11 @@ class SplitWriter:
             self.counts["tokens"] += len(ids)
         self.texts, self.characters = [], 0
         while self.counts["tokens"] - self.counts["shards"] * SHARD_TOKENS >= least:
-            tokens = np.concatenate(self.tokens)
-            name = f"fineweb_{self.split}_{self.counts['shards']:06d}.bin"
-            write_shard(self.folder / name, tokens[:SHARD_TOKENS])
+            tokens, rest = np.split(np.concatenate(self.tokens), [SHARD_TOKENS])
+            path = self.folder / f"fineweb_{self.split}_{self.counts['shards']:06d}.bin"
+            write_whole(path, shard_header(len(tokens)) + tokens.tobytes())
             self.counts["shards"] += 1
-            self.tokens = [tokens[SHARD_TOKENS:]]
+            self.tokens = [rest]
 
 
 # ---- Documents of Python -------------------------------------------------------------------------
@@ -230,10 +222,8 @@ def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
                 except UnicodeEncodeError as error:  # the byte was read as U+DC00 + byte
                     wrong = f"byte {ord(line[error.start]) - 0xDC00:#x}"
                 if wrong:
-                    raise PrepareError(
-                        f"{path}, line {number}: not UTF-8 text ({wrong}); convert the file, for"
-                        " example by `iconv -f latin1 -t utf-8`"
-                    )
+                    advice = "convert the file, for example by `iconv -f latin1 -t utf-8`"
+                    raise PrepareError(f"{path}, line {number}: not UTF-8 text ({wrong}); {advice}")
                 yield number, line
                 number += line.endswith("\n")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
@@ -249,10 +239,8 @@ def json_documents(path: Path) -> Iterator[str]:
             text = json.loads(line)["text"]
             text.encode()  # half a surrogate pair, which JSON can write, is no text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise PrepareError(
-                f'{path}, line {number}: needs a JSON object with a string "text" of whole'
-                " characters"
-            ) from None
+            needs = 'a JSON object with a string "text" of whole characters'
+            raise PrepareError(f"{path}, line {number}: needs {needs}") from None
         if text:
             yield text
 
@@ -298,7 +286,6 @@ def load_rows(name: str, *args: str | None, **options) -> dict[str, Rows]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without line ends."""
     return " ".join(str(error).split())
 
 
@@ -330,34 +317,22 @@ def named_files(names: list[str]) -> dict[Path, Path]:
     """
     found = {}
     for name in names:
-        path = Path(name)
-        if path.is_dir():
-            paths = folder_files(path)
-        elif path.exists():
-            paths = [path]
-        else:
-            paths = sorted(filter(Path.is_file, map(Path, glob.glob(name, recursive=True))))
+        path, is_folder = Path(name), Path(name).is_dir()
+        pattern = os.path.join(glob.escape(name), "**", "*") if is_folder else name
+        paths = [path]
+        if is_folder or not path.exists():  # what is hidden does not match
+            paths = sorted(filter(Path.is_file, map(Path, glob.glob(pattern, recursive=True))))
+        if is_folder:
+            paths = [each for each in paths if kind(each) in FOLDER_SUFFIXES]
         if not paths:
-            raise PrepareError(f"{name}: no such file or folder, or a pattern that no file matches")
+            kinds = ", ".join(FOLDER_SUFFIXES)
+            raise PrepareError(
+                f"{name}: no such file or folder, or a pattern that no file matches; of a folder"
+                f" only {kinds} are taken, and a pattern such as 'FOLDER/**/*.html' names others"
+            )
         if not all(path.is_file() for path in paths):
             raise PrepareError(f"{name}: not a regular file, which can be read more than once")
         found |= {path.resolve(): path for path in paths}
-    return found
-
-
-def folder_files(folder: Path) -> list[Path]:
-    """Return the files of text below a folder, without what is hidden or generated."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        skipped = any(part.startswith((".", "__pycache__")) for part in parts)
-        if kind(path) in FOLDER_SUFFIXES and path.is_file() and not skipped:
-            found.append(path)
-    if not found:
-        raise PrepareError(
-            f"{folder}: no file with {' '.join(FOLDER_SUFFIXES)} in this folder; a quoted pattern"
-            " such as 'FOLDER/**/*.html' names others"
-        )
     return found
 
 
@@ -388,7 +363,6 @@ def letters(text: str) -> int:
 
 
 def progress(documents: Iterable, what: str) -> Iterable:
-    """Return the documents; on a terminal, a line counts them."""
     if tqdm is None:
         return documents
     return tqdm(documents, desc=what, unit=" documents", disable=None, leave=False)
@@ -440,10 +414,8 @@ class Corpus:
         else:
             self.split = f"validation is about {100 * fraction:g} % of the documents"
             if shares[1] <= self.limit:
-                raise PrepareError(
-                    "there is no val text: too few documents for both training and validation;"
-                    " name more text, another --val-fraction or --val files"
-                )
+                advice = "name more text, another --val-fraction or --val files"
+                raise PrepareError(f"there is no val text: too few documents to part; {advice}")
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Yield (split, text) of each document, as if nothing were held out."""
@@ -507,11 +479,9 @@ def train_tokenizer(documents: Iterable[str], vocab: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise PrepareError(
-            f"--vocab {vocab}: no tokenizer of this size can be made of this text; 4 control"
-            " tokens, 256 bytes and each common character need a piece each"
-            f" ({one_line(error)})"
-        ) from None
+        pieces = "4 control tokens, 256 bytes and each common character need a piece each"
+        problem = f"--vocab {vocab}: no tokenizer of this size can be made of this text"
+        raise PrepareError(f"{problem}; {pieces} ({one_line(error)})") from None
     return model.getvalue()
 
 
@@ -522,9 +492,7 @@ def load_tokenizer(model: bytes, where: object) -> sentencepiece.SentencePiecePr
     except RuntimeError as error:
         raise PrepareError(f"{where}: not a SentencePiece model ({one_line(error)})") from None
     if tokenizer.is_unknown(tokenizer.piece_to_id("▁")):
-        raise PrepareError(
-            f"{where}: ▁ is no piece of its own, so bytes per token could not be counted"
-        )
+        raise PrepareError(f"{where}: ▁ is no piece, so bytes per token could not be counted")
     if tokenizer.bos_id() < 0 or tokenizer.vocab_size() > 65_536:
         raise PrepareError(f"{where}: needs a BOS piece and at most 65,536 pieces")
     return tokenizer
@@ -534,7 +502,7 @@ def load_tokenizer(model: bytes, where: object) -> sentencepiece.SentencePiecePr
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[Path]:
     """Keep other starts of this program from writing there; PrepareError if one does already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(path.name + ".lock")
@@ -542,12 +510,10 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PrepareError(
-                f"{path}: another start of prepare.py is making it; wait until that ends, or choose"
-                " another --name"
-            ) from None
+            busy = "another start of prepare.py is making it"
+            raise PrepareError(f"{path}: {busy}; wait for it or choose another --name") from None
         try:
-            yield
+            yield path
         finally:
             lock.unlink()
 
@@ -569,29 +535,24 @@ def write_dataset(
             f" move it and {tokenizer_path} away, or choose another --name"
         )
     if tokenizer_path.exists() and tokenizer_path.read_bytes() != model:
-        raise PrepareError(
-            f"{tokenizer_path} is another tokenizer; move it away or choose another --name"
-        )
+        advice = "move it away or choose another --name"
+        raise PrepareError(f"{tokenizer_path} is another tokenizer; {advice}")
     part = folder.with_name(folder.name + ".part")
     began = time.perf_counter()
-    try:
-        with locked(folder), contextlib.ExitStack() as stack:
-            shutil.rmtree(part, ignore_errors=True)  # what an interrupted run left
-            stack.callback(shutil.rmtree, part, ignore_errors=True)
-            part.mkdir()
-            writers = {split: SplitWriter(part, split, tokenizer) for split in ("val", "train")}
-            for split, text in progress(documents, "encoding"):
-                writers[split].add(text)
-            for writer in writers.values():
-                writer.write(1)
-            counts = {split: writer.counts for split, writer in writers.items()}
-            manifest = write_manifest(part, source, tokenizer_path, model, counts)
-            tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(tokenizer_path, model)
-            part.replace(folder)
-    finally:
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()  # goes only when it is empty
+    with locked(folder), contextlib.ExitStack() as stack:
+        shutil.rmtree(part, ignore_errors=True)  # what an interrupted run left
+        stack.callback(shutil.rmtree, part, ignore_errors=True)
+        part.mkdir()
+        writers = {split: SplitWriter(part, split, tokenizer) for split in ("val", "train")}
+        for split, text in progress(documents, "encoding"):
+            writers[split].add(text)
+        for writer in writers.values():
+            writer.write(1)
+        counts = {split: writer.counts for split, writer in writers.items()}
+        manifest = write_manifest(part, source, tokenizer_path, model, counts)
+        tokenizer_path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(tokenizer_path, model)
+        part.replace(folder)
     print(f"{in_words(folder, manifest)}, in {time.perf_counter() - began:.0f} s")
 
 
@@ -610,11 +571,9 @@ def write_manifest(folder: Path, source: dict, path: Path, model: bytes, counts:
 
 def in_words(folder: Path, manifest: dict) -> str:
     """Return what the last line printed says of a dataset."""
-    train, val = (manifest[split]["tokens"] for split in ("train", "val"))
-    return (
-        f"{folder}: {train:,} training and {val:,} validation tokens,"
-        f" vocabulary {manifest['vocab_size']}"
-    )
+    train, val = (f"{manifest[split]['tokens']:,}" for split in ("train", "val"))
+    vocab = manifest["vocab_size"]
+    return f"{folder}: {train} training and {val} validation tokens, vocabulary {vocab}"
 
 
 def made_before(out: Path, name: str, source: dict) -> str | None:
@@ -644,16 +603,11 @@ def split_tokens(folder: Path, split: str) -> int:
 
 
 def prepare_docs(args: argparse.Namespace) -> None:
-    """Make a dataset of the English that comes with Python."""
     documents = python_documents()
-    order = sorted(documents, key=document_share)
-    validation, size, total = set(), 0, sum(map(len, documents.values()))
-    for key in order:
-        if size >= total * args.val_fraction:
-            break
-        validation.add(key)
+    pairs, size, total = [], 0, sum(map(len, documents.values()))
+    for key in sorted(documents, key=document_share):
+        pairs.append(("val" if size < total * args.val_fraction else "train", documents[key]))
         size += len(documents[key])
-    pairs = [("val" if key in validation else "train", documents[key]) for key in order]
     model = train_tokenizer((text for split, text in pairs if split == "train"), args.vocab)
     source = {"kind": "docs", "python": sys.version.split()[0], "numpy": np.__version__}
     write_dataset(args.out, args.name or "docs", model, source, pairs)
@@ -697,52 +651,47 @@ def name_of(argument: str) -> str:
 
 def prepare_fineweb(args: argparse.Namespace) -> None:
     """Fetch the published shards one by one; those that are there and whole are kept."""
-    download = args.out / ".fineweb_download"
-    with locked(download):
-        fetch_fineweb(args, download)
-
-
-def fetch_fineweb(args: argparse.Namespace, download: Path) -> None:
-    fetch = functools.partial(fetch_file, args.repo, download)
-    published = json.loads(fetch("datasets/manifest.json").read_text())
-    name = f"{args.name or 'fineweb10B'}_{args.variant}"
-    entries = {each["name"]: each for each in published["datasets"]}
-    if name not in entries:
-        there = ", ".join(sorted(entries))
-        raise PrepareError(f"--variant {args.variant}: no {name} in {args.repo}; there are {there}")
-    counts = entries[name]["stats"]
-    if not 1 <= args.train_shards <= int(counts["files_train"]):
-        raise PrepareError(
-            f"--train-shards {args.train_shards}: {name} has {counts['files_train']}"
-        )
-    folder = args.out / "datasets" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = [f"fineweb_val_{i:06d}.bin" for i in range(int(counts["files_val"]))]
-    shards += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
-    for number, shard in enumerate(shards, 1):
-        if not (folder / shard).exists() or shard_tokens(folder / shard) is None:
-            path = fetch(f"datasets/datasets/{name}/{shard}")
-            if shard_tokens(path) is None:
-                path.unlink()
-                raise PrepareError(f"{args.repo}: {shard} is not a shard; run the command again")
-            path.replace(folder / shard)
-        print(f"{number}/{len(shards)} {shard}", file=sys.stderr)
-    models = {each["name"]: each["model_path"] for each in published["tokenizers"]}
-    model_path = args.out / "tokenizers" / Path(models[entries[name]["tokenizer_name"]]).name
-    model_path.parent.mkdir(parents=True, exist_ok=True)
-    if not model_path.exists():
-        fetch(f"datasets/tokenizers/{model_path.name}").replace(model_path)
-    source = {"kind": "fineweb", "repository": args.repo, "variant": args.variant}
-    tokens = {split: {"tokens": split_tokens(folder, split)} for split in ("train", "val")}
-    manifest = write_manifest(folder, source, model_path, model_path.read_bytes(), tokens)
-    shutil.rmtree(download, ignore_errors=True)
+    with locked(args.out / ".fineweb_download") as download:
+        published = json.loads(fetch(args.repo, "datasets/manifest.json", download).read_text())
+        name = f"{args.name or 'fineweb10B'}_{args.variant}"
+        entries = {each["name"]: each for each in published["datasets"]}
+        if name not in entries:
+            problem = f"--variant {args.variant}: no {name} in {args.repo}"
+            raise PrepareError(f"{problem}; there are {', '.join(sorted(entries))}")
+        counts = entries[name]["stats"]
+        if not 1 <= args.train_shards <= int(counts["files_train"]):
+            known = f"{name} has {counts['files_train']}"
+            raise PrepareError(f"--train-shards {args.train_shards}: {known}")
+        shards = [f"fineweb_val_{i:06d}.bin" for i in range(int(counts["files_val"]))]
+        shards += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
+        folder = args.out / "datasets" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, shard in enumerate(shards, 1):
+            if not (folder / shard).exists() or shard_tokens(folder / shard) is None:
+                path = fetch(args.repo, f"datasets/datasets/{name}/{shard}", download)
+                if shard_tokens(path) is None:
+                    path.unlink()
+                    problem = f"{shard} is not a shard"
+                    raise PrepareError(f"{args.repo}: {problem}; run the command again")
+                path.replace(folder / shard)
+            print(f"{number}/{len(shards)} {shard}", file=sys.stderr)
+        models = {each["name"]: each["model_path"] for each in published["tokenizers"]}
+        model_path = args.out / "tokenizers" / Path(models[entries[name]["tokenizer_name"]]).name
+        model_path.parent.mkdir(parents=True, exist_ok=True)
+        if not model_path.exists():
+            model = fetch(args.repo, f"datasets/tokenizers/{model_path.name}", download)
+            model.replace(model_path)
+        source = {"kind": "fineweb", "repository": args.repo, "variant": args.variant}
+        tokens = {split: {"tokens": split_tokens(folder, split)} for split in ("train", "val")}
+        manifest = write_manifest(folder, source, model_path, model_path.read_bytes(), tokens)
+        shutil.rmtree(download, ignore_errors=True)
     there = len(list(folder.glob("fineweb_train_*.bin")))
     if there > args.train_shards:
         print(f"all {there} training shards there are trained on, not only {args.train_shards}")
     print(in_words(folder, manifest))
 
 
-def fetch_file(repository: str, download: Path, path: str) -> Path:
+def fetch(repository: str, path: str, download: Path) -> Path:
     """Fetch one file of the export; what of it has come stays for the next try."""
     try:
         from huggingface_hub import hf_hub_download
@@ -751,17 +700,14 @@ def fetch_file(repository: str, download: Path, path: str) -> Path:
     try:
         return Path(hf_hub_download(repository, path, repo_type="dataset", local_dir=download))
     except Exception as error:
-        raise PrepareError(
-            f"{repository}/{path} could not be fetched ({one_line(error)}); run the command again"
-            " to carry on where it stopped"
-        ) from None
+        problem = f"{repository}/{path} could not be fetched ({one_line(error)})"
+        raise PrepareError(f"{problem}; run the command again to carry on") from None
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -771,11 +717,8 @@ def build_parser() -> argparse.ArgumentParser:
     docs = commands.add_parser("docs", help="the English that comes with every Python")
     text = commands.add_parser("text", help="your own text, in files of many kinds")
     fineweb = commands.add_parser("fineweb", help="the challenge's published shards")
-    for command, function in (
-        (docs, prepare_docs),
-        (text, prepare_text),
-        (fineweb, prepare_fineweb),
-    ):
+    functions = {docs: prepare_docs, text: prepare_text, fineweb: prepare_fineweb}
+    for command, function in functions.items():
         command.set_defaults(prepare=function)
         command.add_argument("--name", default="", help="first part of the dataset's name")
     for command in (docs, text):
@@ -796,7 +739,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise PrepareError if an option has no meaning."""
     if args.name and Path(args.name).name != args.name:
         raise PrepareError(f"--name {args.name}: needs the name of a folder, not a path")
     if args.prepare is prepare_fineweb:

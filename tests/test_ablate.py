@@ -154,12 +154,9 @@ def test_teacher_is_trained_once_a_seed(place):
     assert sorted(row["label"] for row in place.rows()) == ["s", "s", "s8", "s8", "t.env", "t.env"]
     place.run("--presets", "student.env", *BUDGET, "DISTILL_FROM=mine.ptz")
     assert [given["DISTILL_FROM"] for given in place.given[6:]] == ["mine.ptz"]
-
-
-def test_teacher_that_is_a_line_of_the_plan_has_its_label(place):
-    place.preset("student", TEACHER_PRESET="a.env", MODEL_DIM=32)
-    place.run("--plan", place.plan("s f student.env", "t learned a.env"), *BUDGET)
-    assert [(row["label"], row["family"]) for row in place.rows()] == [("t", "learned"), ("s", "f")]
+    before = len(place.rows())
+    place.run("--plan", place.plan("s f student.env", "mine learned t.env"), *BUDGET)
+    assert [row["label"] for row in place.rows()[before:]] == ["mine", "s"]
 
 
 def test_failure_is_a_row_and_the_others_go_on(place):
@@ -195,32 +192,13 @@ def test_what_is_there_is_not_repeated(place, monkeypatch):
     assert len(re.findall(r"^\| x #\w+ \|", table, re.M)) == 2  # two scripts are never averaged
 
 
-def test_other_data_or_another_tokenizer_is_another_run(place, monkeypatch):
-    monkeypatch.setattr(ablate, "draw", lambda *_: None)
+def test_other_data_or_another_tokenizer_is_another_run(place):
     words = ("--presets", "a.env", *BUDGET)
     place.run(*words)
     for path in (place.data / "fineweb_train_000001.bin", place.folder / "tok.model"):
         path.write_bytes(b"more")
         assert "already there" not in place.run(*words)
     assert "already there" in place.run(*words)
-
-
-def test_folder_of_a_live_run_or_with_a_checkpoint_is_not_removed(place):
-    words = ("--presets", "a.env", *BUDGET)
-    place.run(*words)
-    (folder,) = (place.out / "runs").iterdir()
-    (folder / "results.json").unlink()
-    (place.out / "results.csv").unlink()
-    with (folder / "train.log").open("a") as log:  # as a killed ablate.py leaves its runs
-        ablate.fcntl.flock(log, ablate.fcntl.LOCK_EX)
-        place.run(*words, failed=1)
-    assert "a process is at work on this run" in place.rows()[0]["error"]
-    (folder / "checkpoint.previous.pt").touch()
-    with pytest.raises(FileExistsError):  # the stand-in makes its folder, and here it is kept
-        place.run(*words, "--retry-failed")
-    (folder / "checkpoint.previous.pt").unlink()
-    place.run(*words, "--retry-failed")
-    assert (folder / "results.json").exists()
 
 
 def test_preset_is_read_as_the_script_reads_it(place, monkeypatch):
@@ -248,17 +226,15 @@ def test_jobs_run_at_the_same_time(place, monkeypatch):
     assert [row["error"] for row in place.rows()] == ["", ""]
 
 
-@pytest.fixture
-def runner(tmp_path, monkeypatch):
-    """Return runner(gpus, jobs) on a machine with 8 cores."""
+def test_runs_share_the_machine_and_take_no_setting_from_the_shell(tmp_path, monkeypatch):
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     budget = ablate.Budget("tokens", 1e6)
-    return lambda gpus, jobs: ablate.Runner(tmp_path, budget, gpus, jobs, False)
 
+    def runner(gpus: int, jobs: int) -> ablate.Runner:
+        return ablate.Runner(tmp_path, budget, gpus, jobs, False)
 
-def test_runs_share_the_machine(runner, monkeypatch):
     assert "torch.distributed.run" in runner(2, 1).command()
     for gpus, jobs in ((0, 1), (1, 1), (1, 4), (2, 4)):
         assert "torch.distributed.run" not in runner(gpus, jobs).command()
@@ -267,16 +243,11 @@ def test_runs_share_the_machine(runner, monkeypatch):
     assert [devices.get() for _ in range(4)] == ["0", "1", "0", "1"]
     assert runner(2, 4).environment({}, "1")["CUDA_VISIBLE_DEVICES"] == "1"
     assert runner(0, 2).environment({}, "")["OMP_NUM_THREADS"] == "4"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert runner(0, 2).environment({}, "")["OMP_NUM_THREADS"] == "1"
-
-
-def test_no_setting_comes_from_the_shell(runner, monkeypatch):
     names = ("MODEL_DIM", "USE_RANDOM_ADAPTERS", "PRESET", "RANK")
-    for name in (*names, "NCCL_DEBUG"):
-        monkeypatch.setenv(name, "8")
-    given = runner(0, 1).environment({"NUM_LAYERS": "2"}, "")
-    assert given["NUM_LAYERS"] == "2" and given["NCCL_DEBUG"] == "8"
+    for name in (*names, "NCCL_DEBUG", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    given = runner(0, 2).environment({"NUM_LAYERS": "2"}, "")
+    assert [given[name] for name in ("NUM_LAYERS", "NCCL_DEBUG", "OMP_NUM_THREADS")] == [*"211"]
     assert given["MALLOC_TRIM_THRESHOLD_"]  # of tools/memory.env
     assert not given.keys() & set(names)
 
@@ -387,7 +358,7 @@ def test_stopped_comparison_continues(corpus, tmp_path):
     words += ["--budget", f"tokens={steps * STEP}", "OMP_NUM_THREADS=1"]
     options = {"script": TOOL, "cwd": tmp_path, "arguments": list(map(str, words))}
     process = helpers.start({}, **options)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while not any(path.stat().st_size for path in out.glob("runs/*/metrics.jsonl")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)

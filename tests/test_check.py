@@ -190,7 +190,6 @@ def damage(folder: Path) -> None:
         (figures(steps=7), "claims", "steps: 6 in the log, 7 in results.json"),
         (figures(seed=1), "claims", "seed: 42 in the log, 1 in results.json"),
         (figures(val_bpb_before=1.05), "claims", "val_bpb_before: "),
-        (figures(tokens_per_second=10**9), "claims", "tokens_per_second: "),
         (figures(trained_parameters=7, frozen_parameters=7), "claims", "trained_parameters: "),
         (figures(dataset="fineweb"), "claims", "dataset: "),
         (figures(hardware="8 x H100"), "claims", "hardware: "),
@@ -231,7 +230,7 @@ def test_missing_part_is_said_and_does_not_pass(copied, tmp_path):
     (copied / "results.json").unlink()
     assert "copy the run's results.json to" in check.perform("claims", submission(copied)).evidence
     result = check.perform("bytes", submission(copied, "--data", tmp_path))
-    assert result.verdict != "pass" and "name their folder with --data" in result.evidence
+    assert result.verdict != "pass" and "give --data" in result.evidence
 
 
 def test_what_is_no_finished_run_is_refused_in_one_line(copied, tmp_path, capsys):

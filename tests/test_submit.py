@@ -101,11 +101,6 @@ def test_packed_script_has_source_lines_for_tracebacks_and_the_compiler(script):
     assert compiled(ids, ids).item() == pytest.approx(model(ids, ids).item(), abs=1e-6)
 
 
-def test_what_is_packed_already_is_refused():
-    with pytest.raises(check.CannotCheck, match="packed already"):
-        submit.pack("exec(base64.b85decode('…'))")
-
-
 def test_whole_command_with_two_seeds(runs, tmp_path, capsys):
     """The packed script has fewer bytes, and so TARGET_BYTES would choose other scales."""
     first, second = (results_of(run) for run in runs)
@@ -168,6 +163,7 @@ def put_script(folder: Path, source: str) -> None:
     [
         (lambda run: (run / "train.log").write_bytes(b"\xff" * 999), "has no source and settings"),
         (lambda run: put_script(run, "no Python"), "does not begin with a Python script"),
+        (lambda run: put_script(run, "b85decode(…)"), "packed already"),
         (lambda run: put_script(run, "print(unknown_name)"), "ended in: NameError"),
         (lambda run: (run / "results.json").unlink(), "the run has not ended"),
     ],

@@ -41,7 +41,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ SCRIPT = ROOT / "train_gpt.py"
 sys.path.insert(0, str(ROOT))
 
 import train_gpt
-from train_gpt import UserError, apply_preset, expand_aliases, load_preset, shard_paths
+from train_gpt import UserError, load_preset, shard_paths
 
 # The variables that the script and its launcher read; none may come from the shell.
 NAMES = {*train_gpt.SETTINGS, *train_gpt.ALIASES, *train_gpt.UNSUPPORTED, "preset"}
@@ -145,8 +145,6 @@ class Budget(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Variant:
-    """A preset with changes; it runs once per seed."""
-
     label: str
     family: str
     preset: str
@@ -160,13 +158,6 @@ class Variant:
         return out / "runs" / f"{preset[-40:]}-{self.id}-s{seed}"
 
 
-def split_words(text: str, where: str) -> list[str]:
-    try:
-        return shlex.split(text, comments=True)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
 def parse_settings(words: list[str], where: str) -> dict[str, str]:
     for word in words:
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", word):
@@ -174,76 +165,45 @@ def parse_settings(words: list[str], where: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def with_data(settings: dict[str, str], data: str | None) -> dict[str, str]:
-    """Add the settings that name the data, tokenizer and vocabulary, as run.sh does."""
-    default = ROOT / "data" / "datasets" / f"docs_sp{settings.get('VOCAB_SIZE', 1024)}"
-    folder = Path(os.path.abspath(data or settings.get("DATA_PATH") or default))
-    settings = settings | {"DATA_PATH": str(folder)}
-    if "TOKENIZER_PATH" in settings:
-        return settings
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        raise UserError(f"no {manifest}; data/prepare.py makes such a folder for --data")
-    facts = json.loads(manifest.read_text(encoding="utf-8"))
-    tokenizer = os.path.abspath(folder / facts["tokenizer"])
-    return {"VOCAB_SIZE": str(facts["vocab_size"])} | settings | {"TOKENIZER_PATH": tokenizer}
-
-
 def read_plan(path: str) -> Iterator[Variant]:
     """Yield the variants of a plan, with their changes as settings."""
     for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         where = f"{path}, line {number}"
-        words = split_words(text, where)
+        try:
+            words = shlex.split(text, comments=True)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
         if 0 < len(words) < 3:
             raise UserError(f"{where}: needs label, family and preset, then KEY=VALUE ...")
         if words:
             yield Variant(*words[:3], parse_settings(words[3:], where))
 
 
-def complete(
-    variant: Variant, common: dict[str, str], data: str | None, teachers: dict[str, Variant]
-) -> None:
-    """Put preset, data and common settings below the variant's changes, and find its teacher."""
-    given, errors = common | variant.settings, []
-    device = given.get("DEVICE", "auto")
-    teacher = load_preset(variant.preset, device).get("TEACHER_PRESET")
-    if given.get("DISTILL_FROM"):
-        teacher = None
-    lower = {key.lower(): text for key, text in given.items()}
-    lower |= {"distill_from": "its artifact"} if teacher else {}
-    settings = apply_preset(variant.preset, expand_aliases(lower, errors), errors)
-    if errors:
-        raise UserError("\n".join(f"{variant.label}: {error}" for error in errors))
-    unset = {*CONTROLLED, "DISTILL_FROM"} if teacher else CONTROLLED
-    settings = {key.upper(): text for key, text in settings.items() if key.upper() not in unset}
-    variant.settings = with_data(settings, data)
-    if not teacher:
-        return
-    if "TEACHER_PRESET" in load_preset(teacher, device):
-        raise UserError(f"{variant.preset}: its teacher {teacher} may not have a teacher, too")
-    if teacher not in teachers:
-        teachers[teacher] = Variant(teacher, teacher, teacher, {})
-        complete(teachers[teacher], common, data, teachers)
-    variant.teacher = teachers[teacher]
-
-
 def read_variants(args: argparse.Namespace) -> list[Variant]:
-    """Return the variants of the plan, and of --presets; teachers come first."""
+    """Return the variants of --presets and of the plan, with their changes as settings."""
     presets = args.presets.split(",") if args.presets else []
     variants = [Variant(name, name, name, {}) for name in presets]
     variants += read_plan(args.plan) if args.plan else []
     if not variants:
         raise UserError("nothing to run: name presets by --presets, or give lines to --plan")
-    common = parse_settings(args.settings, "command line")
-    given = set(common).union(*(variant.settings for variant in variants))
+    given = set(args.common).union(*(variant.settings for variant in variants))
     refused = ", ".join(given & CONTROLLED)
     if refused:
         raise UserError(f"{refused}: use --seeds, --budget and --out instead")
-    teachers = {variant.preset: variant for variant in variants if not variant.settings}
-    for variant in variants:
-        complete(variant, common, args.data, teachers)
-    every = dict.fromkeys([*variants, *(each.teacher for each in variants if each.teacher)])
-    return sorted(every, key=lambda variant: variant.teacher is not None)
+    return variants
+
+
+def load(given: dict[str, str], data: str | None) -> train_gpt.Hyperparameters:
+    """Return the settings of a run; data, tokenizer and vocabulary are those that run.sh takes."""
+    h = train_gpt.load_settings(given | ({"DATA_PATH": data} if data else {}))
+    default = ROOT / "data" / "datasets" / f"docs_sp{h.vocab_size}"
+    folder = os.path.abspath(h.data_path if "data_path" in h.explicit else default)
+    h = dataclasses.replace(h, data_path=folder, explicit=h.explicit | {"data_path"})
+    h = train_gpt.settings_from_manifest(h)
+    if "tokenizer_path" not in h.explicit:
+        advice = "data/prepare.py makes such a folder for --data"
+        raise UserError(f"no {folder}/manifest.json; {advice}")
+    return dataclasses.replace(h, tokenizer_path=os.path.abspath(h.tokenizer_path))
 
 
 def data_of(h: train_gpt.Hyperparameters) -> list[Any]:
@@ -254,50 +214,55 @@ def data_of(h: train_gpt.Hyperparameters) -> list[Any]:
     return [sizes, hashlib.sha256(tokenizer).hexdigest()]
 
 
-def check(variants: list[Variant], budget: Budget, processes: int) -> None:
-    """Complete the variants by budget and id. UserError has everything that the script refuses."""
+def complete(variant: Variant, args: argparse.Namespace, plain: dict[str, Variant]) -> None:
+    """Give a variant all its settings and its id, after its teacher.
+
+    `plain` has the variants without changes by preset: teachers are among them, or are added.
+    """
+    given = args.common | variant.settings
+    strange = [key for key in given if not (key in NAMES or MACHINE.fullmatch(key))]
+    if strange:
+        raise UserError(f"{', '.join(strange)}: no such setting")
+    device = given.get("DEVICE", "auto")
+    machine = {key: text for key, text in given.items() if key not in NAMES}
+    teacher = load_preset(variant.preset, device).get("TEACHER_PRESET")
+    if teacher and not given.get("DISTILL_FROM"):
+        if "TEACHER_PRESET" in load_preset(teacher, device):
+            raise UserError(f"its teacher {teacher} may not have a teacher, too")
+        variant.teacher = plain.setdefault(teacher, Variant(teacher, teacher, teacher, {}))
+        if not variant.teacher.id:
+            complete(variant.teacher, args, plain)
+        given["DISTILL_FROM"] = "its artifact"
+    launcher = {"PRESET": variant.preset, "WORLD_SIZE": str(args.processes)}
+    h = load(given | launcher, args.data)
+    settings = {name.upper(): str(getattr(h, name)) for name in h.explicit}
+    for name in {*CONTROLLED, "DISTILL_FROM"} if variant.teacher else CONTROLLED:
+        settings.pop(name, None)
+    variant.step_tokens = h.train_batch_tokens
+    variant.settings = settings | machine | args.budget.settings(h.train_batch_tokens)
     code = SCRIPT.read_text(encoding="utf-8")
+    facts = [variant.settings, variant.teacher and variant.teacher.id, code, data_of(h)]
+    text = json.dumps(facts, sort_keys=True)
+    variant.id = hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def complete_all(variants: list[Variant], args: argparse.Namespace) -> list[Variant]:
+    """Return the complete variants, teachers first. UserError has all that the script refuses."""
+    plain = {variant.preset: variant for variant in variants if not variant.settings}
     problems = []
     for variant in variants:
-        strange = [key for key in variant.settings.keys() - NAMES if not MACHINE.fullmatch(key)]
-        problems += [f"{variant.label}: {key}: no such setting" for key in strange]
-        teacher = {"DISTILL_FROM": "an artifact"} if variant.teacher else {}
-        launcher = {"WORLD_SIZE": str(processes)}
         try:
-            h = train_gpt.load_settings(variant.settings | teacher | launcher)
-            data = data_of(h)
+            if not variant.id:
+                complete(variant, args, plain)
         except UserError as error:
             problems.append(f"{variant.label}: {error}")
-            continue
-        variant.step_tokens = h.train_batch_tokens
-        variant.settings |= budget.settings(h.train_batch_tokens)
-        facts = [variant.settings, variant.teacher and variant.teacher.id, code, data]
-        text = json.dumps(facts, sort_keys=True)
-        variant.id = hashlib.sha256(text.encode()).hexdigest()[:12]
     if problems:
         raise UserError("\n".join(problems))
+    every = dict.fromkeys([*variants, *(each.teacher for each in variants if each.teacher)])
+    return sorted(every, key=lambda variant: variant.teacher is not None)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
-
-
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
-
-
-def clear(folder: Path) -> None:
-    """Remove the folder of a run. RunFailed if a process that was left behind still has it."""
-    if not folder.exists():
-        return
-    with (folder / "train.log").open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFailed(f"{folder}: a process is at work on this run; end it first") from None
-        shutil.rmtree(folder)
 
 
 class Runner:
@@ -309,7 +274,7 @@ class Runner:
         self.sha = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
         self.script = out / "script" / self.sha[:12] / SCRIPT.name
         self.script.parent.mkdir(parents=True, exist_ok=True)
-        replace(self.script, lambda part: shutil.copyfile(SCRIPT, part))
+        train_gpt.write_file(self.script, SCRIPT.read_bytes())
         self.rows = read_results(out).drop(columns="name").to_dict("records")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         devices = visible.split(",") if visible else [str(index) for index in range(gpus)]
@@ -323,15 +288,15 @@ class Runner:
     def command(self) -> list[str]:
         launcher = []
         if self.jobs == 1 and self.gpus > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone"]
-            launcher.append(f"--nproc_per_node={self.gpus}")
+            processes = f"--nproc_per_node={self.gpus}"
+            launcher = ["-m", "torch.distributed.run", "--standalone", processes]
         return [sys.executable, *launcher, str(self.script)]
 
     def environment(self, settings: dict[str, str], device: str) -> dict[str, str]:
         """Return the environment of a run: this one without stray settings, and its share."""
         inherited = {key: text for key, text in os.environ.items() if key not in NAMES}
         if not self.gpus:
-            words = split_words((ROOT / "tools" / "memory.env").read_text(), "tools/memory.env")
+            words = shlex.split((ROOT / "tools" / "memory.env").read_text(), comments=True)
             inherited = parse_settings(words, "tools/memory.env") | inherited
         if self.jobs > 1:
             threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
@@ -376,8 +341,6 @@ class Runner:
             settings["DISTILL_FROM"] = str(artifact)
         path = folder / "results.json"
         if not path.is_file():
-            if not any(folder.glob("checkpoint*.pt")):
-                clear(folder)
             self.launch(folder.name, variant.settings | settings)
         results = json.loads(path.read_text(encoding="utf-8"))
         figures = {column: results.get(key, math.nan) for column, key in FIGURES.items()}
@@ -385,25 +348,21 @@ class Runner:
         problem = self.budget.problem(results["steps"], results["train_seconds"])
         return figures | {"run": folder.name, "error": problem}
 
-    def result(
-        self, variant: Variant, seed: int, teacher: Future | None
-    ) -> tuple[dict[str, Any], str]:
+    def result(self, variant: Variant, seed: int, teacher: Future | None) -> tuple[dict, str]:
         """Return the row of a run, after its teacher's run, and what to remark on it."""
         if teacher:
             teacher.result()
-        for row in self.rows:
-            if (row["variant"], row["seed"]) != (variant.id, seed):
-                continue
-            if not (row["error"] and self.retry):
-                return row, "  (already there)"
-            folder = variant.folder(self.out, seed)
-            if (folder / "results.json").is_file():
-                shutil.rmtree(folder)  # its training time was wrong
+        keys = (variant.id, seed)
+        known = [row for row in self.rows if (row["variant"], row["seed"]) == keys]
+        if known and not (known[0]["error"] and self.retry):
+            return known[0], "  (already there)"
+        folder = variant.folder(self.out, seed)
+        if known and (folder / "results.json").is_file():
+            shutil.rmtree(folder)  # its training time was wrong
         row = dict.fromkeys(TEXT, "") | dict.fromkeys([*FIGURES, "tokens"], math.nan)
         row |= {"preset": variant.preset, "seed": seed, "variant": variant.id, "script": self.sha}
-        words = [f"{key}={text}" for key, text in variant.settings.items()]
-        row |= {"settings": " ".join(words), "budget": str(self.budget)}
-        row["torch"] = torch.__version__
+        row |= {"budget": str(self.budget), "torch": torch.__version__}
+        row["settings"] = " ".join(f"{key}={text}" for key, text in variant.settings.items())
         try:
             return row | self.run(variant, seed), ""
         except RunFailed as error:
@@ -414,8 +373,8 @@ class Runner:
         keys = ("variant", "seed", "label", "family")
         others = [old for old in self.rows if any(old[key] != row[key] for key in keys)]
         self.rows = [*others, row]
-        frame = pd.DataFrame(self.rows)
-        replace(self.out / "results.csv", lambda part: frame.to_csv(part, index=False))
+        text = pd.DataFrame(self.rows).to_csv(index=False)
+        train_gpt.write_file(self.out / "results.csv", text.encode())
 
     def run_all(self, variants: list[Variant], seeds: list[int]) -> int:
         """Make the missing rows; return how many of those asked for hold an error."""
@@ -431,12 +390,16 @@ class Runner:
             try:
                 for future in as_completed(futures.values()):
                     row, remark = future.result()
+                    outcome = f"failed: {row['error']}"
+                    if not row["error"]:
+                        outcome = f"{row['seconds']:.0f} s  {row['model_bytes']:,.0f} bytes"
+                        outcome += f"  {row['val_bpb_sliding']:.4f} bpb"
                     for variant in variants:  # two of them may be the same run
                         if variant.id == row["variant"]:
                             self.record(row | {"label": variant.label, "family": variant.family})
                             failed += bool(row["error"])
                             bar.update()
-                            bar.write(f"{variant.label}  {describe(row)}{remark}")
+                            bar.write(f"{variant.label}  seed {row['seed']}  {outcome}{remark}")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.stop()
@@ -459,14 +422,6 @@ class Runner:
             for child in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-
-
-def describe(row: dict[str, Any]) -> str:
-    """Return the outcome of a run as text."""
-    if row["error"]:
-        return f"seed {row['seed']}  failed: {row['error']}"
-    figures = f"{row['model_bytes']:,.0f} bytes  {row['val_bpb_sliding']:.4f} bpb"
-    return f"seed {row['seed']}  {row['seconds']:.0f} s  {figures}"
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -505,8 +460,7 @@ class Yardstick:
     def __init__(self, table: pd.DataFrame, family: str, degree: int) -> None:
         """Fit the networks of a family, each with the mean over its seeds."""
         points = table[table["family"] == family]
-        sizes = points["model_bytes"]
-        needed = 5 if degree == 2 else 2
+        sizes, needed = points["model_bytes"], 5 if degree == 2 else 2
         if sizes.nunique() < needed:
             raise UserError(
                 f"no yardstick: it needs {needed} networks of different size in family {family!r}"
@@ -515,24 +469,22 @@ class Yardstick:
         self.family, self.smallest, self.largest = family, sizes.min(), sizes.max()
         self.center = float(f"{math.sqrt(self.smallest * self.largest):.2g}")
         x, y = np.log(sizes / self.center), points["bpb"]
-        freedom = len(points) - degree - 1
         self.coefficients = np.polyfit(x, y, degree)
         self.covariance = np.full((degree + 1, degree + 1), math.nan)
         self.residual = math.nan  # standard deviation of the networks around the line
         self.text = f"{len(points)} networks ({points['seeds'].sum()} runs) of family {family!r}"
         self.text += f", {self.smallest:,.0f} to {self.largest:,.0f} bytes"
+        freedom = len(points) - degree - 1
         if freedom > 0:
             _, self.covariance = np.polyfit(x, y, degree, cov=True)
-            squares = (y - np.polyval(self.coefficients, x)) ** 2
+            squares = (y - self.at(sizes)) ** 2
             self.residual = math.sqrt(squares.sum() / freedom)
             self.text += f"; residual deviation {self.residual:.4f}, degrees of freedom: {freedom}"
 
     def at(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the val_bpb of the line at these sizes."""
         return np.polyval(self.coefficients, np.log(sizes / self.center))
 
     def error(self, sizes: np.ndarray) -> np.ndarray:
-        """Return the standard error of the line itself at these sizes."""
         design = np.vander(np.log(sizes / self.center), len(self.coefficients))
         return np.sqrt(np.sum(design @ self.covariance * design, axis=1))
 
@@ -610,31 +562,26 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> str:
 
 
 def format_distance(row: NamedTuple) -> str:
-    """Describe a variant's distance from the line."""
     if math.isnan(row.distance):
         return ""
     if row.is_yardstick:
         return f"{row.distance:+.4f} (on the line)"
-    known = {"within noise": row.is_noise, "extrapolated": row.is_extrapolated}
-    marks = ", ".join(mark for mark, is_true in known.items() if is_true)
     text = with_deviation(row.distance, row.distance_error, "+")
-    return f"{text} ({marks})" if marks else text
+    text += " (within noise)" if row.is_noise else ""
+    return text + (" (extrapolated)" if row.is_extrapolated else "")
 
 
 def format_table(table: pd.DataFrame) -> list[str]:
-    """Return the lines of a Markdown table."""
-    lines = [
-        "| variant | family | budget | seeds | val_bpb | distance from the line "
-        "| lost to quantization | trained | frozen | model bytes | tokens/s |",
-        "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
+    titles = ("variant", "family", "budget", "seeds", "val_bpb", "distance from the line")
+    titles += ("lost to quantization", "trained", "frozen", "model bytes", "tokens/s")
+    rows = [titles, ["---"] * 3 + ["--:"] * 8]
     for row in table.itertuples():
         cells = [row.name, row.family, row.budget, str(row.seeds)]
         cells += [with_deviation(row.bpb, row.std), format_distance(row), f"{row.lost:.4f}"]
         counts = (row.trained, row.frozen, row.model_bytes, row.tokens_per_second)
-        cells += [f"{count:,.0f}" for count in counts]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return lines
+        rows.append([*cells, *(f"{count:,.0f}" for count in counts)])
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return [f"| {' | '.join(cells)} |" for cells in escaped]
 
 
 def draw(table: pd.DataFrame, lines: dict[str, Yardstick], path: Path) -> None:
@@ -654,9 +601,8 @@ def draw(table: pd.DataFrame, lines: dict[str, Yardstick], path: Path) -> None:
         for row in part.itertuples():
             ink = "black" if row.is_yardstick else color
             face = "white" if row.is_noise and not row.is_yardstick else ink
-            error = 0 if math.isnan(row.std) else row.std
-            style = {"color": ink, "marker": marker, "markerfacecolor": face}
-            axes.errorbar(row.model_bytes, row.bpb, error, capsize=3, **style)
+            style = {"color": ink, "marker": marker, "markerfacecolor": face, "capsize": 3}
+            axes.errorbar(row.model_bytes, row.bpb, np.nan_to_num(row.std), **style)
     axes.set(
         title="bars: deviation between seeds; hollow: within noise of the line",
         xscale="log",
@@ -670,7 +616,7 @@ def draw(table: pd.DataFrame, lines: dict[str, Yardstick], path: Path) -> None:
     labels = [axes.text(each.model_bytes, each.bpb, each.name) for each in table.itertuples()]
     plt.setp(labels, fontsize=7)
     adjust_text(labels, ax=axes, arrowprops={"arrowstyle": "-", "color": "gray"})
-    replace(path, lambda part: figure.savefig(part, format="png", dpi=150))
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -685,7 +631,7 @@ def report(args: argparse.Namespace, out: Path) -> None:
     failed = frame[frame["error"] != ""]
     notes += [f"{row.name}, seed {row.seed}: {row.error}" for row in failed.itertuples()]
     text = "\n".join([*format_table(table), "", *(f"- {note}" for note in notes)]).rstrip()
-    replace(out / "table.md", lambda part: part.write_text(text + "\n", encoding="utf-8"))
+    train_gpt.write_file(out / "table.md", f"{text}\n".encode())
     print(text)
     if not table.empty:
         draw(table, lines, out / "bpb_vs_bytes.png")
@@ -696,7 +642,6 @@ def report(args: argparse.Namespace, out: Path) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="ablate.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -731,25 +676,26 @@ def ablate(args: argparse.Namespace) -> int:
         raise UserError(f"--seeds {args.seeds}: needs whole numbers, separated by commas")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: needs a whole number over 0")
-    budget = Budget.parse(args.budget)
+    args.budget = Budget.parse(args.budget)
+    args.common = parse_settings(args.settings, "command line")
     variants = read_variants(args)
-    on_cpu = all(variant.settings.get("DEVICE") == "cpu" for variant in variants)
-    gpus = 0 if on_cpu else torch.cuda.device_count()
-    check(variants, budget, processes=max(1, gpus) if args.jobs == 1 else 1)
+    devices = {(args.common | variant.settings).get("DEVICE") for variant in variants}
+    gpus = 0 if devices == {"cpu"} else torch.cuda.device_count()
+    args.processes = max(1, gpus) if args.jobs == 1 else 1
+    variants = complete_all(variants, args)
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:  # freed however this process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another ablate.py is at work in {out}") from None
-        runner = Runner(out, budget, gpus, args.jobs, args.retry_failed)
+        runner = Runner(out, args.budget, gpus, args.jobs, args.retry_failed)
         failed = runner.run_all(variants, sorted(set(map(int, args.seeds.split(",")))))
         report(args, out)
     return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return the exit code."""
     args = parse_arguments(arguments)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP

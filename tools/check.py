@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import shlex
 import site
 import socket
 import subprocess
@@ -66,8 +67,6 @@ class CannotCheck(Exception):
 
 
 class Result(NamedTuple):
-    """The outcome of a check."""
-
     verdict: str  # pass, FAIL or not checked
     evidence: str
 
@@ -96,16 +95,14 @@ class Submission:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                problem = f"{folder}: the run is still going"
-                raise CannotCheck(f"{problem}; wait until it ends") from None
+                raise CannotCheck(f"{folder}: the run is still going; wait for its end") from None
 
     def part(self, name: str) -> bytes:
-        """Return the content of a file."""
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:
-            problem = f"{name}: {error.strerror}"
-            raise CannotCheck(f"{problem}; copy the run's {name} to {self.folder}") from None
+            advice = f"copy the run's {name} to {self.folder}"
+            raise CannotCheck(f"{name}: {error.strerror}; {advice}") from None
 
     @functools.cached_property
     def starts(self) -> list[str]:
@@ -125,18 +122,15 @@ class Submission:
 
     @functools.cached_property
     def settings(self) -> dict[str, str]:
-        """The settings of the last start."""
         return dict(re.findall(r"^([A-Z][A-Z0-9_]*)=(.*)$", f"RUN_ID={self.starts[-1]}", re.M))
 
     def setting(self, name: str) -> int:
-        """Return a whole number among the settings."""
         text = self.settings.get(name, "")
         if not text.isdecimal():
             raise CannotCheck(f"train.log has no whole number {name}=; give the run's whole log")
         return int(text)
 
     def claim(self, name: str) -> float:
-        """Return a figure of the results."""
         try:
             value = float(json.loads(self.part(RESULTS))[name])
         except (KeyError, TypeError, ValueError):
@@ -153,12 +147,10 @@ class Submission:
         return path
 
     def shards(self, split: str) -> list[Path]:
-        """Return the paths of a split's shards."""
         folder = Path(self.options.data or self.settings.get("DATA_PATH", ""))
         paths = sorted(folder.absolute().glob(f"fineweb_{split}_*.bin"))
         if not paths:
-            missing = f"no fineweb_{split}_*.bin in {folder}"
-            raise CannotCheck(f"{missing}; name their folder with --data")
+            raise CannotCheck(f"no fineweb_{split}_*.bin in {folder}; give --data")
         return paths
 
     def tokens(self, split: str, count: int | None = None) -> np.ndarray:
@@ -197,7 +189,6 @@ def final_scores(text: str) -> tuple[float, float]:
 
 
 def shard(tokens: np.ndarray) -> bytes:
-    """Return a shard of these tokens."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(tokens)
     return header.tobytes() + tokens.astype("<u2").tobytes()
@@ -219,13 +210,9 @@ def run_child(
 ) -> dict:
     """Run a task on the script, in a folder with these files, by the settings of the run.
 
-    Returns the report of `child` and what the script printed. CannotCheck if there is no report.
-
-    Args:
-        task: train or evaluate.
-        s: what is examined.
-        files: content by name, or the path to which the name is a link.
-        changes: settings that are not those of the run.
+    A file is given by its content, or by the path that it is a link to; `changes` are settings that
+    differ from the run's. Returns the report of `child` and what the script printed. CannotCheck if
+    there is no report.
     """
     settings = {name: value for name, value in s.settings.items() if name not in PLACES}
     settings |= {name: str(value) for name, value in changes.items()}
@@ -248,8 +235,9 @@ def run_child(
                 command, **options, stdin=subprocess.DEVNULL, capture_output=True, errors="replace"
             )
         except subprocess.TimeoutExpired:
-            late = f"{task} takes over {s.options.timeout:g} s here"
-            raise CannotCheck(f"{late}; give more with --timeout") from None
+            raise CannotCheck(
+                f"{task} takes over {s.options.timeout:g} s here; give more with --timeout"
+            ) from None
         answer = Path(folder, "answer.json")
         if not answer.exists():
             last = done.stderr.strip().rpartition("\n")[2] or "no message"
@@ -351,8 +339,10 @@ def check_evaluation(s: Submission) -> Result:
     """Score again, from script, artifact, tokenizer and validation shards in an empty folder."""
     said = {"train.log": final_scores(s.starts[-1])[1], RESULTS: s.claim("val_bpb")}
     answer = s.evaluation
-    how = "an isolated namespace" if namespace() else "sockets refused in Python, no namespace here"
-    evidence = f"network off: {how}"
+    network = (
+        "isolated namespace" if namespace() else "sockets refused in Python, no namespace here"
+    )
+    evidence = f"network off: {network}"
     problems = {
         f"the script used the network: {', '.join(answer['refused'])}": answer["refused"],
         f"other files opened: {', '.join(answer['files'][:5])}": answer["files"],
@@ -371,7 +361,6 @@ def check_evaluation(s: Submission) -> Result:
 
 
 def found_by_child(name: str, s: Submission) -> Result:
-    """Return what `probe` found in the child."""
     error = s.evaluation["error"]
     if error:
         raise CannotCheck(f"the script cannot be probed on the artifact: {error}")
@@ -383,8 +372,7 @@ def check_bytes(s: Submission) -> Result:
     model = sentencepiece.SentencePieceProcessor(model_file=str(s.tokenizer))
     tokens, (loss, bpb) = s.tokens("val"), final_scores(s.starts[-1])
     if tokens.max() >= model.vocab_size() or not model.is_control(int(tokens[0])):
-        problem = "the validation stream is not this tokenizer's"
-        raise CannotCheck(f"{problem}, or has no BOS at its beginning")
+        raise CannotCheck("the validation text has no BOS first, or is not this tokenizer's")
     end = len(tokens)
     while model.is_byte(int(tokens[end - 1])):
         end -= 1  # the stream may end within a character: bytes there count one by one
@@ -399,58 +387,55 @@ def check_bytes(s: Submission) -> Result:
     )
 
 
+# By the figure of the results: where the log says it last, and how far the two may be apart; None
+# for a text, which ends in what the log has.
+LOGGED: dict[str, tuple[str, float | None]] = {
+    "val_loss": (r"^final_int6_\w+_sliding_window_exact val_loss:(\S+) ", EXACT),
+    "val_bpb": (r"^final_int6_\w+_sliding_window_exact .* val_bpb:(\S+)$", EXACT),
+    "val_bpb_before": (r"^step:\S+ val_loss:\S+ val_bpb:(\S+) ", 1e-4),
+    "train_seconds": (r"^step:.* train_time:(\d+ms) ", 0.002),
+    "steps": (r"^step:(\d+)/\d+ .*train_time:", 0),
+    "seed": (r"^SEED=(\d+)$", 0),
+    "trained_parameters": (r"^([\d,]+) trained and [\d,]+ frozen ", 0),
+    "frozen_parameters": (r"^[\d,]+ trained and ([\d,]+) frozen ", 0),
+    "dataset": (r"^DATA_PATH=(?:.*/)?(.+)$", None),
+    "hardware": (r"^versions \{.*\} device (.*), \d+ threads$", None),
+    "eval_mode": (r"^final_int6_\w+_sliding_window .* mode:(\w+) ", None),
+}
+
+
 def check_claims(s: Submission) -> Result:
-    """Compare the times with the limits, and what log and results say of the same facts."""
-    every, last = "".join(s.starts), s.starts[-1]
-    steps, milliseconds = logged(r"^step:(\d+)/\d+ .*train_time:(\d+)ms ", every, "train_time")
-    steps, seconds = int(steps), int(milliseconds) / 1000
-    (loss, bpb), tokens = final_scores(last), steps * s.setting("TRAIN_BATCH_TOKENS")
-    before = logged(r"^step:\S+ val_loss:\S+ val_bpb:(\S+) ", every, "validation")
-    trained, frozen = logged(r"^([\d,]+) trained and ([\d,]+) frozen ", last, "parameters")
-    speed = tokens / max(seconds, 0.001)
-    pairs = {  # in the log, and how far the result may be from it
-        "val_loss": (loss, EXACT),
-        "val_bpb": (bpb, EXACT),
-        "val_bpb_before": (float(before), 0.0001),
-        "train_seconds": (seconds, 0.002),
-        "tokens_per_second": (speed, 1 + 0.002 * speed / max(seconds, 0.001)),
-        "steps": (steps, 0),
-        "seed": (s.setting("SEED"), 0),
-        "trained_parameters": (int(trained.replace(",", "")), 0),
-        "frozen_parameters": (int(frozen.replace(",", "")), 0),
-    }
+    """Compare the figures with the log and the times with the limits; look for another source."""
+    log, results = "\nRUN_ID=".join(s.starts), json.loads(s.part(RESULTS))
     problems: dict[str, object] = {}
-    for name, (value, gap) in pairs.items():
-        claimed = s.claim(name)
-        text = f"{name}: {value:.8g} in the log, {claimed:.8g} in {RESULTS}"
-        problems[text] = not abs(value - claimed) <= gap
-    device = logged(r"^versions \{.*\} device (.*), \d+ threads$", last, "device")
-    mode = logged(r"^final_int6_\w+_sliding_window .* mode:(\w+) ", last, "mode")
-    texts = {"dataset": Path(s.settings["DATA_PATH"]).name, "hardware": device, "eval_mode": mode}
-    results = json.loads(s.part(RESULTS))
-    for name, value in texts.items():
-        claimed = re.sub(r"^\d+ x ", "", str(results.get(name)))
-        problems[f"{name}: {value} in the log, {claimed} in {RESULTS}"] = claimed != value
+    for name, (pattern, gap) in LOGGED.items():
+        text, claimed = logged(pattern, log, name), str(results.get(name))
+        if gap is None:
+            differs = not claimed.endswith(text)
+        else:
+            value = float(text.replace(",", "").replace("ms", "e-3"))
+            differs = not abs(value - s.claim(name)) <= gap
+        problems[f"{name}: {text} in the log, {claimed} in {RESULTS}"] = differs
     train, export, evaluation = (s.claim(f"{name}_seconds") for name in ("train", "export", "eval"))
     train_limit, eval_limit = s.options.train_limit, s.options.eval_limit
-    has_same_script = s.script == s.starts[0].encode()
     goes_on = all(start.endswith(s.starts[0]) for start in s.starts[:-1])
     other_start = r"^(EXPORT_ONLY=1$|warning: the script has changed)"
-    is_export = re.search(other_start, "\n".join(s.starts[1:]), re.M)
     problems |= {
         f"training and export over {train_limit:g} s": train + export > train_limit,
         f"evaluation over {eval_limit:g} s": evaluation > eval_limit,
         "a time is negative": min(train, export, evaluation) < 0,
-        "train_gpt.py is not the source in the log": not has_same_script,
+        "train_gpt.py is not the source in the log": s.script != s.starts[0].encode(),
         "the run was continued with another source": not goes_on,
-        "the weights were trained by another start; check that run": is_export,
+        "the weights were trained by another start; check that run": re.search(
+            other_start, "\n".join(s.starts[1:]), re.M
+        ),
     }
     return judge(
         problems,
         f"training {train:g} + export {export:g} = {train + export:.3f} s of {train_limit:g},"
         f" evaluation {evaluation:g} s of {eval_limit:g}; the log says the same of"
-        f" {', '.join([*pairs, *texts])}; the times of export and evaluation and the number of"
-        " processes are the run's own statement",
+        f" {', '.join(LOGGED)}; other times, and the number of processes, are the run's own"
+        " statement",
     )
 
 
@@ -466,7 +451,7 @@ CHECKS: dict[str, Callable[[Submission], Result]] = {
 
 
 def perform(name: str, s: Submission) -> Result:
-    """Return the result of a check. What keeps it from one is reported, and never passes."""
+    """Return the result of a check; what keeps it from one never passes."""
     print(f"checking {name} ...", file=sys.stderr, flush=True)
     try:
         return CHECKS[name](s)
@@ -718,11 +703,20 @@ def probe_scoring(p: Probed) -> Result:
     return judge(problems, f"in streams of {sizes} tokens every token after the first counts once")
 
 
+def command_of(settings: dict[str, str], hardware: Any) -> str:
+    """Return what repeats a run in a shell; `hardware` begins with the number of processes."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    processes = str(hardware).partition(" ")[0]
+    start = "python"
+    if processes.isdigit() and processes != "1":
+        start = f"torchrun --standalone --nproc_per_node={processes}"
+    return " \\\n    ".join([*words, f"{start} train_gpt.py"])
+
+
 # ---- Command -------------------------------------------------------------------------------------
 
 
 def table(results: dict[str, Result]) -> str:
-    """Return the results as text."""
     rows = []
     for name, (verdict, evidence) in results.items():
         indents = {"initial_indent": f"{name:<15}{verdict:<13}", "subsequent_indent": 28 * " "}
@@ -731,7 +725,6 @@ def table(results: dict[str, Result]) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what the checks need to know to a command line."""
     add = parser.add_argument
     add("--data", default="", help="folder of fineweb_{train,val}_*.bin (default: the log's)")
     add("--tokenizer", default="", help="SentencePiece model (default: the log's)")
@@ -744,7 +737,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -759,7 +751,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Run all checks; return the exit code."""
     options = parse(arguments)
     try:
         submission = Submission(options.folder, options)

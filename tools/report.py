@@ -22,14 +22,14 @@ import functools
 import json
 import math
 import os
-import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 try:
     import altair as alt
+    import check
     import jinja2
     import pandas as pd
     import vl_convert as vlc
@@ -53,8 +53,6 @@ class UserError(Exception):
 
 @dataclasses.dataclass
 class Run:
-    """What the files of a run say."""
-
     name: str
     folder: Path
     results: dict[str, Any]  # empty for a run that has not ended
@@ -94,16 +92,8 @@ class Run:
         """What repeats the run; empty if its results do not hold its settings."""
         settings = self.results.get("settings") or {}
         # Somebody will run it, so nothing but settings may come from the file.
-        words = [
-            f"{name}={shlex.quote(str(value))}"
-            for name, value in settings.items()
-            if name.isidentifier()
-        ]
-        processes = str(self.results.get("hardware", "")).partition(" ")[0]
-        start = "python"
-        if processes.isdigit() and processes != "1":
-            start = f"torchrun --standalone --nproc_per_node={processes}"
-        return " \\\n    ".join([*words, f"{start} train_gpt.py"]) if words else ""
+        settings = {name: str(text) for name, text in settings.items() if name.isidentifier()}
+        return check.command_of(settings, self.results.get("hardware")) if settings else ""
 
 
 def read_text(path: Path) -> str:
@@ -114,7 +104,6 @@ def read_text(path: Path) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of metrics.jsonl."""
     records = []
     lines = read_text(path).splitlines()
     for number, line in enumerate(lines, 1):
@@ -187,7 +176,6 @@ def all_metrics(runs: list[Run]) -> pd.DataFrame:
 
 
 def color_of(runs: list[Run]) -> alt.Color:
-    """Return the color of each run."""
     legend = alt.Legend(title=None, orient="top", columns=4, labelLimit=300, symbolLimit=0)
     scale = alt.Scale(scheme="tableau10" if len(runs) <= 10 else "tableau20")
     names = [run.name for run in runs]
@@ -215,7 +203,6 @@ def curve(frame: pd.DataFrame, x: str, y: str, title: str, runs: list[Run]) -> a
 
 
 def curves(y: str, title: str, runs: list[Run]) -> alt.Chart:
-    """Return lines of y over steps, tokens and time."""
     frame = all_metrics(runs)
     return alt.hconcat(*(curve(frame, x, y, title, runs) for x in AXES))
 
@@ -232,25 +219,20 @@ def schedule_chart(runs: list[Run]) -> alt.Chart:
 
 
 def group_chart(runs: list[Run]) -> alt.Chart | None:
-    """Compressed bytes by group of like tensors."""
     frame = pd.concat([run.rows("groups", "group", "bytes").assign(run=run.name) for run in runs])
     if frame.empty:
         return None
-    chart = (
-        alt.Chart(frame)
-        .mark_bar()
-        .encode(
-            alt.X("sum(bytes):Q", title="bytes of the model file"),
-            alt.Y("run:N", title=None, sort=None),
-            alt.Color("group:N", title=None, scale=alt.Scale(scheme="tableau20")),
-            tooltip=["run:N", "group:N", alt.Tooltip("bytes:Q", format=",")],
-        )
+    chart = alt.Chart(frame).mark_bar()
+    chart = chart.encode(
+        alt.X("sum(bytes):Q", title="bytes of the model file"),
+        alt.Y("run:N", title=None, sort=None),
+        alt.Color("group:N", title=None, scale=alt.Scale(scheme="tableau20")),
+        tooltip=["run:N", "group:N", alt.Tooltip("bytes:Q", format=",")],
     )
     return chart.properties(width=700, height=alt.Step(24))
 
 
 def overview(runs: list[Run]) -> pd.DataFrame:
-    """Return the figures of each run."""
     columns = ("val_bpb", "val_loss", "bytes_total", "bytes_model", "trained_parameters")
     columns += ("frozen_parameters", "train_seconds", "tokens_per_second", "val_bpb_before")
     rows = []
@@ -278,6 +260,7 @@ def scatter_chart(runs: list[Run]) -> alt.Chart | None:
     return (line + points.interactive()).properties(width=820, height=380)
 
 
+# By name: the caption, and what draws the chart; it returns None without data.
 CHARTS: dict[str, tuple[str, Callable[[list[Run]], alt.Chart | None]]] = {
     "scatter": (
         "val_bpb against bytes; the dashed line joins the networks whose maps are all learned",
@@ -302,33 +285,20 @@ CHARTS: dict[str, tuple[str, Callable[[list[Run]], alt.Chart | None]]] = {
 # ---- The page ------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Figure:
-    """A chart on the page: a picture, and its data for JavaScript."""
-
-    name: str
-    caption: str
-    spec: dict[str, Any]
-
-    def picture(self) -> str:
-        """Return the chart as the address of an SVG that holds it."""
-        svg = vlc.vegalite_to_svg(self.spec, vl_version=VEGA_LITE).encode()
-        return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-
-    def json(self) -> str:
-        """Return the chart for a script element: no < in it can end or swallow the element."""
-        return json.dumps(self.spec).replace("<", "\\u003c")
-
-    def png(self) -> bytes:
-        return vlc.vegalite_to_png(self.spec, vl_version=VEGA_LITE, scale=2)
+def picture(spec: dict[str, Any]) -> str:
+    """Return a chart as the address of an SVG that holds it."""
+    svg = vlc.vegalite_to_svg(spec, vl_version=VEGA_LITE).encode()
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
-def figures(runs: list[Run]) -> Iterator[Figure]:
-    """Yield the charts that have data."""
-    for name, (caption, draw) in CHARTS.items():
-        chart = draw(runs)
-        if chart is not None:
-            yield Figure(name, caption, chart.to_dict())
+def as_json(spec: dict[str, Any]) -> str:
+    """Return a chart for a script element: no < in it can end or swallow the element."""
+    return json.dumps(spec).replace("<", "\\u003c")
+
+
+def draw_all(runs: list[Run]) -> dict[str, dict[str, Any]]:
+    charts = {name: draw(runs) for name, (_, draw) in CHARTS.items()}
+    return {name: chart.to_dict() for name, chart in charts.items() if chart is not None}
 
 
 def number(value: Any) -> str:
@@ -339,7 +309,6 @@ def number(value: Any) -> str:
 
 
 def table(frame: pd.DataFrame) -> str:
-    """Return a table of HTML."""
     numeric = frame.select_dtypes("number").columns
     formats = dict.fromkeys(numeric, number)
     frame = frame.where(frame.notna())  # None, too, becomes the mark of a missing value
@@ -379,11 +348,11 @@ figcaption, summary { font-weight: 600; }
 <h1>{{ title }}</h1>
 <p>In charts, drag and scroll to move and zoom.</p>
 {{ table(overview(runs))|safe }}
-{% for figure in figures %}
+{% for name, spec in charts.items() %}
 <figure>
-<figcaption>{{ figure.caption }}</figcaption>
-<div id="{{ figure.name }}"><img alt="{{ figure.caption }}" src="{{ figure.picture() }}"></div>
-<script type="application/json" data-chart="{{ figure.name }}">{{ figure.json()|safe }}</script>
+<figcaption>{{ captions[name][0] }}</figcaption>
+<div id="{{ name }}"><img alt="{{ captions[name][0] }}" src="{{ picture(spec) }}"></div>
+<script type="application/json" data-chart="{{ name }}">{{ as_json(spec)|safe }}</script>
 </figure>
 {% endfor %}
 {% for run in runs %}
@@ -408,29 +377,30 @@ for (const data of document.querySelectorAll("script[data-chart]")) {
 """
 
 
-def page(runs: list[Run], drawn: list[Figure]) -> str:
-    """Return the whole page."""
+def page(runs: list[Run], charts: dict[str, dict[str, Any]]) -> str:
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
     library = vlc.javascript_bundle(vl_version=VEGA_LITE)  # defines vegaEmbed, without network
     library = library.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     template = jinja2.Environment(autoescape=True).from_string(PAGE)
-    functions = {"table": table, "overview": overview, "facts": facts}
-    return template.render(title=title, runs=runs, figures=drawn, library=library, **functions)
+    functions = {each.__name__: each for each in (table, overview, facts, picture, as_json)}
+    return template.render(
+        title=title, runs=runs, charts=charts, captions=CHARTS, library=library, **functions
+    )
 
 
 def write_page(args: argparse.Namespace) -> None:
-    """Write the page, and the pictures if they are wanted."""
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise UserError(f"--out {args.out} is no file that can be written; name a page")
     runs = read_runs(args.runs, args.unfinished)
     alt.data_transformers.disable_max_rows()
-    drawn = list(figures(runs))
+    charts = draw_all(runs)
     part = args.out.with_name(f".{args.out.name}.part")
-    part.write_text(page(runs, drawn), encoding="utf-8")
+    part.write_text(page(runs, charts), encoding="utf-8")
     os.replace(part, args.out)
-    for figure in drawn if args.png else []:
-        args.out.with_suffix(f".{figure.name}.png").write_bytes(figure.png())
-    print(f"{args.out}: {len(runs)} runs, {len(drawn)} charts")
+    for name, spec in charts.items() if args.png else []:
+        png = vlc.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2)
+        args.out.with_suffix(f".{name}.png").write_bytes(png)
+    print(f"{args.out}: {len(runs)} runs, {len(charts)} charts")
 
 
 # ---- TensorBoard ---------------------------------------------------------------------------------
@@ -444,7 +414,6 @@ def scalars_of(record: dict[str, Any]) -> dict[str, float]:
 
 
 def write_tensorboard(args: argparse.Namespace) -> None:
-    """Write a folder with an event file for each run."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -466,7 +435,6 @@ def write_tensorboard(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

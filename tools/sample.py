@@ -194,7 +194,6 @@ class Writer:
         yield decode(tokens)[len(shown) :]
 
     def show(self, prompt: str) -> None:
-        """Print a prompt and its continuation, and how fast that was."""
         print(prompt, end="", flush=True)
         began = time.perf_counter()
         written = -1  # the last piece is what was left
@@ -250,7 +249,6 @@ def read_prompts() -> Iterable[str]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -281,7 +279,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return the exit code."""
     args = parse(arguments)
     try:
         prompts = read_prompts() if args.prompt is None else [args.prompt]

@@ -32,7 +32,6 @@ import base64
 import hashlib
 import json
 import re
-import shlex
 import statistics
 import sys
 import tempfile
@@ -82,8 +81,7 @@ def pack(source: str) -> bytes:
     Names stay, except for local ones, and so does what --help prints of the module's docstring.
     CannotCheck if the source is no Python, or packed already.
     """
-    already = "the run's script is packed already; give a run of the readable script"
-    require("b85decode" not in source, already)
+    require("b85decode" not in source, "the run's script is packed already; give a readable one")
     try:
         help_text = ast.get_docstring(ast.parse(source), clean=False) or ""
     except (SyntaxError, ValueError) as error:
@@ -106,8 +104,6 @@ def pack(source: str) -> bytes:
 
 
 class Run(NamedTuple):
-    """A finished run."""
-
     parts: check.Submission
     results: dict[str, Any]
     bytes_model: int
@@ -118,7 +114,6 @@ class Run(NamedTuple):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The versions of packages that the log names."""
         found = re.findall(r"^versions (\{.*?\})", self.parts.starts[-1], re.M)
         return json.loads(found[-1]) if found else {}
 
@@ -154,7 +149,6 @@ def check_alike(runs: list[Run]) -> None:
 
 
 def describe(runs: list[Run], code: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Return the content of submission.json."""
     first = runs[0].results
     scores = [run.results["val_bpb"] for run in runs]
     largest = max(run.bytes_model for run in runs)
@@ -190,19 +184,6 @@ def requirements(versions: dict[str, str]) -> str:
         number = version.partition("+")[0]
         text = re.sub(rf"^{name}\b.*", f"{name}=={number}", text, flags=re.M)
     return text
-
-
-def command(run: Run, script: Path) -> str:
-    """Return what repeats a run in a shell: every setting that is not the script's default."""
-    words = ["DATA_PATH=...", "TOKENIZER_PATH=..."]
-    for name, field in check.load(script).SETTINGS.items():
-        value = run.parts.settings.get(name.upper(), "")
-        if value != str(field.default) and name.upper() not in check.PLACES:
-            words.append(f"{name.upper()}={shlex.quote(value)}")
-    processes = re.match(r"\d*", run.results.get("hardware", ""))[0] or "1"
-    launcher = f"torchrun --standalone --nproc_per_node={processes}"
-    start = "python" if processes == "1" else launcher
-    return " \\\n    ".join([*words, f"{start} train_gpt.py"])
 
 
 README = """\
@@ -249,8 +230,7 @@ bytes stand in place of the readable one; everything else is the same as of seed
 """
 
 
-def readme(runs: list[Run], facts: dict[str, Any], script: Path, table: str) -> str:
-    """Return the content of README.md."""
+def readme(runs: list[Run], facts: dict[str, Any], table: str) -> str:
     first = runs[0]
     names = ("val_bpb_before", "steps", "train_seconds", "export_seconds", "eval_seconds")
     row = (
@@ -261,6 +241,10 @@ def readme(runs: list[Run], facts: dict[str, Any], script: Path, table: str) -> 
     for run in runs:
         total = facts["bytes_code"] + run.bytes_model
         rows.append(row.format(**dict.fromkeys(names, 0) | run.results, total=total))
+    settings = {"DATA_PATH": "...", "TOKENIZER_PATH": "..."}
+    for name, value in first.parts.settings.items():
+        if name in first.results.get("settings", {}) and name not in check.PLACES:
+            settings[name] = value
     score = f"{facts['val_bpb']:.8f}"
     if len(runs) > 1:
         score += f" ± {facts['val_bpb_std']:.8f} (mean and deviation of {len(runs)} seeds)"
@@ -272,7 +256,7 @@ def readme(runs: list[Run], facts: dict[str, Any], script: Path, table: str) -> 
         limit=first.parts.options.size_limit,
         versions=", ".join(f"{name} {version}" for name, version in first.versions.items()),
         tokenizer=hashlib.sha256(first.parts.tokenizer.read_bytes()).hexdigest(),
-        command=command(first, script),
+        command=check.command_of(settings, first.results.get("hardware")),
         steps=first.parts.options.steps,
         table=table,
         seed=first.seed,
@@ -342,8 +326,7 @@ def make_submission(args: argparse.Namespace) -> None:
         folder = Path(name) / "submission"
         write_folder(folder, runs, packed, facts)
         table = verify(runs, check.Submission(folder, args))
-        content = readme(runs, facts, folder / "train_gpt.py", table)
-        (folder / "README.md").write_text(content, encoding="utf-8")
+        (folder / "README.md").write_text(readme(runs, facts, table), encoding="utf-8")
         folder.replace(out)
     score = f"val_bpb {facts['val_bpb']:.8f}"
     if len(runs) > 1:
@@ -352,7 +335,6 @@ def make_submission(args: argparse.Namespace) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -372,7 +354,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; return the exit code."""
     args = parse(arguments)
     try:
         make_submission(args)
