@@ -224,7 +224,7 @@ class Hyperparameters:
     mask_optimizer: str = setting("adam", "PR #1753: adam", choices="adam muon")
     muon_momentum: float = setting(0.99, "momentum of Muon", 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at the first step", 0, 1)
-    muon_momentum_warmup_steps: int = setting(1500, "steps from that momentum to MUON_MOMENTUM")
+    muon_momentum_warmup_steps: int = setting(1500, "steps in which it rises to MUON_MOMENTUM")
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20, also="muon_ns_steps")
     muon_wd: float = setting(0.04, "decoupled weight decay of matrices and sparse adapters")
     factor_wd: float = setting(0.04, "decoupled weight decay of low-rank factors")
@@ -4525,7 +4525,7 @@ def decide_start(
 
 
 def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal) -> None:
-    """Train and export unless there is an artifact, evaluate it from its bytes alone, report."""
+    """Train and export unless EVAL_ONLY names an artifact, evaluate it from its bytes, report."""
     h, blob, saved, folder = decide_start(h, dist, log)
     dist.configure(h)
     tokenizer = Tokenizer(h.tokenizer_path, h.vocab_size)
@@ -4569,7 +4569,7 @@ def plan_of_run(environment: Mapping[str, str]) -> str:
 def main(arguments: Sequence[str] = ()) -> None:
     """Run the script; `arguments` are those of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nContents")[0],
+        description=__doc__.split("\n\nSections")[0],
         epilog=settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
