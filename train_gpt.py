@@ -800,9 +800,8 @@ def hadamard(out_features: int, in_features: int, seed: int) -> Tensor:
     return torch.from_numpy(signs * 2.0 ** -math.floor(math.log2(longer) / 2 + 0.5))
 
 
-BASES: dict[str, Callable[[int, int, int], Tensor]] = {
-    basis.__name__: basis for basis in (orthogonal, gaussian, uniform, rademacher, hadamard)
-}
+BASES = {"orthogonal": orthogonal, "gaussian": gaussian, "uniform": uniform}
+BASES |= {"rademacher": rademacher, "hadamard": hadamard}
 
 
 def generate_map(spec: MapSpec) -> Tensor:

@@ -79,7 +79,7 @@ def test_every_command_is_one_that_its_program_takes(page):
 # Names in capitals that belong to other programs, or stand for something of the reader's.
 OTHER_NAMES = {
     *("BOOKS", "DIR", "FOLDER", "OUT", "PRESET", "PYTHON", "RANDMAPS", "SIGTERM"),
-    *("DENSITY", "LAYERS", "SELECTOR", "STAGE", "VALUE"),
+    *("DENSITY", "GOLDEN", "LAYERS", "MOMENTS", "SELECTOR", "STAGE", "VALUE"),
 }
 
 
