@@ -70,7 +70,8 @@ if [ "${EVAL_ONLY:-0}" = 1 ]; then
     [ ! -f "$(dirname "${MODEL_PATH:-}")/results.json" ] || brings_data=1
 elif [ "${EXPORT_ONLY:-0}" = 1 ]; then
     trains=0 brings_data=1
-elif [ -f "$OUTPUT_DIR/${RUN_ID:-}/checkpoint.pt" ]; then
+elif [[ -n ${RUN_ID:-} && ( -f $OUTPUT_DIR/$RUN_ID/checkpoint.pt ||
+    -f $OUTPUT_DIR/$RUN_ID/checkpoint.previous.pt ) ]]; then
     brings_data=1
 else
     export PRESET=${PRESET:-random_adapters}

@@ -441,10 +441,7 @@ def collect_errors(errors: list[str], where: str) -> Iterator[None]:
 
 
 def expand_aliases(overrides: Mapping[str, Any], errors: list[str]) -> dict[str, Any]:
-    """Replace aliases among the overrides by the settings they stand for.
-
-    An explicit setting wins over an alias's defaults, but what contradicts an alias is an error.
-    """
+    """Replace aliases by the settings they stand for; what contradicts an alias is an error."""
     explicit = {name: value for name, value in overrides.items() if name not in ALIASES}
     aliased: dict[str, str] = {}  # what aliases stand for
     alias_defaults: dict[str, str] = {}  # what aliases set unless it is set elsewhere
@@ -563,12 +560,12 @@ def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
     """Return errors for variables that look like a misspelled setting."""
     errors = []
     known = [name.upper() for name in (*SETTINGS, *ALIASES, "preset")]
-    for name in sorted(set(environment) - {*known, *UNSUPPORTED}):
-        if len(name) > 3:
-            # At least one letter may be added, dropped, changed or swapped with the next.
-            cutoff = min(0.9, 1 - 1 / len(name) - 1e-9)
-            for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
-                errors.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
+    unknown = set(environment) - {*known, *UNSUPPORTED}
+    for name in sorted(name for name in unknown if len(name) > 3):
+        # At least one letter may be added, dropped, changed or swapped with the next.
+        cutoff = min(0.9, 1 - 1 / len(name) - 1e-9)
+        for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
+            errors.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
     return errors
 
 
@@ -686,11 +683,12 @@ def reload_settings(values: dict[str, Any]) -> Hyperparameters:
 
 
 def read_manifest(data_path: str) -> dict[str, Any]:
-    """Return what the manifest says of the shards; nothing if there is none, or of another kind."""
-    with contextlib.suppress(OSError, ValueError):
-        manifest = json.loads((Path(data_path) / "manifest.json").read_bytes())
-        return manifest if isinstance(manifest, dict) else {}
-    return {}
+    """Return what the manifest says of the shards; nothing if there is none."""
+    path = Path(data_path) / "manifest.json"
+    if not path.exists():
+        return {}
+    with untrusted_input(f"{path} (prepare the data again, or remove it)"):
+        return dict(json.loads(path.read_bytes()))
 
 
 def settings_from_manifest(h: Hyperparameters) -> Hyperparameters:
@@ -784,8 +782,7 @@ def rademacher(out_features: int, in_features: int, seed: int) -> Tensor:
 def hadamard(out_features: int, in_features: int, seed: int) -> Tensor:
     """Return (out, in) float64: random rows and columns, with random signs, of a Hadamard matrix.
 
-    The matrix is the smallest that holds them. Every entry is ± one power of two within √2 of
-    1/√(longer side), so the map is exact in bfloat16 and in fp8.
+    Every entry is ± one power of two within √2 of 1/√(longer side): exact in bfloat16 and in fp8.
     """
     longer = max(out_features, in_features)
     size = 2 ** (longer - 1).bit_length()
@@ -860,10 +857,7 @@ class Adapter(QuantizedModule):
 
 
 class LoRA(Adapter):
-    """ΔW = A B: A (out, rank) starts at zero, B (rank, in) normal, std 1/√in.
-
-    In the paper (arXiv:2106.09685) their names are exchanged; these are those of PR #1113.
-    """
+    """ΔW = A B (B A in arXiv:2106.09685): A (out, rank) is zero at first, B (rank, in) normal."""
 
     size_unit = "rank"
     roles: ClassVar = {"B": Role.FACTOR, "A": Role.FACTOR}
@@ -2409,13 +2403,11 @@ def read_shards(folder: str, split: str) -> list[np.ndarray]:
     """Return the tokens of each shard of a split, memory-mapped, (n,) uint16.
 
     A shard is a header of 256 little-endian int32 (magic, version, number of tokens), then
-    little-endian uint16 tokens. UserError if there is none, or one is incomplete.
+    little-endian uint16 tokens. UserError if there is none, or one is incomplete or lost.
     """
     paths = shard_paths(folder, split)
     if not paths:
-        ways = (
-            "`python data/prepare.py fineweb`, or `python data/prepare.py text FILE` for your own"
-        )
+        ways = "run `python data/prepare.py fineweb`, or `python data/prepare.py text FILE`"
         raise UserError(f"DATA_PATH={folder}: no fineweb_{split}_*.bin there; {ways}")
     shards = []
     for path in paths:
@@ -2426,6 +2418,11 @@ def read_shards(folder: str, split: str) -> list[np.ndarray]:
             found = f"{size} bytes, header {header}"
             raise UserError(f"{path}: incomplete or no shard ({found}); prepare it again")
         shards.append(np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (header[2],)))
+    total = sum(map(len, shards))
+    expected = read_manifest(folder).get(split, {}).get("tokens", total)
+    if total != expected:
+        problem = f"manifest.json says {expected} {split} tokens, there are {total}"
+        raise UserError(f"DATA_PATH={folder}: {problem}; prepare the data again")
     return shards
 
 
@@ -3401,9 +3398,9 @@ def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
 
 def describe_size(h: Hyperparameters, size: int) -> str:
     """Return as text what code and a model of `size` bytes take, and how much of the limit."""
-    total, limit = code_bytes() + size, h.artifact_limit_bytes
-    share = total / limit
-    return f"code {code_bytes():,} + model {size:,} = {total:,} bytes, {share:.1%} of {limit:,}"
+    code, limit = code_bytes(), h.artifact_limit_bytes
+    total = f"{code + size:,} bytes, {(code + size) / limit:.1%} of {limit:,}"
+    return f"code {code:,} + model {size:,} = {total}"
 
 
 def largest_model(h: Hyperparameters) -> int:
@@ -3502,8 +3499,7 @@ def model_from_artifact(h: Hyperparameters, blob: bytes, dist: Distributed) -> L
 def plan_windows(num_targets: int, length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Return where each window of `length` tokens starts, and how many tokens it scores.
 
-    A window scores those of its last positions that no earlier window scored: the first window all
-    of them, later ones `stride`, the last one what is left.
+    It scores its last positions: those that no earlier window scored.
     """
     starts = np.append(np.arange(0, num_targets - length, stride), num_targets - length)
     return starts, np.diff(starts + length, prepend=0)
@@ -4262,7 +4258,6 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     frozen = sum(math.prod(spec.shape) for spec in maps)
     log(f"{trained:,} trained and {frozen:,} frozen parameters, the latter in 0 bytes")
     log(f"{len(maps)} of {len(model.table)} maps are random")
-    log(f"code: {code_bytes():,} bytes as it ships, packed; {len(SOURCE):,} readable")
     device = f"{run.dist.device_name}, {torch.get_num_threads()} threads"
     log(f"versions {json.dumps(VERSIONS)} device {device}")
     if run.dist.on_cuda:
@@ -4353,6 +4348,8 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     data = TrainingData(h)
     model = prepare_model(run, saved)
     counts = log_start(run, model)
+    sequences = f"{len(data.positions):,} sequences, {len(data.held_out):,} more held out"
+    run.log(f"training on {h.data_path}: {sequences}; tokenizer {h.tokenizer_path}")
     if saved and saved.identity["source"] != run.identity["source"]:
         run.log("warning: the script has changed since the checkpoint was written")
     for name in ("processes", "dtype"):
@@ -4362,6 +4359,8 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     is_finished = saved is not None and saved.finished
     if is_finished:
         metrics = saved.metrics
+        if saved.settings["eval_seq_len"] != h.eval_seq_len:  # scores of other windows
+            metrics = {k: v for k, v in metrics.items() if not re.search("before|holdout", k)}
         candidates = saved.training.get("candidates", {"last": saved.weights})
     else:
         metrics, candidates = train_model(run, model, data, saved)
@@ -4379,7 +4378,8 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     if h.max_wallclock_seconds and not h.export_only:
         time_left = h.max_wallclock_seconds - metrics["train_seconds"] - metrics["choice_seconds"]
         time_left -= time.perf_counter() - began  # to write the checkpoint
-    losses = {name: metrics.get(f"holdout_loss_{name}", math.nan) for name in candidates}
+    scores = saved.metrics if is_finished else metrics
+    losses = {name: scores.get(f"holdout_loss_{name}", math.nan) for name in candidates}
     first, *others = candidates  # the best one before quantization
     near = [name for name in others if losses[name] <= losses[first] + NEAR_NATS]
     candidates = {name: candidates[name] for name in (first, *near)}
@@ -4426,22 +4426,23 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
         log(f"{name} val_loss:{loss:.4f} val_bpb:{bpb:.4f} {how} {spent}")
         log(f"{name}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     seconds = time.perf_counter() - began
+    scored, size = len(run.val.tokens) - 1, run.val.bytes
+    log(f"scored {scored:,} tokens, {size:,} bytes of text, of {h.data_path}")
     total = code_bytes() + len(blob)
     log(f"artifact {total:,} bytes: code {code_bytes():,}, model {len(blob):,}")
-    return metrics | {"eval_seconds": round(seconds, 3)}
+    counts = {"val_tokens": scored, "val_bytes": size}
+    return metrics | counts | {"eval_seconds": round(seconds, 3)}
 
 
 LOCATIONS = ("data_path", "tokenizer_path")
 
 
 def locations_beside(artifact: str) -> dict[str, str]:
-    """Return data and tokenizer of the run in whose folder an artifact lies, if they exist."""
+    """Return data and tokenizer of the run in whose folder an artifact lies, if it says them."""
     folder = Path(artifact).absolute().parent
     with contextlib.suppress(LookupError, OSError, TypeError, ValueError):  # it may be anything
         results = json.loads((folder / "results.json").read_bytes())
-        paths = {name: os.path.normpath(folder / results[name]) for name in LOCATIONS}
-        if all(map(os.path.exists, paths.values())):
-            return paths
+        return {name: os.path.normpath(folder / results[name]) for name in LOCATIONS}
     return {}
 
 
@@ -4490,20 +4491,16 @@ def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperpara
     """Return the settings of the checkpoint's run, but quantizer and evaluation may be set anew."""
     source = f"CHECKPOINT_PATH={h.checkpoint_path}"
     with untrusted_input(source):
-        names = saved.settings.keys() - set(RESUME_OVERRIDES) | {*LOCATIONS, "eval_batch_tokens"}
-        stored = {name: saved.settings[name] for name in names}
-        return adopt_settings(h, stored, source, EXPORT_OVERRIDES | {*RESUME_OVERRIDES})
+        kept = {*RESUME_OVERRIDES} - {*LOCATIONS, "eval_batch_tokens", "distill_from"}
+        stored = {name: value for name, value in saved.settings.items() if name not in kept}
+        overridable = EXPORT_OVERRIDES | {*RESUME_OVERRIDES} - {"distill_from"}
+        return adopt_settings(h, stored, source, overridable)
 
 
 def decide_start(
     h: Hyperparameters, dist: Distributed, log: RunLog
 ) -> tuple[Hyperparameters, bytes, Checkpoint | None, Path | None]:
-    """Read what the run starts from, on rank 0's disk.
-
-    Returns:
-        The settings that hold, the artifact if it is only evaluated, a checkpoint if there is one,
-        and the folder of a run that trains or exports.
-    """
+    """Return settings that hold, an artifact to evaluate, a checkpoint, and the run's folder."""
     if h.eval_only:
         found = dist.from_rank0(lambda: locations_beside(h.model_path))
         h = reload_settings(found | h.given())
@@ -4517,9 +4514,11 @@ def decide_start(
         saved = dist.from_rank0(lambda: Checkpoint.read(Path(h.checkpoint_path)))
         h = settings_from_checkpoint(h, saved)
     folder, resumed = dist.from_rank0(lambda: open_folder(h, log))
-    if resumed and not h.export_only:  # which exports CHECKPOINT_PATH, whatever lies there
+    if resumed and not h.export_only:
         h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
         saved = resumed
+    elif resumed and not resumed.settings["export_only"]:
+        raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID for the export")
     return h, b"", saved, folder
 
 
@@ -4533,6 +4532,7 @@ def run_job(h: Hyperparameters, dist: Distributed, log: RunLog, stop: StopSignal
     if saved:
         with untrusted_input("the checkpoint"):
             check_identity(h, saved, identity)
+            identity = saved.identity | identity  # with the hash of its teacher
     val = ValidationStream(h, tokenizer)
     if len(val.tokens) <= h.eval_seq_len:
         stream = f"the validation stream of {len(val.tokens)} tokens"

@@ -108,6 +108,7 @@ def test_an_export_takes_the_weights_and_data_of_the_checkpoint_that_it_names(
     """Not those that an interrupted export of an earlier one left in its folder."""
     stale = shutil.copytree(unfinished, runs / "again") / "checkpoint.pt"
     saved = torch.load(stale, weights_only=True)
+    saved["settings"]["export_only"] = 1
     saved["weights"] = {name: values + 1 for name, values in saved["weights"].items()}
     torch.save(saved, stale)
     path = trained / "checkpoint.pt"
@@ -375,3 +376,33 @@ def test_sensitivities_that_are_not_finite_are_refused(data_settings, run_of, mo
     monkeypatch.setattr(train_gpt, "collect_sensitivities", ruined)
     with pytest.raises(train_gpt.UserError, match=r"sensitivity .* is not finite"):
         train_gpt.export(run_of(h), train_gpt.make_model(h), train_gpt.TrainingData(h), 0)
+
+
+def test_lost_tokens_and_a_damaged_manifest_are_refused(base, corpus, tmp_path):
+    folder = shutil.copytree(corpus.folder, tmp_path / "data")
+    told = json.loads((folder / "manifest.json").read_text())
+    told["val"]["tokens"] += 1
+    for text, problem in ((json.dumps(told), "val tokens, there are"), ("{", "JSONDecodeError")):
+        (folder / "manifest.json").write_text(text)
+        assert problem in refusal(base | {"DATA_PATH": folder})
+
+
+def test_an_export_says_nothing_of_other_windows_and_takes_no_other_run(trained, unfinished, runs):
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "OUTPUT_DIR": runs}
+    assert "is an unfinished run" in refusal(export | {"RUN_ID": unfinished.name})
+    run_well(export | {"RUN_ID": "windows", "EVAL_SEQ_LEN": 8, "EVAL_STRIDE": 8})
+    results = json.loads((runs / "windows" / "results.json").read_text())
+    assert results["eval_seq_len"] == 8 and not {"val_bpb_before", "holdout_loss_last"} & {*results}
+
+
+def test_an_export_keeps_the_teacher_of_its_run(trained, settings):
+    saved = train_gpt.Checkpoint.read(trained / "checkpoint.pt")
+    saved.settings["distill_from"] = "teacher.ptz"
+    path = str(trained / "checkpoint.pt")
+    for explicit in ({}, {"distill_from": "other.ptz"}):
+        h = train_gpt.load_settings({}, export_only=1, checkpoint_path=path, **explicit)
+        if explicit:
+            with pytest.raises(train_gpt.UserError, match="DISTILL_FROM=other"):
+                train_gpt.settings_from_checkpoint(h, saved)
+        else:
+            assert train_gpt.settings_from_checkpoint(h, saved).distill_from == "teacher.ptz"
