@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,12 +49,8 @@ SPOILED = {
     "wrong version": lambda path: write_shard(path, range(50), version=2),
     "a token short": lambda path: write_shard(path, range(50), count=51),
     "a token too long": lambda path: write_shard(path, range(50), count=49),
-    "negative count": lambda path: write_shard(path, range(50), count=-1),
     "no tokens": lambda path: write_shard(path, []),
-    "an error page": lambda path: path.write_bytes(b"<html>Not Found</html>" * 100),
-    "half a token": lambda path: path.write_bytes(path.read_bytes()[: 1024 + 99]),
     "part of the header": lambda path: path.write_bytes(path.read_bytes()[:20]),
-    "empty": lambda path: path.write_bytes(b""),
 }
 
 
@@ -71,13 +64,10 @@ def test_damaged_shard_is_refused_by_name(tmp_path, spoil):
     assert str(refused.value).startswith(f"{damaged}: ")
 
 
-@pytest.mark.parametrize("folder", ["", "nowhere"])
-def test_missing_shards_are_refused_with_their_folder(tmp_path, folder):
+def test_missing_shards_are_refused_with_their_folder(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", range(50))
-    with pytest.raises(UserError) as refused:
-        train_gpt.read_shards(str(tmp_path / folder), "train")
-    assert str(tmp_path / folder) in str(refused.value)
-    assert "fineweb_train_*.bin" in str(refused.value)
+    with pytest.raises(UserError, match=rf"{tmp_path}: no fineweb_train_\*.bin"):
+        train_gpt.read_shards(str(tmp_path), "train")
 
 
 # ---- Training data -----------------------------------------------------------------------------
@@ -221,17 +211,14 @@ def test_a_first_token_of_text_is_not_counted(tokenizer, tmp_path):
     assert stream.bytes == len("plain words of text") - len(first)
 
 
-def every_space(tokenizer):
-    """Return an account of every ▁, also of one that decoding drops at the start of a document."""
-    return lambda _, tokens: int((tokenizer.own_bytes + tokenizer.has_space)[tokens].sum())
-
-
 MISTAKES = {
     "a space counts twice": ("own_bytes", lambda t: t.own_bytes + t.has_space),
-    "a byte is as long as <0xE6>": ("own_bytes", lambda t: np.where(t.is_byte, 6, t.own_bytes)),
     "control tokens have bytes": ("own_bytes", lambda t: np.where(t.is_control, 3, t.own_bytes)),
-    "no space counts": ("own_bytes", lambda t: t.own_bytes - t.has_space),
-    "a space before a document counts": ("count_bytes", every_space),
+    # Decoding drops a space at the start of a document.
+    "every space counts": (
+        "count_bytes",
+        lambda t: lambda _, tokens: int((t.own_bytes + t.has_space)[tokens].sum()),
+    ),
 }
 
 
@@ -271,50 +258,34 @@ def test_unusable_stream_is_refused(tokenizer, tmp_path, tokens, says):
 # ---- Tokenizers --------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_of_another_size_or_without_a_piece_for_the_space_is_refused(corpus, tmp_path):
-    with pytest.raises(UserError, match="has 512 pieces, but VOCAB_SIZE=511"):
-        train_gpt.Tokenizer(str(corpus.tokenizer), 511)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["abcdefgh"] * 20),
-        model_prefix=tmp_path / "some",
-        vocab_size=280,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path = str(tmp_path / "some.model")
-    size = sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
-    with pytest.raises(UserError, match="the vocabulary has no piece ▁"):
-        train_gpt.Tokenizer(path, size)
-
-
-@pytest.mark.parametrize("content", [b"", b"no model", None])
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "some.model"
-    if content is not None:
+def test_an_unusable_tokenizer_is_refused_by_name(corpus, tmp_path):
+    own, path = corpus.tokenizer.read_bytes(), tmp_path / "some.model"
+    without_space = own.replace(b"\n\x03\xe2\x96\x81\x15", b"\n\x03\xe2\x96\x82\x15")
+    assert without_space != own
+    for content, size, problem in (
+        (b"no model", 512, "cannot be used"),
+        (own, 511, "has 512 pieces, but VOCAB_SIZE=511"),
+        (without_space, 512, "the vocabulary has no piece ▁"),
+    ):
         path.write_bytes(content)
-    with pytest.raises(UserError) as refused:
-        train_gpt.Tokenizer(str(path), 512)
-    assert f"TOKENIZER_PATH={path}" in str(refused.value)
-
-
-OTHER_MANIFESTS = (None, [], 3, {"tokenizer_sha256": None}, {"tokenizer": "some.model"})
+        with pytest.raises(UserError, match=f"TOKENIZER_PATH={path}.* {problem}"):
+            train_gpt.Tokenizer(str(path), size)
 
 
 def test_tokenizer_that_did_not_make_the_shards_is_refused(corpus, tokenizer, tmp_path):
-    """Trap 9: one of the same size passes every other check, and its text is another."""
+    """One of the same size passes every other check, and its text is another."""
     h = corpus_settings(corpus)
     tokenizer.check_manifest(h)
-    other = SimpleNamespace(sha256="0" * 64)
-    names = f"TOKENIZER_PATH={corpus.tokenizer} .*{corpus.folder / 'manifest.json'}"
-    with pytest.raises(UserError, match=names):
-        train_gpt.Tokenizer.check_manifest(other, h)
-    for content in OTHER_MANIFESTS:  # shards from elsewhere have none, or one that says less
-        if content is not None:
-            (tmp_path / "manifest.json").write_text(json.dumps(content))
-        tokenizer.check_manifest(tiny_settings(data_path=tmp_path))
+    other = train_gpt.Tokenizer(str(corpus.tokenizer), 512)
+    other.sha256 = "0" * 64
+    with pytest.raises(UserError, match=f"TOKENIZER_PATH={corpus.tokenizer} .*manifest.json"):
+        other.check_manifest(h)
+    # Shards from elsewhere have no manifest, or one that says less.
+    h = tiny_settings(data_path=tmp_path)
+    tokenizer.check_manifest(h)
+    for content in ("[]", "3", '{"tokenizer_sha256": null}', '{"tokenizer": "some.model"}'):
+        (tmp_path / "manifest.json").write_text(content)
+        tokenizer.check_manifest(h)
 
 
 # ---- Windows -----------------------------------------------------------------------------------
@@ -341,28 +312,13 @@ def test_windows_score_every_token_once(data, targets):
 
 @pytest.fixture(scope="module")
 def stream(corpus, tokenizer, tmp_path_factory):
-    """A few hundred tokens, so that the slow loop is not too slow; no multiple of any window."""
+    """A few hundred tokens, no multiple of any window."""
     tokens = read_shard(corpus.folder / "fineweb_val_000000.bin")[:331]
     return stream_of(tokens, tokenizer, tmp_path_factory.mktemp("stream"))
 
 
-@pytest.fixture(scope="module")
-def model(corpus):
-    """A model in float64 whose predictions depend on the context."""
-    torch.manual_seed(0)
-    h = corpus_settings(corpus, tied_embed_init_std=1.0)
-    model = train_gpt.GPT(h, torch.float64).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
 def slow_evaluation(model, tokens, length: int, stride: int) -> float:
-    """Return the mean nats of every token after the first.
-
-    Window by window, one token at a time, in float64.
-    """
+    """Return the mean nats of every token after the first, one at a time, in float64."""
     length, scored, total = min(length, len(tokens) - 1), 0, 0.0
     for place in itertools.count(0, stride):
         start = min(place, len(tokens) - 1 - length)
@@ -380,10 +336,13 @@ LOGIT_ERROR = 10 * 2 * 30 * 2**-24  # the logits, c·tanh(z/c) with c = 30, are 
 
 @pytest.mark.parametrize(
     ("length", "stride", "size"),
-    [(32, 32, 331), (32, 5, 331), (17, 2, 200), (1, 1, 99), (32, 8, 2), (32, 8, 33), (32, 32, 34)],
+    [(32, 32, 331), (32, 5, 331), (1, 1, 99), (32, 8, 2), (32, 8, 33), (32, 32, 34)],
 )
-def test_evaluation_equals_a_slow_loop(corpus, processes, model, stream, length, stride, size):
+def test_evaluation_equals_a_slow_loop(
+    corpus, processes, random_model, stream, length, stride, size
+):
     """Whatever the batch, also where the stream is shorter than a window."""
+    model = random_model(corpus_settings(corpus), torch.float64)
     tokens = stream.tokens[:size]
     expected = slow_evaluation(model, tokens, length, stride)
     for batch in (1, 100, 131_072):
