@@ -38,15 +38,6 @@ def pytest_configure(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a GPU, unless `-m` chooses."""
-    if config.getoption("-m"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
-
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment():
     """Take settings and a launcher's variables out of the environment, for the whole session."""
@@ -104,10 +95,7 @@ def corpus(tmp_path_factory) -> Corpus:
 
 @pytest.fixture(scope="session")
 def data_settings(settings, tmp_path_factory):
-    """data_settings(**changes): settings of a run on two shards of random tokens.
-
-    Small numbers are the most frequent tokens.
-    """
+    """data_settings(**changes): settings of a run on shards of random tokens, most of them low."""
     folder = tmp_path_factory.mktemp("data")
     for number in range(2):
         ids = 64 * np.random.default_rng(number).random(3000) ** 2

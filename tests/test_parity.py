@@ -17,14 +17,8 @@ import torch
 import train_gpt
 
 GOLDEN = Path(__file__).parent / "golden" / "pr1113.npz"
-KINDS = {
-    "attention.q": "attn.c_q",
-    "attention.k": "attn.c_k",
-    "attention.v": "attn.c_v",
-    "attention.proj": "attn.proj",
-    "mlp.fc": "mlp.fc",
-    "mlp.proj": "mlp.proj",
-}
+KINDS = {f"attention.{name}": f"attn.c_{name}" for name in "qkv"}
+KINDS |= {"attention.proj": "attn.proj", "mlp.fc": "mlp.fc", "mlp.proj": "mlp.proj"}
 PARTS = {
     "learned": {"weight": "weight"},
     "adapters": {"frozen_weight": "weight", "lora_A": "lora.A", "lora_B": "lora.B"},
