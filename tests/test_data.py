@@ -45,12 +45,12 @@ def test_header_is_skipped_to_the_byte(tmp_path):
 
 
 SPOILED = {
-    "wrong magic": lambda path: write_shard(path, range(50), magic=20240521),
-    "wrong version": lambda path: write_shard(path, range(50), version=2),
-    "a token short": lambda path: write_shard(path, range(50), count=51),
-    "a token too long": lambda path: write_shard(path, range(50), count=49),
-    "no tokens": lambda path: write_shard(path, []),
-    "part of the header": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "wrong magic": lambda whole: b"\0" + whole[1:],
+    "wrong version": lambda whole: whole[:4] + b"\2" + whole[5:],
+    "a token short": lambda whole: whole[:-2],
+    "a token too long": lambda whole: whole + b"\0\0",
+    "no tokens": lambda whole: whole[:8] + bytes(1016),
+    "part of the header": lambda whole: whole[:10],
 }
 
 
@@ -58,10 +58,9 @@ SPOILED = {
 def test_damaged_shard_is_refused_by_name(tmp_path, spoil):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(50))
     damaged = write_shard(tmp_path / "fineweb_train_000001.bin", range(50))
-    spoil(damaged)
-    with pytest.raises(UserError) as refused:
+    damaged.write_bytes(spoil(damaged.read_bytes()))
+    with pytest.raises(UserError, match=f"^{damaged}: incomplete or no shard"):
         train_gpt.read_shards(str(tmp_path), "train")
-    assert str(refused.value).startswith(f"{damaged}: ")
 
 
 def test_missing_shards_are_refused_with_their_folder(tmp_path):
@@ -102,11 +101,8 @@ def test_every_sequence_that_is_not_held_out_is_seen_once_an_epoch(numbered):
         assert (rows.diff(dim=1) == 1).all()  # whole sequences, none across the end of a shard
         seen = torch.cat([rows[:, 0], held_out[:, 0]]).sort().values
         assert seen.tolist() == everything.tolist()
-
-
-def test_little_data_is_not_held_out_whole(numbered):
     data = training_data(numbered, holdout_tokens=1_048_576)  # more than all there is
-    assert 1 <= len(data.held_out) <= (len(data.positions) + len(data.held_out)) / 50
+    assert len(data.held_out) == len(everything) // 50
 
 
 def test_each_epoch_and_each_seed_has_its_own_order(numbered):
@@ -177,17 +173,15 @@ def test_counted_bytes_are_the_decoded_text_document_by_document(corpus, tokeniz
     assert tokenizer.is_byte[stream].sum() > 100  # or the corpus tests nothing
     documents = np.split(stream, np.flatnonzero(stream == BOS))[1:]
     assert len(documents) == len(corpus.documents)
-    total = 0
     for tokens, text in zip(documents, corpus.documents, strict=True):
         decoded = tokenizer.decode(tokens)
         # Normalization folds spaces and compatibility forms; else the text must come back whole.
         assert decoded.decode().split() == tokenizer.model.normalize(text).replace("▁", " ").split()
         assert counted(tokenizer, tokens) == len(decoded)
-        total += len(decoded)
-    assert counted(tokenizer, stream) == len(tokenizer.decode(stream)) == total
     read = train_gpt.ValidationStream(corpus_settings(corpus), tokenizer)
     assert read.tokens.tolist() == stream.tolist()
-    assert (read.text, read.bytes) == (tokenizer.decode(stream), total)
+    assert read.text == b"".join(map(tokenizer.decode, documents))
+    assert read.bytes == len(read.text)
 
 
 @settings(max_examples=200)
@@ -211,24 +205,13 @@ def test_a_first_token_of_text_is_not_counted(tokenizer, tmp_path):
     assert stream.bytes == len("plain words of text") - len(first)
 
 
-MISTAKES = {
-    "a space counts twice": ("own_bytes", lambda t: t.own_bytes + t.has_space),
-    "control tokens have bytes": ("own_bytes", lambda t: np.where(t.is_control, 3, t.own_bytes)),
-    # Decoding drops a space at the start of a document.
-    "every space counts": (
-        "count_bytes",
-        lambda t: lambda _, tokens: int((t.own_bytes + t.has_space)[tokens].sum()),
-    ),
-}
-
-
-@pytest.mark.parametrize(("name", "mistake"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path, name, mistake):
+def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path):
+    """One counts every space twice."""
     wrong = train_gpt.Tokenizer(str(corpus.tokenizer), 512)
     text = "plain text and 日本語 too"
     tokens = [BOS, wrong.model.piece_to_id("▁"), *wrong.model.encode(text)]
     assert stream_of(tokens, wrong, tmp_path).bytes == len(text.encode())
-    setattr(wrong, name, mistake(wrong))
+    wrong.own_bytes += wrong.has_space
     with pytest.raises(UserError, match="validation tokens count"):
         stream_of(tokens, wrong, tmp_path)
 
@@ -283,12 +266,9 @@ def test_tokenizer_that_did_not_make_the_shards_is_refused(corpus, tokenizer, tm
     # Shards from elsewhere have no manifest, or one that says less.
     h = tiny_settings(data_path=tmp_path)
     tokenizer.check_manifest(h)
-    for content in ("[]", "3", '{"tokenizer_sha256": null}', '{"tokenizer": "some.model"}'):
+    for content in ("[]", '{"tokenizer_sha256": null}', '{"tokenizer": "some.model"}'):
         (tmp_path / "manifest.json").write_text(content)
         tokenizer.check_manifest(h)
-
-
-# ---- Windows -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=200)
@@ -318,17 +298,16 @@ def stream(corpus, tokenizer, tmp_path_factory):
 
 
 def slow_evaluation(model, tokens, length: int, stride: int) -> float:
-    """Return the mean nats of every token after the first, one at a time, in float64."""
-    length, scored, total = min(length, len(tokens) - 1), 0, 0.0
-    for place in itertools.count(0, stride):
-        start = min(place, len(tokens) - 1 - length)
+    """Return the mean nats of the tokens after the first, each by the first window it is in."""
+    targets, total = len(tokens) - 1, 0.0
+    length = min(length, targets)
+    for i in range(targets):
+        windows_before = max(0, math.ceil((i + 1 - length) / stride))
+        start = min(windows_before * stride, targets - length)
         with torch.no_grad():
-            logits = model.predict(tokens[None, start : start + length])[0].double()
-        for i in range(scored - start, length):
-            total += float(logits[i].logsumexp(0) - logits[i, tokens[start + i + 1]])
-        scored = start + length
-        if scored == len(tokens) - 1:
-            return total / scored
+            logits = model.predict(tokens[None, start : start + length])[0, i - start].double()
+        total += float(logits.logsumexp(0) - logits[tokens[i + 1]])
+    return total / targets
 
 
 LOGIT_ERROR = 10 * 2 * 30 * 2**-24  # the logits, c·tanh(z/c) with c = 30, are float32

@@ -63,12 +63,9 @@ def published_model(golden: dict[str, np.ndarray], kind: str) -> train_gpt.GPT:
         "bigram_scale": value("bigram.scale").reshape(1),
         "smear_gate": value("smear.gate"),
         "value_embedding.weight": value("ve_shared.embed.weight"),
+        "value_embedding.proj.weight": torch.eye(h.kv_dim),  # it is as wide as the values
         "skip_weights": value("skip_weights"),
     }
-    if f"{kind}/ve_shared.proj.weight" in golden:
-        state["value_embedding.proj.weight"] = value("ve_shared.proj.weight")
-    else:  # as wide as the values: the published class has no projection there
-        state["value_embedding.proj.weight"] = torch.eye(h.kv_dim)
     scales = [value(f"ve_layer_scales.{i}") for i in range(len(h.value_layers))]
     state["value_scales"] = torch.cat(scales) * value("ve_shared.scale")
     for layer in range(h.num_layers):
