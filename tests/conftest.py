@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
@@ -33,20 +33,6 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 
-def pytest_configure(config):
-    """Let tests interrupt the processes they start: jobs in a background ignore Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a GPU, unless `-m` chooses."""
-    if config.getoption("-m"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
-
-
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment():
     """Take settings and a launcher's variables out of the environment, for the whole session."""
@@ -70,10 +56,9 @@ def settings():
 
 @pytest.fixture(scope="session")
 def random_model():
-    """random_model(h, dtype): a GPT none of whose learned values is at its initial value.
+    """random_model(h, dtype): a GPT whose learned values depend on their names and shapes alone.
 
-    Zero adapters and gates hide mistakes. The values depend on the parameter's name alone, so two
-    models that differ in one setting share all they can share.
+    Zero adapters and gates hide mistakes.
     """
 
     def build(h: train_gpt.Hyperparameters, dtype: torch.dtype = torch.float32) -> train_gpt.GPT:
@@ -99,15 +84,18 @@ def corpus(tmp_path_factory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder that the runs of a file lie in."""
+    return tmp_path_factory.mktemp("runs")
+
+
 # ---- Runs in this process ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def data_settings(settings, tmp_path_factory):
-    """data_settings(**changes): settings of a run on two shards of random tokens.
-
-    Small numbers are the most frequent tokens.
-    """
+    """data_settings(**changes): settings of a run on shards of random tokens, most of them low."""
     folder = tmp_path_factory.mktemp("data")
     for number in range(2):
         ids = 64 * np.random.default_rng(number).random(3000) ** 2

@@ -36,8 +36,8 @@ SETTINGS = [name.upper() for name in (*train_gpt.SETTINGS, *train_gpt.ALIASES)]
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 NOT_INHERITED = {*SETTINGS, *train_gpt.UNSUPPORTED, *LAUNCHER, "PRESET"}
 
-# The settings of all tests: a model that is built in milliseconds and trained in a second, on the
-# CPU also where there is a GPU. A corpus has a vocabulary of its own.
+# A model that is built in milliseconds and trained in a second, on the CPU also where there is a
+# GPU. A corpus has a vocabulary of its own.
 TINY = {
     "DEVICE": "cpu",
     "COMPILE": "0",
@@ -117,8 +117,7 @@ class Seconds:
 
 # ---- Corpus --------------------------------------------------------------------------------------
 
-# Text that a small vocabulary can only spell in bytes, and spaces that a tokenizer treats in its
-# own way.
+# Text that a small vocabulary spells in bytes, and spaces that a tokenizer treats in its own way.
 UNUSUAL_DOCUMENTS = [
     "Déjà vu: naïve café, Übergröße, smörgåsbord, ¿qué?",
     "日本語の文章と、中文句子。 한국어 문장도 있다.",
@@ -141,17 +140,10 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
     return path
 
 
-def write_shard(
-    path: Path,
-    tokens: Sequence[int],
-    magic: int = prepare.SHARD_MAGIC,
-    version: int = prepare.SHARD_VERSION,
-    count: int | None = None,
-) -> Path:
-    """Write a shard as data/prepare.py does, or one whose header is wrong in what is given."""
+def write_shard(path: Path, tokens: Sequence[int]) -> Path:
+    """Write a shard as data/prepare.py does."""
     body = np.asarray(tokens, "<u2")
-    header = prepare.shard_header(len(body) if count is None else count, magic, version)
-    return prepare.write_whole(path, header + body.tobytes())
+    return prepare.write_whole(path, prepare.shard_header(len(body)) + body.tobytes())
 
 
 def read_shard(path: Path) -> np.ndarray:
@@ -211,10 +203,8 @@ class Container:
     ) -> bytes:
         """Return an artifact with a right checksum.
 
-        Args:
-            text: the compressed header, instead of one that has the sizes of the blocks.
-            blocks: of each group, instead of the own ones.
-            changes: entries of the header that become others.
+        `text` takes the place of the compressed header, which has the sizes of the blocks;
+        `changes` are entries of the header.
         """
         blocks = blocks or self.blocks
         sizes = [[name, [len(block) for block in group]] for name, group in blocks.items()]
@@ -272,10 +262,7 @@ def start(
     arguments: Sequence[str] = (),
     **options: Any,
 ) -> subprocess.Popen:
-    """Start a new interpreter with the script, or with a launcher of it, and do not wait for it.
-
-    `options` are those of subprocess.Popen.
-    """
+    """Start a new interpreter with the script, or a launcher of it; `options` are Popen's."""
     command = [sys.executable, *launcher, str(script), *arguments]
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return subprocess.Popen(command, env=environment(settings), **options)
@@ -295,9 +282,8 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Run the script to its end, in this process, which takes a tenth of the time.
 
-    `fresh` and the options of `start` ask for an interpreter of its own. Here the script's main is
-    called as an interpreter would, and this process stays as it was. SystemExit becomes an exit
-    code; any other exception is a test's failure, as is a traceback.
+    `fresh` and the options of `start` ask for an interpreter of its own. An exception other than
+    SystemExit is a test's failure, as is a traceback.
     """
     if fresh or options:
         return finish(start(settings, arguments=arguments, **options))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,16 +45,12 @@ def test_header_is_skipped_to_the_byte(tmp_path):
 
 
 SPOILED = {
-    "wrong magic": lambda path: write_shard(path, range(50), magic=20240521),
-    "wrong version": lambda path: write_shard(path, range(50), version=2),
-    "a token short": lambda path: write_shard(path, range(50), count=51),
-    "a token too long": lambda path: write_shard(path, range(50), count=49),
-    "negative count": lambda path: write_shard(path, range(50), count=-1),
-    "no tokens": lambda path: write_shard(path, []),
-    "an error page": lambda path: path.write_bytes(b"<html>Not Found</html>" * 100),
-    "half a token": lambda path: path.write_bytes(path.read_bytes()[: 1024 + 99]),
-    "part of the header": lambda path: path.write_bytes(path.read_bytes()[:20]),
-    "empty": lambda path: path.write_bytes(b""),
+    "wrong magic": lambda whole: b"\0" + whole[1:],
+    "wrong version": lambda whole: whole[:4] + b"\2" + whole[5:],
+    "a token short": lambda whole: whole[:-2],
+    "a token too long": lambda whole: whole + b"\0\0",
+    "no tokens": lambda whole: whole[:8] + bytes(1016),
+    "part of the header": lambda whole: whole[:10],
 }
 
 
@@ -65,19 +58,15 @@ SPOILED = {
 def test_damaged_shard_is_refused_by_name(tmp_path, spoil):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(50))
     damaged = write_shard(tmp_path / "fineweb_train_000001.bin", range(50))
-    spoil(damaged)
-    with pytest.raises(UserError) as refused:
+    damaged.write_bytes(spoil(damaged.read_bytes()))
+    with pytest.raises(UserError, match=f"^{damaged}: incomplete or no shard"):
         train_gpt.read_shards(str(tmp_path), "train")
-    assert str(refused.value).startswith(f"{damaged}: ")
 
 
-@pytest.mark.parametrize("folder", ["", "nowhere"])
-def test_missing_shards_are_refused_with_their_folder(tmp_path, folder):
+def test_missing_shards_are_refused_with_their_folder(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", range(50))
-    with pytest.raises(UserError) as refused:
-        train_gpt.read_shards(str(tmp_path / folder), "train")
-    assert str(tmp_path / folder) in str(refused.value)
-    assert "fineweb_train_*.bin" in str(refused.value)
+    with pytest.raises(UserError, match=rf"{tmp_path}: no fineweb_train_\*.bin"):
+        train_gpt.read_shards(str(tmp_path), "train")
 
 
 # ---- Training data -----------------------------------------------------------------------------
@@ -112,11 +101,8 @@ def test_every_sequence_that_is_not_held_out_is_seen_once_an_epoch(numbered):
         assert (rows.diff(dim=1) == 1).all()  # whole sequences, none across the end of a shard
         seen = torch.cat([rows[:, 0], held_out[:, 0]]).sort().values
         assert seen.tolist() == everything.tolist()
-
-
-def test_little_data_is_not_held_out_whole(numbered):
     data = training_data(numbered, holdout_tokens=1_048_576)  # more than all there is
-    assert 1 <= len(data.held_out) <= (len(data.positions) + len(data.held_out)) / 50
+    assert len(data.held_out) == len(everything) // 50
 
 
 def test_each_epoch_and_each_seed_has_its_own_order(numbered):
@@ -187,17 +173,15 @@ def test_counted_bytes_are_the_decoded_text_document_by_document(corpus, tokeniz
     assert tokenizer.is_byte[stream].sum() > 100  # or the corpus tests nothing
     documents = np.split(stream, np.flatnonzero(stream == BOS))[1:]
     assert len(documents) == len(corpus.documents)
-    total = 0
     for tokens, text in zip(documents, corpus.documents, strict=True):
         decoded = tokenizer.decode(tokens)
         # Normalization folds spaces and compatibility forms; else the text must come back whole.
         assert decoded.decode().split() == tokenizer.model.normalize(text).replace("▁", " ").split()
         assert counted(tokenizer, tokens) == len(decoded)
-        total += len(decoded)
-    assert counted(tokenizer, stream) == len(tokenizer.decode(stream)) == total
     read = train_gpt.ValidationStream(corpus_settings(corpus), tokenizer)
     assert read.tokens.tolist() == stream.tolist()
-    assert (read.text, read.bytes) == (tokenizer.decode(stream), total)
+    assert read.text == b"".join(map(tokenizer.decode, documents))
+    assert read.bytes == len(read.text)
 
 
 @settings(max_examples=200)
@@ -221,27 +205,13 @@ def test_a_first_token_of_text_is_not_counted(tokenizer, tmp_path):
     assert stream.bytes == len("plain words of text") - len(first)
 
 
-def every_space(tokenizer):
-    """Return an account of every ▁, also of one that decoding drops at the start of a document."""
-    return lambda _, tokens: int((tokenizer.own_bytes + tokenizer.has_space)[tokens].sum())
-
-
-MISTAKES = {
-    "a space counts twice": ("own_bytes", lambda t: t.own_bytes + t.has_space),
-    "a byte is as long as <0xE6>": ("own_bytes", lambda t: np.where(t.is_byte, 6, t.own_bytes)),
-    "control tokens have bytes": ("own_bytes", lambda t: np.where(t.is_control, 3, t.own_bytes)),
-    "no space counts": ("own_bytes", lambda t: t.own_bytes - t.has_space),
-    "a space before a document counts": ("count_bytes", every_space),
-}
-
-
-@pytest.mark.parametrize(("name", "mistake"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path, name, mistake):
+def test_mistakes_of_published_accounts_are_noticed(corpus, tmp_path):
+    """One counts every space twice."""
     wrong = train_gpt.Tokenizer(str(corpus.tokenizer), 512)
     text = "plain text and 日本語 too"
     tokens = [BOS, wrong.model.piece_to_id("▁"), *wrong.model.encode(text)]
     assert stream_of(tokens, wrong, tmp_path).bytes == len(text.encode())
-    setattr(wrong, name, mistake(wrong))
+    wrong.own_bytes += wrong.has_space
     with pytest.raises(UserError, match="validation tokens count"):
         stream_of(tokens, wrong, tmp_path)
 
@@ -271,53 +241,34 @@ def test_unusable_stream_is_refused(tokenizer, tmp_path, tokens, says):
 # ---- Tokenizers --------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_of_another_size_or_without_a_piece_for_the_space_is_refused(corpus, tmp_path):
-    with pytest.raises(UserError, match="has 512 pieces, but VOCAB_SIZE=511"):
-        train_gpt.Tokenizer(str(corpus.tokenizer), 511)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["abcdefgh"] * 20),
-        model_prefix=tmp_path / "some",
-        vocab_size=280,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    path = str(tmp_path / "some.model")
-    size = sentencepiece.SentencePieceProcessor(model_file=path).vocab_size()
-    with pytest.raises(UserError, match="the vocabulary has no piece ▁"):
-        train_gpt.Tokenizer(path, size)
-
-
-@pytest.mark.parametrize("content", [b"", b"no model", None])
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "some.model"
-    if content is not None:
+def test_an_unusable_tokenizer_is_refused_by_name(corpus, tmp_path):
+    own, path = corpus.tokenizer.read_bytes(), tmp_path / "some.model"
+    without_space = own.replace(b"\n\x03\xe2\x96\x81\x15", b"\n\x03\xe2\x96\x82\x15")
+    assert without_space != own
+    for content, size, problem in (
+        (b"no model", 512, "cannot be used"),
+        (own, 511, "has 512 pieces, but VOCAB_SIZE=511"),
+        (without_space, 512, "the vocabulary has no piece ▁"),
+    ):
         path.write_bytes(content)
-    with pytest.raises(UserError) as refused:
-        train_gpt.Tokenizer(str(path), 512)
-    assert f"TOKENIZER_PATH={path}" in str(refused.value)
-
-
-OTHER_MANIFESTS = (None, [], 3, {"tokenizer_sha256": None}, {"tokenizer": "some.model"})
+        with pytest.raises(UserError, match=f"TOKENIZER_PATH={path}.* {problem}"):
+            train_gpt.Tokenizer(str(path), size)
 
 
 def test_tokenizer_that_did_not_make_the_shards_is_refused(corpus, tokenizer, tmp_path):
-    """Trap 9: one of the same size passes every other check, and its text is another."""
+    """One of the same size passes every other check, and its text is another."""
     h = corpus_settings(corpus)
     tokenizer.check_manifest(h)
-    other = SimpleNamespace(sha256="0" * 64)
-    names = f"TOKENIZER_PATH={corpus.tokenizer} .*{corpus.folder / 'manifest.json'}"
-    with pytest.raises(UserError, match=names):
-        train_gpt.Tokenizer.check_manifest(other, h)
-    for content in OTHER_MANIFESTS:  # shards from elsewhere have none, or one that says less
-        if content is not None:
-            (tmp_path / "manifest.json").write_text(json.dumps(content))
-        tokenizer.check_manifest(tiny_settings(data_path=tmp_path))
-
-
-# ---- Windows -----------------------------------------------------------------------------------
+    other = train_gpt.Tokenizer(str(corpus.tokenizer), 512)
+    other.sha256 = "0" * 64
+    with pytest.raises(UserError, match=f"TOKENIZER_PATH={corpus.tokenizer} .*manifest.json"):
+        other.check_manifest(h)
+    # Shards from elsewhere have no manifest, or one that says less.
+    h = tiny_settings(data_path=tmp_path)
+    tokenizer.check_manifest(h)
+    for content in ("[]", '{"tokenizer_sha256": null}', '{"tokenizer": "some.model"}'):
+        (tmp_path / "manifest.json").write_text(content)
+        tokenizer.check_manifest(h)
 
 
 @settings(max_examples=200)
@@ -341,38 +292,22 @@ def test_windows_score_every_token_once(data, targets):
 
 @pytest.fixture(scope="module")
 def stream(corpus, tokenizer, tmp_path_factory):
-    """A few hundred tokens, so that the slow loop is not too slow; no multiple of any window."""
+    """A few hundred tokens, no multiple of any window."""
     tokens = read_shard(corpus.folder / "fineweb_val_000000.bin")[:331]
     return stream_of(tokens, tokenizer, tmp_path_factory.mktemp("stream"))
 
 
-@pytest.fixture(scope="module")
-def model(corpus):
-    """A model in float64 whose predictions depend on the context."""
-    torch.manual_seed(0)
-    h = corpus_settings(corpus, tied_embed_init_std=1.0)
-    model = train_gpt.GPT(h, torch.float64).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
 def slow_evaluation(model, tokens, length: int, stride: int) -> float:
-    """Return the mean nats of every token after the first.
-
-    Window by window, one token at a time, in float64.
-    """
-    length, scored, total = min(length, len(tokens) - 1), 0, 0.0
-    for place in itertools.count(0, stride):
-        start = min(place, len(tokens) - 1 - length)
+    """Return the mean nats of the tokens after the first, each by the first window it is in."""
+    targets, total = len(tokens) - 1, 0.0
+    length = min(length, targets)
+    for i in range(targets):
+        windows_before = max(0, math.ceil((i + 1 - length) / stride))
+        start = min(windows_before * stride, targets - length)
         with torch.no_grad():
-            logits = model.predict(tokens[None, start : start + length])[0].double()
-        for i in range(scored - start, length):
-            total += float(logits[i].logsumexp(0) - logits[i, tokens[start + i + 1]])
-        scored = start + length
-        if scored == len(tokens) - 1:
-            return total / scored
+            logits = model.predict(tokens[None, start : start + length])[0, i - start].double()
+        total += float(logits.logsumexp(0) - logits[tokens[i + 1]])
+    return total / targets
 
 
 LOGIT_ERROR = 10 * 2 * 30 * 2**-24  # the logits, c·tanh(z/c) with c = 30, are float32
@@ -380,10 +315,13 @@ LOGIT_ERROR = 10 * 2 * 30 * 2**-24  # the logits, c·tanh(z/c) with c = 30, are 
 
 @pytest.mark.parametrize(
     ("length", "stride", "size"),
-    [(32, 32, 331), (32, 5, 331), (17, 2, 200), (1, 1, 99), (32, 8, 2), (32, 8, 33), (32, 32, 34)],
+    [(32, 32, 331), (32, 5, 331), (1, 1, 99), (32, 8, 2), (32, 8, 33), (32, 32, 34)],
 )
-def test_evaluation_equals_a_slow_loop(corpus, processes, model, stream, length, stride, size):
+def test_evaluation_equals_a_slow_loop(
+    corpus, processes, random_model, stream, length, stride, size
+):
     """Whatever the batch, also where the stream is shorter than a window."""
+    model = random_model(corpus_settings(corpus), torch.float64)
     tokens = stream.tokens[:size]
     expected = slow_evaluation(model, tokens, length, stride)
     for batch in (1, 100, 131_072):

@@ -17,14 +17,8 @@ import torch
 import train_gpt
 
 GOLDEN = Path(__file__).parent / "golden" / "pr1113.npz"
-KINDS = {
-    "attention.q": "attn.c_q",
-    "attention.k": "attn.c_k",
-    "attention.v": "attn.c_v",
-    "attention.proj": "attn.proj",
-    "mlp.fc": "mlp.fc",
-    "mlp.proj": "mlp.proj",
-}
+KINDS = {f"attention.{name}": f"attn.c_{name}" for name in "qkv"}
+KINDS |= {"attention.proj": "attn.proj", "mlp.fc": "mlp.fc", "mlp.proj": "mlp.proj"}
 PARTS = {
     "learned": {"weight": "weight"},
     "adapters": {"frozen_weight": "weight", "lora_A": "lora.A", "lora_B": "lora.B"},
@@ -69,12 +63,9 @@ def published_model(golden: dict[str, np.ndarray], kind: str) -> train_gpt.GPT:
         "bigram_scale": value("bigram.scale").reshape(1),
         "smear_gate": value("smear.gate"),
         "value_embedding.weight": value("ve_shared.embed.weight"),
+        "value_embedding.proj.weight": torch.eye(h.kv_dim),  # it is as wide as the values
         "skip_weights": value("skip_weights"),
     }
-    if f"{kind}/ve_shared.proj.weight" in golden:
-        state["value_embedding.proj.weight"] = value("ve_shared.proj.weight")
-    else:  # as wide as the values: the published class has no projection there
-        state["value_embedding.proj.weight"] = torch.eye(h.kv_dim)
     scales = [value(f"ve_layer_scales.{i}") for i in range(len(h.value_layers))]
     state["value_scales"] = torch.cat(scales) * value("ve_shared.scale")
     for layer in range(h.num_layers):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import ROOT, tiny_settings, train_gpt
+from helpers import ROOT, SCRIPT, SETTINGS, tiny_settings, train_gpt
 
 PAGES = [ROOT / "README.md"]
 PAGES += sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("bench/results/*.md")])
@@ -24,7 +23,6 @@ def sh_lines(text: str) -> list[str]:
 
 
 def fenced(text: str, language: str) -> list[str]:
-    """Return the blocks of code in a language."""
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
@@ -32,14 +30,6 @@ def inline(text: str) -> list[str]:
     """Return what stands between single backticks outside blocks, on one line or two."""
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
-
-
-def commands(page: Path) -> list[list[str]]:
-    """Return the commands of a page as words, those in blocks and those in a sentence."""
-    text = page.read_text(encoding="utf-8")
-    lines = sh_lines(text)
-    lines += [code for code in inline(text) if re.search(r"\b(python|bash|ruff) ", code)]
-    return [shlex.split(line, comments=True) for line in lines]
 
 
 @ON_EVERY_PAGE
@@ -58,22 +48,26 @@ def test_every_link_and_named_file_exists(page):
 
 @ON_EVERY_PAGE
 def test_every_command_is_one_that_its_program_takes(page):
-    for words in commands(page):
+    text = page.read_text(encoding="utf-8")
+    lines = sh_lines(text)
+    lines += [code for code in inline(text) if re.search(r"\b(python|bash|ruff) ", code)]
+    for words in [shlex.split(line, comments=True) for line in lines]:
         for program in [word for word in words if re.search(r"\.(py|sh)$", word)]:
             source = (ROOT / program).read_text(encoding="utf-8")
             after = words[words.index(program) + 1 :]
             for option in after:
                 if option.startswith("--") and option != "--help":
                     spellings = (f'"{option}"', f"{option[2:].replace('-', '_')}=", f"{option})")
-                    assert any(text in source for text in spellings), f"{program} {option}"
+                    assert any(spelling in source for spelling in spellings), f"{program} {option}"
             if program == "bench/gpu.sh":
                 parts = re.search(r'^parts="(.*)"$', source, re.MULTILINE).group(1).split()
                 assert set(after) <= {*parts, "--list"}, after
         if "pytest" in words and "-k" in words:
             files = [ROOT / word for word in words if word.startswith("tests/")]
-            tests = re.findall(r"^def (test_\w+)", "".join(map(Path.read_text, files)), re.M)
-            for part in words[words.index("-k") + 1].split(" or "):
-                assert any(part in test for test in tests), f"{part} in {files}"
+            files = files or [*ROOT.glob("tests/test_*.py")]
+            tests = "".join(path.read_text(encoding="utf-8") for path in files)
+            for part in words[words.index("-k") + 1].split(" or "):  # of a name, or of a case's
+                assert part in tests, f"{part} in {words}"
 
 
 # Names in capitals that belong to other programs, or stand for something of the reader's.
@@ -85,30 +79,25 @@ OTHER_NAMES = {
 
 @ON_EVERY_PAGE
 def test_every_name_in_capitals_is_a_setting_or_a_name_of_the_script(page):
-    known = {name.upper() for name in (*train_gpt.SETTINGS, *train_gpt.ALIASES)}
-    known |= {*train_gpt.UNSUPPORTED, *train_gpt.Role.__members__, *dir(train_gpt), *OTHER_NAMES}
+    known = {*SETTINGS, *train_gpt.UNSUPPORTED, *train_gpt.Role.__members__, *dir(train_gpt)}
+    known |= OTHER_NAMES
     for code in inline(page.read_text(encoding="utf-8")):
         for name in re.findall(r"(?<![\w.:/{])([A-Z][A-Z0-9_]{4,})(?=[=`]|$| |:)", code):
             assert name in known or name.startswith("MAP_"), f"{name} in `{code}`"
 
 
-def texts_of_the_script() -> str:
-    """Return all texts of train_gpt.py and run.sh, those with values in them with … for a value."""
-    texts = [(ROOT / "run.sh").read_text(encoding="utf-8")]
-    for node in ast.walk(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.JoinedStr):
-            parts = [getattr(part, "value", "") for part in node.values]
-            texts.append("".join(part if isinstance(part, str) else "…" for part in parts))
-        elif isinstance(node, ast.Constant):
-            texts.append(str(node.value))
-    return "\n".join(texts)
-
-
 def test_every_explained_message_is_one_of_the_script():
+    """In a text with values, … stands for a value."""
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(rows) > 20
-    texts = texts_of_the_script()
+    texts = (ROOT / "run.sh").read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(SCRIPT.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            parts = [getattr(part, "value", "") for part in node.values]
+            texts += "".join(part if isinstance(part, str) else "…" for part in parts) + "\n"
+        elif isinstance(node, ast.Constant):
+            texts += f"{node.value}\n"
     assert [row for row in rows if row not in texts] == []
 
 

@@ -30,20 +30,12 @@ from helpers import (
     write_shard,
 )
 
-LOSSES = re.compile(
-    r"^step:(\d+)/(\d+) train_loss:(\d+\.\d+) train_time:(\d+)ms step_avg:\d+\.\d+ms$", re.M
-)
-VALIDATIONS = re.compile(r"^step:(\d+)/(\d+) val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)", re.M)
+LOSSES = r"^step:(\d+)/20 train_loss:\d+\.\d+ train_time:\d+ms step_avg:\d+\.\d+ms$"
+VALIDATIONS = r"^step:(\d+)/20 val_loss:\d+\.\d+ val_bpb:\d+\.\d+"
 # A loss is the mean of sums of at most 512 terms (the vocabulary) in some ten operations, each
 # rounded to float32. In another order such a sum differs by 6e-8 · sqrt(512) of its size, about 6.
 REORDERED = 1e-4
 FINAL = r"^final_int6_brotli_{}_exact val_loss:(\d+\.\d+) val_bpb:(\d+\.\d+)$"
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folder that the runs of this file lie in."""
-    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +77,12 @@ def contents(folder: Path, pattern: str = "*") -> dict[str, tuple[bytes, int]]:
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
-def names_in(folder: Path) -> set[str]:
-    """Return the names of a run's files, without those that a run may or may not leave."""
-    return {path.name for path in folder.iterdir()} - {"checkpoint.previous.pt", "metrics.jsonl"}
-
-
-# ---- One run -------------------------------------------------------------------------------------
-
-
 def test_log_and_metrics_have_what_others_look_for(trained):
     text, losses = log_of(trained), values_of(trained, "train_loss")
     assert len(losses) == 20
     assert losses[0] == pytest.approx(math.log(512), abs=0.1)  # nothing is known at first
-    assert [int(found[1]) for found in LOSSES.finditer(text)] == list(range(1, 21))
-    assert [found[1] for found in VALIDATIONS.finditer(text)] == ["10", "20"]
+    assert re.findall(LOSSES, text, re.M) == [str(step) for step in range(1, 21)]
+    assert re.findall(VALIDATIONS, text, re.M) == ["10", "20"]
     for kind in ("roundtrip", "sliding_window"):
         loss, bpb = final(text, kind)
         rounded = rf"^final_int6_brotli_{kind} val_loss:{loss:.4f} val_bpb:{bpb:.4f} "
@@ -159,13 +143,10 @@ def test_validation_text_has_no_part_in_training(trained, base, runs, corpus, tm
     ours, theirs = weights_of(runs / "other"), weights_of(trained)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    choice = re.compile(r"^average .*$", re.M)
-    chosen = choice.findall(log_of(trained))
-    assert choice.findall(log_of(runs / "other")) == chosen != []
-    assert final(log_of(runs / "other")) != final(log_of(trained))
-
-
-# ---- Evaluation from the artifact --------------------------------------------------------------
+    logs = [log_of(runs / "other"), log_of(trained)]
+    choices = [re.findall(r"^average .*$", log, re.M) for log in logs]
+    assert choices[0] == choices[1] != []
+    assert final(logs[0]) != final(logs[1])
 
 
 def test_artifact_alone_repeats_the_score(trained, corpus, tmp_path):
@@ -173,58 +154,40 @@ def test_artifact_alone_repeats_the_score(trained, corpus, tmp_path):
     script = Path(shutil.copy(SCRIPT, tmp_path))
     artifact = shutil.copy(trained / "model.int6.ptz", tmp_path)
     shutil.copy(corpus.folder / "fineweb_val_000000.bin", tmp_path)
-    before = names_in(tmp_path)
+    before = set(tmp_path.iterdir())
     places = {"MODEL_PATH": artifact, "TOKENIZER_PATH": corpus.tokenizer, "DATA_PATH": tmp_path}
     settings = {"EVAL_ONLY": 1, "DTYPE": "float32", **places}
     out = run_well(settings, script=script, cwd=tmp_path)
     for kind in ("sliding_window", "roundtrip"):
         assert final(out, kind) == pytest.approx(final(log_of(trained), kind), abs=1e-6)
-    assert names_in(tmp_path) == before  # an evaluation writes nothing
-    out = run_well(settings | {"EVAL_MODE": "streaming"})
+    assert set(tmp_path.iterdir()) == before, "an evaluation writes nothing"
+    # Settings that say the same in other words are accepted.
+    same = {"VE_LAYERS": "-2,-1", "USE_RANDOM_ADAPTERS": 1, "RANDOM_ADAPTER_SEED": "0x3039"}
+    out = run_well(settings | same | {"EVAL_MODE": "streaming"})
     modes = dict(re.findall(r"final_int6_brotli_(\w+) .* mode:(\w+)", out))
     assert modes == {"roundtrip": "exact", "sliding_window": "streaming"}
 
 
-@pytest.mark.parametrize(
-    ("task", "path", "name", "claims"),
-    [
-        ("EVAL_ONLY", "MODEL_PATH", "model.int6.ptz", {}),
-        ("EXPORT_ONLY", "CHECKPOINT_PATH", "checkpoint.pt", {"SEED": 7, "EMA_DECAY": 0.5}),
-    ],
-)
-def test_another_model_or_training_than_was_asked_for_is_refused(
-    trained, runs, task, path, name, claims
-):
+def test_another_model_or_training_than_was_asked_for_is_refused(trained, runs):
     """Whoever sets a variable of the model expects it to hold; so do the published names for it."""
-    settings = {task: 1, path: trained / name, "OUTPUT_DIR": runs, "RUN_ID": "no"}
-    others = {"NUM_LAYERS": 12, "RANDOM_ADAPTER_RANK": 8, "MAP_SEED": 7}
-    message = refusal(settings | others | claims)
-    for part in (
-        f"{path}={trained / name} has other settings",
-        f"NUM_LAYERS=12 here, {TINY['NUM_LAYERS']} there",
-        "MAP_ADAPTER=lora:8 here, lora:4 there",
-        "MAP_SEED=7 here, 12345 there",
-        *(f"{claimed}={value} here" for claimed, value in claims.items()),
+    others = {"NUM_LAYERS": 12, "RANDOM_ADAPTER_RANK": 8, "EMA_DECAY": 0.5}
+    for task, path, name in (
+        ("EVAL_ONLY", "MODEL_PATH", "model.int6.ptz"),
+        ("EXPORT_ONLY", "CHECKPOINT_PATH", "checkpoint.pt"),
     ):
-        assert part in message
-    assert "MODEL_DIM" not in message, "it is as stored, or nobody asked for it"
+        place = {path: trained / name, "OUTPUT_DIR": runs, "RUN_ID": "no"}
+        message = refusal({task: 1} | place | others)
+        assert f"{path}={trained / name} has other settings" in message
+        assert f"NUM_LAYERS=12 here, {TINY['NUM_LAYERS']} there" in message
+        assert "MAP_ADAPTER=lora:8 here, lora:4 there" in message
+        assert ("EMA_DECAY=0.5 here" in message) == (task == "EXPORT_ONLY")
+        assert "MODEL_DIM" not in message, "nobody asked for it"
     assert not (runs / "no").exists()
 
 
-def test_settings_that_agree_with_the_artifact_are_accepted(trained):
-    """However they are spelled; what is no part of the model stays as it was set."""
-    stored = train_gpt.read_artifact(artifact_of(trained))[0]["model"]
-    ours = {"NUM_LAYERS": "4", "VE_LAYERS": "-2,-1", "MAP_ADAPTER": "lora:4"}
-    published = {"USE_RANDOM_ADAPTERS": "1", "RANDOM_ADAPTER_SEED": "0x3039"}
-    for given in (ours, published):
-        h = train_gpt.load_settings(given | {"EVAL_STRIDE": "5"})
-        h = train_gpt.adopt_settings(h, stored, "the artifact")
-        assert h.model_settings() == stored
-        assert h.eval_stride == 5
-
-
 def test_two_processes_train_as_one(base, runs):
-    settings = base | {"LATE_QAT_THRESHOLD": 0}  # it would round last bits to other codes
+    # Late QAT would round last bits to other codes.
+    settings = base | {"LATE_QAT_THRESHOLD": 0, "ITERATIONS": 10}
     run_well(settings | {"RUN_ID": "one"})
     run_well(settings | {"RUN_ID": "two"}, launcher=TWO_PROCESSES)
     ours, theirs = runs / "two", runs / "one"
@@ -243,20 +206,21 @@ def test_two_processes_train_as_one(base, runs):
 
 def test_artifact_over_the_limit_is_refused_and_the_weights_stay(trained, base, runs):
     """The same RUN_ID tries again, also in its own type and in smaller batches."""
-    settings = base | {"RUN_ID": "large"}
+    settings, folder = base | {"RUN_ID": "large"}, runs / "large"
+    folder.mkdir()
+    shutil.copy(trained / "checkpoint.pt", folder)
     message = refusal(settings | {"ARTIFACT_LIMIT_BYTES": 1000})
     size = train_gpt.code_bytes() + len(artifact_of(trained))
-    words = "1,000", "checkpoint.pt", "EXPORT_ONLY=1", "CHECKPOINT_PATH", "TARGET_BYTES", "rank"
-    for word in (f"{size:,} bytes", *words):
+    for word in (f"{size:,} bytes", "1,000", "EXPORT_ONLY=1 CHECKPOINT_PATH", "TARGET_BYTES"):
         assert word in message
-    assert names_in(runs / "large") == {"checkpoint.pt", "train.log"}
-    before = contents(runs / "large", "checkpoint*")
+    assert not (folder / "model.int6.ptz").exists() and not (folder / "results.json").exists()
+    before = contents(folder, "checkpoint*")
     del settings["DTYPE"]
     batches = {"MICRO_BATCH_TOKENS": 32, "EVAL_BATCH_TOKENS": 64}
     out = run_well(settings | batches | {"ARTIFACT_LIMIT_BYTES": 16_000_000})
     assert final(out) == pytest.approx(final(log_of(trained)), abs=REORDERED)
     # Trying the export again writes no checkpoint: it would push out the training's last ones.
-    assert contents(runs / "large", "checkpoint*") == before
+    assert contents(folder, "checkpoint*") == before
 
 
 def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
@@ -265,32 +229,22 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
     def write(*_):
         raise BrokenPipeError
 
-    log, stop = train_gpt.RunLog(rank=0), train_gpt.StopSignal()
-    log.open(tmp_path)
-    stop.can_save = True
     monkeypatch.setattr("sys.stdout.write", write)
-    monkeypatch.setattr("os.write", write)
-    log("a line")
-    stop._handle(2, None)
+    with train_gpt.RunLog(rank=0) as log:
+        log.open(tmp_path)
+        log("a line")
     assert log_of(tmp_path) == "a line\n"
-    assert stop.requested
 
 
 def test_master_weights_are_float32_under_bfloat16(base, runs):
     """Small updates of bfloat16 weights are rounded away: no master may pass through that type."""
-    run_well(base | {"RUN_ID": "bfloat16", "DTYPE": "bfloat16"})
+    run_well(base | ONE_LAYER | {"RUN_ID": "bfloat16", "DTYPE": "bfloat16"})
     losses = values_of(runs / "bfloat16", "train_loss")
     assert np.mean(losses[-5:]) < losses[0] - 0.8
     weights = weights_of(runs / "bfloat16")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     for name, weight in weights.items():
         assert weight.numel() < 8 or not torch.equal(weight, weight.bfloat16().float()), name
-
-
-def test_loss_that_is_not_finite_ends_the_run(base):
-    """Ruined by the last step, whose loss was still fine."""
-    rates = {"MATRIX_LR": 1e30, "TIED_EMBED_LR": 1e30}
-    assert "not finite" in refusal(base | rates | {"RUN_ID": "diverged", "ITERATIONS": 1})
 
 
 @pytest.fixture
@@ -301,28 +255,19 @@ def dynamo():
     torch._dynamo.reset()
 
 
-def test_nothing_compiles_in_the_timed_region(base, runs, dynamo, monkeypatch):
-    """Warm-up compiles the step.
-
-    Its undoing, validation and quantized training then reuse that one graph.
-    """
+def test_nothing_compiles_in_the_timed_region(base, dynamo, monkeypatch):
+    """Validation and quantized training reuse the graph that the warm-up has compiled."""
 
     def backend(graph, inputs):  # the graphs, without the minutes of making code of them
         print("compiled", "training" if torch.is_grad_enabled() else "evaluation")
         return graph.forward
 
-    small = base | ONE_LAYER
-    run_well(small | {"RUN_ID": "eager"})
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     batches = {"MICRO_BATCH_TOKENS": 64, "EVAL_BATCH_TOKENS": 128, "VAL_LOSS_EVERY": 5}
-    lines = run_well(small | batches | {"COMPILE": 1, "RUN_ID": "compiled"}).splitlines()
-    (compiled,) = [i for i, line in enumerate(lines) if line == "compiled training"]
-    assert "compiled evaluation" in lines
-    assert not any(line.startswith("step:") for line in lines[:compiled])
-    assert any(line.startswith("late_qat:on step:11") for line in lines)
-    losses, expected = (values_of(runs / name, "train_loss") for name in ("compiled", "eager"))
-    assert losses[:11] == pytest.approx(expected[:11], abs=1e-3)
-    assert losses == pytest.approx(expected, abs=1e-2)  # other codes where a last bit differs
+    out = run_well(base | ONE_LAYER | batches | {"COMPILE": 1, "RUN_ID": "compiled"})
+    before, after = out.split("compiled training\n")  # it is there once
+    assert "\nstep:" not in before and "\nlate_qat:on step:11" in after
+    assert "compiled evaluation\n" in out
 
 
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
@@ -344,11 +289,3 @@ def test_compiled_gradients_of_embeddings_add_up_in_order(dynamo, monkeypatch):
         compiled(torch.randint(8, (64,))).float().sum().backward()
     assert any("embedding_dense_backward" in name for name in traced)
     assert not any("index_put" in name for name in traced)
-
-
-def test_data_read_ahead_are_those_of_the_step(data_settings, processes):
-    data = train_gpt.TrainingData(data_settings())
-    for step in (0, 1, 2, 7, 1):  # the last two were not read ahead
-        batches = data.micro_batches(step, processes)
-        rows = torch.cat([torch.cat([ids, targets[:, -1:]], 1) for ids, targets in batches])
-        assert torch.equal(rows, data.step_sequences(step, processes))
