@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -10,19 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from helpers import train_gpt
-from reference import normal, tokens
+from reference import attention, normal, tokens
 
 WINDOW = 16
-
-
-def plain_attention(q, k, v):
-    """Attend over a whole sequence, each position to the last WINDOW ones."""
-    group = q.size(2) // k.size(2)
-    q, k, v = (t.transpose(1, 2) for t in (q, *(t.repeat_interleave(group, 2) for t in (k, v))))
-    past = torch.arange(q.size(2))[:, None] - torch.arange(q.size(2))
-    hidden = (past < 0) | (past >= WINDOW)
-    scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(hidden, -math.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 @pytest.fixture
@@ -50,7 +41,7 @@ def test_one_pass_is_attention_over_the_last_positions(
     h, stream = streaming(**changes), tokens(count)
     model = random_model(h, torch.float64)
     loss = train_gpt.evaluate(model, stream, h, processes, h.eval_stride)
-    monkeypatch.setattr(train_gpt, "causal_attention", plain_attention)
+    monkeypatch.setattr(train_gpt, "causal_attention", functools.partial(attention, span=WINDOW))
     logits = model.predict(stream[None, :-1], count - 1)
     expected = F.cross_entropy(logits[0], stream[1:]).item()
     assert loss == pytest.approx(expected, abs=10 * 2 * 30 * 2**-24)
