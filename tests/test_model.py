@@ -293,7 +293,6 @@ def test_losses_are_those_of_a_full_normalized_distribution(settings, random_mod
     [
         {},
         {"recur_layers": "2-3", "recur_times": 2},
-        {"parallel_from": 2, "mlp_gated": 1},
         {"num_layers": 1, "ve_enabled": 0},
     ],
 )
@@ -313,14 +312,6 @@ def test_the_last_block_computes_few_positions_alone(
         blocks = len(widths) - 1
         assert widths == [16] * blocks + [computed]
         widths.clear()
-
-
-def test_every_learned_parameter_gets_a_gradient(settings, random_model):
-    model = random_model(settings())
-    model(tokens(4, 16), tokens(4, 16, seed=1)).backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.abs().max() > 0, name
 
 
 # ---- Losses and ensembles ------------------------------------------------------------------------
@@ -448,37 +439,6 @@ def test_initial_values_are_the_references(settings):
     assert "blocks.0.attention.value_gate" not in values, "layer 0 has no earlier values to add"
 
 
-def test_a_new_model_knows_nothing_and_follows_the_seed(settings):
-    """Small embeddings make it guess evenly; a loss above that would be a wrong initial scale."""
-
-    def seeded(seed):
-        torch.manual_seed(seed)
-        return train_gpt.GPT(settings())
-
-    first, again, other = seeded(1), seeded(1), seeded(2)
-    loss = first(tokens(8, 16), tokens(8, 16, seed=1))
-    assert loss.item() == pytest.approx(math.log(64), abs=0.02)
-    assert torch.equal(first.embedding.weight, again.embedding.weight)
-    assert not torch.equal(first.embedding.weight, other.embedding.weight)
-    assert first.fingerprint() == other.fingerprint()
-
-
-def test_loading_restores_the_logits_exactly_and_keeps_the_buffers(settings, random_model):
-    """A frozen buffer that loading re-creates would throw the compiled graph away."""
-    saved, ids = random_model(settings()), tokens(2, 16)
-    model = train_gpt.GPT(settings())
-
-    def addresses():
-        tensors = [*model.named_buffers(), *model.named_parameters()]
-        return {name: tensor.data_ptr() for name, tensor in tensors}
-
-    before = addresses()
-    model.load_state_dict(saved.state_dict())
-    assert addresses() == before
-    with torch.no_grad():
-        assert torch.equal(model.predict(ids), saved.predict(ids))
-
-
 # ---- Interface -----------------------------------------------------------------------------------
 
 
@@ -530,28 +490,7 @@ def test_sizes_of_the_full_configuration():
     assert trained == pytest.approx(3_744_892, abs=30)
 
 
-# ---- Device and type of activations --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("amx", "avx512", "maker", "expected"),
-    [
-        (True, True, "GenuineIntel", torch.bfloat16),
-        (False, True, "AuthenticAMD", torch.bfloat16),
-        (False, True, "GenuineIntel", torch.float32),
-        (False, False, "AuthenticAMD", torch.float32),
-    ],
-)
-def test_the_type_is_the_one_that_this_cpu_multiplies_faster(
-    amx, avx512, maker, expected, settings, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(train_gpt, "HAS_AMX", amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {maker}\n")
-    monkeypatch.setattr(train_gpt, "Path", lambda path: tmp_path)  # for /proc
-    assert train_gpt.resolve_dtype(settings(dtype="auto"), on_cuda=False) is expected
-    assert train_gpt.resolve_dtype(settings(dtype="auto"), on_cuda=True) is torch.bfloat16
-    assert train_gpt.resolve_dtype(settings(dtype="float32"), on_cuda=True) is torch.float32
+# ---- Device --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -167,8 +168,6 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
         ({"ADAPTER_LR": 0.01, "MUON_NS_STEPS": 4}, {"factor_lr": 0.01, "muon_backend_steps": 4}),
         ({"ENABLE_LOOPING_AT": 0.5, "STRIDE": 128}, {"recur_frac": 0.5, "eval_stride": 128}),
         ({"PARALLEL_RESIDUAL_START": 7, "SWA_EVERY": 25}, {"parallel_from": 7, "swa_interval": 25}),
-        ({"ROPE_TRAIN_SEQ_LEN": 512}, {"rope_stretch_from": 512}),
-        ({"GPTQ_CALIBRATION_BATCHES": 16}, {"gptq_calib_batches": 16}),
         ({"USE_RANDOM_ADAPTERS": 0, "RANDOM_ADAPTER_RANK": 8}, {"map_basis": "learned"}),
         (
             {"RANDOM_BASIS_ENABLED": 1, "RANDOM_BASIS_SEED": "0x10", "MAP_SEED_STRIDE": 50},
@@ -260,36 +259,27 @@ def test_values_that_change_nothing_may_be_written_in_another_way():
 
 # ---- Misspelled settings -------------------------------------------------------------------------
 
-TYPOS = {
-    "dropped": lambda name, i: name[:i] + name[i + 1 :],
-    "doubled": lambda name, i: name[: i + 1] + name[i:],
-    "inserted": lambda name, i: name[:i] + "X" + name[i:],
-    "changed": lambda name, i: name[:i] + "X" + name[i + 1 :],
-    "swapped": lambda name, i: name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :],
-}
-# In a shorter name a typo changes too much to be told from a variable of another program.
-CERTAIN_FROM = {"dropped": 6, "doubled": 4, "inserted": 4, "changed": 4, "swapped": 4}
 
-
-def suggestions(typos: set[str]) -> dict[str, str]:
-    """Return the setting that the message proposes for each of these variables, all set at once."""
-    found = [
-        re.match(r"(\S+): no such setting; (\S+)\?", line)
-        for line in faults(dict.fromkeys(typos, "1"))
-    ]
-    return dict(match.groups() for match in found if match)
+def typos_of(name: str) -> Iterator[str]:
+    """Give the name with a letter doubled, inserted, changed, swapped or dropped, at each place."""
+    for i in range(len(name)):
+        yield name[: i + 1] + name[i:]
+        yield name[:i] + "X" + name[i:]
+        yield name[:i] + "X" + name[i + 1 :]
+        yield name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :]
+        if len(name) > 5:  # a shorter name may be a variable of another program
+            yield name[:i] + name[i + 1 :]
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "PRESET"])  # PRESET is run.sh's
 def test_misspelled_setting_is_refused_with_the_right_name(name):
-    kinds = [kind for kind, shortest in CERTAIN_FROM.items() if len(name) >= shortest]
-    typos = {TYPOS[kind](name, i) for kind in kinds for i in range(len(name))}
-    typos = {typo for typo in typos if not typo[:1].isdigit()} - {*SETTINGS, *UNSUPPORTED, name, ""}
-    found = suggestions(typos)
-    # BETAX is as near to one as to the other.
-    right = {"BETA1", "BETA2"} if name in ("BETA1", "BETA2") else {name}
+    """All misspellings of a name are set at once."""
+    typos = {*typos_of(name)} - {*SETTINGS, *UNSUPPORTED, name}
+    lines = [line for line in faults(dict.fromkeys(typos, "1")) if "no such setting" in line]
+    found = dict(re.match(r"(\S+): no such setting; (\S+)\?", line).groups() for line in lines)
     assert found.keys() == typos
-    assert set(found.values()) <= right
+    # BETAX is as near to one as to the other.
+    assert set(found.values()) <= ({"BETA1", "BETA2"} if name in ("BETA1", "BETA2") else {name})
 
 
 def test_misspelling_can_be_accepted():
@@ -335,7 +325,6 @@ SIGNED = "orthogonal,bigram.signs=rademacher"
         ({"NUM_HEADS": 7, "NUM_KV_HEADS": 7}, "NUM_HEADS=7 MODEL_DIM=512"),
         ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS=3 NUM_HEADS=8"),
         ({"ROPE_DIMS": 66}, "ROPE_DIMS=66 64"),
-        ({"VE_LAYERS": "9,11"}, "VE_LAYERS=9,11 10"),
         ({"MAP_SEED_STRIDE": 1}, "MAP_SEED_STRIDE=1 seed"),
         ({"SELF_DISTILL": 1}, "SELF_DISTILL=1 DISTILL_START_FRAC"),
         ({"EVAL_STRIDE": 2049}, "EVAL_STRIDE=2049 EVAL_SEQ_LEN=2048"),
@@ -343,7 +332,6 @@ SIGNED = "orthogonal,bigram.signs=rademacher"
         ({"MAX_WALLCLOCK_SECONDS": 45}, "GPTQ_RESERVE_SECONDS=45 MAX_WALLCLOCK_SECONDS"),
         ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 MODEL_PATH"),
         ({"WARMDOWN_ITERS": 400, "WARMDOWN_FRAC": 0.667}, "WARMDOWN_FRAC=0.667 unset"),
-        ({"TARGET_BYTES": 10_000, "QUANTIZER": "rms"}, "TARGET_BYTES QUANTIZER=sensitivity"),
         ({"MATRIX_BITS": 5}, "MATRIX_BITS QUANTIZER=rms"),
     ],
 )
