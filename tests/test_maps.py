@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from helpers import train_gpt
 
@@ -49,18 +48,6 @@ def test_a_generated_map_is_its_basis_times_its_gain_in_bfloat16(basis, gain):
     assert drawn.dtype is torch.bfloat16
     assert drawn.is_contiguous()
     assert torch.equal(drawn, (train_gpt.BASES[basis](24, 40, 9) * gain).to(torch.bfloat16))
-
-
-@each_basis
-def test_entries_have_no_preferred_sign_row_column_or_seed(basis):
-    """Means of 256 and of 65,536 entries, and cosines of 65,536, each within 6 deviations."""
-    draw = train_gpt.BASES[basis]
-    entries = draw(256, 256, 3) * 16
-    assert entries.mean().abs() < 6 / 256
-    assert max(entries.mean(0).abs().max(), entries.mean(1).abs().max()) < 6 / 16
-    drawn = torch.stack([draw(256, 256, seed).flatten() for seed in (1, 2, 3, 101, 1 << 40)])
-    cosines = F.normalize(drawn) @ F.normalize(drawn).T - torch.eye(5, dtype=torch.float64)
-    assert cosines.abs().max() < 6 / 256
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (256, 256), (48, 48), (40, 96), (1, 7), (2, 65_536)])
@@ -186,13 +173,11 @@ def test_maps_are_the_same_in_every_type_of_activations_and_in_a_layer_of_its_ow
     """The bfloat16 rounding is the map: runs in float32 and bfloat16 share one artifact."""
     narrow, wide = (train_gpt.GPT(settings(), dtype) for dtype in (torch.bfloat16, torch.float32))
     assert narrow.fingerprint() == wide.fingerprint()
-    for spec in narrow.random_maps():
-        alone = train_gpt.FrozenRandomLinearWithLoRA(
-            spec.in_features, spec.out_features, rank=2, seed=spec.seed
-        )
-        for weight in (alone.weight, wide.get_submodule(spec.name).weight):
-            assert weight.dtype is torch.bfloat16
-            assert torch.equal(narrow.get_submodule(spec.name).weight, weight)
+    spec = narrow.table["blocks.1.mlp.fc"]
+    alone = train_gpt.FrozenRandomLinearWithLoRA(
+        spec.in_features, spec.out_features, rank=2, seed=spec.seed
+    )
+    assert torch.equal(narrow.blocks[1].mlp.fc.weight, alone.weight)
 
 
 # ---- Seeds and fingerprint -----------------------------------------------------------------------

@@ -152,9 +152,6 @@ def test_pruning_zeroes_that_fraction_of_the_smallest(fraction):
     smallest = w.abs().flatten().argsort()[: round(w.numel() * fraction)]
     quantizer = train_gpt.Quantizer(8, 4.0, fraction)
     assert quantizer.quantize(w, x.T @ x).codes.flatten()[smallest].abs().sum() == 0
-    is_zero = (train_gpt.Quantizer(8, 4.0).quantize(w).codes == 0).flatten()
-    is_zero[smallest] = True
-    assert torch.equal(quantizer.quantize(w).codes.flatten() == 0, is_zero)
 
 
 # ---- Calibration ---------------------------------------------------------------------------------

@@ -161,11 +161,9 @@ def ended_with(data_settings, run_of, monkeypatch, seconds):
             figures |= {f"holdout_loss_{name}": loss for name, loss in held_out}
             return figures, dict.fromkeys(names, model.state_dict())
 
-        def values_of_model(blob):
-            return {}, train_gpt.make_model(run.h).state_dict()
-
+        weights = train_gpt.make_model(run.h).state_dict()
         monkeypatch.setattr(train_gpt, "export", export)
-        monkeypatch.setattr(train_gpt, "read_artifact", values_of_model)
+        monkeypatch.setattr(train_gpt, "read_artifact", lambda _: ({}, weights))
         monkeypatch.setattr(train_gpt, "evaluate", lambda *_: left.pop(0))
         monkeypatch.setattr(train_gpt, "train_model", trained)
         monkeypatch.setattr(train_gpt, "log_start", lambda *_: {})
