@@ -399,7 +399,6 @@ def test_layers_recur_from_their_fraction_of_training_on(settings, random_model)
 
 @pytest.mark.parametrize("parallel", [0, 4])
 def test_dropout_is_of_training_alone(settings, random_model, parallel):
-    """And of what attention and MLP add to the stream, with what is left scaled up."""
     ids = tokens(2, 16)
     model = random_model(settings(dropout=0.3, parallel_from=parallel))
     plain = random_model(settings(parallel_from=parallel))
@@ -408,9 +407,6 @@ def test_dropout_is_of_training_alone(settings, random_model, parallel):
         assert not torch.equal(model.predict(ids, 16), model.predict(ids, 16))
         model.eval()
         assert torch.equal(model.predict(ids, 16), plain.train().predict(ids, 16))
-    dropped = model.blocks[0].train().dropout(torch.ones(100_000))
-    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    assert (dropped == 0).double().mean() == pytest.approx(0.3, abs=0.01)
 
 
 # ---- Initial values ------------------------------------------------------------------------------
@@ -501,7 +497,6 @@ def test_sizes_of_the_full_configuration():
         ("cpu", True, True, "0", "cpu"),
         ("auto", False, False, "0", "cpu"),
         ("auto", False, True, "", "cpu"),  # hidden on purpose
-        ("auto", False, True, "-1", "cpu"),
         ("auto", False, True, "0", "error"),  # the CPU is hundreds of times slower
         ("cuda", False, False, "0", "error"),
     ],

@@ -57,10 +57,6 @@ def took(clock: Seconds, seconds: float) -> None:
     clock.now += seconds
 
 
-def lines_of(trainer: train_gpt.Trainer, begin: str) -> list[str]:
-    return [line for line in trainer.run.log.lines if line.startswith(begin)]
-
-
 # ---- The time limit ------------------------------------------------------------------------------
 
 
@@ -71,7 +67,7 @@ def test_phases_begin_by_the_clock_where_time_ends_the_run(data_settings, traine
     trainer = trainer_of(data_settings(iterations=1000, **limit, **phases))
     trainer.train()
     assert trainer.step == 20
-    recurs, freezes = lines_of(trainer, "phase ")
+    recurs, freezes = [line for line in trainer.run.log.lines if line.startswith("phase ")]
     assert recurs.startswith("phase step:5 progress:0.2500 frozen_maps:0 recurrence:True")
     assert freezes.startswith("phase step:10 progress:0.5000 frozen_maps:2")
     assert trainer.lr_scale == pytest.approx(1 / 10), "the warm-down of 10 steps ends with the time"

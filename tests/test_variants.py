@@ -153,7 +153,6 @@ def test_a_variant_learns_and_its_artifact_is_the_model(trained, processes, name
 
 LARGE = {
     "many shared matrices": {"MAP_BASIS": "shared:60"},
-    "many combined maps": {"MAP_ADAPTER": "combination:200"},
     "values everywhere": {"MAP_ADAPTER": "sparse:1"},
     "large tables": {"VOCAB_SIZE": 20_000, "BIGRAM_VOCAB_SIZE": 20_000},
     "large members": {"ENSEMBLE": 3, "MAP_BASIS": "learned", "VOCAB_SIZE": 20_000},
