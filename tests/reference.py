@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import brotli
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from helpers import Container
 
@@ -23,6 +24,27 @@ def tokens(*shape: int, seed: int = 0) -> Tensor:
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Return normal values in float64."""
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
+    """Return softmax(q kᵀ / √D) v: the queries of the last positions see at most `span` keys."""
+    k, v = (t.repeat_interleave(q.size(2) // k.size(2), 2) for t in (k, v))
+    past = torch.arange(k.size(1) - q.size(1), k.size(1))[:, None] - torch.arange(k.size(1))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(q.size(-1))
+    scores = scores.masked_fill((past < 0) | (past >= span), -math.inf)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+
+
+def same(ours: object, theirs: object) -> bool:
+    """Compare nested dicts and lists exactly; tensors by their values."""
+    (values, shape), (others, other_shape) = tree_flatten(ours), tree_flatten(theirs)
+    return shape == other_shape and all(map(same_value, values, others))
+
+
+def same_value(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one is other or (type(one) is type(other) and one == other)
 
 
 def linear_map(

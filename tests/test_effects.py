@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch.utils._pytree import tree_flatten
 
 import train_gpt
 from helpers import KeptLog, tiny_settings
-from reference import tokens
+from reference import same, tokens
 
 Role = train_gpt.Role
 Parts = dict[str, Any]  # what an observer saw, by name
@@ -30,15 +29,6 @@ class Seen(NamedTuple):
     parts: str  # that change, with spaces between; "only" first: and no others do
     value: Any  # instead of the default, or of `beside`
     beside: dict[str, Any]  # other settings, with and without the change
-
-
-def shown_by(observer: Callable[..., Parts], usual: dict[str, Any] | None = None) -> Callable:
-    """Return a function that makes a line of OBSERVED; `usual` is what stands beside."""
-
-    def line(parts: str, value: Any, beside: dict[str, Any] | None = None) -> Seen:
-        return Seen(observer, parts, value, (usual or {}) if beside is None else beside)
-
-    return line
 
 
 # ---- Observers -----------------------------------------------------------------------------------
@@ -171,11 +161,8 @@ def observe_evaluation(h: train_gpt.Hyperparameters) -> Parts:
         return predict(ids, *given)
 
     model.predict = watched
-    try:
-        dist = train_gpt.Distributed(h)
-        loss = train_gpt.evaluate(model, tokens(400), h, dist, h.eval_stride)
-    finally:
-        del model.predict
+    loss = train_gpt.evaluate(model, tokens(400), h, train_gpt.Distributed(h), h.eval_stride)
+    del model.predict
     return {"loss": loss, "largest": max(n for n, _ in shapes), "shapes": shapes}
 
 
@@ -184,24 +171,22 @@ def observe_evaluation(h: train_gpt.Hyperparameters) -> Parts:
 ONE_LAYER = {"num_layers": 1}
 # Six steps of a second each, in which learning rates fall from the first on.
 SHORT = {"num_layers": 2, "iterations": 6, "warmdown_iters": 3500, "late_qat_threshold": 0.0}
-LEARNED = {"map_basis": "learned"}
 MIXED = {"map_basis": "orthogonal,mlp.fc=learned", "map_adapter": "lora:4+sparse:0.2"}
-BY_RMS = MIXED | {"quantizer": "rms", "num_layers": 1}
 CODED = "matrix factor sparse"
 
-steps = shown_by(observe_steps)
-model = shown_by(observe_model)
-training = shown_by(observe_training, SHORT)
-exported = shown_by(observe_export, MIXED | ONE_LAYER)
-by_rms = shown_by(observe_export, BY_RMS)
-evaluation = shown_by(observe_evaluation)
+steps = functools.partial(Seen, observe_steps, beside={})
+model = functools.partial(Seen, observe_model, beside={})
+training = functools.partial(Seen, observe_training, beside=SHORT)
+exported = functools.partial(Seen, observe_export, beside=MIXED | ONE_LAYER)
+by_rms = functools.partial(Seen, observe_export, beside=MIXED | ONE_LAYER | {"quantizer": "rms"})
+evaluation = functools.partial(Seen, observe_evaluation, beside={})
 
 OBSERVED = {
     # Run and data
-    "seed": training("batches weights", 7, SHORT | {"dropout": 0.1}),
+    "seed": training("batches weights", 7, beside=SHORT | {"dropout": 0.1}),
     "model_limit_bytes": model("refused", 1000),
     "data_order": training("batches weights", "stream"),
-    "holdout_tokens": training("held-out", 64, SHORT | {"holdout_tokens": 96}),
+    "holdout_tokens": training("held-out", 64, beside=SHORT | {"holdout_tokens": 96}),
     # Model
     "vocab_size": model("shapes", 70),
     "model_dim": model("maps shapes", 16),
@@ -212,7 +197,7 @@ OBSERVED = {
     "qk_gain_init": model("only initial", 2.0),
     "tied_embed_init_std": model("only initial", 0.1),
     # Map table
-    "map_init": model("only initial", "zero", LEARNED),
+    "map_init": model("only initial", "zero", beside={"map_basis": "learned"}),
     "map_gain": model("maps logits", "0.5"),
     "map_adapter": model("shapes logits", "lora:3"),
     "map_freeze": model("only phases", "0.5"),
@@ -223,9 +208,9 @@ OBSERVED = {
     "train_batch_tokens": training("batches weights", 128),
     "train_seq_len": training("batches weights", 16),
     "micro_batch_tokens": training("calls batches", 64),
-    "max_wallclock_seconds": training("steps", 4.0, SHORT | {"gptq_reserve_seconds": 0.0}),
+    "max_wallclock_seconds": training("steps", 4.0, beside=SHORT | {"gptq_reserve_seconds": 0.0}),
     "gptq_reserve_seconds": training(
-        "steps", 2.0, SHORT | {"max_wallclock_seconds": 5.0, "gptq_reserve_seconds": 1.0}
+        "steps", 2.0, beside=SHORT | {"max_wallclock_seconds": 5.0, "gptq_reserve_seconds": 1.0}
     ),
     "val_loss_every": training("only validations", 2),
     "train_log_every": training("only logged", 0),
@@ -237,7 +222,7 @@ OBSERVED = {
     "sparse_lr": steps("only sparse", 0.015),
     "mask_lr": steps("only mask", 0.016),
     "mask_optimizer": steps("only mask", "muon"),
-    "muon_momentum": steps("only matrix factor", 0.8, {"muon_momentum_warmup_steps": 1}),
+    "muon_momentum": steps("only matrix factor", 0.8, beside={"muon_momentum_warmup_steps": 1}),
     "muon_momentum_warmup_start": steps("only matrix factor", 0.8),
     "muon_momentum_warmup_steps": steps("only matrix factor", 3),
     "muon_backend_steps": steps("only matrix factor", 3),
@@ -291,43 +276,20 @@ def test_every_setting_is_observed():
     assert not OBSERVED.keys() & set(ELSEWHERE.split())
 
 
-def same(ours: object, theirs: object) -> bool:
-    """Compare nested dicts and lists exactly; tensors by their values."""
-    (values, shape), (others, other_shape) = tree_flatten(ours), tree_flatten(theirs)
-    return shape == other_shape and all(map(same_value, values, others))
-
-
-def same_value(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
-    return one is other or (type(one) is type(other) and one == other)
-
-
-@pytest.fixture(scope="module")
-def seen(data_settings):
-    """seen(observer, settings): what it sees; what was seen once is not looked at again."""
-    known: dict[tuple, Parts] = {}
-
-    def look(by: Callable[..., Parts], changes: dict[str, Any]) -> Parts:
-        h = data_settings(**changes)
-        key = by, tuple(h.as_dict().items())
-        if key not in known:
-            known[key] = by(h)
-        return known[key]
-
-    return look
+@functools.cache
+def seen(by: Callable[..., Parts], h: train_gpt.Hyperparameters) -> Parts:
+    return by(h)
 
 
 @pytest.mark.parametrize("name", OBSERVED)
-def test_a_setting_changes_what_it_names(name, seen):
+def test_a_setting_changes_what_it_names(name, data_settings):
     case = OBSERVED[name]
-    before = seen(case.by, case.beside)
-    after = seen(case.by, case.beside | {name: case.value})
+    before = seen(case.by, data_settings(**case.beside))
+    after = seen(case.by, data_settings(**case.beside | {name: case.value}))
     changed = {part for part in before | after if not same(before.get(part), after.get(part))}
-    words = case.parts.split()
-    expected = set(words) - {"only"}
+    expected = set(case.parts.split()) - {"only"}
     assert expected <= changed
-    assert "only" not in words or expected == changed
+    assert "only" not in case.parts.split() or expected == changed
 
 
 @pytest.mark.parametrize("by", sorted({case.by for case in OBSERVED.values()}, key=str))

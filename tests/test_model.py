@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 import math
-import os
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from helpers import ROOT, finish, head_input, start, train_gpt
-from reference import linear_map, normal, tokens
+from reference import attention, linear_map, normal, tokens
 
 # ---- The forward pass, restated ------------------------------------------------------------------
 
@@ -151,13 +148,11 @@ class Restated:
     [
         {},
         {"xsa_last_n": 0},
-        {"xsa_last_n": 1},
         {"rope_dims": 0},
         {"rope_base": 50.0},
         {"rope_stretch_from": 3},
         {"vrl_enabled": 0},
         {"bigram_vocab_size": 0},
-        {"bigram_vocab_size": 2},
         {"smear_enabled": 0},
         {"skips_enabled": 0},
         {"skip_gates_enabled": 1},
@@ -165,14 +160,13 @@ class Restated:
         {"ve_layers": "3,1"},
         {"ln_scale": 0},
         {"logit_softcap": 2.0},
-        {"logit_softcap": 1e3},
         {"num_layers": 5},
         {"num_layers": 1, "ve_layers": "0"},
-        {"num_kv_heads": 4},
         {"num_kv_heads": 1},
         {"mlp_mult": 1.5},
         {"parallel_from": 2},
         {"recur_layers": "0-1", "recur_times": 2},
+        {"recur_layers": "3", "recur_times": 4},
         {"num_layers": 6, "recur_layers": "2-3", "recur_times": 3, "skip_gates_enabled": 1},
         {"map_seed": 7, "map_seed_stride": 99},
         {"map_basis": "learned"},
@@ -237,23 +231,20 @@ def test_the_norm_of_a_row_of_zeros_and_of_huge_values_is_finite(dtype):
 # ---- Attention -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 5, 300, 512, 513, 1025])
+@pytest.mark.parametrize("longest_plain", [0, 10_000])
+@pytest.mark.parametrize("length", [1, 5, 300, 1025])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads, either_cpu):
-    """With AMX, up to 512 tokens with gradients take plain products, others PyTorch's kernel."""
+def test_both_ways_to_compute_attention_are_the_formula(
+    length, kv_heads, longest_plain, monkeypatch
+):
+    """By PyTorch's kernel, and by plain products, which also attend with few queries."""
+    monkeypatch.setattr(train_gpt, "PLAIN_ATTENTION", dict.fromkeys((True, False), longest_plain))
     shapes = [(1, length, heads, 8) for heads in (4, kv_heads, kv_heads)]
     q, k, v = (normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
-    wide_k, wide_v = (t.repeat_interleave(4 // kv_heads, 2) for t in (k, v))
-    scores = torch.einsum("bthd,bshd->bhts", q, wide_k) / math.sqrt(8)
-    scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
-    expected = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), wide_v)
-    out = train_gpt.causal_attention(q, k, v)
+    expected = attention(q, k, v, length)
+    out, last = (train_gpt.causal_attention(queries, k, v) for queries in (q, q[:, -2:]))
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    with torch.no_grad():
-        out = train_gpt.causal_attention(q, k, v)
-        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-        last = train_gpt.causal_attention(q[:, -2:], k, v)  # of few queries
-        torch.testing.assert_close(last, expected[:, -2:], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(last, expected[:, -2:], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -261,19 +252,11 @@ def test_both_ways_to_compute_attention_are_the_formula(length, kv_heads, either
     [(300, 300, 300), (300, 300, 1), (300, 300, 70), (300, 600, 300), (260, 1300, 129), (1, 40, 7)],
 )
 def test_plain_products_see_the_span_before_each_query(queries, keys, span):
-    """Against a mask over all keys; blocks have 128 queries, 256 from 1,025 keys on."""
+    """Blocks have 128 queries, 256 from 1,025 keys on."""
     shapes = [(2, queries, 4, 8), (2, keys, 2, 8), (2, keys, 2, 8)]
-    q, k, v = (normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes))
-    past = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
-    seen = (past >= 0) & (past < span)
-    expected = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, enable_gqa=True
-    ).transpose(1, 2)
-    out = train_gpt.block_attention(q, k, v, span)
+    q, k, v = (normal(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    out, expected = train_gpt.block_attention(q, k, v, span), attention(q, k, v, span)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    dy = normal(2, queries, 4, 8, seed=3)
-    ours, theirs = (torch.autograd.grad(y, (q, k, v), dy) for y in (out, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 # ---- Validity of the predictions -----------------------------------------------------------------
@@ -310,7 +293,6 @@ def test_losses_are_those_of_a_full_normalized_distribution(settings, random_mod
     [
         {},
         {"recur_layers": "2-3", "recur_times": 2},
-        {"parallel_from": 2, "mlp_gated": 1},
         {"num_layers": 1, "ve_enabled": 0},
     ],
 )
@@ -330,14 +312,6 @@ def test_the_last_block_computes_few_positions_alone(
         blocks = len(widths) - 1
         assert widths == [16] * blocks + [computed]
         widths.clear()
-
-
-def test_every_learned_parameter_gets_a_gradient(settings, random_model):
-    model = random_model(settings())
-    model(tokens(4, 16), tokens(4, 16, seed=1)).backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.abs().max() > 0, name
 
 
 # ---- Losses and ensembles ------------------------------------------------------------------------
@@ -393,20 +367,12 @@ def test_an_ensemble_predicts_the_mean_of_its_members_logits(ensemble):
 
 
 def test_members_of_an_ensemble_learn_each_for_itself(ensemble):
-    """What member 1 knows does not touch the gradient of member 0."""
+    """What the others know does not touch the gradient of a member."""
     ids, targets = tokens(2, 16), tokens(2, 16, seed=1)
-    changed = copy.deepcopy(ensemble)
-    with torch.no_grad():
-        for p in changed.members[1].parameters():
-            p.add_(torch.randn_like(p))
-
-    def gradients(model, loss):
-        return torch.autograd.grad(loss, list(model.members[0].parameters()))
-
-    alone = gradients(ensemble, ensemble.members[0](ids, targets) / 2)
-    for model in (ensemble, changed):
-        for own, in_ensemble in zip(alone, gradients(model, model(ids, targets)), strict=True):
-            assert torch.equal(own, in_ensemble)
+    learned = list(ensemble.members[0].parameters())
+    alone = torch.autograd.grad(ensemble.members[0](ids, targets) / 2, learned)
+    together = torch.autograd.grad(ensemble(ids, targets), learned)
+    assert all(map(torch.equal, together, alone))
 
 
 def test_members_of_an_ensemble_have_maps_and_weights_of_their_own(settings):
@@ -422,20 +388,6 @@ def test_members_of_an_ensemble_have_maps_and_weights_of_their_own(settings):
 # ---- Recurrence and dropout ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("layers", "recurring", "times", "expected"),
-    [
-        (11, "3-5", 3, [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]),
-        (4, "0", 2, [0, 0, 1, 2, 3]),
-        (4, "3", 4, [0, 1, 2, 3, 3, 3, 3]),
-        (4, "1-2", 1, [0, 1, 2, 3]),
-    ],
-)
-def test_layers_recur_in_this_order(settings, layers, recurring, times, expected):
-    h = settings(num_layers=layers, recur_layers=recurring, recur_times=times)
-    assert h.block_order == expected
-
-
 def test_layers_recur_from_their_fraction_of_training_on(settings, random_model):
     h, ids = settings(recur_layers="1-2", recur_frac=0.4), tokens(2, 16)
     model, plain = random_model(h), random_model(settings())
@@ -447,7 +399,6 @@ def test_layers_recur_from_their_fraction_of_training_on(settings, random_model)
 
 @pytest.mark.parametrize("parallel", [0, 4])
 def test_dropout_is_of_training_alone(settings, random_model, parallel):
-    """And of what attention and MLP add to the stream, with what is left scaled up."""
     ids = tokens(2, 16)
     model = random_model(settings(dropout=0.3, parallel_from=parallel))
     plain = random_model(settings(parallel_from=parallel))
@@ -456,9 +407,6 @@ def test_dropout_is_of_training_alone(settings, random_model, parallel):
         assert not torch.equal(model.predict(ids, 16), model.predict(ids, 16))
         model.eval()
         assert torch.equal(model.predict(ids, 16), plain.train().predict(ids, 16))
-    dropped = model.blocks[0].train().dropout(torch.ones(100_000))
-    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
-    assert (dropped == 0).double().mean() == pytest.approx(0.3, abs=0.01)
 
 
 # ---- Initial values ------------------------------------------------------------------------------
@@ -485,37 +433,6 @@ def test_initial_values_are_the_references(settings):
             torch.testing.assert_close(mix, torch.full((64,), expected))
     assert values["embedding.weight"].std() == pytest.approx(0.005, rel=0.03)
     assert "blocks.0.attention.value_gate" not in values, "layer 0 has no earlier values to add"
-
-
-def test_a_new_model_knows_nothing_and_follows_the_seed(settings):
-    """Small embeddings make it guess evenly; a loss above that would be a wrong initial scale."""
-
-    def seeded(seed):
-        torch.manual_seed(seed)
-        return train_gpt.GPT(settings())
-
-    first, again, other = seeded(1), seeded(1), seeded(2)
-    loss = first(tokens(8, 16), tokens(8, 16, seed=1))
-    assert loss.item() == pytest.approx(math.log(64), abs=0.02)
-    assert torch.equal(first.embedding.weight, again.embedding.weight)
-    assert not torch.equal(first.embedding.weight, other.embedding.weight)
-    assert first.fingerprint() == other.fingerprint()
-
-
-def test_loading_restores_the_logits_exactly_and_keeps_the_buffers(settings, random_model):
-    """A frozen buffer that loading re-creates would throw the compiled graph away."""
-    saved, ids = random_model(settings()), tokens(2, 16)
-    model = train_gpt.GPT(settings())
-
-    def addresses():
-        tensors = [*model.named_buffers(), *model.named_parameters()]
-        return {name: tensor.data_ptr() for name, tensor in tensors}
-
-    before = addresses()
-    model.load_state_dict(saved.state_dict())
-    assert addresses() == before
-    with torch.no_grad():
-        assert torch.equal(model.predict(ids), saved.predict(ids))
 
 
 # ---- Interface -----------------------------------------------------------------------------------
@@ -569,32 +486,7 @@ def test_sizes_of_the_full_configuration():
     assert trained == pytest.approx(3_744_892, abs=30)
 
 
-# ---- Device and type of activations --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("amx", "avx512", "maker", "expected"),
-    [
-        (True, True, "GenuineIntel", "bfloat16"),
-        (False, True, "AuthenticAMD", "bfloat16"),
-        (False, True, None, "bfloat16"),
-        (False, True, "GenuineIntel", "float32"),
-        (False, False, "AuthenticAMD", "float32"),
-    ],
-)
-def test_the_type_is_the_one_that_this_cpu_multiplies_faster(
-    amx, avx512, maker, expected, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(train_gpt, "HAS_AMX", amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    if maker:
-        (tmp_path / "cpuinfo").write_text(f"processor : 0\nvendor_id : {maker}\n")
-    monkeypatch.setattr(train_gpt, "Path", lambda path: tmp_path)  # for /proc
-    for asked in ("auto", "float32", "bfloat16"):
-        h = train_gpt.load_settings({}, dtype=asked)
-        for on_cuda, auto in ((False, expected), (True, "bfloat16")):
-            found = train_gpt.resolve_dtype(h, on_cuda)
-            assert found is getattr(torch, auto if asked == "auto" else asked)
+# ---- Device --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -605,10 +497,7 @@ def test_the_type_is_the_one_that_this_cpu_multiplies_faster(
         ("cpu", True, True, "0", "cpu"),
         ("auto", False, False, "0", "cpu"),
         ("auto", False, True, "", "cpu"),  # hidden on purpose
-        ("auto", False, True, "-1", "cpu"),
-        ("cpu", False, True, "0", "cpu"),
         ("auto", False, True, "0", "error"),  # the CPU is hundreds of times slower
-        ("cuda", False, True, "0", "error"),
         ("cuda", False, False, "0", "error"),
     ],
 )
@@ -630,32 +519,6 @@ def test_the_device_is_the_gpu_unless_there_is_none_or_nobody_wants_it(
         return
     dist = train_gpt.Distributed(h)
     assert (str(dist.device), dist.on_cuda, dist.compile) == (device, *[device != "cpu"] * 2)
-    assert dist.device_name == "GPU 3" if dist.on_cuda else dist.device_name.endswith("CPU")
     for choice in ("0", "1"):
         h = train_gpt.load_settings({}, device=wanted, compile=choice)
         assert train_gpt.Distributed(h).compile == (choice == "1")
-
-
-# ---- Compiled ------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(
-    not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler"
-)
-def test_inductor_makes_code_that_computes_as_the_model_does(settings, random_model):
-    """Of an MLP with its norm, forward and backward: a whole model takes a minute to compile."""
-    mlp = random_model(settings(num_layers=1, model_dim=16), torch.float64).blocks[0].mlp
-
-    def loss_of(x, scale):
-        return mlp(train_gpt.norm(x, 0.5), scale).square().mean()
-
-    def computed(function):
-        x, scale = normal(2, 8, 16).requires_grad_(), normal(16, seed=1).requires_grad_()
-        loss = function(x, scale)
-        learned = [p for p in mlp.parameters() if p.requires_grad]
-        return loss.detach(), *torch.autograd.grad(loss, [x, scale, *learned])
-
-    torch._dynamo.reset()
-    found = computed(torch.compile(loss_of, dynamic=False, fullgraph=True))
-    for ours, theirs in zip(found, computed(loss_of), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)

@@ -152,9 +152,6 @@ def test_pruning_zeroes_that_fraction_of_the_smallest(fraction):
     smallest = w.abs().flatten().argsort()[: round(w.numel() * fraction)]
     quantizer = train_gpt.Quantizer(8, 4.0, fraction)
     assert quantizer.quantize(w, x.T @ x).codes.flatten()[smallest].abs().sum() == 0
-    is_zero = (train_gpt.Quantizer(8, 4.0).quantize(w).codes == 0).flatten()
-    is_zero[smallest] = True
-    assert torch.equal(quantizer.quantize(w).codes.flatten() == 0, is_zero)
 
 
 # ---- Calibration ---------------------------------------------------------------------------------
@@ -191,10 +188,9 @@ def test_hessians_are_the_sums_of_products_of_the_inputs(
 
 
 def test_hessians_of_bfloat16_activations_are_exact_and_can_be_used(settings, processes):
-    """Products may be multiplied as bfloat16, but not rounded to it: a Hessian of inputs with a
+    """Products may be multiplied as bfloat16, but not rounded to it, and nothing else from then on.
 
-    strong mean would have negative eigenvalues then, and the export end after all of the training.
-    Nothing else may be multiplied so from then on.
+    A Hessian of inputs with a strong mean would have negative eigenvalues, and end the export.
     """
     h = settings(num_layers=1, model_dim=128, bigram_vocab_size=0, ve_enabled=0, smear_enabled=0)
     torch.manual_seed(0)
@@ -252,15 +248,6 @@ def test_a_factor_pair_is_quantized_each_against_its_own_inputs():
     a_codes = quantizer.quantize(a, b_stored @ hessian.double() @ b_stored.T)
     assert torch.equal(codes["A"].codes, a_codes.codes)
 
-    def output_error(a_values, b_values):
-        return (x @ (a @ b - a_values @ b_values).double().T).norm()
-
-    plain = layer.lora.quantize(quantizers, None)
-    error, before = (
-        output_error(pair["A"].dequantize(), pair["B"].dequantize()) for pair in (codes, plain)
-    )
-    assert error < 0.7 * before
-
 
 # ---- Scales by sensitivity -----------------------------------------------------------------------
 
@@ -316,18 +303,6 @@ def test_rows_that_nothing_depends_on_and_rows_of_zeros_have_codes():
         codes = by_sensitivity(w, values.double()).quantize(w)
         assert codes.exponents[1] == 0
         assert codes.dequantize().isfinite().all()
-
-
-@pytest.mark.parametrize("with_hessian", [False, True])
-def test_no_code_is_clipped_at_the_finest_scales(with_hessian):
-    """Then each value errs by at most 0.58 scales (0.5 and the dead zone)."""
-    w = parameter(20, 60)
-    hessian = torch.eye(60) if with_hessian else None
-    codes = by_sensitivity(w, torch.ones(20).double(), 1e-30).quantize(w, hessian)
-    scales = train_gpt.scales_of(codes.exponents)[:, None]
-    assert ((codes.dequantize() - w).detach().abs() <= 0.5801 * scales).all()
-    largest = codes.codes.abs().amax(1)
-    assert 100 <= largest.min() <= largest.max() < 127
 
 
 def test_columns_that_matter_less_get_coarser_scales():
@@ -402,13 +377,7 @@ def estimate(loss: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("target", "begin"),
-    [
-        *((target, 1e-8) for target in (999, 1500, 9000)),
-        (4000, 1e-9),
-        (4155, 0.999e-8),
-        (4010, 1e-7),
-    ],
+    ("target", "begin"), [(999, 1e-8), (9000, 1e-8), (4000, 1e-9), (4155, 0.999e-8), (4010, 1e-7)]
 )
 @pytest.mark.parametrize(("bits", "jump"), [(0, 0), (20_000, 0), (0, 150)])
 def test_the_solver_lands_within_half_a_percent_under_the_target(target, begin, bits, jump):
@@ -422,20 +391,6 @@ def test_the_solver_lands_within_half_a_percent_under_the_target(target, begin, 
     )
     assert 0.995 * (target + bits) <= len(packed.blob) <= target + bits
     assert jump or len(calls) <= 4
-
-
-def test_a_target_beyond_all_scales_gives_the_nearest_there_is():
-    for target, nearest in ((50, 100), (99_000, len(packed_at(1e-9).blob))):
-        packed = train_gpt.solve_for_bytes(
-            lambda loss: packed_at(max(loss, 1e-9)), estimate, target, 1e-8
-        )
-        assert len(packed.blob) == nearest
-
-
-def test_entropy_of_codes_in_bytes():
-    codes = torch.tensor([0, 0, 0, 0, 1, 1, -1, 5] * 8, dtype=torch.int8)
-    assert train_gpt.entropy_bytes(codes) == pytest.approx(64 * 1.75 / 8)
-    assert train_gpt.entropy_bytes(torch.zeros(9, dtype=torch.int8)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -472,6 +427,19 @@ def test_target_bytes_are_met_by_an_export_or_refused(exported, processes):
             train_gpt.check_size(changed, target - train_gpt.code_bytes() + 1)
 
 
+@pytest.mark.parametrize("quantizer", ["rms", "sensitivity"])
+def test_the_fraction_of_the_smallest_values_is_not_stored(exported, processes, quantizer):
+    """PRUNE_PCT, of every matrix of an export by either quantizer."""
+    _, model, h = exported
+    zeros = []
+    for fraction in (0.0, 0.6):
+        changed = dataclasses.replace(h, quantizer=quantizer, prune_pct=fraction)
+        _, tensors = train_gpt.read_artifact(export(changed, model, processes))
+        zeros.append((tensors["blocks.0.mlp.fc.lora.B"] == 0).double().mean().item())
+    assert zeros[0] < 0.4
+    assert zeros[1] > 0.55
+
+
 # ---- Late quantization-aware training ------------------------------------------------------------
 
 
@@ -498,8 +466,6 @@ def test_weights_are_as_stored_within_and_their_own_after(settings, random_model
 
 # ---- What is quantized ---------------------------------------------------------------------------
 
-PER_CHANNEL = ("skip_weights", "q_gain")
-
 
 def test_every_matrix_adapter_and_embedding_is_quantized(exported):
     """Adapters are the payload, and none may slip through to float16."""
@@ -509,7 +475,7 @@ def test_every_matrix_adapter_and_embedding_is_quantized(exported):
     learned = dict(model.named_parameters())
     assert set(groups) == set(tensors) == set(learned)
     for name, p in learned.items():
-        expected = p.ndim == 2 and not name.endswith(PER_CHANNEL)
+        expected = p.ndim == 2 and not name.endswith(("skip_weights", "q_gain"))
         assert (groups[name] != ["float16"]) == expected, name
         assert tensors[name].shape == p.shape, name
     assert sum(".lora." in name for name in groups) == 2 * 6 * h.num_layers
@@ -554,15 +520,6 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exporte
     assert torch.equal(tensors["skip_weights"], model.skip_weights.half().float())
     estimated = train_gpt.estimate_bytes(h, model, calibration, h.loss_per_value)
     assert estimated == pytest.approx(len(blob), rel=0.2)
-
-
-@pytest.mark.parametrize(("tokens", "expected"), [(256, 256), (16_384, 8192)])
-def test_a_calibration_batch_is_no_larger_than_a_training_batch(
-    data_settings, processes, tokens, expected
-):
-    h = data_settings(train_batch_tokens=tokens, gptq_calib_batches=2)
-    batches = [*train_gpt.calibration_batches(h, processes, train_gpt.TrainingData(h), 0)]
-    assert [batch.numel() for batch in batches] == [expected] * 2
 
 
 # ---- Artifact ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,20 +16,13 @@ build_map_table, load_settings = train_gpt.build_map_table, train_gpt.load_setti
 
 # What a shell, a launcher, a scheduler, a container or a library sets, so that every run has some.
 COMMON_VARIABLES = """
-    PATH HOME USER LOGNAME SHELL TERM LANG LC_ALL PWD OLDPWD SHLVL TMPDIR TZ HOSTNAME DISPLAY
-    EDITOR PAGER MAIL LS_COLORS SSH_CLIENT SSH_TTY SSH_AUTH_SOCK XDG_CACHE_HOME XDG_RUNTIME_DIR
-    MODULEPATH LOADEDMODULES MANPATH LD_LIBRARY_PATH PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED
-    VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV CC CXX CFLAGS LDFLAGS CI RANK LOCAL_RANK
-    GROUP_RANK ROLE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE
-    MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT
-    TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_ERROR_FILE TORCHINDUCTOR_CACHE_DIR TORCH_HOME
-    TORCH_LOGS TORCH_NCCL_ASYNC_ERROR_HANDLING TRITON_CACHE_DIR OMP_NUM_THREADS MKL_NUM_THREADS
-    OPENBLAS_NUM_THREADS NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME
-    PYTORCH_CUDA_ALLOC_CONF CUDA_VISIBLE_DEVICES CUDA_HOME CUDA_PATH NVIDIA_VISIBLE_DEVICES
-    NVIDIA_DRIVER_CAPABILITIES RUNPOD_POD_ID SLURM_JOB_ID SLURM_JOBID SLURM_PROCID SLURM_LOCALID
-    SLURM_NTASKS SLURM_NODELIST SLURM_ARRAY_TASK_ID PBS_JOBID HF_HOME HF_TOKEN WANDB_API_KEY
-    WANDB_PROJECT WANDB_RUN_ID WANDB_MODE GITHUB_ACTIONS GITHUB_ACTOR GITHUB_SHA GITHUB_REF
-    GITHUB_RUN_ID GITHUB_TOKEN GIT_AUTHOR_NAME MODEL_NAME DATASET_PATH BATCH_SIZE
+    PATH HOME USER SHELL TERM LANG PWD SHLVL TMPDIR TZ HOSTNAME EDITOR PAGER MAIL CC CXX CI
+    XDG_CACHE_HOME MODULEPATH MANPATH LD_LIBRARY_PATH PYTHONPATH PYTHONHASHSEED VIRTUAL_ENV
+    CONDA_PREFIX RANK LOCAL_RANK GROUP_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+    TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS TORCH_HOME OMP_NUM_THREADS NCCL_DEBUG
+    CUDA_VISIBLE_DEVICES CUDA_HOME NVIDIA_VISIBLE_DEVICES SLURM_JOB_ID SLURM_NTASKS PBS_JOBID
+    HF_HOME WANDB_PROJECT WANDB_RUN_ID WANDB_MODE GITHUB_ACTOR GITHUB_RUN_ID GIT_AUTHOR_NAME
+    MODEL_NAME DATASET_PATH BATCH_SIZE
 """
 
 
@@ -101,11 +95,8 @@ def test_the_number_of_layers_can_be_set_alone(layers):
     ("text", "layers"),
     [
         ("", []),
-        ("3,1", [3, 1]),
         ("1+1, 2", [1, 2]),
         ("0-2,5,9-", [0, 1, 2, 5, 9, 10]),
-        ("-2,-1", [9, 10]),
-        ("-3--2", [8, 9]),
         ("8--2", [8, 9]),
         ("-12,4", [4]),
     ],
@@ -114,7 +105,7 @@ def test_layers_by_number_range_and_from_the_end(text, layers):
     assert train_gpt.parse_layers(text, 11) == layers
 
 
-@pytest.mark.parametrize("text", ["11", "0-11", "3-1", "-1--2", "x", "1.5", "-", "1-2-3"])
+@pytest.mark.parametrize("text", ["11", "0-11", "3-1", "x", "1-2-3"])
 def test_text_that_names_no_layers_is_refused(text):
     with pytest.raises(ValueError, match=re.escape(text)):
         train_gpt.parse_layers(text, 11)
@@ -171,26 +162,13 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
 @pytest.mark.parametrize(
     ("variables", "columns"),
     [
-        ({"MAP_SEED": "0xD15EA5E"}, {"map_seed": 219_540_062}),
         ({"SEED": "0x10", "RANDOM_ADAPTER_SEED": "0x20"}, {"seed": 16, "map_seed": 32}),
-        ({"ADAPTER_LR": 0.01}, {"factor_lr": 0.01}),
-        ({"ADAPTER_RANK": 8, "RANDOM_BACKBONE_SEED": 7}, {"map_adapter": "lora:8", "map_seed": 7}),
-        (
-            {"RANDOM_ADAPTER_RANK": 8, "RANDOM_ADAPTER_SEED": 0},
-            {"map_adapter": "lora:8", "map_seed": 0},
-        ),
+        ({"ADAPTER_RANK": 8, "RANDOM_BACKBONE_SEED": 0}, {"map_adapter": "lora:8", "map_seed": 0}),
         ({"MLP_RANK": 4}, {"map_basis": "mlp=orthogonal", "map_adapter": "lora:4"}),
-        ({"ENABLE_LOOPING_AT": 0.5}, {"recur_frac": 0.5}),
-        ({"PARALLEL_RESIDUAL_START": 7}, {"parallel_from": 7}),
-        ({"ROPE_TRAIN_SEQ_LEN": 512}, {"rope_stretch_from": 512}),
-        ({"MUON_NS_STEPS": 4}, {"muon_backend_steps": 4}),
-        ({"GPTQ_CALIBRATION_BATCHES": 16}, {"gptq_calib_batches": 16}),
-        ({"STRIDE": 128, "SWA_EVERY": 25}, {"eval_stride": 128, "swa_interval": 25}),
+        ({"ADAPTER_LR": 0.01, "MUON_NS_STEPS": 4}, {"factor_lr": 0.01, "muon_backend_steps": 4}),
+        ({"ENABLE_LOOPING_AT": 0.5, "STRIDE": 128}, {"recur_frac": 0.5, "eval_stride": 128}),
+        ({"PARALLEL_RESIDUAL_START": 7, "SWA_EVERY": 25}, {"parallel_from": 7, "swa_interval": 25}),
         ({"USE_RANDOM_ADAPTERS": 0, "RANDOM_ADAPTER_RANK": 8}, {"map_basis": "learned"}),
-        (
-            {"RANDOM_BASIS_ENABLED": 1},
-            SYSTEM_B | {"map_adapter": "lora:16", "map_seed": 0xD15EA5E, "map_seed_stride": 1009},
-        ),
         (
             {"RANDOM_BASIS_ENABLED": 1, "RANDOM_BASIS_SEED": "0x10", "MAP_SEED_STRIDE": 50},
             SYSTEM_B | {"map_adapter": "lora:16", "map_seed": 16, "map_seed_stride": 50},
@@ -209,7 +187,6 @@ OFF = ("RANDOM_BASIS_ENABLED", "SELECTIVE_FREEZE", "PROGRESSIVE_FREEZE_FRAC", "R
             },
         ),
         (dict.fromkeys(OFF, 0), {}),
-        ({"PROGRESSIVE_FREEZE_FRAC": "0.0"}, {}),
         ({"LORA_RANK": 16, "RANDOM_ADAPTER_RANK": 16}, {"map_adapter": "lora:16"}),
     ],
 )
@@ -225,9 +202,7 @@ def test_published_variables_are_what_they_expand_to(variables, columns):
     ("variables", "says"),
     [
         ({"USE_RANDOM_ADAPTERS": 1, "SELECTIVE_FREEZE": 1}, "MAP_BASIS=mlp.in=gaussian orthogonal"),
-        ({"USE_RANDOM_ADAPTERS": 1, "RAND_PROJ_LAYERS": 3}, "MAP_BASIS=mlp.in@3=orthogonal"),
         ({"RANDOM_ADAPTER_RANK": 8, "LORA_RANK": 16}, "MAP_ADAPTER=lora:16 lora:8"),
-        ({"MAP_BASIS": "hadamard", "USE_RANDOM_ADAPTERS": 1}, "MAP_BASIS=orthogonal hadamard"),
         ({"MAP_SEED": 1, "RANDOM_ADAPTER_SEED": 2}, "MAP_SEED=2 1"),
     ],
 )
@@ -243,9 +218,7 @@ def test_published_variables_that_contradict_each_other_are_refused(variables, s
     [
         ("USE_RANDOM_ADAPTERS", "yes", "USE_RANDOM_ADAPTERS"),
         ("RAND_GAIN", "-1", "RAND_GAIN"),
-        ("RANDOM_ADAPTER_RANK", "many", "MAP_ADAPTER"),
         ("LORA_RANK", "0", "MAP_ADAPTER"),
-        ("RANDOM_BASIS_SEED", "0xfg", "MAP_SEED"),
         ("PROGRESSIVE_FREEZE_FRAC", "1.5", "MAP_FREEZE"),
         ("RAND_PROJ_LAYERS", "0,x", "MAP_BASIS"),
     ],
@@ -285,36 +258,27 @@ def test_values_that_change_nothing_may_be_written_in_another_way():
 
 # ---- Misspelled settings -------------------------------------------------------------------------
 
-TYPOS = {
-    "dropped": lambda name, i: name[:i] + name[i + 1 :],
-    "doubled": lambda name, i: name[: i + 1] + name[i:],
-    "inserted": lambda name, i: name[:i] + "X" + name[i:],
-    "changed": lambda name, i: name[:i] + "X" + name[i + 1 :],
-    "swapped": lambda name, i: name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :],
-}
-# In a shorter name a typo changes too much to be told from a variable of another program.
-CERTAIN_FROM = {"dropped": 6, "doubled": 4, "inserted": 4, "changed": 4, "swapped": 4}
 
-
-def suggestions(typos: set[str]) -> dict[str, str]:
-    """Return the setting that the message proposes for each of these variables, all set at once."""
-    found = [
-        re.match(r"(\S+): no such setting; (\S+)\?", line)
-        for line in faults(dict.fromkeys(typos, "1"))
-    ]
-    return dict(match.groups() for match in found if match)
+def typos_of(name: str) -> Iterator[str]:
+    """Give the name with a letter doubled, inserted, changed, swapped or dropped, at each place."""
+    for i in range(len(name)):
+        yield name[: i + 1] + name[i:]
+        yield name[:i] + "X" + name[i:]
+        yield name[:i] + "X" + name[i + 1 :]
+        yield name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :]
+        if len(name) > 5:  # a shorter name may be a variable of another program
+            yield name[:i] + name[i + 1 :]
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "PRESET"])  # PRESET is run.sh's
 def test_misspelled_setting_is_refused_with_the_right_name(name):
-    kinds = [kind for kind, shortest in CERTAIN_FROM.items() if len(name) >= shortest]
-    typos = {TYPOS[kind](name, i) for kind in kinds for i in range(len(name))}
-    typos = {typo for typo in typos if not typo[:1].isdigit()} - {*SETTINGS, *UNSUPPORTED, name, ""}
-    found = suggestions(typos)
-    # BETAX is as near to one as to the other.
-    right = {"BETA1", "BETA2"} if name in ("BETA1", "BETA2") else {name}
+    """All misspellings of a name are set at once."""
+    typos = {*typos_of(name)} - {*SETTINGS, *UNSUPPORTED, name}
+    lines = [line for line in faults(dict.fromkeys(typos, "1")) if "no such setting" in line]
+    found = dict(re.match(r"(\S+): no such setting; (\S+)\?", line).groups() for line in lines)
     assert found.keys() == typos
-    assert set(found.values()) <= right
+    # BETAX is as near to one as to the other.
+    assert set(found.values()) <= ({"BETA1", "BETA2"} if name in ("BETA1", "BETA2") else {name})
 
 
 def test_misspelling_can_be_accepted():
@@ -333,16 +297,10 @@ def test_common_variables_are_not_mistaken_for_settings():
     ("name", "value", "says"),
     [
         ("NUM_LAYERS", "many", "whole number"),
-        ("NUM_LAYERS", "0", "at least 1"),
         ("NUM_LAYERS", "257", "at most 256"),
-        ("VOCAB_SIZE", "65537", "at most 65,536"),
         ("MATRIX_LR", "nan", "at least 0"),
-        ("MAX_WALLCLOCK_SECONDS", "inf", "at least 0"),
-        ("PRUNE_PCT", "3", "at most"),
         ("DTYPE", "float16", "bfloat16, float32"),
-        ("ATTENTION_BACKEND", "fa2", "'fa2' is none of fa3, cudnn, flash"),
         ("ATTENTION_BACKEND", "fa3", "one of torch's kernels"),
-        ("EVAL_MODE", "fast", "exact, streaming"),
     ],
 )
 def test_impossible_value_is_refused(name, value, says):
@@ -357,7 +315,6 @@ def test_attention_kernels_come_in_the_order_asked_for():
 
 
 SIGNED = "orthogonal,bigram.signs=rademacher"
-TWO_TEACHERS = {"DISTILL_FROM": "some.ptz", "SELF_DISTILL": 1, "DISTILL_START_FRAC": 0.3}
 
 
 @pytest.mark.parametrize(
@@ -365,27 +322,14 @@ TWO_TEACHERS = {"DISTILL_FROM": "some.ptz", "SELF_DISTILL": 1, "DISTILL_START_FR
     [
         ({"NUM_HEADS": 7, "NUM_KV_HEADS": 7}, "NUM_HEADS=7 MODEL_DIM=512"),
         ({"NUM_KV_HEADS": 3}, "NUM_KV_HEADS=3 NUM_HEADS=8"),
-        ({"ROPE_DIMS": 15}, "ROPE_DIMS=15"),
         ({"ROPE_DIMS": 66}, "ROPE_DIMS=66 64"),
-        ({"VE_LAYERS": "9,11"}, "VE_LAYERS=9,11 10"),
-        ({"RECUR_LAYERS": "5-3"}, "RECUR_LAYERS=5-3"),
         ({"MAP_SEED_STRIDE": 1}, "MAP_SEED_STRIDE=1 seed"),
-        (TWO_TEACHERS, "DISTILL_FROM SELF_DISTILL=1"),
         ({"SELF_DISTILL": 1}, "SELF_DISTILL=1 DISTILL_START_FRAC"),
-        (
-            {"DISTILL_START_FRAC": 0.5, "DISTILL_END_FRAC": 0.5},
-            "DISTILL_START_FRAC=0.5 DISTILL_END_FRAC=0.5",
-        ),
-        ({"MLP_MULT": 0.01, "MODEL_DIM": 32, "ROPE_DIMS": 4}, "MLP_MULT=0.01"),
         ({"EVAL_STRIDE": 2049}, "EVAL_STRIDE=2049 EVAL_SEQ_LEN=2048"),
-        ({"TRAIN_BATCH_TOKENS": 786_431}, "TRAIN_BATCH_TOKENS=786431 TRAIN_SEQ_LEN=2048"),
         ({"WORLD_SIZE": 5}, "TRAIN_BATCH_TOKENS=786432 5"),
         ({"MAX_WALLCLOCK_SECONDS": 45}, "GPTQ_RESERVE_SECONDS=45 MAX_WALLCLOCK_SECONDS"),
         ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 MODEL_PATH"),
-        ({"EXPORT_ONLY": 1}, "EXPORT_ONLY=1 CHECKPOINT_PATH"),
         ({"WARMDOWN_ITERS": 400, "WARMDOWN_FRAC": 0.667}, "WARMDOWN_FRAC=0.667 unset"),
-        ({"TARGET_BYTES": 10_000, "QUANTIZER": "rms"}, "TARGET_BYTES QUANTIZER=sensitivity"),
-        ({"TARGET_BYTES": 10_000, "GPTQ_CALIB_BATCHES": 0}, "TARGET_BYTES GPTQ_CALIB_BATCHES"),
         ({"MATRIX_BITS": 5}, "MATRIX_BITS QUANTIZER=rms"),
     ],
 )
@@ -399,28 +343,15 @@ def test_impossible_combination_is_refused(variables, says):
     ("name", "value", "says"),
     [
         ("MAP_BASIS", "haar", "'haar' learned orthogonal gaussian hadamard"),
-        ("MAP_BASIS", "gaussian,", "'' learned"),
         ("MAP_BASIS", "mlp@11=gaussian", "11 layers 10"),
         ("MAP_BASIS", "MLP=gaussian", "'MLP' selector"),
         ("MAP_BASIS", "mlp.gate=gaussian", "mlp.gate selects no map"),
-        ("MAP_BASIS", "m1.mlp=gaussian", "m1.mlp selects no map"),
-        ("MAP_BASIS", "shared:0", "'shared:0' learned shared"),
-        ("MAP_BASIS", "gaussian:2", "'gaussian:2' learned"),
-        ("MAP_INIT", "one", "'one' orthogonal zero"),
-        ("MAP_GAIN", "inf", "'inf' number"),
         ("MAP_ADAPTER", "dora:4", "'dora' lora vera sparse none"),
-        ("MAP_ADAPTER", "lora:4+", "'' lora"),
-        ("MAP_ADAPTER", "lora", "'lora' rank 512 x 512"),
-        ("MAP_ADAPTER", "lora:1.5", "'lora:1.5' rank"),
         ("MAP_ADAPTER", "lora:257", "'lora:257' rank 256"),
         ("MAP_ADAPTER", "lora:4+lora:8", "lora"),
-        ("MAP_ADAPTER", "vera:0", "'vera:0' rank 1"),
-        ("MAP_ADAPTER", "combination:0", "'combination:0' 1"),
         ("MAP_ADAPTER", "sparse:nan", "density 1"),
-        ("MAP_ADAPTER", "sparse:0.0001", "density"),
         ("MAP_ADAPTER", "mask:3", "'mask:3' size"),
         ("MAP_SCALE", "column", "'column' none map row"),
-        ("MAP_GATE", "nan", "'nan' number"),
         ("MAP_FREEZE", "mlp.in@1=-1", "'-1' number 0 1"),
     ],
 )
@@ -438,13 +369,6 @@ def test_impossible_column_is_refused(name, value, says):
     [
         ({"MAP_BASIS": "learned", "MAP_ADAPTER": "mlp.fc=lora:4"}, "mlp.fc is learned in full"),
         ({"MAP_BASIS": "orthogonal,bigram.signs=learned"}, "bigram.signs are none or random"),
-        ({"MAP_BASIS": "mlp=none"}, "only bigram.signs can be none"),
-        ({"MAP_BASIS": SIGNED, "MAP_SCALE": "bigram.signs=row"}, "and take no adapter or scale"),
-        ({"MAP_BASIS": SIGNED, "BIGRAM_VOCAB_SIZE": 0}, "bigram.signs selects no map"),
-        (
-            {"MAP_ADAPTER": "none", "MAP_FREEZE": "mlp.fc=0.5"},
-            "mlp.fc is orthogonal and has no adapter, scale or gate to freeze",
-        ),
         (
             {"MAP_BASIS": "shared", "MAP_GAIN": "mlp.fc@1=2"},
             "mlp.fc is shared: MAP_GAIN and MAP_INIT must be the same in its layers",

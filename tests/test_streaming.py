@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 
 import pytest
 import torch
@@ -10,19 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from helpers import train_gpt
-from reference import normal, tokens
+from reference import attention, tokens
 
 WINDOW = 16
-
-
-def plain_attention(q, k, v):
-    """Attend over a whole sequence, each position to the last WINDOW ones."""
-    group = q.size(2) // k.size(2)
-    q, k, v = (t.transpose(1, 2) for t in (q, *(t.repeat_interleave(group, 2) for t in (k, v))))
-    past = torch.arange(q.size(2))[:, None] - torch.arange(q.size(2))
-    hidden = (past < 0) | (past >= WINDOW)
-    scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(hidden, -math.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 @pytest.fixture
@@ -50,7 +40,7 @@ def test_one_pass_is_attention_over_the_last_positions(
     h, stream = streaming(**changes), tokens(count)
     model = random_model(h, torch.float64)
     loss = train_gpt.evaluate(model, stream, h, processes, h.eval_stride)
-    monkeypatch.setattr(train_gpt, "causal_attention", plain_attention)
+    monkeypatch.setattr(train_gpt, "causal_attention", functools.partial(attention, span=WINDOW))
     logits = model.predict(stream[None, :-1], count - 1)
     expected = F.cross_entropy(logits[0], stream[1:]).item()
     assert loss == pytest.approx(expected, abs=10 * 2 * 30 * 2**-24)
@@ -81,22 +71,6 @@ def test_what_the_kernel_for_cuda_does_not_take_goes_by_plain_products(
     assert (y.shape, y.dtype, y.device, bool(taken)) == (q.shape, dtype, q.device, fits)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_attention_and_its_log_sum_exp(dtype):
-    """The log-sum-exp is float32 in each type, of products that are summed in float32."""
-    q, k, v = (normal(2, 40, heads, 64, seed=heads).to(dtype) for heads in (4, 2, 2))
-    with torch.no_grad():
-        y, lse = train_gpt.flash_attention_and_lse(q, k, v)
-    wide_k, wide_v = (t.double().repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
-    scores = q.double().transpose(1, 2) @ wide_k.mT / 8
-    scores = scores.masked_fill(torch.ones(40, 40).triu(1).bool(), -math.inf)
-    expected = scores.logsumexp(-1).transpose(1, 2)[..., None]
-    torch.testing.assert_close(lse.double(), expected, rtol=0, atol=2e-4)
-    expected = (scores.softmax(-1) @ wide_v).transpose(1, 2)
-    tolerance = 4 * torch.finfo(dtype).eps  # of bfloat16: of the weights, and of the output
-    assert (y - expected).norm() < max(tolerance, 1e-6) * expected.norm()
-
-
 @pytest.mark.parametrize("count", [17, 18, 32, 33, 48, 49, 1000])
 def test_every_token_is_scored_once(streaming, processes, count):
     """Each token's loss is its place squared, from 2 on: padding is a token, too, and not free."""
@@ -111,23 +85,9 @@ def test_every_token_is_scored_once(streaming, processes, count):
     assert loss * (count - 1) == pytest.approx(sum(i**2 for i in range(2, count + 1)), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("either_cpu", "scored", "streams"),
-    [
-        ("with AMX", 64, False),
-        ("without AMX", 64, False),
-        ("without AMX", 4, False),
-        ("without AMX", 64, True),
-    ],
-    indirect=["either_cpu"],
-)
-def test_what_a_score_needs_compiles_into_one_graph(
-    settings, random_model, either_cpu, scored, streams
-):
-    """Without gradients, too: whole windows on each kind of CPU, a few last positions, streams.
-
-    `fullgraph` refuses a break.
-    """
+@pytest.mark.parametrize(("scored", "streams"), [(4, False), (64, True)])
+def test_what_a_score_needs_compiles_into_one_graph(settings, random_model, scored, streams):
+    """Of a few last positions, and of streams: `fullgraph` refuses a break."""
     h = settings(num_layers=1, recur_layers="0", recur_times=2)
     model = random_model(h, torch.float64).eval()
     ids = torch.arange(3 * 64).view(3, 64) % 61
