@@ -534,9 +534,7 @@ def write_dataset(
             f"{folder} is there already, made from something else or with other options;"
             f" move it and {tokenizer_path} away, or choose another --name"
         )
-    if tokenizer_path.exists() and tokenizer_path.read_bytes() != model:
-        advice = "move it away or choose another --name"
-        raise PrepareError(f"{tokenizer_path} is another tokenizer; {advice}")
+    refuse_another_tokenizer(tokenizer_path, model)
     part = folder.with_name(folder.name + ".part")
     began = time.perf_counter()
     with locked(folder), contextlib.ExitStack() as stack:
@@ -554,6 +552,11 @@ def write_dataset(
         write_whole(tokenizer_path, model)
         part.replace(folder)
     print(f"{in_words(folder, manifest)}, in {time.perf_counter() - began:.0f} s")
+
+
+def refuse_another_tokenizer(path: Path, model: bytes) -> None:
+    if path.exists() and path.read_bytes() != model:
+        raise PrepareError(f"{path} is another tokenizer; move it away or choose another --out")
 
 
 def write_manifest(folder: Path, source: dict, path: Path, model: bytes, counts: dict) -> dict:
@@ -665,6 +668,8 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
         shards = [f"fineweb_val_{i:06d}.bin" for i in range(int(counts["files_val"]))]
         shards += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
         folder = args.out / "datasets" / name
+        source = {"kind": "fineweb", "repository": args.repo, "variant": args.variant}
+        refuse_another_source(folder, source)
         folder.mkdir(parents=True, exist_ok=True)
         for number, shard in enumerate(shards, 1):
             if not (folder / shard).exists() or shard_tokens(folder / shard) is None:
@@ -678,10 +683,9 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
         models = {each["name"]: each["model_path"] for each in published["tokenizers"]}
         model_path = args.out / "tokenizers" / Path(models[entries[name]["tokenizer_name"]]).name
         model_path.parent.mkdir(parents=True, exist_ok=True)
-        if not model_path.exists():
-            model = fetch(args.repo, f"datasets/tokenizers/{model_path.name}", download)
-            model.replace(model_path)
-        source = {"kind": "fineweb", "repository": args.repo, "variant": args.variant}
+        model = fetch(args.repo, f"datasets/tokenizers/{model_path.name}", download)
+        refuse_another_tokenizer(model_path, model.read_bytes())
+        model.replace(model_path)
         tokens = {split: {"tokens": split_tokens(folder, split)} for split in ("train", "val")}
         manifest = write_manifest(folder, source, model_path, model_path.read_bytes(), tokens)
         shutil.rmtree(download, ignore_errors=True)
@@ -689,6 +693,15 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
     if there > args.train_shards:
         print(f"all {there} training shards there are trained on, not only {args.train_shards}")
     print(in_words(folder, manifest))
+
+
+def refuse_another_source(folder: Path, source: dict) -> None:
+    """Raise PrepareError if a dataset's manifest says that it was made from something else."""
+    manifest = folder / "manifest.json"
+    found = json.loads(manifest.read_bytes()).get("source") if manifest.exists() else source
+    if found != source:
+        advice = "move it and its tokenizer away or choose another --out"
+        raise PrepareError(f"{folder} is there already, from {found}; {advice}")
 
 
 def fetch(repository: str, path: str, download: Path) -> Path:

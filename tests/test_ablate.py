@@ -127,6 +127,19 @@ def test_every_variant_trains_for_the_seconds_of_the_budget(place, estimate):
     assert int(given["ITERATIONS"]) >= 10**9
 
 
+def test_seconds_of_a_shared_machine_are_another_budget(place, monkeypatch):
+    """The steps of a run in that time depend on who runs beside it; with tokens they do not."""
+    place.seconds = 6.0
+    words = ("--presets", "a.env", "--budget")
+    for budget, repeats in (("seconds=6", False), (f"tokens={STEP}", True)):
+        assert "already there" not in place.run(*words, budget)
+        assert ("already there" in place.run(*words, budget, "--jobs", "2")) == repeats
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            assert ("already there" in place.run(*words, budget, "--jobs", "2")) == repeats
+        assert "already there" in place.run(*words, budget)
+
+
 def test_run_that_trained_for_another_time_is_an_error(place):
     place.seconds = 3.7
     place.run("--presets", "a.env", "--budget", "seconds=6", failed=1)

@@ -446,7 +446,7 @@ class Hub:
         self.fetched: list[str] = []
 
     def hf_hub_download(self, repository: str, path: str, repo_type: str, local_dir: Path) -> str:
-        assert (repository, repo_type) == ("someone/export", "dataset")
+        assert (repository.split("/")[-1], repo_type) == ("export", "dataset")
         self.fetched.append(path.split("/")[-1])
         if path not in self.files:
             raise OSError(f"{path}:\nconnection lost")
@@ -503,6 +503,18 @@ def test_fineweb_fetches_only_what_is_wanting(hub, model, tmp_path):
     assert last.startswith(f"{folder}: 12,006 training and 4,000 validation tokens"), "all there"
     assert (out / "tokenizers" / "fineweb_1024_bpe.model").read_bytes() == model.read_bytes()
     assert sorted(path.name for path in out.iterdir()) == ["datasets", "tokenizers"]
+
+
+def test_fineweb_of_two_repositories_is_never_mixed(hub, tmp_path):
+    out, other = tmp_path / "out", ("fineweb", "--repo", "else/export", "--train-shards", 2)
+    run_well(out, *FINEWEB, 1)
+    assert (
+        "is there already, from {'kind': 'fineweb', 'repository': 'someone/" in run(out, *other)[2]
+    )
+    assert there(out) == sorted(SHARDS[:2])
+    (out / "datasets" / NAME).rename(tmp_path / "away")
+    hub.files["datasets/tokenizers/fineweb_1024_bpe.model"] += b"\0"
+    assert "is another tokenizer; move it away" in run(out, *other)[2]
 
 
 @pytest.mark.parametrize("wrong", [None, b"<html>" * 400, prepare.shard_header(1)])

@@ -46,7 +46,7 @@ def runs(corpus, tmp_path_factory) -> list[Path]:
     settings = {"NUM_LAYERS": 4, "MAP_BASIS": "hadamard"}
     claim(folder / "random", maps=maps, groups=groups, codes=codes, settings=settings)
     with (folder / "random" / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "phase", "step": 4, "text": "frozen_maps:2"}\n')
+        file.write('{"kind": "phase", "step": 6, "text": "frozen_maps:2"}\n')
     claim(folder / "learned", maps=maps[1:])
     larger = {"bytes_model": 99_999, "bytes_total": 999_999, "val_bpb": 1.25}
     claim(folder / "larger", maps=maps[1:], groups=groups, **larger)
@@ -115,7 +115,7 @@ def test_tables_have_the_facts_of_the_run(runs, pages):
     stated = {row[0]: row[1] for row in page.rows if len(row) == 2}
     for name in ("val_bpb", "bytes_total", "trained_parameters", "val_bpb_before"):
         assert stated[name] == f"{facts[name]:,}"
-    assert stated["hardware"] == facts["hardware"] and stated["from step 4"] == "frozen_maps:2"
+    assert stated["hardware"] == facts["hardware"] and stated["from step 6"] == "frozen_maps:2"
     rows = {row[0]: row for row in page.rows}
     assert rows["factor"] == ["factor", "4,096", "1,200", "2.34000", "–"]
     assert rows["A codes"] == ["A codes", "1,234"]
@@ -158,13 +158,15 @@ def test_scatter_has_a_line_through_the_learned_networks(pages):
     assert len(sets[points["data"]["name"]]) == 3
 
 
-def test_step_that_was_repeated_counts_once(copied):
-    """A run that was continued takes some steps again; a machine that stops tears the last line."""
+def test_what_a_continued_run_left_behind_is_not_shown(copied, tmp_path):
+    """Killed after step 6, and continued from step 3; a machine that stops tears the last line."""
     with (copied / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "train_loss": 1.5}\n{"step": 7, "tok')
-    frame = report.read_run(copied, False).metrics
-    assert frame[frame["step"] == 2]["train_loss"].dropna().tolist() == [1.5]
-    assert 7 not in set(frame["step"])
+        file.write('{"step": 4, "train_loss": 1.5}\n{"step": 5, "train_loss": 1.5}\n{"step": 6, "t')
+    run = report.read_run(copied, False)
+    assert not len(run.phases) and max(run.metrics["step"]) == 5
+    assert run.metrics["train_loss"].dropna().tolist()[3:] == [1.5, 1.5]
+    assert report.main([str(copied), "--tensorboard", str(tmp_path / "events")]) == 0
+    assert list(events(tmp_path / "events" / "copy")["train_loss"]) == [1, 2, 3, 4, 5]
 
 
 def test_unfinished_run_is_shown_on_demand(copied, tmp_path, capsys):

@@ -127,6 +127,16 @@ def test_pieces_are_whole_characters_and_together_the_text(run, corpus, monkeypa
         assert not any(sample.UNDECODED in piece for piece in pieces)
 
 
+def test_tokens_are_counted_not_pieces(run, capsys, monkeypatch):
+    args = sample.parse([str(run), "--tokens", "4", "--temperature", "0"])
+    with sample.open_writer(args) as writer:
+        logits = iter(torch.eye(512)[writer.tokenizer.model.encode("🎉")])
+        monkeypatch.setattr(writer.window, "next_logits", lambda text: next(logits))
+        writer.show("party: ")
+    shown = capsys.readouterr()
+    assert shown.out == "party: 🎉\n" and shown.err.startswith("[4 of 4 tokens, ")
+
+
 def test_text_follows_the_seed_and_the_options(run, capsys):
     def written(*options: object) -> str:
         return write(capsys, run, "The first", "--tokens", 30, *options)[0]

@@ -173,12 +173,19 @@ def test_damaged_run_is_refused(copied, tmp_path, capsys, damage, message, witho
     assert message in refusal(capsys, tmp_path, copied)
 
 
-def test_runs_that_are_not_alike_are_refused(runs, copied, tmp_path, capsys):
+def test_runs_that_are_not_alike_are_refused(runs, copied, corpus, tmp_path, capsys):
     arguments = [runs[0], "--seeds", copied]
     assert "the same seed" in refusal(capsys, tmp_path, *arguments)
     claim(copied, seed=7)
     assert "the same artifact" in refusal(capsys, tmp_path, *arguments)
     (copied / "model.int6.ptz").write_bytes(b"another one")
+    log, data, tokenizer = copied / "train.log", tmp_path / "data", tmp_path / "other.model"
+    tokenizer.write_bytes(b"another one")
+    replace(log, f"\nTOKENIZER_PATH={corpus.tokenizer}\n", f"\nTOKENIZER_PATH={tokenizer}\n")
+    assert "has another tokenizer" in refusal(capsys, tmp_path, *arguments)
+    (shutil.copytree(corpus.folder, data) / "fineweb_train_000001.bin").touch()
+    replace(log, f"\nDATA_PATH={corpus.folder}\n", f"\nDATA_PATH={data}\n")
+    assert "was trained on other data" in refusal(capsys, tmp_path, *arguments)
     replace(copied / "train.log", "\nNUM_LAYERS=4\n", "\nNUM_LAYERS=5\n")
     assert "other settings: NUM_LAYERS" in refusal(capsys, tmp_path, *arguments)
     replace(copied / "train.log", "import argparse\n", "import  argparse\n")

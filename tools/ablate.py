@@ -242,6 +242,8 @@ def complete(variant: Variant, args: argparse.Namespace, plain: dict[str, Varian
     variant.settings = settings | machine | args.budget.settings(h.train_batch_tokens)
     code = SCRIPT.read_text(encoding="utf-8")
     facts = [variant.settings, variant.teacher and variant.teacher.id, code, data_of(h)]
+    if args.budget.kind == "seconds":  # the steps in that time depend on who shares the machine
+        facts += [args.jobs, args.gpus]
     text = json.dumps(facts, sort_keys=True)
     variant.id = hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -680,8 +682,8 @@ def ablate(args: argparse.Namespace) -> int:
     args.common = parse_settings(args.settings, "command line")
     variants = read_variants(args)
     devices = {(args.common | variant.settings).get("DEVICE") for variant in variants}
-    gpus = 0 if devices == {"cpu"} else torch.cuda.device_count()
-    args.processes = max(1, gpus) if args.jobs == 1 else 1
+    args.gpus = 0 if devices == {"cpu"} else torch.cuda.device_count()
+    args.processes = max(1, args.gpus) if args.jobs == 1 else 1
     variants = complete_all(variants, args)
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:  # freed however this process ends
@@ -689,7 +691,7 @@ def ablate(args: argparse.Namespace) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another ablate.py is at work in {out}") from None
-        runner = Runner(out, args.budget, gpus, args.jobs, args.retry_failed)
+        runner = Runner(out, args.budget, args.gpus, args.jobs, args.retry_failed)
         failed = runner.run_all(variants, sorted(set(map(int, args.seeds.split(",")))))
         report(args, out)
     return failed

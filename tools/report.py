@@ -104,12 +104,16 @@ def read_text(path: Path) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    records = []
+    """Return the records; where a run went on from an earlier step, without what it left behind."""
+    records: list[dict[str, Any]] = []
     lines = read_text(path).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            records.append(record | {"step": int(record["step"])})
+            step = int(record["step"])
+            if records and step < records[-1]["step"]:
+                records = [each for each in records if each["step"] < step]
+            records.append(record | {"step": step})
         except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):  # a machine that stops may tear the last one
                 raise UserError(f"{path}: line {number} is not JSON as a run writes it") from None
