@@ -47,11 +47,6 @@ try:
 except ImportError as missing:
     raise SystemExit(f"error: {missing.name} is missing: pip install -r requirements.txt") from None
 
-try:
-    from tqdm import tqdm
-except ImportError:  # comes with data/requirements.txt; without it there is no progress bar
-    tqdm = None
-
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 HEADER_INTS = 256
@@ -231,7 +226,6 @@ def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
 
 
 def json_documents(path: Path) -> Iterator[str]:
-    """Yield the "text" of each line."""
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -293,7 +287,6 @@ def one_line(error: BaseException) -> str:
 
 
 def find_sources(names: list[str], val_names: list[str]) -> tuple[list[Source], list[Source]]:
-    """Return what the arguments name for training and for validation."""
     hub = []
     for name in names:
         if name.startswith(HUB):
@@ -363,7 +356,9 @@ def letters(text: str) -> int:
 
 
 def progress(documents: Iterable, what: str) -> Iterable:
-    if tqdm is None:
+    try:  # it comes with data/requirements.txt
+        from tqdm import tqdm
+    except ImportError:
         return documents
     return tqdm(documents, desc=what, unit=" documents", disable=None, leave=False)
 
@@ -425,7 +420,6 @@ class Corpus:
                     yield split, text
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield (split, text) of each document."""
         place = 0
         for split, text in self.documents():
             if self.val:
@@ -573,7 +567,6 @@ def write_manifest(folder: Path, source: dict, path: Path, model: bytes, counts:
 
 
 def in_words(folder: Path, manifest: dict) -> str:
-    """Return what the last line printed says of a dataset."""
     train, val = (f"{manifest[split]['tokens']:,}" for split in ("train", "val"))
     vocab = manifest["vocab_size"]
     return f"{folder}: {train} training and {val} validation tokens, vocabulary {vocab}"
@@ -617,7 +610,6 @@ def prepare_docs(args: argparse.Namespace) -> None:
 
 
 def prepare_text(args: argparse.Namespace) -> None:
-    """Make a dataset of a person's own text, unless it has been made before."""
     model = args.tokenizer.read_bytes() if args.tokenizer else None
     if model is not None:
         load_tokenizer(model, args.tokenizer)
@@ -698,10 +690,11 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
 def refuse_another_source(folder: Path, source: dict) -> None:
     """Raise PrepareError if a dataset's manifest says that it was made from something else."""
     manifest = folder / "manifest.json"
-    found = json.loads(manifest.read_bytes()).get("source") if manifest.exists() else source
-    if found != source:
-        advice = "move it and its tokenizer away or choose another --out"
-        raise PrepareError(f"{folder} is there already, from {found}; {advice}")
+    if manifest.exists():
+        found = json.loads(manifest.read_bytes()).get("source")
+        if found != source:
+            advice = "move it and its tokenizer away or choose another --out"
+            raise PrepareError(f"{folder} is there already, from {found}; {advice}")
 
 
 def fetch(repository: str, path: str, download: Path) -> Path:

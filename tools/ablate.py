@@ -104,8 +104,6 @@ class RunFailed(Exception):
 
 
 class Budget(NamedTuple):
-    """What a run may use: training tokens, or training seconds."""
-
     kind: str
     amount: float
 
@@ -180,7 +178,6 @@ def read_plan(path: str) -> Iterator[Variant]:
 
 
 def read_variants(args: argparse.Namespace) -> list[Variant]:
-    """Return the variants of --presets and of the plan, with their changes as settings."""
     presets = args.presets.split(",") if args.presets else []
     variants = [Variant(name, name, name, {}) for name in presets]
     variants += read_plan(args.plan) if args.plan else []
@@ -460,7 +457,6 @@ class Yardstick:
     """A least-squares fit of val_bpb on x, the logarithm of the model file's bytes."""
 
     def __init__(self, table: pd.DataFrame, family: str, degree: int) -> None:
-        """Fit the networks of a family, each with the mean over its seeds."""
         points = table[table["family"] == family]
         sizes, needed = points["model_bytes"], 5 if degree == 2 else 2
         if sizes.nunique() < needed:
@@ -623,7 +619,6 @@ def draw(table: pd.DataFrame, lines: dict[str, Yardstick], path: Path) -> None:
 
 
 def report(args: argparse.Namespace, out: Path) -> None:
-    """Write table.md and bpb_vs_bytes.png from results.csv, and print the table."""
     frame = read_results(out)
     degree = {"line": 1, "parabola": 2}[args.fit]
     table, lines, notes = measure_distances(summarize(frame), args.line, degree)

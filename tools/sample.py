@@ -147,8 +147,6 @@ def probabilities(
 
 
 class Writer:
-    """A model that continues texts as the options of the command line say."""
-
     def __init__(
         self, window: Window, tokenizer: train_gpt.Tokenizer, args: argparse.Namespace
     ) -> None:

@@ -119,7 +119,6 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, args: argparse.Namespace) -> Run:
-    """Return the run of a folder. CannotCheck if it is not whole."""
     require(folder.is_dir(), f"{folder} is no folder; name a run's, such as runs/ID")
     parts = check.Submission(folder, args)
     has_ended = (folder / check.RESULTS).exists()
