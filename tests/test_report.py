@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import html.parser
+import html
 import json
 import re
 import shutil
@@ -57,36 +57,18 @@ def copied(runs, tmp_path) -> Path:
     return Path(shutil.copytree(runs[0], tmp_path / "copy"))
 
 
-class Page(html.parser.HTMLParser):
-    """The parts of a page: its text, the rows of its tables, charts, pictures, and addresses."""
+class Page:
+    """The parts of a page: charts; and what is shown without JavaScript: rows, text, addresses."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
         self.source = path.read_text(encoding="utf-8")
-        self.text, self.rows, self.charts, self.addresses = "", [], {}, []
-        self.chart, self.in_script = "", False
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        given = dict(attributes)
-        self.addresses += [given[name] for name in ("src", "href") if name in given]
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-        self.in_script = tag in ("script", "style")
-        self.chart = given.get("data-chart", "")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.in_script, self.chart = False, ""
-
-    def handle_data(self, data: str) -> None:
-        if self.chart:
-            self.charts[self.chart] = json.loads(data)
-        elif not self.in_script:
-            self.text += data
-            if self.lasttag in ("td", "th") and data.strip():
-                self.rows[-1][-1] += data
+        charts = re.findall(r'data-chart="(\w+)">(.*?)</script>', self.source)
+        self.charts = {name: json.loads(data) for name, data in charts}
+        shown = re.sub(r"(?s)<(script|style).*?</\1>", "", self.source)
+        self.addresses = re.findall(r'(?:src|href)="(.*?)"', shown)
+        rows = [re.findall(r"(?s)<t[dh]>(.*?)</t[dh]>", row) for row in shown.split("<tr")[1:]]
+        self.rows = [[html.unescape(cell) for cell in row] for row in rows]
+        self.text = html.unescape(re.sub(r"(?s)<.*?>", "", shown))
 
     def data_of(self, chart: str) -> list[dict]:
         """Return the rows of all data of a chart."""
