@@ -5,7 +5,6 @@
 Every artifact is written, read back and scored on the first --tokens of the validation stream, in
 windows of EVAL_SEQ_LEN that do not overlap. `rms` is QUANTIZER=rms, once as it is and once with
 both numbers of clip sigmas times the given factor; `rms, nearest` is the same without GPTQ.
---plot also draws the curves.
 """
 
 from __future__ import annotations
@@ -68,7 +67,6 @@ class Case:
             self.points = self.measure()
 
     def score(self, model: t.LanguageModel) -> float:
-        """Return bits per byte."""
         length = self.h.eval_seq_len
         return self.val.bits_per_byte(t.evaluate(model, self.tokens, self.h, self.dist, length))
 
@@ -93,7 +91,6 @@ class Case:
 
 
 def table(name: str, case: Case) -> str:
-    """Return a table of all points in Markdown."""
     lines = [
         f"`{name}`: {case.before:.4f} before, {len(case.tokens):,} validation tokens",
         "",
@@ -106,33 +103,13 @@ def table(name: str, case: Case) -> str:
     return "\n".join([*lines, ""])
 
 
-def plot(cases: dict[str, Case], path: str) -> None:
-    """Draw what is lost over the bytes, one picture for each checkpoint."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(cases), figsize=(6 * len(cases), 4), squeeze=False)
-    for axis, (name, case) in zip(axes[0], cases.items(), strict=True):
-        for quantizer in dict.fromkeys(p.quantizer for p in case.points):
-            mine = [p for p in case.points if p.quantizer == quantizer]
-            lost = [p.bpb - case.before for p in mine]
-            axis.plot([p.bytes / 1e3 for p in mine], lost, "o-", label=quantizer)
-        axis.set(title=name, xlabel="model, kB", ylabel="BPB lost to quantization", ylim=(0, 0.06))
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoints", nargs="+", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=100_000, help="of the validation stream")
-    parser.add_argument("--plot", default="", help="picture to write; needs matplotlib")
     options = parser.parse_args()
-    cases = {path.stem: Case(path, options.tokens) for path in options.checkpoints}
-    for name, case in cases.items():
-        print(table(name, case))
-    if options.plot:
-        plot(cases, options.plot)
+    for path in options.checkpoints:
+        print(table(path.stem, Case(path, options.tokens)))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -195,14 +196,11 @@ class SideProcess:
     def __init__(self, side: Side, calls: int) -> None:
         self.pipe, theirs = PROCESSES.Pipe()
         self.process = PROCESSES.Process(target=serve, args=(side, calls, theirs), daemon=True)
-        before = dict(os.environ)
-        for name, value in side.variables.items():
-            os.environ.pop(name, None)
-            if value:
-                os.environ[name] = value
-        self.process.start()
-        os.environ.clear()
-        os.environ.update(before)
+        with mock.patch.dict(os.environ, side.variables):
+            for name, value in side.variables.items():
+                if not value:
+                    del os.environ[name]
+            self.process.start()
         theirs.close()  # so that the end of the process ends the pipe
 
     def receive(self, deadline: float) -> Facts | None:
@@ -253,7 +251,7 @@ def medians_of(results: list[Facts]) -> Facts:
 
 def chosen(sides: list[Side], options: argparse.Namespace) -> list[Side]:
     """Return the sides that --only names, all without it, and those of --with."""
-    for words in options.with_variables:
+    for words in options.variables:
         name = f"{sides[0].name}, {words}"
         sides = [*sides, sides[0]._replace(name=name, variables=variables_in(words))]
     unknown = set(options.only) - {side.name for side in sides}
@@ -275,7 +273,6 @@ def print_row(*cells: object) -> None:
 
 
 def print_head(*cells: str) -> None:
-    """Print the head of a table in Markdown."""
     print()
     print_row(*cells)
     print_row(*["---"] * len(cells))
@@ -287,9 +284,8 @@ def print_sides(facts: Mapping[str, Facts], columns: Mapping[str, Callable[[Fact
     print_head("side", "time", "over the first", *columns)
     for name, mine in facts.items():
         ratio = f"{mine['seconds'] / first['seconds']:.2f}"
-        print_row(
-            name, duration(mine["seconds"]), ratio, *(text(mine) for text in columns.values())
-        )
+        cells = [text(mine) for text in columns.values()]
+        print_row(name, duration(mine["seconds"]), ratio, *cells)
 
 
 def mebibytes(facts: Facts) -> str:
@@ -297,7 +293,6 @@ def mebibytes(facts: Facts) -> str:
 
 
 def processor() -> str:
-    """Return the name of the GPU or the CPU."""
     if ON_CUDA:
         return torch.cuda.get_device_name()
     for path in Path("/proc").glob("cpuinfo"):
@@ -392,9 +387,8 @@ def step(options: argparse.Namespace) -> None:
     if compiled:
         sides.append(Side("textbook, eager", build_textbook_step, {"COMPILE": "0"}))
     # A step is queued on a GPU while another still runs.
-    facts = compare(
-        chosen(sides, options), options, calls=5 if ON_CUDA and not options.smoke else 1
-    )
+    calls = 5 if ON_CUDA and not options.smoke else 1
+    facts = compare(chosen(sides, options), options, calls)
     columns = {
         "tokens/s": lambda mine: f"{h.train_batch_tokens / mine['seconds']:,.0f}",
         "peak memory, MiB": mebibytes,
@@ -406,22 +400,15 @@ def step(options: argparse.Namespace) -> None:
 
 
 class Part(NamedTuple):
-    """What a part of one training step computes and moves."""
-
     flops: float
     bytes: float
 
 
 def count_parts(h: t.Hyperparameters, model: t.LanguageModel, size: int) -> dict[str, Part]:
-    """Return the parts of a step of system A, by formula.
+    """Return the parts of a step of system A, by formula; an activation has `size` bytes.
 
     Bytes are what it must read and write if each operand and each result of a product goes to
     memory once, and each chain of element-wise operations is one kernel.
-
-    Args:
-        h: the settings.
-        model: the network.
-        size: bytes of an activation.
     """
     n, layers = h.train_batch_tokens, h.num_layers
     maps = [m for name, m in model.named_modules() if "blocks." in name and isinstance(m, t.Linear)]
@@ -531,10 +518,7 @@ def loop_over_windows(
 ) -> float:
     """Return the mean loss in nats, one window after the other, as published scripts do it.
 
-    Args:
-        predict: ids (1, T) -> logits (1, T, vocabulary).
-        tokens: (n,), one stream.
-        h: EVAL_SEQ_LEN and EVAL_STRIDE.
+    `predict` maps ids (1, T) to logits (1, T, vocabulary).
     """
     targets = len(tokens) - 1
     length = min(h.eval_seq_len, targets)
@@ -576,15 +560,14 @@ def evaluation(options: argparse.Namespace) -> None:
     tokens = torch.randint(0, h.vocab_size, (count,), generator=generator)
     # Streaming computes some rows before each batch again, so that large batches pay.
     streaming = {"EVAL_MODE": "streaming", "EVAL_BATCH_TOKENS": "524288" if ON_CUDA else "131072"}
+    eager = {"COMPILE": "0"}
     ours = functools.partial(build_eval, tokens=tokens)
     loop = functools.partial(build_loop, tokens=tokens)
     sides = [
         Side("exact", ours),
         Side("streaming", ours, streaming),
         Side("loop over the same model", functools.partial(loop, make=new_model)),
-        Side(
-            "loop over the textbook", functools.partial(loop, make=new_textbook), {"COMPILE": "0"}
-        ),
+        Side("loop over the textbook", functools.partial(loop, make=new_textbook), eager),
     ]
     facts = compare(chosen(sides, options), options)
     columns = {
@@ -600,6 +583,9 @@ def evaluation(options: argparse.Namespace) -> None:
 
 
 # ---- export ------------------------------------------------------------------------------------
+
+
+STAGES = ("calibration", "quantization", "compression")
 
 
 def trained_like(h: t.Hyperparameters, dist: t.Distributed) -> t.LanguageModel:
@@ -624,12 +610,8 @@ def build_export(h: t.Hyperparameters, dist: t.Distributed) -> Callable[[], Fact
         )
         header = {"model": h.model_settings()}
         compressing, (blob, _) = timed(lambda: t.write_artifact(header, tensors))
-        return {
-            "calibration": calibrating,
-            "quantization": quantizing,
-            "compression": compressing,
-            "bytes": len(blob),
-        }
+        times = dict(zip(STAGES, (calibrating, quantizing, compressing), strict=True))
+        return times | {"bytes": len(blob)}
 
     return work
 
@@ -658,11 +640,10 @@ def gptq(w: Tensor, hessian: Tensor, bits: int, clip_sigmas: float) -> Tensor:
 def build_gptq(h: t.Hyperparameters, dist: t.Distributed) -> Callable[[], Facts]:
     model = trained_like(h, dist)
     matrices = [p.detach() for p in model.parameters() if p.ndim > 1]
-    # Its time does not depend on the values of the Hessians.
-    inputs = {
-        n: random_on(dist.device, torch.float32, 2 * n, n) for n in {p.size(1) for p in matrices}
-    }
-    hessians = {n: x.T @ x for n, x in inputs.items()}
+    hessians = {}
+    for n in {p.size(1) for p in matrices}:  # the time does not depend on their values
+        x = random_on(dist.device, torch.float32, 2 * n, n)
+        hessians[n] = x.T @ x
 
     def work() -> Facts:
         for p in matrices:
@@ -677,10 +658,9 @@ def export(options: argparse.Namespace) -> None:
     h = t.load_settings()
     sides = [Side("ours", build_export), Side("GPTQ one by one", build_gptq)]
     facts = compare(chosen(sides, options), options)
-    stages = ("calibration", "quantization", "compression")
     columns = {
         stage: lambda mine, stage=stage: duration(mine[stage]) if stage in mine else ""
-        for stage in stages
+        for stage in STAGES
     }
     columns |= {
         "bytes": lambda mine: f"{mine['bytes']:,.0f}" if "bytes" in mine else "",
@@ -815,31 +795,23 @@ def measure_attention(h: t.Hyperparameters, like: Tensor, runs: int, smoke: bool
     print_head("attention, tokens per sequence", *kinds)
     n = h.train_batch_tokens
     for length in [32] if smoke else [2048] if like.is_cuda else [128, 256, 512, 1024, 2048]:
-        q, k, v = (
-            random_on(
-                like.device, like.dtype, n // length, length, heads, h.head_dim
-            ).requires_grad_()
-            for heads in (h.num_heads, h.num_kv_heads, h.num_kv_heads)
-        )
-        both = {
-            name: functools.partial(gradients_of, attend, (q, k, v))
-            for name, attend in kinds.items()
-        }
+        new = functools.partial(random_on, like.device, like.dtype, n // length, length)
+        heads = (h.num_heads, h.num_kv_heads, h.num_kv_heads)
+        qkv = [new(count, h.head_dim).requires_grad_() for count in heads]
+        both = {name: functools.partial(gradients_of, each, qkv) for name, each in kinds.items()}
         times = take_turns(both, runs)
         print_row(f"{length}, forward and backward", *map(duration, times.values()))
         with torch.no_grad():
-            alone = {name: functools.partial(attend, q, k, v) for name, attend in kinds.items()}
+            alone = {name: functools.partial(each, *qkv) for name, each in kinds.items()}
             times = take_turns(alone, runs)
         print_row(f"{length}, forward", *map(duration, times.values()))
 
 
 def measure_kernels(runs: int, smoke: bool) -> None:
-    """Print all tables of `kernels`."""
     h = t.load_settings()
     with t.Distributed(h) as dist:
-        like = random_on(
-            dist.device, t.resolve_dtype(h, dist.on_cuda), h.train_batch_tokens, h.model_dim
-        )
+        dtype = t.resolve_dtype(h, dist.on_cuda)
+        like = random_on(dist.device, dtype, h.train_batch_tokens, h.model_dim)
         measure_products(h, like, runs)
         measure_attention(h, like, runs, smoke)
         x = like.requires_grad_()
@@ -864,37 +836,22 @@ def kernels(options: argparse.Namespace) -> None:
 
 # ---- Command -----------------------------------------------------------------------------------
 
-COMMANDS = {
-    "step": step,
-    "eval": evaluation,
-    "export": export,
-    "start": start,
-    "kernels": kernels,
-}
+COMMANDS = {"step": step, "eval": evaluation, "export": export, "start": start, "kernels": kernels}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--runs", type=int, default=5, help="measurements of each side")
-    parser.add_argument("--only", nargs="+", default=[], metavar="SIDE", help="these sides alone")
-    parser.add_argument(
-        "--with",
-        dest="with_variables",
-        action="append",
-        default=[],
-        metavar="VARIABLES",
-        help="one more side of the script with these variables, such as MAP_ADAPTER=lora:128",
-    )
-    parser.add_argument("--tokens", type=int, help="of the text that eval scores")
-    parser.add_argument(
-        "--wait", type=float, default=600, help="seconds after which a side is left out"
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, one run: shows that it runs"
-    )
+    add = parser.add_argument
+    add("command", choices=COMMANDS)
+    add("--runs", type=int, default=5, help="measurements of each side")
+    add("--only", nargs="+", default=[], metavar="SIDE", help="these sides alone")
+    side = "one more side of the script with these variables, such as MAP_ADAPTER=lora:128"
+    add("--with", dest="variables", action="append", default=[], metavar="VARIABLES", help=side)
+    add("--tokens", type=int, help="of the text that eval scores")
+    add("--wait", type=float, default=600, help="seconds after which a side is left out")
+    add("--smoke", action="store_true", help="tiny sizes, one run: shows that it runs")
     options = parser.parse_args(arguments)
     if options.smoke:
         options.runs = 1

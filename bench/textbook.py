@@ -293,23 +293,13 @@ class TextbookStep:
         for module in model.modules():
             groups.get(type(module), scalars).extend(module.parameters(recurse=False))
         factors, matrices, embeddings = groups.values()
-        self.muon = Muon(
-            [
-                {"params": factors, "lr": h.factor_lr, "weight_decay": h.factor_wd},
-                {"params": matrices, "lr": h.matrix_lr, "weight_decay": h.muon_wd},
-            ],
-            momentum=h.muon_momentum,
-            steps=h.muon_backend_steps,
-        )
-        self.adam = torch.optim.AdamW(
-            [
-                {"params": embeddings, "lr": h.tied_embed_lr, "weight_decay": h.embed_wd},
-                {"params": scalars, "lr": h.scalar_lr, "weight_decay": h.adam_wd},
-            ],
-            betas=(h.beta1, h.beta2),
-            eps=h.adam_eps,
-            fused=True,
-        )
+        low_rank = {"params": factors, "lr": h.factor_lr, "weight_decay": h.factor_wd}
+        full = {"params": matrices, "lr": h.matrix_lr, "weight_decay": h.muon_wd}
+        self.muon = Muon([low_rank, full], h.muon_momentum, h.muon_backend_steps)
+        tables = {"params": embeddings, "lr": h.tied_embed_lr, "weight_decay": h.embed_wd}
+        rest = {"params": scalars, "lr": h.scalar_lr, "weight_decay": h.adam_wd}
+        betas = (h.beta1, h.beta2)
+        self.adam = torch.optim.AdamW([tables, rest], betas=betas, eps=h.adam_eps, fused=True)
         self.ema = {name: w.detach().float().clone() for name, w in model.state_dict().items()}
 
     def __call__(self, batches: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -47,11 +47,6 @@ try:
 except ImportError as missing:
     raise SystemExit(f"error: {missing.name} is missing: pip install -r requirements.txt") from None
 
-try:
-    from tqdm import tqdm
-except ImportError:  # comes with data/requirements.txt; without it there is no progress bar
-    tqdm = None
-
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 HEADER_INTS = 256
@@ -231,7 +226,6 @@ def read_lines(path: Path, limit: int = -1) -> Iterator[tuple[int, str]]:
 
 
 def json_documents(path: Path) -> Iterator[str]:
-    """Yield the "text" of each line."""
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -293,7 +287,6 @@ def one_line(error: BaseException) -> str:
 
 
 def find_sources(names: list[str], val_names: list[str]) -> tuple[list[Source], list[Source]]:
-    """Return what the arguments name for training and for validation."""
     hub = []
     for name in names:
         if name.startswith(HUB):
@@ -363,7 +356,9 @@ def letters(text: str) -> int:
 
 
 def progress(documents: Iterable, what: str) -> Iterable:
-    if tqdm is None:
+    try:  # it comes with data/requirements.txt
+        from tqdm import tqdm
+    except ImportError:
         return documents
     return tqdm(documents, desc=what, unit=" documents", disable=None, leave=False)
 
@@ -425,7 +420,6 @@ class Corpus:
                     yield split, text
 
     def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield (split, text) of each document."""
         place = 0
         for split, text in self.documents():
             if self.val:
@@ -534,9 +528,7 @@ def write_dataset(
             f"{folder} is there already, made from something else or with other options;"
             f" move it and {tokenizer_path} away, or choose another --name"
         )
-    if tokenizer_path.exists() and tokenizer_path.read_bytes() != model:
-        advice = "move it away or choose another --name"
-        raise PrepareError(f"{tokenizer_path} is another tokenizer; {advice}")
+    refuse_another_tokenizer(tokenizer_path, model)
     part = folder.with_name(folder.name + ".part")
     began = time.perf_counter()
     with locked(folder), contextlib.ExitStack() as stack:
@@ -556,6 +548,11 @@ def write_dataset(
     print(f"{in_words(folder, manifest)}, in {time.perf_counter() - began:.0f} s")
 
 
+def refuse_another_tokenizer(path: Path, model: bytes) -> None:
+    if path.exists() and path.read_bytes() != model:
+        raise PrepareError(f"{path} is another tokenizer; move it away or choose another --out")
+
+
 def write_manifest(folder: Path, source: dict, path: Path, model: bytes, counts: dict) -> dict:
     """Write and return what a reader of a dataset should know; `path` is its tokenizer's."""
     manifest = {
@@ -570,7 +567,6 @@ def write_manifest(folder: Path, source: dict, path: Path, model: bytes, counts:
 
 
 def in_words(folder: Path, manifest: dict) -> str:
-    """Return what the last line printed says of a dataset."""
     train, val = (f"{manifest[split]['tokens']:,}" for split in ("train", "val"))
     vocab = manifest["vocab_size"]
     return f"{folder}: {train} training and {val} validation tokens, vocabulary {vocab}"
@@ -614,7 +610,6 @@ def prepare_docs(args: argparse.Namespace) -> None:
 
 
 def prepare_text(args: argparse.Namespace) -> None:
-    """Make a dataset of a person's own text, unless it has been made before."""
     model = args.tokenizer.read_bytes() if args.tokenizer else None
     if model is not None:
         load_tokenizer(model, args.tokenizer)
@@ -665,6 +660,8 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
         shards = [f"fineweb_val_{i:06d}.bin" for i in range(int(counts["files_val"]))]
         shards += [f"fineweb_train_{i:06d}.bin" for i in range(args.train_shards)]
         folder = args.out / "datasets" / name
+        source = {"kind": "fineweb", "repository": args.repo, "variant": args.variant}
+        refuse_another_source(folder, source)
         folder.mkdir(parents=True, exist_ok=True)
         for number, shard in enumerate(shards, 1):
             if not (folder / shard).exists() or shard_tokens(folder / shard) is None:
@@ -678,10 +675,9 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
         models = {each["name"]: each["model_path"] for each in published["tokenizers"]}
         model_path = args.out / "tokenizers" / Path(models[entries[name]["tokenizer_name"]]).name
         model_path.parent.mkdir(parents=True, exist_ok=True)
-        if not model_path.exists():
-            model = fetch(args.repo, f"datasets/tokenizers/{model_path.name}", download)
-            model.replace(model_path)
-        source = {"kind": "fineweb", "repository": args.repo, "variant": args.variant}
+        model = fetch(args.repo, f"datasets/tokenizers/{model_path.name}", download)
+        refuse_another_tokenizer(model_path, model.read_bytes())
+        model.replace(model_path)
         tokens = {split: {"tokens": split_tokens(folder, split)} for split in ("train", "val")}
         manifest = write_manifest(folder, source, model_path, model_path.read_bytes(), tokens)
         shutil.rmtree(download, ignore_errors=True)
@@ -689,6 +685,16 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
     if there > args.train_shards:
         print(f"all {there} training shards there are trained on, not only {args.train_shards}")
     print(in_words(folder, manifest))
+
+
+def refuse_another_source(folder: Path, source: dict) -> None:
+    """Raise PrepareError if a dataset's manifest says that it was made from something else."""
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        found = json.loads(manifest.read_bytes()).get("source")
+        if found != source:
+            advice = "move it and its tokenizer away or choose another --out"
+            raise PrepareError(f"{folder} is there already, from {found}; {advice}")
 
 
 def fetch(repository: str, path: str, download: Path) -> Path:

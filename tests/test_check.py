@@ -129,14 +129,6 @@ def test_run_that_was_killed_and_continued_passes(corpus, tmp_path):
     assert result.evidence.startswith("the run was continued with another source")
 
 
-def test_other_types_and_modes_are_probed_as_such(copied):
-    """The child computes in bfloat16, and streaming windows see the windows above."""
-    replace(copied / "train.log", "\nDTYPE=float32\n", "\nDTYPE=bfloat16\n")
-    replace(copied / "train.log", "\nEVAL_MODE=exact\n", "\nEVAL_MODE=streaming\n")
-    result = check.perform("scoring", submission(copied))
-    assert result.verdict == "pass", result
-
-
 class Rounding:
     """A fair model whose rounding depends on a batch's shape and on the row, as on a GPU."""
 
@@ -179,22 +171,14 @@ def damage(folder: Path) -> None:
     "falsify, failing, says",
     [
         (figures(bytes_total=100_000), "size", "bytes_total 100,000, not"),
-        (figures(bytes_code=70_000), "size", "bytes_code 70,000, not"),
         (figures(val_bpb=1.05), "evaluation claims", "results.json has val_bpb 1.05000000"),
-        (figures(val_loss=1.05), "claims", "val_loss: "),
         (another_score, "evaluation bytes", "train.log has val_bpb"),
         (figures(train_seconds=700), "claims", "training and export over 600 s"),
         (figures(train_seconds=0.001), "claims", "train_seconds: "),
-        (figures(eval_seconds=601), "claims", "evaluation over 600 s"),
         (figures(export_seconds=-1), "claims", "a time is negative"),
         (figures(steps=7), "claims", "steps: 6 in the log, 7 in results.json"),
         (figures(seed=1), "claims", "seed: 42 in the log, 1 in results.json"),
-        (figures(val_bpb_before=1.05), "claims", "val_bpb_before: "),
-        (figures(trained_parameters=7, frozen_parameters=7), "claims", "trained_parameters: "),
-        (figures(dataset="fineweb"), "claims", "dataset: "),
         (figures(hardware="8 x H100"), "claims", "hardware: "),
-        (figures(eval_mode="streaming"), "claims", "eval_mode: exact in the log, streaming in"),
-        (figures(val_loss="unknown"), "claims", "not checked: results.json has no figure val_loss"),
         (figures(eval_seconds=math.nan), "claims", "has no figure eval_seconds"),
         (damage, "evaluation probabilities scoring", "the artifact is damaged"),
     ],
@@ -203,12 +187,7 @@ def test_falsified_claim_fails_where_it_is_checked(copied, falsify, failing, say
     falsify(copied)
     found = failures(copied)
     assert list(found) == failing.split() and says in " ".join(found.values()), found
-
-
-def test_settings_are_those_of_the_artifact(copied):
-    replace(copied / "train.log", "\nLOGIT_SOFTCAP=30.0\n", "\nLOGIT_SOFTCAP=31.0\n")
-    result = check.perform("evaluation", submission(copied))
-    assert result.verdict == "FAIL" and "LOGIT_SOFTCAP=31.0 here, 30.0 there" in result.evidence
+    assert check.main([str(copied)]) == 1
 
 
 def test_limits_are_the_users(honest):

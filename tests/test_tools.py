@@ -11,6 +11,8 @@ RUN_NEEDS = ("brotli", "numpy", "sentencepiece", "torch")
 NEEDED = [
     ("data/prepare.py", "sentencepiece", "requirements.txt"),
     ("tools/ablate.py", "pandas", "tools/requirements.txt"),
+    ("tools/report.py", "altair", "tools/requirements.txt"),
+    ("tools/submit.py", "python_minifier", "tools/requirements.txt"),
     ("tools/check.py", "numpy", "requirements.txt"),
     ("tools/sample.py", "torch", "requirements.txt"),
     *(("train_gpt.py", name, "requirements.txt") for name in RUN_NEEDS),

@@ -104,8 +104,6 @@ class RunFailed(Exception):
 
 
 class Budget(NamedTuple):
-    """What a run may use: training tokens, or training seconds."""
-
     kind: str
     amount: float
 
@@ -180,7 +178,6 @@ def read_plan(path: str) -> Iterator[Variant]:
 
 
 def read_variants(args: argparse.Namespace) -> list[Variant]:
-    """Return the variants of --presets and of the plan, with their changes as settings."""
     presets = args.presets.split(",") if args.presets else []
     variants = [Variant(name, name, name, {}) for name in presets]
     variants += read_plan(args.plan) if args.plan else []
@@ -242,6 +239,8 @@ def complete(variant: Variant, args: argparse.Namespace, plain: dict[str, Varian
     variant.settings = settings | machine | args.budget.settings(h.train_batch_tokens)
     code = SCRIPT.read_text(encoding="utf-8")
     facts = [variant.settings, variant.teacher and variant.teacher.id, code, data_of(h)]
+    if args.budget.kind == "seconds":  # the steps in that time depend on who shares the machine
+        facts += [args.jobs, args.gpus]
     text = json.dumps(facts, sort_keys=True)
     variant.id = hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -458,7 +457,6 @@ class Yardstick:
     """A least-squares fit of val_bpb on x, the logarithm of the model file's bytes."""
 
     def __init__(self, table: pd.DataFrame, family: str, degree: int) -> None:
-        """Fit the networks of a family, each with the mean over its seeds."""
         points = table[table["family"] == family]
         sizes, needed = points["model_bytes"], 5 if degree == 2 else 2
         if sizes.nunique() < needed:
@@ -621,7 +619,6 @@ def draw(table: pd.DataFrame, lines: dict[str, Yardstick], path: Path) -> None:
 
 
 def report(args: argparse.Namespace, out: Path) -> None:
-    """Write table.md and bpb_vs_bytes.png from results.csv, and print the table."""
     frame = read_results(out)
     degree = {"line": 1, "parabola": 2}[args.fit]
     table, lines, notes = measure_distances(summarize(frame), args.line, degree)
@@ -680,8 +677,8 @@ def ablate(args: argparse.Namespace) -> int:
     args.common = parse_settings(args.settings, "command line")
     variants = read_variants(args)
     devices = {(args.common | variant.settings).get("DEVICE") for variant in variants}
-    gpus = 0 if devices == {"cpu"} else torch.cuda.device_count()
-    args.processes = max(1, gpus) if args.jobs == 1 else 1
+    args.gpus = 0 if devices == {"cpu"} else torch.cuda.device_count()
+    args.processes = max(1, args.gpus) if args.jobs == 1 else 1
     variants = complete_all(variants, args)
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:  # freed however this process ends
@@ -689,7 +686,7 @@ def ablate(args: argparse.Namespace) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another ablate.py is at work in {out}") from None
-        runner = Runner(out, args.budget, gpus, args.jobs, args.retry_failed)
+        runner = Runner(out, args.budget, args.gpus, args.jobs, args.retry_failed)
         failed = runner.run_all(variants, sorted(set(map(int, args.seeds.split(",")))))
         report(args, out)
     return failed

@@ -104,12 +104,16 @@ def read_text(path: Path) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    records = []
+    """Return the records; where a run went on from an earlier step, without what it left behind."""
+    records: list[dict[str, Any]] = []
     lines = read_text(path).splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            records.append(record | {"step": int(record["step"])})
+            step = int(record["step"])
+            if records and step < records[-1]["step"]:
+                records = [each for each in records if each["step"] < step]
+            records.append(record | {"step": step})
         except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):  # a machine that stops may tear the last one
                 raise UserError(f"{path}: line {number} is not JSON as a run writes it") from None
@@ -185,15 +189,11 @@ def color_of(runs: list[Run]) -> alt.Color:
 def curve(frame: pd.DataFrame, x: str, y: str, title: str, runs: list[Run]) -> alt.Chart:
     """Return a line of y over x for each run; it can be zoomed and moved."""
     known = frame[frame[y].notna() & frame[x].notna()]
-    end = frame[x].max()  # as far as the runs go: validations may be few
-    along = alt.Scale(domain=[0, 1.02 * end], nice=False) if end > 0 else alt.Scale()
-    low, high = known[y].min(), known[y].max()
-    up = alt.Scale(domain=[0.95 * low, 1.05 * high]) if low == high else alt.Scale(zero=False)
     form = ",~f" if x == "seconds" else ".3~s"
     value = alt.Tooltip(f"{y}:Q", format=".5~g")
     base = alt.Chart(known[list(dict.fromkeys(["run", "step", x, y]))]).encode(
-        alt.X(f"{x}:Q", title=AXES[x], scale=along, axis=alt.Axis(format=form, tickCount=5)),
-        alt.Y(f"{y}:Q", title=title, scale=up),
+        alt.X(f"{x}:Q", title=AXES[x], axis=alt.Axis(format=form, tickCount=5)),
+        alt.Y(f"{y}:Q", title=title, scale=alt.Scale(zero=False)),
         color_of(runs),
         tooltip=["run:N", alt.Tooltip("step:Q", format=","), value],
     )

@@ -147,14 +147,13 @@ def probabilities(
 
 
 class Writer:
-    """A model that continues texts as the options of the command line say."""
-
     def __init__(
         self, window: Window, tokenizer: train_gpt.Tokenizer, args: argparse.Namespace
     ) -> None:
         self.window, self.tokenizer, self.args = window, tokenizer, args
         self.generator = torch.Generator()
         self.seed = self.generator.seed() if args.seed is None else args.seed
+        self.written = 0  # tokens that follow the last prompt
 
     def encode(self, prompt: str) -> list[int]:
         """Return the tokens of a document that begins with the prompt."""
@@ -171,6 +170,7 @@ class Writer:
         self.window.clear()
         self.generator.manual_seed(self.seed)  # one prompt does not depend on the others
         text = list(prompt)
+        self.written = 0
         for _ in range(self.args.tokens):
             logits = self.window.next_logits(text)
             chances = probabilities(logits, self.args.temperature, self.args.top_k, self.args.top_p)
@@ -178,6 +178,7 @@ class Writer:
             if self.tokenizer.is_control[token]:
                 return
             text.append(token)
+            self.written += 1
             yield token
 
     def pieces(self, prompt: str) -> Iterator[str]:
@@ -196,13 +197,12 @@ class Writer:
     def show(self, prompt: str) -> None:
         print(prompt, end="", flush=True)
         began = time.perf_counter()
-        written = -1  # the last piece is what was left
         for piece in self.pieces(prompt):
             print(piece, end="", flush=True)
-            written += 1
-        speed = written / (time.perf_counter() - began)
+        speed = self.written / (time.perf_counter() - began)
         print(flush=True)
-        print(f"[{written} of {self.args.tokens} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
+        count = f"{self.written} of {self.args.tokens} tokens"
+        print(f"[{count}, {speed:.1f} tokens/s]", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ FOLDER holds
                             stands in place of the readable one
 
 The bytes that count are those of the packed script and of the artifact. Several runs must have the
-same script and the same settings except for the seed.
+same script, data and settings except for the seed.
 
 FOLDER appears only once everything is verified. Without network, the packed script must train ten
 steps to the weights, the artifact and the scores of the readable one. tools/check.py must pass with
@@ -119,7 +119,6 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, args: argparse.Namespace) -> Run:
-    """Return the run of a folder. CannotCheck if it is not whole."""
     require(folder.is_dir(), f"{folder} is no folder; name a run's, such as runs/ID")
     parts = check.Submission(folder, args)
     has_ended = (folder / check.RESULTS).exists()
@@ -127,6 +126,12 @@ def read_run(folder: Path, args: argparse.Namespace) -> Run:
     for name in ("val_loss", "val_bpb", "seed"):
         parts.claim(name)  # there is such a figure
     return Run(parts, json.loads(parts.part(check.RESULTS)), len(parts.part(check.ARTIFACT)))
+
+
+def data_of(parts: check.Submission) -> list[tuple[str, int]]:
+    """Return the names and sizes of the shards, which a run is tied to, too."""
+    paths = parts.shards("train") + parts.shards("val")
+    return [(path.name, path.stat().st_size) for path in paths]
 
 
 def check_alike(runs: list[Run]) -> None:
@@ -143,6 +148,9 @@ def check_alike(runs: list[Run]) -> None:
         names = sorted((ours | theirs).keys() - {*check.PLACES, "SEED"})
         different = [name for name in names if ours.get(name) != theirs.get(name)]
         require(not different, f"{folder} has other settings: {', '.join(different)}")
+        require(data_of(run.parts) == data_of(first), f"{folder} was trained on other data")
+        is_same = run.parts.tokenizer.read_bytes() == first.tokenizer.read_bytes()
+        require(is_same, f"{folder} has another tokenizer")
 
 
 # ---- The files of the folder ---------------------------------------------------------------------
