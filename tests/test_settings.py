@@ -348,7 +348,6 @@ def test_impossible_combination_is_refused(variables, says):
         ("MAP_BASIS", "mlp.gate=gaussian", "mlp.gate selects no map"),
         ("MAP_ADAPTER", "dora:4", "'dora' lora vera sparse none"),
         ("MAP_ADAPTER", "lora:257", "'lora:257' rank 256"),
-        ("MAP_ADAPTER", "lora:4+lora:8", "lora"),
         ("MAP_ADAPTER", "sparse:nan", "density 1"),
         ("MAP_ADAPTER", "mask:3", "'mask:3' size"),
         ("MAP_SCALE", "column", "'column' none map row"),
