@@ -104,9 +104,8 @@ def test_an_export_takes_the_weights_and_data_of_the_checkpoint_that_it_names(
     assert score(out) == score(log_of(trained))
     ours, theirs = ((folder / "model.int6.ptz").read_bytes() for folder in (stale.parent, trained))
     assert ours == theirs
-    kept = train_gpt.Checkpoint.read(stale).weights
-    for name, values in train_gpt.Checkpoint.read(path).weights.items():
-        assert torch.equal(kept[name], values), name
+    ours, theirs = (train_gpt.Checkpoint.read(saved).weights for saved in (stale, path))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinished, runs):
@@ -215,12 +214,11 @@ def test_a_run_without_a_checkpoint_begins_anew_and_says_so(base, runs):
     assert (folder / "metrics.previous.jsonl").read_text() == '{"step": 1}\n'
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 3, "tr'])
-def test_a_line_that_a_crash_has_torn_is_cut(torn, tmp_path):
+def test_a_line_that_a_crash_has_torn_is_cut(tmp_path):
     """Or what a continued run writes would end it, and nobody could read the line."""
     paths = [tmp_path / name for name in ("train.log", "metrics.jsonl")]
     for path in paths:
-        path.write_text(f'{{"step": 2}}\n{torn}')
+        path.write_text('{"step": 2}\n{"step": 3, "tr')
     with train_gpt.RunLog(rank=0) as log:
         log.open(tmp_path)
         log('{"step": 3}')
@@ -305,10 +303,11 @@ def test_a_streaming_batch_has_as_many_rows_as_asked_for(asked):
     assert sum(batch.counts.sum() for batch in batches) == 100 * 8
 
 
-def test_sensitivities_that_are_not_finite_are_refused(settings, processes):
+def test_sensitivities_that_are_not_finite_are_refused(settings, processes, monkeypatch):
     """Rows with such a scale would be stored as zeros."""
     model = train_gpt.make_model(settings())
-    torch.nn.init.constant_(model.embedding.weight, math.inf)
+    ruined = {model.embedding.weight: torch.tensor(math.inf)}
+    monkeypatch.setattr(train_gpt, "collect_sensitivities", lambda *_: (ruined, {}))
     with pytest.raises(train_gpt.UserError, match=r"sensitivity .* is not finite"):
         train_gpt.calibrate(settings(), model, processes, [tokens(2, 16)])
 

