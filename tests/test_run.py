@@ -206,8 +206,6 @@ def test_two_processes_train_as_one(base, runs):
 def test_artifact_over_the_limit_is_refused_and_the_weights_stay(trained, base, runs):
     """The same RUN_ID tries again, also in its own type and in smaller batches."""
     settings, folder = base | {"RUN_ID": "large"}, runs / "large"
-    folder.mkdir()
-    shutil.copy(trained / "checkpoint.pt", folder)
     message = refusal(settings | {"ARTIFACT_LIMIT_BYTES": 1000})
     size = train_gpt.code_bytes() + len(artifact_of(trained))
     for word in (f"{size:,} bytes", "1,000", "EXPORT_ONLY=1 CHECKPOINT_PATH", "TARGET_BYTES"):
