@@ -73,10 +73,9 @@ class PrepareError(Exception):
 # ---- Shards --------------------------------------------------------------------------------------
 
 
-def shard_header(tokens: int, magic: int = SHARD_MAGIC, version: int = SHARD_VERSION) -> bytes:
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = magic, version, tokens
-    return header.tobytes()
+def shard_header(tokens: int) -> bytes:
+    numbers = [SHARD_MAGIC, SHARD_VERSION, tokens] + [0] * (HEADER_INTS - 3)
+    return np.array(numbers, "<i4").tobytes()
 
 
 def shard_tokens(path: Path) -> int | None:

@@ -21,7 +21,7 @@ import torch
 import helpers
 from helpers import ONE_LAYER, ROOT, TINY, train_gpt
 
-for package in ("pandas", "matplotlib", "scipy", "adjustText", "tqdm"):
+for package in ("pandas", "matplotlib", "scipy", "tqdm"):
     pytest.importorskip(package, reason="pip install -r tools/requirements.txt")
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -171,7 +171,7 @@ def test_failure_is_a_row_and_the_others_go_on(place):
     assert errors == {"a.env": ""}
     assert "bad.env, seed 1337: exit status 1" in (place.out / "table.md").read_text()
     place.failing = set()
-    assert place.run(*words, "--retry-failed").count("already there") == 1
+    assert place.run(*words).count("already there") == 1
     assert [row["error"] for row in place.rows()] == ["", "", ""]
 
 
@@ -204,7 +204,7 @@ def test_runs_share_the_machine_and_take_no_setting_from_the_shell(tmp_path, mon
     budget = ablate.Budget("tokens", 1e6)
 
     def runner(gpus: int, jobs: int) -> ablate.Runner:
-        return ablate.Runner(tmp_path, budget, gpus, jobs, False)
+        return ablate.Runner(tmp_path, budget, gpus, jobs)
 
     assert "torch.distributed.run" in runner(2, 1).command()
     assert "torch.distributed.run" not in runner(2, 4).command()

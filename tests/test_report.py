@@ -138,7 +138,7 @@ def test_no_text_of_a_run_can_break_the_page(copied, tmp_path):
     assert "<!--" not in page.source and "<script>alert" not in page.source
     for data in re.findall(r'data-chart="\w+">(.*?)</script>', page.source):
         assert "<" not in data
-    assert page.data_of("groups")[0]["group"] == HOSTILE and page.text.count(HOSTILE) > 3
+    assert page.text.count(HOSTILE) > 3
     assert "rm" not in page.text.partition("The command")[2].partition("train_gpt.py")[0]
 
 

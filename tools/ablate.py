@@ -16,10 +16,9 @@ If a preset has TEACHER_PRESET=NAME, that preset is trained first, with the same
 and its artifact is passed as DISTILL_FROM.
 
 With --jobs N, N runs share the GPUs, or the cores of the CPU; their tokens/s depend on each other.
-
 Files in --out: results.csv (one row per run, written as soon as the run ends), table.md,
-bpb_vs_bytes.png, the folders runs/ and logs/, and in script/ a copy of the script that ran.
-Ctrl-C lets each run save a checkpoint; the same command continues from there.
+bpb_vs_bytes.png, runs/, logs/, and in script/ what ran. Ctrl-C lets each run save a checkpoint; the
+same command continues from there, and repeats failed runs.
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ try:
     import numpy as np
     import pandas as pd
     import torch
-    from adjustText import adjust_text
     from scipy import stats
     from tqdm import tqdm
 except ImportError as missing:
@@ -131,10 +129,7 @@ class Budget(NamedTuple):
         return {"ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0"}
 
     def problem(self, steps: int, seconds: float) -> str:
-        """Return why a run cannot be compared with the others; empty if it can.
-
-        Steps are whole, and the script writes its last checkpoint on the clock.
-        """
+        """Return why a run cannot be compared with the others; empty if it can."""
         tolerance = 2 * seconds / max(steps, 1) + 0.02 * self.amount
         if self.kind == "tokens" or abs(seconds - self.amount) <= tolerance:
             return ""
@@ -241,8 +236,7 @@ def complete(variant: Variant, args: argparse.Namespace, plain: dict[str, Varian
     facts = [variant.settings, variant.teacher and variant.teacher.id, code, data_of(h)]
     if args.budget.kind == "seconds":  # the steps in that time depend on who shares the machine
         facts += [args.jobs, args.gpus]
-    text = json.dumps(facts, sort_keys=True)
-    variant.id = hashlib.sha256(text.encode()).hexdigest()[:12]
+    variant.id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def complete_all(variants: list[Variant], args: argparse.Namespace) -> list[Variant]:
@@ -267,8 +261,8 @@ def complete_all(variants: list[Variant], args: argparse.Namespace) -> list[Vari
 class Runner:
     """Make the runs, several at a time, and keep results.csv."""
 
-    def __init__(self, out: Path, budget: Budget, gpus: int, jobs: int, retry: bool) -> None:
-        self.out, self.budget, self.gpus, self.jobs, self.retry = out, budget, gpus, jobs, retry
+    def __init__(self, out: Path, budget: Budget, gpus: int, jobs: int) -> None:
+        self.out, self.budget, self.gpus, self.jobs = out, budget, gpus, jobs
         # A copy runs, so that editing the script does not change the later runs.
         self.sha = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
         self.script = out / "script" / self.sha[:12] / SCRIPT.name
@@ -353,7 +347,7 @@ class Runner:
             teacher.result()
         keys = (variant.id, seed)
         known = [row for row in self.rows if (row["variant"], row["seed"]) == keys]
-        if known and not (known[0]["error"] and self.retry):
+        if known and not known[0]["error"]:
             return known[0], "  (already there)"
         folder = variant.folder(self.out, seed)
         if known and (folder / "results.json").is_file():
@@ -594,26 +588,20 @@ def draw(table: pd.DataFrame, lines: dict[str, Yardstick], path: Path) -> None:
         y, band = line.at(x), 2 * line.error(x)
         axes.plot(x, y, "k", linewidth=1, label=f"{budget}: {line.family} ± 2 standard errors")
         axes.fill_between(x, y - band, y + band, color="gray", alpha=0.2, linewidth=0)
-    styles = itertools.product("osD^v", plt.colormaps["tab20"].colors)  # for 100 families
-    for (_, part), (marker, color) in zip(table.groupby("family"), styles, strict=False):
-        for row in part.itertuples():
-            ink = "black" if row.is_yardstick else color
-            face = "white" if row.is_noise and not row.is_yardstick else ink
-            style = {"color": ink, "marker": marker, "markerfacecolor": face, "capsize": 3}
-            axes.errorbar(row.model_bytes, row.bpb, np.nan_to_num(row.std), **style)
+    for family, part in table.groupby("family"):
+        bars = part["std"].fillna(0)
+        axes.errorbar(part["model_bytes"], part["bpb"], bars, fmt="o", capsize=3, label=family)
+    for row in table.itertuples():
+        axes.annotate(row.name, (row.model_bytes, row.bpb), fontsize=7)
     axes.set(
-        title="bars: deviation between seeds; hollow: within noise of the line",
+        title="bars: deviation between seeds",
         xscale="log",
         xlabel="model file (bytes)",
         ylabel="validation bits per byte, artifact, sliding window",
         xlim=(table["model_bytes"].min() / 1.2, table["model_bytes"].max() * 1.4),
     )
     axes.grid(which="both", alpha=0.3)
-    if lines:
-        axes.legend(loc="upper right")
-    labels = [axes.text(each.model_bytes, each.bpb, each.name) for each in table.itertuples()]
-    plt.setp(labels, fontsize=7)
-    adjust_text(labels, ax=axes, arrowprops={"arrowstyle": "-", "color": "gray"})
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -650,7 +638,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--budget", default="", help="tokens=N or seconds=S of training")
     add("--jobs", type=int, default=1, help="runs at the same time, one process each; default: 1")
     add("--data", help="folder of token shards; default: what data/prepare.py docs makes")
-    add("--retry-failed", action="store_true", help="repeat the runs whose row is an error")
     add("--report-only", action="store_true", help="run nothing, make table and picture again")
     add("--line", default="learned", help="family of the yardstick; default: learned")
     fits = {"choices": ("line", "parabola"), "default": "line"}
@@ -686,7 +673,7 @@ def ablate(args: argparse.Namespace) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another ablate.py is at work in {out}") from None
-        runner = Runner(out, args.budget, args.gpus, args.jobs, args.retry_failed)
+        runner = Runner(out, args.budget, args.gpus, args.jobs)
         failed = runner.run_all(variants, sorted(set(map(int, args.seeds.split(",")))))
         report(args, out)
     return failed
@@ -708,8 +695,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nstopped; the same command continues: {command}", file=sys.stderr)
         return 130
     if failed:
-        advice = "logs/ has their output, --retry-failed repeats them"
-        print(f"{failed} of the runs failed; {advice}", file=sys.stderr)
+        print(f"{failed} runs failed, see logs/; the same command repeats them", file=sys.stderr)
     return 1 if failed else 0
 
 

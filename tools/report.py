@@ -218,20 +218,6 @@ def schedule_chart(runs: list[Run]) -> alt.Chart:
     return alt.hconcat(*(chart + rules if len(phases) else chart for chart in charts))
 
 
-def group_chart(runs: list[Run]) -> alt.Chart | None:
-    frame = pd.concat([run.rows("groups", "group", "bytes").assign(run=run.name) for run in runs])
-    if frame.empty:
-        return None
-    chart = alt.Chart(frame).mark_bar()
-    chart = chart.encode(
-        alt.X("sum(bytes):Q", title="bytes of the model file"),
-        alt.Y("run:N", title=None, sort=None),
-        alt.Color("group:N", title=None, scale=alt.Scale(scheme="tableau20")),
-        tooltip=["run:N", "group:N", alt.Tooltip("bytes:Q", format=",")],
-    )
-    return chart.properties(width=700, height=alt.Step(24))
-
-
 def overview(runs: list[Run]) -> pd.DataFrame:
     columns = ("val_bpb", "val_loss", "bytes_total", "bytes_model", "trained_parameters")
     columns += ("frozen_parameters", "train_seconds", "tokens_per_second", "val_bpb_before")
@@ -278,7 +264,6 @@ CHARTS: dict[str, tuple[str, Callable[[list[Run]], alt.Chart | None]]] = {
         "Learning rate, gradient norm and speed; a dashed line is the beginning of a phase",
         schedule_chart,
     ),
-    "groups": ("Bytes by group of like tensors, compressed", group_chart),
 }
 
 

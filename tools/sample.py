@@ -22,9 +22,8 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -43,85 +42,21 @@ UNDECODED = "\N{REPLACEMENT CHARACTER}"  # what stands for bytes that are no cha
 # ---- The model -----------------------------------------------------------------------------------
 
 
-def fold_adapters(model: train_gpt.LanguageModel, dtype: torch.dtype) -> None:
-    """Compute W + ΔW of every map once: it does not change from token to token."""
-    for module in model.modules():
-        if isinstance(module, train_gpt.Linear):
-            weight, a, b = module.parts(dtype)
-            weight = torch.addmm(weight, a, b) if len(b) else weight
-            folded = train_gpt.MapParts(weight, weight[:, :0], weight[:0])
-            module.parts = lambda dtype, folded=folded: folded
-
-
 class Window:
-    """The window that a model sees, with the keys and values of the tokens that it has read.
-
-    The model's own forward pass reads each token once. Only what it knows of earlier tokens comes
-    from here: keys and values, the tokens that its embedding depends on, and the position.
-    """
+    """The window of a text that the model sees, as the evaluation moves it on."""
 
     def __init__(self, model: train_gpt.LanguageModel, length: int, stride: int) -> None:
         self.model, self.length, self.stride = model, length, stride
         self.device = next(model.parameters()).device
-        self.threads = torch.get_num_threads()
-        for module in model.modules():
-            if isinstance(module, train_gpt.GPT):
-                module.embed_tokens = self.with_earlier_tokens(module.embed_tokens)
-                module.rotary = self.at_position(module.rotary(length))
-            if isinstance(module, train_gpt.Attention):
-                module.attend = self.with_earlier_keys(module.attend)
-        self.clear()
-
-    def clear(self, start: int = 0) -> None:
-        """Forget everything; the window begins at this token of the text."""
-        self.start = start
-        self.read: list[int] = []  # the tokens whose keys and values are known
-        self.keys_and_values: list[tuple[Tensor, Tensor]] = []  # by turn
-        self.turn = 0  # how often attention ran in this forward pass
-
-    def with_earlier_tokens(self, embed: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return `embed_tokens` that knows the two tokens before.
-
-        Smear mixes in the position before, and that one has the bigram of its own predecessor.
-        """
-
-        def embed_tokens(ids: Tensor, streaming: bool) -> Tensor:
-            earlier = ids.new_tensor([self.read[-2:]])
-            return embed(torch.cat([earlier, ids], 1), streaming)[:, earlier.size(1) :]
-
-        return embed_tokens
-
-    def at_position(self, rotations: Tensor) -> Callable[[int], Tensor]:
-        """Return `rotary` whose first position is that after the tokens that were read."""
-        return lambda count: rotations[:, len(self.read) : len(self.read) + count + 1]
-
-    def with_earlier_keys(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return `attend` that also attends to the tokens that were read."""
-
-        def attend_to_all(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-            if self.read:
-                earlier_k, earlier_v = self.keys_and_values[self.turn]
-                k, v = torch.cat([earlier_k, k], 1), torch.cat([earlier_v, v], 1)
-            self.keys_and_values[self.turn : self.turn + 1] = [(k, v)]
-            self.turn += 1
-            return attend(q, k, v, context)
-
-        return attend_to_all
 
     @torch.inference_mode()
     def next_logits(self, tokens: list[int]) -> Tensor:
-        """Return the logits (vocabulary,) of what follows a text that goes on from the last one."""
+        """Return the logits (vocabulary,) of what follows a text."""
         # Where the window begins from which the evaluation scores this token.
         start = -(-max(0, len(tokens) - self.length) // self.stride) * self.stride
-        if start != self.start:
-            self.clear(start)
-        new = tokens[start + len(self.read) :]
-        self.turn = 0
-        # One token is too little work to share out: threads would only wait for each other.
-        torch.set_num_threads(1 if len(new) == 1 else self.threads)
-        logits = self.model.predict(torch.tensor([new], device=self.device), 1)
-        self.read += new
-        return logits[0, -1]
+        window = tokens[start:]
+        ids = window + [0] * (self.length - len(window))  # rotations depend on the length
+        return self.model.predict(torch.tensor([ids], device=self.device))[0, len(window) - 1]
 
 
 # ---- Sampling ------------------------------------------------------------------------------------
@@ -167,7 +102,6 @@ class Writer:
 
     def tokens(self, prompt: list[int]) -> Iterator[int]:
         """Yield tokens that follow the prompt, until the document ends."""
-        self.window.clear()
         self.generator.manual_seed(self.seed)  # one prompt does not depend on the others
         text = list(prompt)
         self.written = 0
@@ -201,8 +135,7 @@ class Writer:
             print(piece, end="", flush=True)
         speed = self.written / (time.perf_counter() - began)
         print(flush=True)
-        count = f"{self.written} of {self.args.tokens} tokens"
-        print(f"[{count}, {speed:.1f} tokens/s]", file=sys.stderr)
+        print(f"[{self.written} of {self.args.tokens} tokens, {speed:.1f}/s]", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -227,8 +160,6 @@ def open_writer(args: argparse.Namespace) -> Iterator[Writer]:
         raise UserError(f"{name} is not the tokenizer of the artifact; name it with --tokenizer")
     with train_gpt.Distributed(h) as dist:
         model = train_gpt.model_from_artifact(h, blob, dist)
-        with torch.inference_mode():
-            fold_adapters(model, train_gpt.resolve_dtype(h, dist.on_cuda))
         yield Writer(Window(model, length, stride), tokenizer, args)
 
 

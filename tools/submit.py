@@ -5,15 +5,10 @@
 
 FOLDER holds
 
-    train_gpt.py            the script of the run, packed: it unpacks and executes itself
-    train_gpt_readable.py   the same script as it was written, from the beginning of the log
-    submission.json         who, what, scores and bytes: means of all runs, the largest model
-    README.md               what was measured, how to repeat it, how it was verified
-    requirements.txt        the packages, in the versions of the run
-    train_seedN.log         the log of each run, unchanged
-    model.int6.ptz          the artifact of the first run
-    results.json, train.log results and log of the first run for tools/check.py: the packed script
-                            stands in place of the readable one
+    train_gpt.py, train_gpt_readable.py   the script, packed (it executes itself) and as written
+    submission.json, README.md            means of all runs, bytes, how to repeat and verify it
+    requirements.txt, train_seedN.log     the versions of the packages, and each run's log
+    model.int6.ptz, results.json, train.log of the first run, for tools/check.py
 
 The bytes that count are those of the packed script and of the artifact. Several runs must have the
 same script, data and settings except for the seed.
