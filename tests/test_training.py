@@ -276,8 +276,13 @@ def test_a_preflight_finds_what_would_fail_at_the_end(
 def test_a_preflight_estimates_the_export_and_the_choice(
     data_settings, run_of, monkeypatch, seconds
 ):
-    """An export of 7 s; three candidates and an artifact at 2 s each; the score is apart."""
+    """One batch of 5 s, artifacts of 7 s, three candidates and an artifact at 2 s each."""
     build_artifact, evaluate = train_gpt.build_artifact, train_gpt.evaluate
+    calibrate = train_gpt.calibrate
+
+    def slow_calibration(*args):
+        seconds.now += 5
+        return calibrate(*args)
 
     def slow_build(*args):
         seconds.now += 7
@@ -287,12 +292,13 @@ def test_a_preflight_estimates_the_export_and_the_choice(
         seconds.now += 100 if trial else 2
         return evaluate(*args, trial=trial)
 
+    monkeypatch.setattr(train_gpt, "calibrate", slow_calibration)
     monkeypatch.setattr(train_gpt, "build_artifact", slow_build)
     monkeypatch.setattr(train_gpt, "evaluate", slow_evaluation)
     for target, exports in ((0, 1), (300_000, 3)):  # a target takes about three
-        h = data_settings(target_bytes=target)
+        h = data_settings(target_bytes=target, gptq_calib_batches=1)
         model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
-        assert train_gpt.preflight(run_of(h), model, data) == exports * 7 + 4 * 2
+        assert train_gpt.preflight(run_of(h), model, data) == 5 + exports * 7 + 4 * 2
 
 
 def test_a_preflight_leaves_the_training_as_it_was(data_settings, run_of):
