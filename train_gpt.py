@@ -181,7 +181,9 @@ class Hyperparameters:
     )
     map_gain: str = model_setting("1", "factor on the basis")
     map_seed: int = model_setting(
-        *(12_345, "seed of the random maps", 0, 2**62),
+        12_345,
+        "seed of the random maps",
+        high=2**62,
         also="random_adapter_seed random_basis_seed random_backbone_seed",
     )
     map_seed_stride: int = model_setting(100, "what each layer adds to the seed", 1, 2**32)
@@ -648,9 +650,10 @@ def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
         overrides = apply_preset(preset, overrides, errors)
     errors += [f"{name}: no such setting" for name in overrides if name not in SETTINGS]
     values = {}
-    for name in [name for name in overrides if name in SETTINGS]:
-        with collect_errors(errors, f"{name.upper()}={overrides[name]}"):
-            values[name] = parse_setting(SETTINGS[name], overrides[name])
+    for name, raw in overrides.items():
+        if name in SETTINGS:
+            with collect_errors(errors, f"{name.upper()}={raw}"):
+                values[name] = parse_setting(SETTINGS[name], raw)
     h = Hyperparameters(**values, explicit=frozenset(overrides))
     errors += wrong_combinations(h, environment)
     errors += unsupported_variables(environment)
@@ -743,7 +746,7 @@ def random_uint64(seed: int, n: int) -> np.ndarray:
 
 
 def normal_deviates(seed: int, n: int) -> np.ndarray:
-    """Return (n,) float64 normal deviates by Box and Muller's formula: no sampler may change it."""
+    """Return (n,) float64 normal deviates by Box and Muller's formula, which no release changes."""
     half = (n + 1) // 2
     words = random_uint64(seed, 2 * half) >> np.uint64(11)
     uniform = words.astype(np.float64) * 2.0**-53  # [0, 1)
@@ -826,6 +829,7 @@ class Role(enum.Enum):
 
 StoredTensors = dict[str, "QuantizedTensor | Tensor"]  # by name, as the artifact holds them
 Quantizers = Mapping[Role, "Quantizer"]
+Pointwise = Callable[[Tensor], Tensor] | None
 
 
 class QuantizedModule(nn.Module):
@@ -1075,12 +1079,12 @@ def stack_rows(maps: Sequence[Linear], name: str, neutral: float) -> Tensor | No
 
 
 def fused_linear(
-    x: Tensor, maps: Sequence[Linear], row_scale: Tensor | None = None, activation: Any = None
+    x: Tensor, maps: Sequence[Linear], row_scale: Tensor | None = None, activation: Pointwise = None
 ) -> Tensor:
     """Apply maps of one input as a single product: gate · activation(scale · x (W + ΔW)ᵀ + bias).
 
     All is computed in the type of x (..., in). `row_scale` (Σ out,) is multiplied into the maps'
-    own scales; `activation` is a function or None. The outputs lie side by side, (..., Σ out).
+    own scales. The outputs of the maps lie side by side, (..., Σ out).
     """
     scale = stack_rows(maps, "scale", 1.0)
     if row_scale is not None:
@@ -1181,7 +1185,9 @@ class Linear(QuantizedModule):
         """The modules that read its input, as in an InputGroup: this one alone."""
         return (self,)
 
-    def forward(self, x: Tensor, row_scale: Tensor | None = None, activation: Any = None) -> Tensor:
+    def forward(
+        self, x: Tensor, row_scale: Tensor | None = None, activation: Pointwise = None
+    ) -> Tensor:
         """Apply the map: x (..., in) -> (..., out), as in `fused_linear`."""
         return fused_linear(x, (self,), row_scale, activation)
 
@@ -2193,8 +2199,11 @@ class Distributed:
         if self.on_cuda:
             self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             self.device_name = torch.cuda.get_device_name(self.device)
-        self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
         self.stack = contextlib.ExitStack()
+
+    @property
+    def compile(self) -> bool:
+        return self.on_cuda if self.h.compile == "auto" else self.h.compile == "1"
 
     def __enter__(self) -> Distributed:
         self.configure(self.h)
@@ -2213,19 +2222,16 @@ class Distributed:
         """Use the kernels and switches of these settings. UserError if they want another device."""
         if use_cuda(h) != self.on_cuda:
             raise UserError(f"the run had DEVICE={h.device}; set DEVICE to what it is now")
-        self.compile = self.on_cuda if h.compile == "auto" else h.compile == "1"
+        self.h = h
         self.stack.close()
         if self.on_cuda:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 will do for what stays float32
             order = [SDPA_BACKENDS[name] for name in attention_order(h) if name != "fa3"]
             self.stack.enter_context(sdpa_kernel(order, set_priority=True))
-        if self.compile:
-            self._configure_inductor(h)
-
-    def _configure_inductor(self, h: Hyperparameters) -> None:
-        """Set the compiler's switches. It is imported only now, since that takes seconds."""
-        from torch._inductor import config as inductor
+        if not self.compile:
+            return
+        from torch._inductor import config as inductor  # only now: it takes seconds
         from torch._inductor.decomposition import decompositions
 
         # Inductor's gradient of an embedding adds atomically, in any order; torch's own kernel
@@ -2449,7 +2455,7 @@ class TrainingData:
     def __init__(self, h: Hyperparameters) -> None:
         self.h = h
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self.ahead: dict[int, Future[Tensor]] = {}  # the next step's sequences
+        self.ahead: dict[tuple[int, Distributed], Future[Tensor]] = {}  # the next step's sequences
         self.shards = read_shards(h.data_path, "train")
         length = h.train_seq_len
         positions = []  # (shard, start) of every sequence
@@ -2495,8 +2501,8 @@ class TrainingData:
     def micro_batches(self, step: int, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
         """Return this process's micro-batches, and read the next step's while it computes."""
         read = functools.partial(self.reader.submit, self.step_sequences)
-        rows = self.ahead.pop(step, None) or read(step, dist)
-        self.ahead = {step + 1: read(step + 1, dist)}
+        rows = self.ahead.pop((step, dist), None) or read(step, dist)
+        self.ahead = {(step + 1, dist): read(step + 1, dist)}
         return self.split(rows.result(), dist)
 
     def held_out_stream(self) -> Tensor:
@@ -2723,12 +2729,13 @@ class Optimizers:
         if h.grad_clip_norm:
             total_norm = torch.stack(norms).norm()
             torch.nn.utils.clip_grads_with_norm_(trained, h.grad_clip_norm, total_norm)
-        for optimizer in (self.muon, self.adam):
-            optimizer.step()
-            optimizer.zero_grad()
-            for p in self.params:
-                if not p.requires_grad:  # frozen by now: its state is freed
-                    optimizer.state.pop(p, None)
+        self.muon.step()
+        self.adam.step()
+        for p in self.params:
+            p.grad = None
+            if not p.requires_grad:  # frozen by now: its state is freed
+                self.muon.state.pop(p, None)
+                self.adam.state.pop(p, None)
         return {self.names[p]: size for p, size in zip(trained, norms, strict=True)}
 
 
@@ -2961,7 +2968,7 @@ def make_quantizers(h: Hyperparameters) -> Quantizers:
 
 @contextlib.contextmanager
 def weights_as_stored(groups: RoleGroups, quantizers: Quantizers) -> Iterator[None]:
-    """Hold the values of the nearest codes in tensors of codes, the masters after it (late QAT)."""
+    """Hold rounded values in tensors that become codes; the masters return after it (late QAT)."""
     by_shape: dict[tuple[Quantizer, torch.Size], list[Tensor]] = {}
     for role, quantizer in quantizers.items():
         for p in groups[role].values():
@@ -3246,7 +3253,7 @@ def read_groups(groups: list, body: bytes) -> dict[str, Tensor]:
 
 
 def element_counts(shape: list[int], groups: list[str]) -> list[int]:
-    """Return how many elements (bits: bytes) each group has of a tensor. ValueError: no shape."""
+    """Return how many elements (bits: bytes) a tensor has in each group. ValueError: no shape."""
     if len(shape) > 2 or not all(type(n) is int and 0 <= n < 2**26 for n in shape):
         raise ValueError(f"{shape} is not a valid shape")
     count = math.prod(shape)
@@ -3476,9 +3483,7 @@ def rebuild_model(
         model = make_model(h, resolve_dtype(h, dist.on_cuda))
         here, there = model.fingerprint(), stored["fingerprint"]
         if here != there:
-            problem = (
-                f"the maps generated here ({here[:16]}) are not the stored ones ({there[:16]})"
-            )
+            problem = f"the maps made here ({here[:16]}) are not the stored ones ({there[:16]})"
             versions = f"versions there: {stored['versions']}, here: {VERSIONS}"
             raise UserError(f"{problem}; {versions}; use the same")
         model.load_state_dict(tensors)
@@ -3655,7 +3660,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: Run, model: LanguageModel, training: dict[str, Any], metrics: dict[str, Any] | None = None
+    run: Run, model: LanguageModel, fingerprint: str, training: dict[str, Any], metrics: dict | None
 ) -> None:
     """Let rank 0 write checkpoint.pt and keep the one before; `metrics` mean training ended."""
     if run.dist.rank:
@@ -3663,7 +3668,7 @@ def save_checkpoint(
     saved = Checkpoint(
         settings=run.h.as_dict(),
         model=run.h.model_settings(),
-        fingerprint=model.fingerprint(),
+        fingerprint=fingerprint,
         weights=model.state_dict(),
         training=training,
         metrics=metrics or {},
@@ -3892,6 +3897,7 @@ class Trainer:
         if h.self_distill:
             self.parts["teacher"] = self.phases.teacher
         self.finite = FiniteCheck()
+        self.fingerprint = model.fingerprint()  # once: it reads all maps
         self.step = 0  # steps that are done
         self.late_qat = False
         self.lr_scale = 1.0  # of the last step
@@ -3956,8 +3962,7 @@ class Trainer:
         mine = clock.remaining(self.step), clock.progress(self.step), is_due
         stop_here = self.run.stop.requested
         (remaining, progress, save), stop = self.dist.sync_from_rank0(*mine, flag=stop_here)
-        every = h.val_loss_every
-        validate = bool(every) and self.step > 0 and self.step % every == 0
+        validate = h.val_loss_every > 0 and self.step > 0 and self.step % h.val_loss_every == 0
         progress = progress if remaining > 0 else 1.0
         return StepPlan(int(remaining), progress, bool(save), stop, validate)
 
@@ -4064,9 +4069,9 @@ class Trainer:
         began = time.perf_counter()
         candidates, losses = self.rank_candidates()
         choice_seconds = round(time.perf_counter() - began, 3)
-        _, seconds, rate = self.speed().values()
-        metrics = {"steps": self.step, "train_seconds": seconds, "tokens_per_second": rate}
-        metrics |= {"choice_seconds": choice_seconds} | self.validate()
+        speed = self.speed()
+        spent = {"tokens_per_second": speed["tokens_per_second"], "choice_seconds": choice_seconds}
+        metrics = {"steps": self.step, "train_seconds": speed["seconds"]} | spent | self.validate()
         metrics |= {f"holdout_loss_{name}": loss for name, loss in losses.items()}
         return metrics, candidates
 
@@ -4091,7 +4096,7 @@ class Trainer:
         """Write a checkpoint. UserError if the last step was not finite."""
         began = time.perf_counter()
         self.check_finite()
-        save_checkpoint(self.run, self.model, self.state_dict())
+        save_checkpoint(self.run, self.model, self.fingerprint, self.state_dict(), None)
         self.last_save = f"{self.run.folder}/checkpoint.pt of step {self.step}"
         self.saved_at = self.clock.elapsed
         # All processes wait here until rank 0 has written.
@@ -4140,12 +4145,6 @@ def open_folder(h: Hyperparameters, log: RunLog) -> tuple[Path, Checkpoint | Non
     return folder, saved
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what the work gives, and how many seconds it takes."""
-    began = time.perf_counter()
-    return work(), time.perf_counter() - began
-
-
 def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     """Try everything that comes after training, with a copy of the model as it is now.
 
@@ -4162,15 +4161,17 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
     try:
         batches = list(calibration_batches(h, dist, data, 0))
         some = [batch[: max(1, 2048 // h.train_seq_len)] for batch in batches[:1]]
-        calibration, seconds = timed(lambda: calibrate(h, trial, dist, some))
+        start = time.perf_counter()
+        calibration = calibrate(h, trial, dist, some)
+        seconds = time.perf_counter() - start
         # The export takes gradients, three quarters of this time, of every fourth batch.
         calibration_seconds = seconds * sum(map(len, batches)) / max(sum(map(len, some)), 1)
         calibration_seconds *= (1 + 3 * -(-len(batches) // 4) / max(len(batches), 1)) / 4
         # What the loss feels before training says nothing about what it feels later.
         calibration = calibration._replace(sensitivities=None)
-        blob, build_seconds = timed(
-            lambda: dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
-        )
+        start = time.perf_counter()
+        blob = dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
+        build_seconds = time.perf_counter() - start
         run.log(f"projected artifact {describe_size(h, len(blob))}")
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)
@@ -4181,9 +4182,10 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         stage = "choice of the candidate"
         tokens = data.held_out_stream()
         part = tokens if dist.compile else tokens[: max(h.eval_seq_len, h.eval_batch_tokens) + 1]
-        _, seconds = timed(lambda: evaluate(rebuilt, part, h, dist, h.eval_seq_len))
-        # There are up to three candidates, and the artifact of one.
-        choice_seconds = 4 * seconds * len(tokens) / len(part)
+        start = time.perf_counter()
+        evaluate(rebuilt, part, h, dist, h.eval_seq_len)
+        seconds = (time.perf_counter() - start) * len(tokens) / len(part)
+        choice_seconds = 4 * seconds  # there are up to three candidates, and the artifact of one
         stage = "disk"
         # Per value: weight 4, optimizer up to 8, EMA 4, SWA 4 bytes, and 4 of a teacher.
         value_bytes = 20 + 4 * h.self_distill
@@ -4368,7 +4370,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     began = time.perf_counter()
     # EXPORT_ONLY may have read a finished checkpoint from another folder.
     if h.export_only or not is_finished or not (run.folder / "checkpoint.pt").exists():
-        save_checkpoint(run, model, {"candidates": candidates}, metrics)
+        save_checkpoint(run, model, model.fingerprint(), {"candidates": candidates}, metrics)
     run.stop.can_save = False
     _, stop = run.dist.sync_from_rank0(flag=run.stop.requested)
     if stop:
@@ -4430,8 +4432,7 @@ def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
     log(f"scored {scored:,} tokens, {size:,} bytes of text, of {h.data_path}")
     total = code_bytes() + len(blob)
     log(f"artifact {total:,} bytes: code {code_bytes():,}, model {len(blob):,}")
-    counts = {"val_tokens": scored, "val_bytes": size}
-    return metrics | counts | {"eval_seconds": round(seconds, 3)}
+    return metrics | {"val_tokens": scored, "val_bytes": size, "eval_seconds": round(seconds, 3)}
 
 
 LOCATIONS = ("data_path", "tokenizer_path")
