@@ -3115,7 +3115,7 @@ def calibrate(
     hessians = collect_hessians(model, batches, dist)
     if h.quantizer == "rms" or not batches:
         return Calibration(hessians, None)
-    some = batches[: -(-len(batches) // 4)]  # a gradient takes three times as long
+    some = batches[: len(batches[::4])]  # a gradient takes three times as long
     sensitivities, of_embeddings = collect_sensitivities(model, some, dist)
     if not all(each.isfinite().all() for each in sensitivities.values()):
         raise UserError("the loss's sensitivity to the weights is not finite")  # rows of zeros
@@ -3452,7 +3452,10 @@ def export(
     at the loss per value `start`, or at LOSS_PER_VALUE.
     """
     h, dist = run.h, run.dist
-    calibration = calibrate(h, model, dist, list(calibration_batches(h, dist, data, step)))
+    batches = list(calibration_batches(h, dist, data, step))
+    calibration = calibrate(h, model, dist, batches)
+    number, some = (dist.world_size * len(part) for part in (batches, batches[::4]))
+    run.log(f"calibration batches: {number}, for gradients: {some}")
     if dist.rank:
         return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
     build = functools.partial(build_artifact, run, model, calibration)
@@ -4166,7 +4169,7 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         seconds = time.perf_counter() - start
         # The export takes gradients, three quarters of this time, of every fourth batch.
         calibration_seconds = seconds * sum(map(len, batches)) / max(sum(map(len, some)), 1)
-        calibration_seconds *= (1 + 3 * -(-len(batches) // 4) / max(len(batches), 1)) / 4
+        calibration_seconds *= (1 + 3 * len(batches[::4]) / max(len(batches), 1)) / 4
         # What the loss feels before training says nothing about what it feels later.
         calibration = calibration._replace(sensitivities=None)
         start = time.perf_counter()
@@ -4271,6 +4274,22 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     return counts | {"maps": rows, "hardware": hardware}
 
 
+def log_inputs(run: Run, data: TrainingData, saved: Checkpoint | None) -> None:
+    """Log what the run trains on, and what has changed since its checkpoint was written."""
+    h = run.h
+    sequences = f"{len(data.positions):,} sequences, {len(data.held_out):,} more held out"
+    run.log(f"training on {h.data_path}: {sequences}; tokenizer {h.tokenizer_path}")
+    held_out = len(data.held_out) * h.train_seq_len
+    if held_out < h.eval_seq_len:
+        run.log(f"warning: fewer held-out tokens ({held_out}) than EVAL_SEQ_LEN: one window")
+    if saved and saved.identity["source"] != run.identity["source"]:
+        run.log("warning: the script has changed since the checkpoint was written")
+    for name in ("processes", "dtype"):
+        if saved and saved.identity[name] != run.identity[name]:
+            began = f"the run began with {name} {saved.identity[name]}"
+            run.log(f"warning: {began}, it goes on with {run.identity[name]}")
+
+
 def train_model(
     run: Run, model: LanguageModel, data: TrainingData, saved: Checkpoint | None
 ) -> tuple[dict[str, Any], Candidates]:
@@ -4350,14 +4369,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     data = TrainingData(h)
     model = prepare_model(run, saved)
     counts = log_start(run, model)
-    sequences = f"{len(data.positions):,} sequences, {len(data.held_out):,} more held out"
-    run.log(f"training on {h.data_path}: {sequences}; tokenizer {h.tokenizer_path}")
-    if saved and saved.identity["source"] != run.identity["source"]:
-        run.log("warning: the script has changed since the checkpoint was written")
-    for name in ("processes", "dtype"):
-        if saved and saved.identity[name] != run.identity[name]:
-            began = f"the run began with {name} {saved.identity[name]}"
-            run.log(f"warning: {began}, it goes on with {run.identity[name]}")
+    log_inputs(run, data, saved)
     is_finished = saved is not None and saved.finished
     if is_finished:
         metrics = saved.metrics
@@ -4516,7 +4528,8 @@ def decide_start(
         h = settings_from_checkpoint(h, saved)
     folder, resumed = dist.from_rank0(lambda: open_folder(h, log))
     if resumed and not h.export_only:
-        h = adopt_settings(h, resumed.settings, str(folder), RESUME_OVERRIDES)
+        stored = resumed.settings | {"timeout_seconds": h.timeout_seconds}  # the group is open
+        h = adopt_settings(h, stored, str(folder), RESUME_OVERRIDES)
         saved = resumed
     elif resumed and not resumed.settings["export_only"]:
         raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID for the export")

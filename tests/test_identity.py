@@ -119,9 +119,11 @@ def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinishe
         if name == "edited":
             saved = torch.load(path, weights_only=True)
             saved["identity"] |= {"source": "0" * 64, "processes": "2"}
+            saved["settings"]["timeout_seconds"] = 77  # the processes have met without it
             torch.save(saved, path)
         out = run_well({"RUN_ID": name, "OUTPUT_DIR": runs, "ARTIFACT_LIMIT_BYTES": 16_000_000})
         assert [warning in out for warning in warnings] == [name == "edited"] * 2
+        assert "TIMEOUT_SECONDS=77" not in log_of(path.parent)
 
 
 def test_another_teacher_than_the_runs_is_refused(trained, run_of, settings, tmp_path):
@@ -327,6 +329,10 @@ def test_an_export_says_nothing_of_other_windows_and_takes_no_other_run(trained,
     run_well(export | {"RUN_ID": "windows", "EVAL_SEQ_LEN": 8, "EVAL_STRIDE": 8})
     results = json.loads((runs / "windows" / "results.json").read_text())
     assert results["eval_seq_len"] == 8 and not {"val_bpb_before", "holdout_loss_last"} & {*results}
+    warning = "warning: fewer held-out tokens (512) than EVAL_SEQ_LEN: one window"
+    assert warning not in log_of(runs / "windows")
+    run_well(export | {"RUN_ID": "long", "EVAL_SEQ_LEN": 513, "EVAL_STRIDE": 513})
+    assert warning in log_of(runs / "long")
 
 
 def test_an_export_keeps_the_teacher_of_its_run(trained, settings):
