@@ -64,6 +64,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+SOURCE = Path(__file__).read_bytes()  # now: somebody may edit the file while torch is imported
+
 try:  # all packages now: the export needs one that the training does not
     import brotli
     import numpy as np
@@ -76,9 +78,6 @@ try:  # all packages now: the export needs one that the training does not
     from torch.utils.checkpoint import checkpoint
 except ImportError as missing:
     raise SystemExit(f"error: {missing}; pip install -r requirements.txt") from None
-
-
-SOURCE = Path(__file__).read_bytes()  # now: somebody may edit the file while it runs
 
 
 # ---- Settings ----------------------------------------------------------------------------------
@@ -522,8 +521,16 @@ def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> li
         "WARMDOWN_ITERS has no effect beside {WARMDOWN_FRAC}; unset it, or set WARMDOWN_FRAC=0": (
             h.warmdown_frac and h.warmdown_iters != SETTINGS["warmdown_iters"].default
         ),
-        "EVAL_ONLY=1 needs MODEL_PATH, the artifact": h.eval_only and not h.model_path,
-        "EXPORT_ONLY=1 needs CHECKPOINT_PATH": h.export_only and not h.checkpoint_path,
+        "LOSS_PER_VALUE would do nothing beside scales by RMS": (
+            h.loss_per_value != SETTINGS["loss_per_value"].default and not has_sensitivities
+        ),
+        "EVAL_ONLY=1 and EXPORT_ONLY=1 are two tasks": h.eval_only and h.export_only,
+        "EVAL_ONLY=1 and MODEL_PATH, the artifact, need each other": (
+            h.eval_only != bool(h.model_path)
+        ),
+        "EXPORT_ONLY=1 and CHECKPOINT_PATH need each other": (
+            h.export_only != bool(h.checkpoint_path)
+        ),
         "DISTILL_FROM and SELF_DISTILL=1 are two teachers": h.distill_from and h.self_distill,
         "SELF_DISTILL=1 needs DISTILL_START_FRAC over 0": h.self_distill and not start,
         "{DISTILL_END_FRAC} is not after {DISTILL_START_FRAC}": start >= h.distill_end_frac,
@@ -566,7 +573,7 @@ def misspelled_variables(environment: Mapping[str, str]) -> list[str]:
     for name in sorted(name for name in unknown if len(name) > 3):
         # At least one letter may be added, dropped, changed or swapped with the next.
         cutoff = min(0.9, 1 - 1 / len(name) - 1e-9)
-        for near in difflib.get_close_matches(name, known, n=1, cutoff=cutoff):
+        for near in difflib.get_close_matches(name.upper(), known, n=1, cutoff=cutoff):
             errors.append(f"{name}: no such setting; {near}? (ALLOW_UNKNOWN=1 accepts it)")
     return errors
 
@@ -2765,7 +2772,7 @@ class WeightAverages:
         found = {"last": [p.detach().clone() for p in self.params]}
         for name, means in self.means.items():
             if self.totals[name]:
-                weights = [means[p] if p.requires_grad else p.data for p in self.params]
+                weights = [means.get(p, p.data) for p in self.params]
                 found[name] = [weight.clone() for weight in weights]
         return found
 
@@ -3326,65 +3333,42 @@ class Artifact(NamedTuple):
     loss_per_value: float  # at which the scales were chosen
 
 
+def solve_for_bytes(build: Callable[[float], Artifact], target: int, loss: float) -> Artifact:
+    """Return the largest artifact found of up to `target` bytes, else the smallest one found.
+
+    The search begins at a loss per value (nats per token). Bytes fall about linearly with its
+    logarithm, so the next artifact lies on the line through the last two. The search ends within
+    0.5% under the target, after eight artifacts, or where other scales give the same codes.
+    """
+    tried: list[tuple[float, Artifact]] = []  # at which power of two
+    power, low, high = math.log2(loss), -math.inf, math.inf  # the answer lies between the bounds
+    for _ in range(8):
+        artifact = build(2**power)
+        tried.append((power, artifact))
+        size = len(artifact.blob)
+        if 0.995 * target <= size <= target:
+            break
+        low, high = (power, high) if size > target else (low, power)
+        codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
+        saved = codes / 8  # by twice the loss: half a bit a value, of about four
+        if len(tried) > 1:
+            other, before = tried[-2]
+            if size == len(before.blob):
+                break
+            # Near a jump of the bytes, or near the finest scales, the line says nothing.
+            saved = max((len(before.blob) - size) / (power - other), codes / 40)
+        power += min(6.0, max(-6.0, (size - 0.9975 * target) / saved))
+        if not low < power < high:
+            power = (low + high) / 2
+    found = sorted((artifact for _, artifact in tried), key=lambda artifact: len(artifact.blob))
+    fitting = [artifact for artifact in found if len(artifact.blob) <= target]
+    return fitting[-1] if fitting else found[0]
+
+
 def entropy_bytes(codes: Tensor) -> float:
     """Return the bytes that a coder of single codes needs; brotli is within 1% of them."""
     counts = codes.flatten().unique(return_counts=True)[1].double()
     return (counts * (counts.sum() / counts).log2()).sum().item() / 8
-
-
-def estimate_bytes(
-    h: Hyperparameters, model: LanguageModel, calibration: Calibration, loss_per_value: float
-) -> float:
-    """Return about the bytes of a model's codes: the nearest ones, by their entropy."""
-    groups = tensors_by_role(model)
-    total = 0.0
-    for role, quantizer in calibration.quantizers(h, loss_per_value).items():
-        codes = [quantizer.quantize(p).codes.flatten() for p in groups[role].values()]
-        total += entropy_bytes(torch.cat(codes)) if codes else 0
-    return total
-
-
-def solve_for_bytes(
-    build: Callable[[float], Artifact],
-    estimate: Callable[[float], float],
-    target: int,
-    loss: float,
-) -> Artifact:
-    """Return the largest artifact found of up to `target` bytes, else the smallest one found.
-
-    The search begins at a loss per value (nats per token; twice the loss saves half a bit). It ends
-    within 0.5% under the target, after eight artifacts, or where other scales give the same codes.
-    `build` takes seconds to minutes; `estimate` gives about the bytes of the codes, fast.
-    """
-    tried: list[Artifact] = []
-    steps = range(-600, 600)  # of 0.01 octaves of the loss
-    low, high = 0.0, math.inf  # losses between which the answer lies
-    estimated = estimate(loss)
-    for _ in range(8):
-        artifact = build(loss)
-        tried.append(artifact)
-        size = len(artifact.blob)
-        if 0.995 * target <= size <= target:
-            break
-        if size > target:
-            low = loss
-        else:
-            high = loss
-        # Aim at the middle of the interval. Scales change the bytes of codes alone, and these
-        # stay in proportion to their estimate.
-        codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
-        wanted = estimated * (1 + (0.9975 * target - size) / codes)
-        # More loss means fewer bytes, and bisect needs a rising key: hence the minus signs.
-        step = bisect.bisect(steps, -wanted, key=lambda step: -estimate(loss * 2 ** (step / 100)))
-        loss *= 2 ** (step / 100 - 6)
-        if low and high < math.inf and not low < loss < high:  # the bytes jump between them
-            loss = math.sqrt(low * high)
-        before, estimated = estimated, estimate(loss)
-        if estimated == before:
-            break
-    tried.sort(key=lambda artifact: len(artifact.blob))
-    fitting = [artifact for artifact in tried if len(artifact.blob) <= target]
-    return fitting[-1] if fitting else tried[0]
 
 
 def code_rows(model: LanguageModel, artifact: Artifact) -> list[dict[str, Any]]:
@@ -3455,16 +3439,13 @@ def export(
     batches = list(calibration_batches(h, dist, data, step))
     calibration = calibrate(h, model, dist, batches)
     number, some = (dist.world_size * len(part) for part in (batches, batches[::4]))
-    run.log(f"calibration batches: {number}, for gradients: {some}")
+    scales = "root mean squares" if calibration.sensitivities is None else "sensitivity"
+    run.log(f"scales by {scales}; calibration batches: {number}, for gradients: {some}")
     if dist.rank:
         return Artifact(dist.broadcast_object(None), {}, {}, math.nan)
     build = functools.partial(build_artifact, run, model, calibration)
     loss = h.loss_per_value if start is None else start
-    if h.target_bytes:
-        estimate = functools.partial(estimate_bytes, h, model, calibration)
-        artifact = solve_for_bytes(build, estimate, largest_model(h), loss)
-    else:
-        artifact = build(loss)
+    artifact = solve_for_bytes(build, largest_model(h), loss) if h.target_bytes else build(loss)
     dist.broadcast_object(artifact.blob)
     return artifact
 
@@ -4277,6 +4258,8 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
 def log_inputs(run: Run, data: TrainingData, saved: Checkpoint | None) -> None:
     """Log what the run trains on, and what has changed since its checkpoint was written."""
     h = run.h
+    if saved is None:
+        run.log(f"new run: {run.folder}")
     sequences = f"{len(data.positions):,} sequences, {len(data.held_out):,} more held out"
     run.log(f"training on {h.data_path}: {sequences}; tokenizer {h.tokenizer_path}")
     held_out = len(data.held_out) * h.train_seq_len
@@ -4394,9 +4377,11 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
         time_left -= time.perf_counter() - began  # to write the checkpoint
     scores = saved.metrics if is_finished else metrics
     losses = {name: scores.get(f"holdout_loss_{name}", math.nan) for name in candidates}
-    first, *others = candidates  # the best one before quantization
-    near = [name for name in others if losses[name] <= losses[first] + NEAR_NATS]
-    candidates = {name: candidates[name] for name in (first, *near)}
+    best = losses[next(iter(candidates))]
+    far = [name for name, loss in losses.items() if loss > best + NEAR_NATS]
+    if far:
+        run.log(f"not exported, over {NEAR_NATS} nats behind: {', '.join(far)}")
+    candidates = {name: weights for name, weights in candidates.items() if name not in far}
     blob, choice = export_best(run, model, data, candidates, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)
@@ -4504,7 +4489,8 @@ def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperpara
     """Return the settings of the checkpoint's run, but quantizer and evaluation may be set anew."""
     source = f"CHECKPOINT_PATH={h.checkpoint_path}"
     with untrusted_input(source):
-        kept = {*RESUME_OVERRIDES} - {*LOCATIONS, "eval_batch_tokens", "distill_from"}
+        own = {*LOCATIONS, "eval_batch_tokens", "distill_from", "artifact_limit_bytes"}
+        kept = {*RESUME_OVERRIDES} - own
         stored = {name: value for name, value in saved.settings.items() if name not in kept}
         overridable = EXPORT_OVERRIDES | {*RESUME_OVERRIDES} - {"distill_from"}
         return adopt_settings(h, stored, source, overridable)
@@ -4529,7 +4515,9 @@ def decide_start(
     folder, resumed = dist.from_rank0(lambda: open_folder(h, log))
     if resumed and not h.export_only:
         stored = resumed.settings | {"timeout_seconds": h.timeout_seconds}  # the group is open
-        h = adopt_settings(h, stored, str(folder), RESUME_OVERRIDES)
+        # After training nothing else would notice another teacher.
+        own = {"distill_from"} if resumed.finished else set()
+        h = adopt_settings(h, stored, str(folder), {*RESUME_OVERRIDES} - own)
         saved = resumed
     elif resumed and not resumed.settings["export_only"]:
         raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID for the export")

@@ -8,8 +8,10 @@ import hashlib
 import json
 import math
 import re
+import runpy
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +102,7 @@ def test_an_export_takes_the_weights_and_data_of_the_checkpoint_that_it_names(
     torch.save(saved, stale)
     path = trained / "checkpoint.pt"
     export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": path, "RUN_ID": "again", "OUTPUT_DIR": runs}
+    assert "over the limit" in refusal(export | {"CHECKPOINT_PATH": unfinished / "checkpoint.pt"})
     out = run_well(export | {"ARTIFACT_LIMIT_BYTES": 16_000_000})
     assert score(out) == score(log_of(trained))
     ours, theirs = ((folder / "model.int6.ptz").read_bytes() for folder in (stale.parent, trained))
@@ -124,6 +127,17 @@ def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinishe
         out = run_well({"RUN_ID": name, "OUTPUT_DIR": runs, "ARTIFACT_LIMIT_BYTES": 16_000_000})
         assert [warning in out for warning in warnings] == [name == "edited"] * 2
         assert "TIMEOUT_SECONDS=77" not in log_of(path.parent)
+
+
+def test_the_source_of_a_run_is_read_before_packages_are_imported(tmp_path, monkeypatch):
+    """That takes seconds, in which somebody may edit the script; Python has compiled it by then."""
+    script = Path(shutil.copy(SCRIPT, tmp_path))
+    edits = f"open({str(script)!r}, 'a').write('# edited')"
+    (tmp_path / "brotli.py").write_text(edits, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "brotli")
+    source = script.read_bytes()
+    assert runpy.run_path(str(script))["SOURCE"] == source != script.read_bytes()
 
 
 def test_another_teacher_than_the_runs_is_refused(trained, run_of, settings, tmp_path):
@@ -321,6 +335,13 @@ def test_lost_tokens_and_a_damaged_manifest_are_refused(base, corpus, tmp_path):
     for text, problem in ((json.dumps(told), "val tokens, there are"), ("{", "JSONDecodeError")):
         (folder / "manifest.json").write_text(text)
         assert problem in refusal(base | {"DATA_PATH": folder})
+
+
+def test_a_teacher_after_training_is_refused_and_a_new_run_says_so(unfinished, runs):
+    """No step of training would read it; and a mistyped RUN_ID begins another run."""
+    settings = {"RUN_ID": unfinished.name, "OUTPUT_DIR": runs}
+    assert "DISTILL_FROM=a.ptz here,  there" in refusal(settings | {"DISTILL_FROM": "a.ptz"})
+    assert f"new run: {unfinished}" in log_of(unfinished)
 
 
 def test_an_export_says_nothing_of_other_windows_and_takes_no_other_run(trained, unfinished, runs):

@@ -162,6 +162,8 @@ def test_averages_leave_frozen_tensors_as_they_stand(settings):
     for kept, _ in averages.candidates().values():
         assert kept.tolist() == [4, 4, 4]
         assert kept.data_ptr() != frozen.data_ptr(), "a candidate is a copy"
+    learned.requires_grad_(False)  # by an export, which trains no more: its mean is as it was
+    assert averages.candidates()["swa"][1].tolist() == [4.5, 4.5, 4.5]
 
 
 # ---- Clock and schedule --------------------------------------------------------------------------

@@ -75,9 +75,8 @@ def test_what_the_environment_says_wins(presets, variables, columns):
 
 
 def test_an_artifact_and_a_checkpoint_bring_their_own_settings(presets):
-    paths = {"MODEL_PATH": "a.ptz", "CHECKPOINT_PATH": "a.pt"}
-    for task in ("EVAL_ONLY", "EXPORT_ONLY"):
-        assert load_settings({"PRESET": "a", task: "1", **paths}).num_layers == 11
+    for task, path in (("EVAL_ONLY", "MODEL_PATH"), ("EXPORT_ONLY", "CHECKPOINT_PATH")):
+        assert load_settings({"PRESET": "a", task: "1", path: "a"}).num_layers == 11
 
 
 @pytest.mark.parametrize(

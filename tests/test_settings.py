@@ -22,7 +22,7 @@ COMMON_VARIABLES = """
     TORCHELASTIC_RUN_ID TORCHELASTIC_MAX_RESTARTS TORCH_HOME OMP_NUM_THREADS NCCL_DEBUG
     CUDA_VISIBLE_DEVICES CUDA_HOME NVIDIA_VISIBLE_DEVICES SLURM_JOB_ID SLURM_NTASKS PBS_JOBID
     HF_HOME WANDB_PROJECT WANDB_RUN_ID WANDB_MODE GITHUB_ACTOR GITHUB_RUN_ID GIT_AUTHOR_NAME
-    MODEL_NAME DATASET_PATH BATCH_SIZE
+    MODEL_NAME DATASET_PATH BATCH_SIZE http_proxy https_proxy no_proxy
 """
 
 
@@ -260,7 +260,8 @@ def test_values_that_change_nothing_may_be_written_in_another_way():
 
 
 def typos_of(name: str) -> Iterator[str]:
-    """Give the name with a letter doubled, inserted, changed, swapped or dropped, at each place."""
+    """Give the name in lower case; with a letter doubled, inserted, changed, swapped, dropped."""
+    yield name.lower()
     for i in range(len(name)):
         yield name[: i + 1] + name[i:]
         yield name[:i] + "X" + name[i:]
@@ -329,6 +330,13 @@ SIGNED = "orthogonal,bigram.signs=rademacher"
         ({"WORLD_SIZE": 5}, "TRAIN_BATCH_TOKENS=786432 5"),
         ({"MAX_WALLCLOCK_SECONDS": 45}, "GPTQ_RESERVE_SECONDS=45 MAX_WALLCLOCK_SECONDS"),
         ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 MODEL_PATH"),
+        ({"MODEL_PATH": "a.ptz"}, "EVAL_ONLY=1 MODEL_PATH"),
+        ({"CHECKPOINT_PATH": "a.pt"}, "EXPORT_ONLY=1 CHECKPOINT_PATH"),
+        ({"LOSS_PER_VALUE": 1e-8, "GPTQ_CALIB_BATCHES": 0}, "LOSS_PER_VALUE RMS"),
+        (
+            {"EVAL_ONLY": 1, "MODEL_PATH": "a", "EXPORT_ONLY": 1, "CHECKPOINT_PATH": "a"},
+            "EVAL_ONLY=1 EXPORT_ONLY=1",
+        ),
         ({"WARMDOWN_ITERS": 400, "WARMDOWN_FRAC": 0.667}, "WARMDOWN_FRAC=0.667 unset"),
         ({"MATRIX_BITS": 5}, "MATRIX_BITS QUANTIZER=rms"),
     ],

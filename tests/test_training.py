@@ -188,6 +188,8 @@ def test_the_export_counts_from_the_end_of_training(ended_with):
     [
         # One 0.15 nats behind the best is left out, although its artifact would be better here.
         ({"losses": (2.0, 1.9, 1.0), "before": (3.0, 3.05, 3.15)}, 2, "ema"),
+        # Losses of other windows are not known.
+        ({"before": (math.nan, math.nan, math.nan)}, 3, "ema"),
         # After 52 seconds: 5 for each, and the next one may take a quarter longer.
         ({"max_wallclock_seconds": 68.5}, 3, "ema"),
         ({"max_wallclock_seconds": 68}, 2, "ema"),
@@ -203,7 +205,9 @@ def test_the_best_artifact_of_those_that_time_allows_is_the_choice(
     ended_with, given, exports, best
 ):
     limit = train_gpt.code_bytes() + 10_000
-    metrics, steps, _ = ended_with(**given, gptq_reserve_seconds=1, artifact_limit_bytes=limit)
+    metrics, steps, run = ended_with(**given, gptq_reserve_seconds=1, artifact_limit_bytes=limit)
+    far = "not exported, over 0.1 nats behind: swa"
+    assert (far in run.log.lines) == (given.get("before", (0, 0, 0))[2] == 3.15)
     assert len(steps) == exports
     assert len([name for name in metrics if name.startswith("holdout_loss_quantized_")]) == exports
     assert metrics["candidate"] == best
