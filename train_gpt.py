@@ -4293,30 +4293,33 @@ def train_model(
     return trainer.finish()
 
 
-# Rounding harms averages of the weights less than the last ones: at 2 bits per value it changed the
-# order of candidates 0.05 nats apart (bench/results/quantize.md).
-NEAR_NATS = 0.1
-
-
 def export_best(
     run: Run,
     model: LanguageModel,
     data: TrainingData,
     candidates: Candidates,
+    losses: Mapping[str, float],
     step: int,
     seconds: float,
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the artifact whose loss on held-out text is the least, and its metrics.
 
-    The first candidate is exported in any case, the others while `seconds` last. `step` steps of
-    training are done.
+    The first candidate is exported in any case, the others while `seconds` last. Rounding harms
+    averages less than the last weights, but improves none: a candidate whose loss before it, in
+    `losses`, is above that of an artifact is left out. `step` steps of training are done.
     """
     tokens = data.held_out_stream()
     exported: dict[str, Artifact] = {}
     scores: dict[str, tuple[bool, bool, float]] = {}  # too large, not finite, held-out loss
-    start = None
+    start, took = None, 0.0
     (seconds,), _ = run.dist.sync_from_rank0(seconds)  # the processes must stop together
     for name, weights in candidates.items():
+        if scores and seconds < 1.25 * took:  # it may take a little longer than the last one
+            run.log(f"no time is left to export {name}")
+            continue
+        if scores and (False, False, losses[name]) >= min(scores.values()):
+            run.log(f"not exported: {name} is worse before rounding than the best one after it")
+            continue
         began = time.perf_counter()
         with untrusted_input(f"the candidate {name}"):
             model.load_state_dict(weights)
@@ -4329,11 +4332,6 @@ def export_best(
         run.log(f"quantized {name}:{loss:.4f} model {len(blob):,} bytes")
         (took,), _ = run.dist.sync_from_rank0(time.perf_counter() - began)
         seconds -= took
-        if seconds < 1.25 * took:  # the next one may take a little longer
-            break
-    left_out = [name for name in candidates if name not in exported]
-    if left_out:
-        run.log(f"no time is left to export {', '.join(left_out)}")
     best = min(scores, key=scores.get)
     blob, sizes = exported[best].blob, exported[best].sizes
     codes = code_rows(model, exported[best])
@@ -4341,9 +4339,9 @@ def export_best(
     run.log(f"exported:{best}\n{describe_rows(codes)}\nartifact bytes: {text}")
     run.log(f"artifact {describe_size(run.h, len(blob))}")
     check_size(run.h, len(blob))
-    losses = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
+    quantized = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
     groups = [{"group": name, "bytes": size} for name, size in sizes.items()]
-    return blob, {"candidate": best, **losses, "codes": codes, "groups": groups}
+    return blob, {"candidate": best, **quantized, "codes": codes, "groups": groups}
 
 
 def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[str, Any]]:
@@ -4377,12 +4375,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
         time_left -= time.perf_counter() - began  # to write the checkpoint
     scores = saved.metrics if is_finished else metrics
     losses = {name: scores.get(f"holdout_loss_{name}", math.nan) for name in candidates}
-    best = losses[next(iter(candidates))]
-    far = [name for name, loss in losses.items() if loss > best + NEAR_NATS]
-    if far:
-        run.log(f"not exported, over {NEAR_NATS} nats behind: {', '.join(far)}")
-    candidates = {name: weights for name, weights in candidates.items() if name not in far}
-    blob, choice = export_best(run, model, data, candidates, metrics["steps"], time_left)
+    blob, choice = export_best(run, model, data, candidates, losses, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)
     seconds = time.perf_counter() - began + metrics["choice_seconds"]

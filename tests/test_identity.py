@@ -293,7 +293,8 @@ def test_rank_0_decides_for_all_how_many_candidates_are_exported(
     monkeypatch.setattr(train_gpt, "evaluate", lambda *_: 1.0)
     candidates = dict.fromkeys(("last", "ema", "swa"), weights)
     data = train_gpt.TrainingData(run.h)
-    _, metrics = train_gpt.export_best(run, model, data, candidates, 9, 12.5)
+    losses = dict.fromkeys(candidates, math.nan)
+    _, metrics = train_gpt.export_best(run, model, data, candidates, losses, 9, 12.5)
     assert sum(name.startswith("holdout_loss_quantized_") for name in metrics) == count
 
 

@@ -39,7 +39,12 @@ VARIANTS = {
         "WARMDOWN_FRAC": 0.667,
     },
     "system-c": {"SELECTIVE_FREEZE": 1, "MLP_GATED": 1, "DROPOUT": 0.2},
-    "system-d": {"PROGRESSIVE_FREEZE_FRAC": 0.3, "GPTQ_CALIB_BATCHES": 2, "QUANTIZER": "rms"},
+    "system-d": {
+        "PROGRESSIVE_FREEZE_FRAC": 0.3,
+        "GPTQ_CALIB_BATCHES": 2,
+        "QUANTIZER": "rms",
+        "LOSS_PER_VALUE": 3e-9,
+    },
     "self-distilled": TEACHING | {"DISTILL_START_FRAC": 0.25, "DISTILL_END_FRAC": 0.75},
     "self-distilled-freezing": {
         "PROGRESSIVE_FREEZE_FRAC": 0.5,
@@ -95,7 +100,9 @@ class Trained:
         del self.taught[::2]  # two micro-batches a step
         metrics, candidates = trainer.finish()
         self.last = copied(self.model)  # what training left in it
-        exported = train_gpt.export_best(run, self.model, data, candidates, metrics["steps"], 1e9)
+        losses = {name: metrics[f"holdout_loss_{name}"] for name in candidates}
+        steps = metrics["steps"]
+        exported = train_gpt.export_best(run, self.model, data, candidates, losses, steps, 1e9)
         self.blob, self.lines = exported[0], log.lines
         self.after_step = [self.last, *log.snapshots]  # the weights, from step 1 on
         path.write_bytes(self.blob)
