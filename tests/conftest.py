@@ -23,10 +23,9 @@ from helpers import (
 )
 from reference import tokens
 
-# Tiny models gain nothing from threads, and wait long for them on shared cores: here, and in the
-# processes that tools start for tests.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+# Tiny models gain nothing from threads, and wait long for them on shared cores: one thread unless
+# the environment asks for more, here and in the processes that tests start.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 # Every run tries the same examples, however slow the machine is.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)

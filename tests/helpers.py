@@ -249,10 +249,10 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 
 
 def environment(settings: dict) -> dict[str, str]:
-    """Return this process's environment with these settings alone, on the CPU, with one thread."""
+    """Return this process's environment with these settings alone, on the CPU."""
     inherited = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
     given = {name: str(value) for name, value in settings.items()}
-    return inherited | {"OMP_NUM_THREADS": "1", "DEVICE": "cpu"} | given
+    return inherited | {"DEVICE": "cpu"} | given
 
 
 def start(
