@@ -1065,7 +1065,7 @@ class MapParts(NamedTuple):
     def low_rank_gradient_pays(self, has_scale: bool) -> bool:
         """Return whether thin products for a and b take less time than the dense gradient.
 
-        On a CPU they save 7% of a step of cpu/random_adapters. On a GPU memory bounds them.
+        On a CPU they save 7% of a step of 6 layers of width 256. On a GPU memory bounds them.
         """
         rows, columns = self.weight.shape
         thin = 2 * len(self.b) * (rows + columns)

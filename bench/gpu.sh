@@ -58,8 +58,8 @@ run_comparison() {
     [ -z "$smoke" ] || plan=narrow tokens=2048 batch=1024 warmdown=1
     "$python" "$root/tools/ablate.py" --out "$out/comparison" --plan "$root/bench/$plan.plan" \
         --seeds "${SEEDS:-1}" --budget "tokens=$tokens" --data "$books" --jobs "${JOBS:-8}" \
-        "TRAIN_BATCH_TOKENS=$batch" "MICRO_BATCH_TOKENS=$batch" "WARMDOWN_ITERS=$warmdown" WARMDOWN_FRAC=0 COMPILE=0 \
-        EVAL_STRIDE=128 EVAL_BATCH_TOKENS=65536 CHECKPOINT_SECONDS=0 HOLDOUT_TOKENS=262144
+        "TRAIN_BATCH_TOKENS=$batch" "MICRO_BATCH_TOKENS=$batch" "WARMDOWN_ITERS=$warmdown" WARMDOWN_FRAC=0 MUON_MOMENTUM=0.99 \
+        COMPILE=0 EVAL_STRIDE=128 EVAL_BATCH_TOKENS=65536 CHECKPOINT_SECONDS=0 HOLDOUT_TOKENS=262144
 }
 
 for name in $parts; do
