@@ -93,7 +93,9 @@ def test_honest_run_passes_every_check(honest, capsys):
     assert check.main([str(honest)]) == 0
     table = " ".join(capsys.readouterr().out.split())
     assert table.endswith("7 of 7 checks pass")
-    assert f"val_bpb {results_of(honest)['val_bpb']:.8f} here" in table
+    (here,) = re.findall(r"val_bpb (\S+) here", table)
+    # Its process has a clean environment, so that other kernels may add up float32 logits there.
+    assert float(here) == pytest.approx(results_of(honest)["val_bpb"], rel=1e-5)
     assert f"= {results_of(honest)['bytes_total']:,} bytes" in table
     assert "ValidationStream.__init__ > read_shards" in table
 

@@ -175,7 +175,8 @@ def test_an_export_says_how_many_batches_all_processes_calibrated_on(
         train_gpt.export(run, train_gpt.make_model(h), train_gpt.TrainingData(h), 0)
         return run.log.lines
 
-    assert "calibration batches: 4, for gradients: 2" in on_ranks(2, export)[0]
+    expected = "scales by sensitivity; calibration batches: 4, for gradients: 2"
+    assert expected in on_ranks(2, export)[0]
 
 
 def test_hessians_are_summed_over_the_processes(on_ranks, settings, random_model, processes):
