@@ -511,6 +511,9 @@ def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> li
         ),
         "RESUME=1 needs RUN_ID, the run to continue": h.resume == "1" and not h.run_id,
         "torchrun's --max-restarts needs RUN_ID, the run to continue": restarts and not h.run_id,
+        "torchrun's --max-restarts must be 0 on several machines, which count them apart": (
+            restarts and int(environment.get("GROUP_WORLD_SIZE") or 1) > 1
+        ),
         "{EVAL_STRIDE} is over {EVAL_SEQ_LEN}": h.eval_stride > h.eval_seq_len,
         "{TRAIN_BATCH_TOKENS} is not a multiple of {TRAIN_SEQ_LEN} times {processes} processes": (
             not h.eval_only and h.train_batch_tokens % (h.train_seq_len * processes)
@@ -4354,7 +4357,8 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     is_finished = saved is not None and saved.finished
     if is_finished:
         metrics = saved.metrics
-        if saved.settings["eval_seq_len"] != h.eval_seq_len:  # scores of other windows
+        scored_in = saved.settings["eval_seq_len"], saved.identity["dtype"]
+        if scored_in != (h.eval_seq_len, run.identity["dtype"]):  # no artifact's score is like them
             metrics = {k: v for k, v in metrics.items() if not re.search("before|holdout", k)}
         candidates = saved.training.get("candidates", {"last": saved.weights})
     else:
@@ -4373,8 +4377,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     if h.max_wallclock_seconds and not h.export_only:
         time_left = h.max_wallclock_seconds - metrics["train_seconds"] - metrics["choice_seconds"]
         time_left -= time.perf_counter() - began  # to write the checkpoint
-    scores = saved.metrics if is_finished else metrics
-    losses = {name: scores.get(f"holdout_loss_{name}", math.nan) for name in candidates}
+    losses = {name: metrics.get(f"holdout_loss_{name}", math.nan) for name in candidates}
     blob, choice = export_best(run, model, data, candidates, losses, metrics["steps"], time_left)
     if run.dist.rank == 0:
         write_file(run.folder / "model.int6.ptz", blob)

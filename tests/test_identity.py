@@ -338,6 +338,27 @@ def test_lost_tokens_and_a_damaged_manifest_are_refused(base, corpus, tmp_path):
         assert problem in refusal(base | {"DATA_PATH": folder})
 
 
+def test_losses_of_other_windows_or_another_type_are_not_compared_with_artifacts(
+    trained, runs, monkeypatch
+):
+    """An export compares each candidate's loss before rounding with an artifact's after it."""
+    compared = []
+
+    def export_best(run, model, data, candidates, losses, *_):
+        compared.append(losses)
+        raise train_gpt.UserError("seen")
+
+    monkeypatch.setattr(train_gpt, "export_best", export_best)
+    export = {"EXPORT_ONLY": 1, "CHECKPOINT_PATH": trained / "checkpoint.pt", "OUTPUT_DIR": runs}
+    for name, changes in (
+        ("alike", {}),
+        ("short", {"EVAL_SEQ_LEN": 16, "EVAL_STRIDE": 8}),
+        ("half", {"DTYPE": "bfloat16"}),
+    ):
+        assert "seen" in refusal(export | {"RUN_ID": name} | changes)
+        assert math.isnan(compared[-1]["last"]) == (name != "alike")
+
+
 def test_a_teacher_after_training_is_refused_and_a_new_run_says_so(unfinished, runs):
     """No step of training would read it; and a mistyped RUN_ID begins another run."""
     settings = {"RUN_ID": unfinished.name, "OUTPUT_DIR": runs}

@@ -331,6 +331,10 @@ SIGNED = "orthogonal,bigram.signs=rademacher"
         ({"MAX_WALLCLOCK_SECONDS": 45}, "GPTQ_RESERVE_SECONDS=45 MAX_WALLCLOCK_SECONDS"),
         ({"EVAL_ONLY": 1}, "EVAL_ONLY=1 MODEL_PATH"),
         ({"MODEL_PATH": "a.ptz"}, "EVAL_ONLY=1 MODEL_PATH"),
+        (
+            {"TORCHELASTIC_MAX_RESTARTS": 3, "GROUP_WORLD_SIZE": 2, "RUN_ID": "a"},
+            "--max-restarts several machines",
+        ),
         ({"CHECKPOINT_PATH": "a.pt"}, "EXPORT_ONLY=1 CHECKPOINT_PATH"),
         ({"LOSS_PER_VALUE": 1e-8, "GPTQ_CALIB_BATCHES": 0}, "LOSS_PER_VALUE RMS"),
         (
