@@ -3102,6 +3102,11 @@ def calibration_batches(
         yield data.sequences(first + i * size, size)[:, :-1].to(dist.device)
 
 
+def for_gradients(batches: list[Tensor]) -> list[Tensor]:
+    """Return the quarter of the batches that gradients take: one takes three times as long."""
+    return batches[: len(batches[::4])]
+
+
 class Calibration(NamedTuple):
     """What calibration text says of a model."""
 
@@ -3125,8 +3130,7 @@ def calibrate(
     hessians = collect_hessians(model, batches, dist)
     if h.quantizer == "rms" or not batches:
         return Calibration(hessians, None)
-    some = batches[: len(batches[::4])]  # a gradient takes three times as long
-    sensitivities, of_embeddings = collect_sensitivities(model, some, dist)
+    sensitivities, of_embeddings = collect_sensitivities(model, for_gradients(batches), dist)
     if not all(each.isfinite().all() for each in sensitivities.values()):
         raise UserError("the loss's sensitivity to the weights is not finite")  # rows of zeros
     return Calibration(hessians | of_embeddings, sensitivities)
@@ -3343,11 +3347,11 @@ def solve_for_bytes(build: Callable[[float], Artifact], target: int, loss: float
     logarithm, so the next artifact lies on the line through the last two. The search ends within
     0.5% under the target, after eight artifacts, or where other scales give the same codes.
     """
-    tried: list[tuple[float, Artifact]] = []  # at which power of two
+    tried: list[Artifact] = []
     power, low, high = math.log2(loss), -math.inf, math.inf  # the answer lies between the bounds
     for _ in range(8):
         artifact = build(2**power)
-        tried.append((power, artifact))
+        tried.append(artifact)
         size = len(artifact.blob)
         if 0.995 * target <= size <= target:
             break
@@ -3355,17 +3359,18 @@ def solve_for_bytes(build: Callable[[float], Artifact], target: int, loss: float
         codes = sum(n for group, n in artifact.sizes.items() if group.endswith("codes"))
         saved = codes / 8  # by twice the loss: half a bit a value, of about four
         if len(tried) > 1:
-            other, before = tried[-2]
+            before = tried[-2]
             if size == len(before.blob):
                 break
             # Near a jump of the bytes, or near the finest scales, the line says nothing.
-            saved = max((len(before.blob) - size) / (power - other), codes / 40)
+            octaves = power - math.log2(before.loss_per_value)
+            saved = max((len(before.blob) - size) / octaves, codes / 40)
         power += min(6.0, max(-6.0, (size - 0.9975 * target) / saved))
         if not low < power < high:
             power = (low + high) / 2
-    found = sorted((artifact for _, artifact in tried), key=lambda artifact: len(artifact.blob))
-    fitting = [artifact for artifact in found if len(artifact.blob) <= target]
-    return fitting[-1] if fitting else found[0]
+    tried.sort(key=lambda artifact: len(artifact.blob))
+    fitting = [artifact for artifact in tried if len(artifact.blob) <= target]
+    return fitting[-1] if fitting else tried[0]
 
 
 def entropy_bytes(codes: Tensor) -> float:
@@ -3441,7 +3446,7 @@ def export(
     h, dist = run.h, run.dist
     batches = list(calibration_batches(h, dist, data, step))
     calibration = calibrate(h, model, dist, batches)
-    number, some = (dist.world_size * len(part) for part in (batches, batches[::4]))
+    number, some = (dist.world_size * len(part) for part in (batches, for_gradients(batches)))
     scales = "root mean squares" if calibration.sensitivities is None else "sensitivity"
     run.log(f"scales by {scales}; calibration batches: {number}, for gradients: {some}")
     if dist.rank:
@@ -4151,9 +4156,9 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         start = time.perf_counter()
         calibration = calibrate(h, trial, dist, some)
         seconds = time.perf_counter() - start
-        # The export takes gradients, three quarters of this time, of every fourth batch.
+        # The export takes gradients, three quarters of this time, of a part of the batches.
         calibration_seconds = seconds * sum(map(len, batches)) / max(sum(map(len, some)), 1)
-        calibration_seconds *= (1 + 3 * len(batches[::4]) / max(len(batches), 1)) / 4
+        calibration_seconds *= (1 + 3 * len(for_gradients(batches)) / max(len(batches), 1)) / 4
         # What the loss feels before training says nothing about what it feels later.
         calibration = calibration._replace(sensitivities=None)
         start = time.perf_counter()
