@@ -647,16 +647,16 @@ def apply_preset(name: str, given: dict[str, Any], errors: list[str]) -> dict[st
 def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any) -> Hyperparameters:
     """Return checked settings: an override, else the variable of its name, else the default.
 
-    Before the defaults come the settings of PRESET, unless the run takes its own from an artifact
-    or a checkpoint. UserError lists every error.
+    Before the defaults come the settings of PRESET. UserError lists every error.
     """
     errors: list[str] = []
     names = [name for name in (*SETTINGS, *ALIASES) if name.upper() in environment]
     overrides = {name: environment[name.upper()] for name in names} | overrides
     overrides = expand_aliases(overrides, errors)
     preset = environment.get("PRESET")
-    brings_settings = any(str(overrides.get(name)) == "1" for name in ("eval_only", "export_only"))
-    if preset and not brings_settings:
+    if preset and "1" in (environment.get("EVAL_ONLY"), environment.get("EXPORT_ONLY")):
+        errors.append(f"PRESET={preset}: artifacts and checkpoints bring their settings; unset it")
+    elif preset:
         overrides = apply_preset(preset, overrides, errors)
     errors += [f"{name}: no such setting" for name in overrides if name not in SETTINGS]
     values = {}
@@ -2199,8 +2199,8 @@ class Distributed:
     """This process among those of the run, and its device. `with` opens the process group."""
 
     def __init__(self, h: Hyperparameters) -> None:
-        self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) if self.world_size > 1 else 0
         self.timeout = datetime.timedelta(seconds=h.timeout_seconds)
         self.h = h
         self.on_cuda = use_cuda(h)
@@ -2607,11 +2607,12 @@ def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dic
         "source": hashlib.sha256(SOURCE).hexdigest(),
         "processes": str(dist.world_size),
         "dtype": str(resolve_dtype(h, dist.on_cuda)),
+        "versions": json.dumps(VERSIONS),
     }
     paths = ("run_id", "output_dir", "distill_from", "model_path", "checkpoint_path", *LOCATIONS)
     settings = h.as_dict() | {name: bool(getattr(h, name)) for name in paths}
     mine = identity | {name.upper(): value for name, value in settings.items()}
-    mine |= {"versions": VERSIONS, "packed code": code_bytes()}
+    mine["packed code"] = code_bytes()
     for name, value in dist.broadcast_object(mine).items():
         if mine[name] != value:
             raise UserError(f"process {dist.rank} has another {name} than process 0")
@@ -4275,10 +4276,10 @@ def log_inputs(run: Run, data: TrainingData, saved: Checkpoint | None) -> None:
         run.log(f"warning: fewer held-out tokens ({held_out}) than EVAL_SEQ_LEN: one window")
     if saved and saved.identity["source"] != run.identity["source"]:
         run.log("warning: the script has changed since the checkpoint was written")
-    for name in ("processes", "dtype"):
+    for name in ("processes", "dtype", "versions"):
         if saved and saved.identity[name] != run.identity[name]:
-            began = f"the run began with {name} {saved.identity[name]}"
-            run.log(f"warning: {began}, it goes on with {run.identity[name]}")
+            before = f"the checkpoint was written with {name} {saved.identity[name]}"
+            run.log(f"warning: {before}, the run goes on with {run.identity[name]}")
 
 
 def train_model(
@@ -4455,6 +4456,7 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "model": f"{h.num_layers} x {h.model_dim}, maps {h.map_basis}, {h.map_adapter}",
         "date": time.strftime("%F"),
         "versions": VERSIONS,
+        "dtype": run.identity["dtype"].removeprefix("torch."),
         "dataset": Path(h.data_path).name,
         "seed": h.seed,
         "val_loss": metrics["val_loss_sliding_window"],

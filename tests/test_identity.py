@@ -115,17 +115,18 @@ def test_a_continued_run_takes_its_own_data_and_names_an_edited_script(unfinishe
     """It is told no path; what wrote the checkpoint was another script and other processes."""
     warnings = (
         "warning: the script has changed since the checkpoint was written",
-        "warning: the run began with processes 2, it goes on with 1",
+        "warning: the checkpoint was written with processes 2, the run goes on with 1",
+        "warning: the checkpoint was written with versions {}, the run goes on with {",
     )
     for name in ("edited", "same"):
         path = shutil.copytree(unfinished, runs / name) / "checkpoint.pt"
         if name == "edited":
             saved = torch.load(path, weights_only=True)
-            saved["identity"] |= {"source": "0" * 64, "processes": "2"}
+            saved["identity"] |= {"source": "0" * 64, "processes": "2", "versions": "{}"}
             saved["settings"]["timeout_seconds"] = 77  # the processes have met without it
             torch.save(saved, path)
         out = run_well({"RUN_ID": name, "OUTPUT_DIR": runs, "ARTIFACT_LIMIT_BYTES": 16_000_000})
-        assert [warning in out for warning in warnings] == [name == "edited"] * 2
+        assert [warning in out for warning in warnings] == [name == "edited"] * 3
         assert "TIMEOUT_SECONDS=77" not in log_of(path.parent)
 
 

@@ -74,9 +74,10 @@ def test_what_the_environment_says_wins(presets, variables, columns):
     assert {name: getattr(h, name) for name in columns} == columns
 
 
-def test_an_artifact_and_a_checkpoint_bring_their_own_settings(presets):
+def test_beside_an_artifact_or_a_checkpoint_a_preset_is_refused(presets):
     for task, path in (("EVAL_ONLY", "MODEL_PATH"), ("EXPORT_ONLY", "CHECKPOINT_PATH")):
-        assert load_settings({"PRESET": "a", task: "1", path: "a"}).num_layers == 11
+        with pytest.raises(UserError, match=r"PRESET=a: .* bring their settings; unset it"):
+            load_settings({"PRESET": "a", task: "1", path: "a"})
 
 
 @pytest.mark.parametrize(
