@@ -415,9 +415,9 @@ UNSUPPORTED_BY_REASON = {
     "a cache of hidden states gives no distribution that is fixed before scoring": "KNN_LAMBDA=0",
     "its probabilities sum to over 1": "NGRAM_EVAL=0",
     "MAP_BASIS chooses another basis than orthogonal": "RAND_INIT_QR=1",
-    "RECUR_TIMES counts every pass, NUM_LOOPS=2 is RECUR_TIMES=3": "NUM_LOOPS=2",
+    "RECUR_TIMES counts every pass, NUM_LOOPS=2 is RECUR_TIMES=3": "NUM_LOOPS=0",
     "it belongs in a preset's file": "PRESET_BASE TEACHER_PRESET",
-    "set RECUR_LAYERS, such as 3-5": "LOOP_START=3 LOOP_END=5",
+    "set RECUR_LAYERS, such as 3-5": "LOOP_START LOOP_END",
     "set XSA_LAST_N": "XSA_LAYERS",
     "set DATA_PATH and TOKENIZER_PATH": "DATA_DIR=./data/,./data",
     "set EVAL_BATCH_TOKENS": "EVAL_BATCH_SEQS=256 VAL_BATCH_SIZE=524288 VAL_BATCH_TOKENS=524288",
@@ -528,6 +528,9 @@ def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> li
             h.loss_per_value != SETTINGS["loss_per_value"].default and not has_sensitivities
         ),
         "EVAL_ONLY=1 and EXPORT_ONLY=1 are two tasks": h.eval_only and h.export_only,
+        "PRESET has no place beside EVAL_ONLY and EXPORT_ONLY, which bring settings": (
+            environment.get("PRESET") and (h.eval_only or h.export_only)
+        ),
         "EVAL_ONLY=1 and MODEL_PATH, the artifact, need each other": (
             h.eval_only != bool(h.model_path)
         ),
@@ -654,9 +657,7 @@ def load_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
     overrides = {name: environment[name.upper()] for name in names} | overrides
     overrides = expand_aliases(overrides, errors)
     preset = environment.get("PRESET")
-    if preset and "1" in (environment.get("EVAL_ONLY"), environment.get("EXPORT_ONLY")):
-        errors.append(f"PRESET={preset}: artifacts and checkpoints bring their settings; unset it")
-    elif preset:
+    if preset:
         overrides = apply_preset(preset, overrides, errors)
     errors += [f"{name}: no such setting" for name in overrides if name not in SETTINGS]
     values = {}
@@ -2199,7 +2200,7 @@ class Distributed:
     """This process among those of the run, and its device. `with` opens the process group."""
 
     def __init__(self, h: Hyperparameters) -> None:
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.world_size = int(os.environ.get("WORLD_SIZE") or 1)
         self.rank = int(os.environ.get("RANK", 0)) if self.world_size > 1 else 0
         self.timeout = datetime.timedelta(seconds=h.timeout_seconds)
         self.h = h
@@ -2612,7 +2613,7 @@ def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dic
     paths = ("run_id", "output_dir", "distill_from", "model_path", "checkpoint_path", *LOCATIONS)
     settings = h.as_dict() | {name: bool(getattr(h, name)) for name in paths}
     mine = identity | {name.upper(): value for name, value in settings.items()}
-    mine["packed code"] = code_bytes()
+    mine |= {"packed code": code_bytes(), "kind of device": dist.device.type}
     for name, value in dist.broadcast_object(mine).items():
         if mine[name] != value:
             raise UserError(f"process {dist.rank} has another {name} than process 0")
@@ -4277,8 +4278,8 @@ def log_inputs(run: Run, data: TrainingData, saved: Checkpoint | None) -> None:
     if saved and saved.identity["source"] != run.identity["source"]:
         run.log("warning: the script has changed since the checkpoint was written")
     for name in ("processes", "dtype", "versions"):
-        if saved and saved.identity[name] != run.identity[name]:
-            before = f"the checkpoint was written with {name} {saved.identity[name]}"
+        if saved and saved.identity.get(name) != run.identity[name]:
+            before = f"the checkpoint was written with {name} {saved.identity.get(name)}"
             run.log(f"warning: {before}, the run goes on with {run.identity[name]}")
 
 
@@ -4363,7 +4364,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     is_finished = saved is not None and saved.finished
     if is_finished:
         metrics = saved.metrics
-        scored_in = saved.settings["eval_seq_len"], saved.identity["dtype"]
+        scored_in = saved.settings["eval_seq_len"], saved.identity.get("dtype")
         if scored_in != (h.eval_seq_len, run.identity["dtype"]):  # no artifact's score is like them
             metrics = {k: v for k, v in metrics.items() if not re.search("before|holdout", k)}
         candidates = saved.training.get("candidates", {"last": saved.weights})
@@ -4456,7 +4457,7 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         "model": f"{h.num_layers} x {h.model_dim}, maps {h.map_basis}, {h.map_adapter}",
         "date": time.strftime("%F"),
         "versions": VERSIONS,
-        "dtype": run.identity["dtype"].removeprefix("torch."),
+        "eval_dtype": run.identity["dtype"].removeprefix("torch."),
         "dataset": Path(h.data_path).name,
         "seed": h.seed,
         "val_loss": metrics["val_loss_sliding_window"],

@@ -76,7 +76,7 @@ def test_what_the_environment_says_wins(presets, variables, columns):
 
 def test_beside_an_artifact_or_a_checkpoint_a_preset_is_refused(presets):
     for task, path in (("EVAL_ONLY", "MODEL_PATH"), ("EXPORT_ONLY", "CHECKPOINT_PATH")):
-        with pytest.raises(UserError, match=r"PRESET=a: .* bring their settings; unset it"):
+        with pytest.raises(UserError, match="PRESET has no place beside EVAL_ONLY"):
             load_settings({"PRESET": "a", task: "1", path: "a"})
 
 
