@@ -58,7 +58,7 @@ import sys
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -840,6 +840,10 @@ class Role(enum.Enum):
 
 StoredTensors = dict[str, "QuantizedTensor | Tensor"]  # by name, as the artifact holds them
 Quantizers = Mapping[Role, "Quantizer"]
+# It yields quantizer, matrix and Hessian, gets codes for them, and returns what a module stores.
+Quantization = Generator[
+    tuple["Quantizer", Tensor, "Tensor | None"], "QuantizedTensor", StoredTensors
+]
 Pointwise = Callable[[Tensor], Tensor] | None
 
 
@@ -848,13 +852,13 @@ class QuantizedModule(nn.Module):
 
     roles: ClassVar[dict[str, Role]] = {}
 
-    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
-        """Return the codes of each tensor in `roles`, for inputs x by `hessian` Σ x xᵀ (in, in)."""
-        return {
-            name: quantizers[role].quantize(getattr(self, name), hessian)
-            for name, role in self.roles.items()
-            if isinstance(getattr(self, name, None), nn.Parameter)
-        }
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> Quantization:
+        """Ask for codes of the tensors in `roles`, for inputs x by `hessian` Σ x xᵀ (in, in)."""
+        codes = {}
+        for name, role in self.roles.items():
+            if isinstance(getattr(self, name, None), nn.Parameter):
+                codes[name] = yield quantizers[role], getattr(self, name), hessian
+        return codes
 
 
 class Adapter(QuantizedModule):
@@ -885,15 +889,14 @@ class LoRA(Adapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
 
-    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> Quantization:
         """Quantize B against its inputs x, then A against its own inputs x B̂ᵀ."""
-        quantizer = quantizers[Role.FACTOR]
-        b_codes = quantizer.quantize(self.B, hessian)
-        a_hessian = None
+        b_codes = yield quantizers[Role.FACTOR], self.B, hessian
         if hessian is not None:
             b = b_codes.dequantize().double()
-            a_hessian = b @ hessian.double() @ b.T
-        return {"B": b_codes, "A": quantizer.quantize(self.A, a_hessian)}
+            hessian = b @ hessian.double() @ b.T
+        a_codes = yield quantizers[Role.FACTOR], self.A, hessian
+        return {"B": b_codes, "A": a_codes}
 
 
 class RankStabilizedLoRA(LoRA):
@@ -947,7 +950,7 @@ class Sparse(Adapter):
     def correction(self, weight: Tensor) -> Tensor:
         return torch.zeros_like(weight).scatter(1, self.support, self.values.to(weight.dtype))
 
-    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> Quantization:
         return super().quantize(quantizers, None)  # each row has inputs of its own
 
 
@@ -971,7 +974,8 @@ class Mask(Adapter):
         bits = (self.scores > 0).to(weight.dtype) + (soft - soft.detach()).to(weight.dtype)
         return weight * (math.sqrt(2) * bits - 1)
 
-    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> Quantization:
+        yield from ()
         return {"scores": self.scores.data > 0}
 
 
@@ -1012,13 +1016,13 @@ class SharedMatrices(QuantizedModule):
     def weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.roles]
 
-    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> StoredTensors:
+    def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> Quantization:
         """Quantize each matrix against its own Hessian; `hessian` is (count, in, in)."""
         hessians = [None] * len(self.roles) if hessian is None else hessian
-        return {
-            name: quantizers[role].quantize(getattr(self, name), own)
-            for (name, role), own in zip(self.roles.items(), hessians, strict=True)
-        }
+        codes = {}
+        for (name, role), own in zip(self.roles.items(), hessians, strict=True):
+            codes[name] = yield quantizers[role], getattr(self, name), own
+        return codes
 
 
 def initial_weight(spec: MapSpec) -> Tensor:
@@ -2796,21 +2800,58 @@ class WeightAverages:
 
 
 class QuantizedTensor(NamedTuple):
-    """A quantized matrix: value = code · scale of the row · scale of the column.
+    """A quantized matrix: value = level of the code · scale of the row · scale of the column.
 
-    A scale is 2^((exponent - 160) / 8); exponent 0 is a scale of 0.
+    A scale is 2^((exponent - 160) / 8); exponent 0 is a scale of 0. The codes of a row lead through
+    the states of a trellis, from state 0 on. In an even state a code's level is the code itself, in
+    an odd one it is half a unit nearer to zero: so levels lie twice as close as codes tell apart
+    (trellis-coded quantization, Marcellin and Fischer 1990, as in the video codec VVC).
     """
 
     codes: Tensor  # (rows, columns) int8
     exponents: Tensor  # (rows,) uint8
     column_exponents: Tensor | None = None  # (columns,) uint8; None: every column's scale is 1
+    states: int = 1  # of the trellis
+
+    def levels(self) -> Tensor:
+        """Return what the codes stand for, (rows, columns) float64."""
+        if self.states == 1:
+            return self.codes.double()
+        state = torch.zeros_like(self.codes[:, 0], dtype=torch.int64)
+        levels = []
+        for codes in self.codes.unbind(1):
+            levels.append(codes - codes.sign() * (state & 1) / 2)
+            state = next_state(state, codes, self.states)
+        return torch.stack(levels, 1).double()
 
     def dequantize(self) -> Tensor:
         """Return the values, (rows, columns) float32."""
-        values = self.codes * scales_of(self.exponents)[..., None]
+        values = self.levels() * scales_of(self.exponents)[..., None]
         if self.column_exponents is not None:
             values *= scales_of(self.column_exponents)
         return values.float()
+
+
+TRELLIS_STATES = 8
+
+
+def next_state(state: Tensor, codes: Tensor, states: int) -> Tensor:
+    """Return the state of the trellis after a code of each row, int64 (rows,).
+
+    It is Ungerboeck's of 8 states (1982): a shift register that the parity of the codes feeds. A
+    trellis of one state stays in it.
+    """
+    return ((state >> 1) ^ (5 * (state & 1)) ^ (2 * (codes & 1))) % states
+
+
+def codes_of_levels(levels: Tensor, states: int) -> Tensor:
+    """Return the codes of levels, (..., rows, columns) int8; rounding errors do no harm."""
+    state = torch.zeros_like(levels[..., 0], dtype=torch.int64)
+    codes = []
+    for level in (levels * 2).round().div(2).unbind(-1):
+        codes.append((level + level.sign() * (state & 1) / 2).to(torch.int8))
+        state = next_state(state, codes[-1], states)
+    return torch.stack(codes, -1)
 
 
 def scales_of(exponents: Tensor) -> Tensor:
@@ -2833,6 +2874,10 @@ class Quantizer:
     clip_sigmas: float
     prune_fraction: float = 0.0
 
+    STATES: ClassVar = 1  # of the trellis
+    DEAD_ZONE: ClassVar = 0.0  # of a scale: how much nearer a larger code must be
+    WINDOW: ClassVar = 24  # columns after which all paths of codes have the same beginning
+
     @property
     def largest(self) -> int:
         return 2 ** (self.bits - 1) - 1
@@ -2852,10 +2897,6 @@ class Quantizer:
         rms = w.double().square().mean(-1).sqrt()
         return scale_exponents(rms * self.clip_sigmas / self.largest)
 
-    def nearest(self, w: Tensor) -> Tensor:
-        """Return codes of w, which is in units of the rows' scales."""
-        return w.round().clamp_(-self.largest, self.largest)
-
     def prune(self, w: Tensor) -> Tensor:
         """Return w (..., rows, columns) with the smallest values of each matrix set to zero."""
         count = int(w.size(-2) * w.size(-1) * self.prune_fraction)
@@ -2864,58 +2905,109 @@ class Quantizer:
         threshold = w.abs().flatten(-2).kthvalue(count).values[..., None, None]
         return w * (w.abs() > threshold)
 
+    def nearest(self, w: Tensor) -> QuantizedTensor:
+        """Quantize w (..., rows, columns) to the nearest codes."""
+        exponents = self.exponents(w)
+        in_scales = w.double() / scales_of(exponents)[..., None].clamp(min=1e-30)
+        codes = in_scales.round().clamp_(-self.largest, self.largest) * (self.prune(w) != 0)
+        return QuantizedTensor(codes.to(torch.int8), exponents)
+
     @torch.no_grad()
-    def quantize(self, w: Tensor, hessian: Tensor | None = None) -> QuantizedTensor:
-        """Quantize w (..., rows, columns).
+    def quantize(self, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> list[QuantizedTensor]:
+        """Quantize each matrix w (rows, columns), all of one shape at the same time.
 
-        With `hessian` Σ x xᵀ (columns, columns) the codes keep w x near (GPTQ, arXiv:2210.17323),
-        for one matrix; without it they are the nearest ones.
+        With its Hessian Σ x xᵀ (columns, columns) the codes keep w x near (GPTQ, arXiv:2210.17323).
         """
-        kept = self.prune(w) != 0
-        if hessian is None:
-            exponents = self.exponents(w)
-            in_scales = w.double() / scales_of(exponents)[..., None].clamp(min=1e-30)
-            codes = self.nearest(in_scales) * kept
-            return QuantizedTensor(codes.to(torch.int8), exponents)
-        order = hessian.diagonal().argsort(descending=True)  # the most important columns first
-        back = order.argsort()
-        factor, curvature = gptq_factor(hessian.double()[order][:, order])
-        column_exponents = self.column_exponents(len(w), curvature[back])
-        column_scales = torch.ones_like(curvature)
-        if column_exponents is not None:
-            column_scales = scales_of(column_exponents)
-        remaining = (curvature[back] * column_scales.square()).mean().item()
-        exponents = self.exponents(w, column_scales, remaining)
-        in_scales = w.double() / column_scales / scales_of(exponents)[:, None].clamp(min=1e-30)
-        factor = factor / column_scales[order]  # the factor of the inputs times their scales
-        codes = self._gptq(in_scales[:, order], kept[:, order], factor)[:, back]
-        return QuantizedTensor(codes.to(torch.int8), exponents, column_exponents)
+        found = []
+        by_shape: dict[torch.Size, list[tuple[int, tuple[Tensor, Tensor, Tensor]]]] = {}
+        for i, (w, hessian) in enumerate(matrices):
+            if hessian is None and self.STATES == 1:
+                found.append(self.nearest(w))
+                continue
+            if hessian is None:
+                hessian = torch.eye(w.size(1), device=w.device)
+            factor, curvature = gptq_factor(hessian.double())
+            column_exponents = self.column_exponents(len(w), curvature)
+            column_scales = torch.ones_like(curvature)
+            if column_exponents is not None:
+                column_scales = scales_of(column_exponents)
+            remaining = (curvature * column_scales.square()).mean().item()
+            exponents = self.exponents(w, column_scales, remaining)
+            in_scales = w.double() / column_scales / scales_of(exponents)[:, None].clamp(min=1e-30)
+            # The factor of the inputs times their scales.
+            problem = in_scales, self.prune(w) != 0, factor / column_scales
+            by_shape.setdefault(w.shape, []).append((i, problem))
+            found.append(QuantizedTensor(w, exponents, column_exponents, self.STATES))
+        for problems in by_shape.values():
+            places, parts = zip(*problems, strict=True)
+            codes = self._gptq(*map(torch.stack, zip(*parts, strict=True)))
+            for i, each in zip(places, codes, strict=True):
+                found[i] = found[i]._replace(codes=each)
+        return found
 
-    def _gptq(self, w: Tensor, kept: Tensor, factor: Tensor, block: int = 128) -> Tensor:
-        """Round column by column; the columns that are left make up for each error.
+    def _gptq(self, w: Tensor, kept: Tensor, factor: Tensor) -> Tensor:
+        """Choose codes column by column; the columns that are left make up for each error.
 
-        w (rows, columns) is float64 in units of the scales; codes must be 0 where `kept` is False;
-        `factor` (columns, columns) is that of gptq_factor.
+        For each state of the trellis a row keeps the cheapest codes that lead into it, a path, with
+        the errors of its own (Viterbi's algorithm). What the cheapest path of a row has WINDOW
+        columns before is final: paths with another code there end. With one state this is plain
+        GPTQ.
+
+        w (count, rows, columns) is float64 in units of the scales; codes must be 0 where `kept` is
+        False; `factor` (count, columns, columns) is that of gptq_factor.
         """
-        codes = torch.empty_like(w)
-        for begin in range(0, w.size(1), block):
-            end = min(begin + block, w.size(1))
-            errors = torch.empty_like(w[:, begin:end])
-            for j in range(begin, end):
-                codes[:, j] = self.nearest(w[:, j]).mul_(kept[:, j])
-                error = (w[:, j] - codes[:, j]).div_(factor[j, j])
-                w[:, j:end].addr_(error, factor[j, j:end], alpha=-1)
-                errors[:, j - begin] = error
-            w[:, end:] -= errors @ factor[begin:end, end:]
-        return codes
+        count, rows, columns = w.shape
+        lanes = count * rows
+        lane = torch.arange(lanes, device=w.device).view(count, rows)
+        parity = torch.arange(2, device=w.device)[:, None, None]
+        state = torch.arange(self.STATES, device=w.device)[:, None, None, None]
+        # Of all pairs of a state and the parity of a code, the two that lead into each state.
+        into = next_state(state, parity, self.STATES).flatten().argsort(stable=True).view(-1, 2)
+        half = (state & 1) / 2
+        zero, most = torch.zeros_like(parity), (self.largest - parity) // 2
+        diagonal = factor.diagonal(dim1=1, dim2=2)
+        weights = diagonal.pow(-2).t()[..., None]  # (columns, count, 1)
+        factor = factor / diagonal[..., None]
+        costs = w.new_full((self.STATES, count, rows), math.inf)  # of each path
+        costs[0] = 0
+        window = min(self.WINDOW, columns)
+        paths = w.new_zeros(*costs.shape, window)  # their last errors
+        ring = torch.zeros(window, dtype=torch.int64, device=w.device)  # the columns of these
+        errors = torch.zeros_like(w)
+        for j in range(columns):
+            slot, last = j % window, max(j - window, 0)  # the columns before `last` are final
+            target = w[..., j] - (errors[..., :last] @ factor[:, :last, j, None])[..., 0]
+            target = (target - (paths * factor[:, None, ring, j]).sum(-1))[:, None]
+            size = target.abs()
+            # The nearest code of each parity, (states, 2, count, rows).
+            found = (size + (half - parity - self.DEAD_ZONE)).div(2).round().clamp(zero, most)
+            found = (found * 2 + parity) * kept[..., j]
+            error = size - (found - half).clamp(min=0)
+            cost = error.square().add(found, alpha=2 * self.DEAD_ZONE) * weights[j]
+            cost = cost.where(kept[..., j] | (parity == 0), math.inf)
+            costs, choice = (costs[:, None] + cost).flatten(0, 1)[into].min(1)
+            origin = into[state[:, 0], choice]  # (states, count, rows)
+            before = (origin // 2 * lanes + lane).flatten()
+            paths = paths.view(-1, window).index_select(0, before).view_as(paths)
+            if j >= window:
+                final = paths[..., slot].gather(0, costs.min(0, keepdim=True).indices)
+                costs = costs.masked_fill(paths[..., slot] != final, math.inf)
+                errors[..., last] = final[0]
+            latest = (error * torch.ones_like(target).copysign(target)).view(-1, lanes)
+            paths[..., slot] = latest[origin, lane]
+            ring[slot] = j
+        best = costs.min(0, keepdim=True).indices[..., None].expand(-1, -1, -1, window)
+        errors[..., ring] = paths.gather(0, best)[0]
+        return codes_of_levels(w - errors @ factor, self.STATES)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SensitivityQuantizer(Quantizer):
     """Quantization in which rounding costs the same for every value: `loss_per_value` nats a token.
 
-    An error is uniform within a scale s and costs s²/24 times the curvature of the loss, and four
-    times as much for every bit less: so the loss is least where that cost is equal everywhere.
+    An error has a mean square of s²/16 for a scale s, costs half of that times the curvature of the
+    loss, and four times as much for every bit less: so the loss is least where that cost is equal
+    everywhere.
     """
 
     bits: int = 8
@@ -2923,8 +3015,9 @@ class SensitivityQuantizer(Quantizer):
     sensitivities: Mapping[nn.Parameter, Tensor] = dataclasses.field(default_factory=dict)
     loss_per_value: float = 0.0
 
+    STATES: ClassVar = TRELLIS_STATES
     # Both are measured in bench/results/quantize.md.
-    DEAD_ZONE: ClassVar = 0.08  # of a scale
+    DEAD_ZONE: ClassVar = 0.025
     # 0.5 would make every column cost the same, if its curvature were known exactly.
     COLUMN_POWER: ClassVar = 0.35
 
@@ -2941,17 +3034,12 @@ class SensitivityQuantizer(Quantizer):
     ) -> Tensor:
         """Return the exponents of the rows of a parameter w (rows, columns), (rows,) uint8."""
         curvature = remaining * self.sensitivities[w].double()
-        scale = (24 * self.loss_per_value / curvature.clamp(min=1e-30)).sqrt()
+        scale = (32 * self.loss_per_value / curvature.clamp(min=1e-30)).sqrt()
         # Rows that matter alike take the next exponent one by one: the bytes change smoothly.
         scale = scale * torch.exp2((0.618 * torch.arange(len(w), device=w.device) % 1 - 0.5) / 8)
         largest = (w.double() / column_scales).abs().amax(-1)
         finest = 1.2 * largest / self.largest  # nothing is clipped, whatever GPTQ adds to it
         return scale_exponents(scale.maximum(finest) * (largest > 0))
-
-    def nearest(self, w: Tensor) -> Tensor:
-        """Return codes of w; of two that are about as near, the smaller takes fewer bits."""
-        codes = torch.copysign((w.abs() + (0.5 - self.DEAD_ZONE)).floor(), w)
-        return codes.clamp_(-self.largest, self.largest)
 
 
 def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -2988,7 +3076,7 @@ def weights_as_stored(groups: RoleGroups, quantizers: Quantizers) -> Iterator[No
     stored = [p for tensors in by_shape.values() for p in tensors]
     masters = [p.clone() for p in stored]
     for (quantizer, _), tensors in by_shape.items():  # a batch per shape, not one by one
-        values = quantizer.quantize(torch.stack(tensors)).dequantize()
+        values = quantizer.nearest(torch.stack(tensors)).dequantize()
         torch._foreach_copy_(tensors, values.unbind())
     try:
         yield
@@ -3140,7 +3228,7 @@ def calibrate(
 
 # ---- Artifact ----------------------------------------------------------------------------------
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 6
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 7
 BLOCK_BYTES = 2**22  # a group is compressed in blocks of this size, all at the same time
 # How a model was scored; an evaluation of its artifact scores it in the same way unless asked.
 SCORING = ("eval_seq_len", "eval_stride", "eval_mode", "eval_batch_tokens")
@@ -3163,14 +3251,15 @@ VERSIONS = {
 def stored_values(kind: str, tensor: QuantizedTensor | Tensor) -> dict[str, Tensor]:
     """Return group name -> values of one tensor; `kind` is the last word of its name."""
     if isinstance(tensor, QuantizedTensor):
-        codes, exponents, column_exponents = tensor
+        codes, exponents, column_exponents, states = tensor
         # Codes of like spread lie together, which brotli compresses 2% better.
         codes = codes[exponents.argsort(stable=True)]
         scales = {f"{kind} exponents": exponents}
         if column_exponents is not None:
             codes = codes[:, column_exponents.argsort(stable=True)]
             scales[f"{kind} columns"] = column_exponents
-        return {f"{kind} codes": codes} | scales
+        words = "codes" if states == 1 else "trellis codes"
+        return {f"{kind} {words}": codes} | scales
     if tensor.dtype is torch.bool:
         bits = np.packbits(tensor.cpu().numpy())
         return {f"{kind} bits": torch.from_numpy(bits)}
@@ -3300,7 +3389,8 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
         if exponents:  # undo the order in which stored_values stores codes
             rows, *columns = [scale.argsort(stable=True).argsort() for scale in exponents]
             values = values[rows][:, columns[0]] if columns else values[rows]
-            values = QuantizedTensor(values, *exponents).dequantize()
+            states = TRELLIS_STATES if "trellis" in groups[0].split() else 1
+            values = QuantizedTensor(values, *exponents, states=states).dequantize()
         if not values.isfinite().all():
             raise ValueError(f"{name} is not finite")
         yield name, values.float()
@@ -3313,10 +3403,21 @@ def quantize_model(
 ) -> StoredTensors:
     """Return everything that is learned as it is stored."""
     tensors: StoredTensors = dict(model.state_dict())
-    for prefix, module in model.named_modules():
-        if isinstance(module, QuantizedModule):
-            codes = module.quantize(quantizers, hessians.get(module))
-            tensors |= {f"{prefix}.{name}": value for name, value in codes.items()}
+    modules = [(p, m) for p, m in model.named_modules() if isinstance(m, QuantizedModule)]
+    asking = {prefix: m.quantize(quantizers, hessians.get(m)) for prefix, m in modules}
+    answers: dict[str, QuantizedTensor | None] = dict.fromkeys(asking)
+    while answers:  # what all modules ask for now is computed together
+        requests: dict[Quantizer, dict[str, tuple[Tensor, Tensor | None]]] = {}
+        for prefix, answer in answers.items():
+            try:
+                quantizer, w, hessian = asking[prefix].send(answer)
+            except StopIteration as end:
+                tensors |= {f"{prefix}.{name}": value for name, value in end.value.items()}
+            else:
+                requests.setdefault(quantizer, {})[prefix] = w, hessian
+        answers = {}
+        for quantizer, matrices in requests.items():
+            answers |= zip(matrices, quantizer.quantize([*matrices.values()]), strict=True)
     return tensors
 
 
@@ -4165,7 +4266,7 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         calibration = calibration._replace(sensitivities=None)
         start = time.perf_counter()
         blob = dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
-        build_seconds = time.perf_counter() - start
+        build_seconds = 2 * (time.perf_counter() - start)  # a trellis of 8 states takes longer
         run.log(f"projected artifact {describe_size(h, len(blob))}")
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)

@@ -372,7 +372,7 @@ def bomb_in_block(container: Container) -> bytes:
 NOT_FINITE = brotli.compress(np.array([1, np.nan], "<f2").tobytes())
 # Name -> artifact that somebody made on purpose, with a right checksum, of a sound one's parts.
 FORGED: dict[str, Callable[[Container], bytes]] = {
-    "another version": lambda c: sealed(c.blob()[:8] + b"\x07" + c.blob()[9:-32]),
+    "another version": lambda c: sealed(c.blob()[:8] + b"\xff" + c.blob()[9:-32]),
     "a bomb for a header": lambda c: c.blob(text=bomb()),
     "a bomb for a block": bomb_in_block,
     "1 KB that asks for 100 GB": lambda c: with_table(c, [160_000] * 2, "x codes", b"\x06"),
