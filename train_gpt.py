@@ -975,7 +975,7 @@ class Mask(Adapter):
         return weight * (math.sqrt(2) * bits - 1)
 
     def quantize(self, quantizers: Quantizers, hessian: Tensor | None) -> Quantization:
-        yield from ()
+        yield from ()  # a generator as the others are, which asks for nothing
         return {"scores": self.scores.data > 0}
 
 
@@ -2804,7 +2804,8 @@ class QuantizedTensor(NamedTuple):
 
     A scale is 2^((exponent - 160) / 8); exponent 0 is a scale of 0. The codes of a row lead through
     the states of a trellis, from state 0 on. In an even state a code's level is the code itself, in
-    an odd one it is half a unit nearer to zero: so levels lie twice as close as codes tell apart
+    an odd one it is half a unit nearer to zero; code 0 always stands for 0. So a row can reach
+    levels half a unit apart, though in each state its codes tell only whole units apart
     (trellis-coded quantization, Marcellin and Fischer 1990, as in the video codec VVC).
     """
 
@@ -2838,20 +2839,10 @@ TRELLIS_STATES = 8
 def next_state(state: Tensor, codes: Tensor, states: int) -> Tensor:
     """Return the state of the trellis after a code of each row, int64 (rows,).
 
-    It is Ungerboeck's of 8 states (1982): a shift register that the parity of the codes feeds. A
-    trellis of one state stays in it.
+    The trellis of 8 states is Ungerboeck's (1982): a shift register that the parity of the codes
+    feeds. A trellis of one state stays in it.
     """
     return ((state >> 1) ^ (5 * (state & 1)) ^ (2 * (codes & 1))) % states
-
-
-def codes_of_levels(levels: Tensor, states: int) -> Tensor:
-    """Return the codes of levels, (..., rows, columns) int8; rounding errors do no harm."""
-    state = torch.zeros_like(levels[..., 0], dtype=torch.int64)
-    codes = []
-    for level in (levels * 2).round().div(2).unbind(-1):
-        codes.append((level + level.sign() * (state & 1) / 2).to(torch.int8))
-        state = next_state(state, codes[-1], states)
-    return torch.stack(codes, -1)
 
 
 def scales_of(exponents: Tensor) -> Tensor:
@@ -2866,7 +2857,7 @@ def scale_exponents(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, exponent, 0).to(torch.uint8)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Quantizer:
     """Symmetric quantization: the largest code of a row stands for `clip_sigmas` times its RMS."""
 
@@ -2875,8 +2866,8 @@ class Quantizer:
     prune_fraction: float = 0.0
 
     STATES: ClassVar = 1  # of the trellis
-    DEAD_ZONE: ClassVar = 0.0  # of a scale: how much nearer a larger code must be
-    WINDOW: ClassVar = 24  # columns after which all paths of codes have the same beginning
+    DEAD_ZONE: ClassVar = 0.0  # of a scale: how far the border of two codes moves to the larger
+    WINDOW: ClassVar = 24  # columns after which a code is final
 
     @property
     def largest(self) -> int:
@@ -2918,12 +2909,8 @@ class Quantizer:
 
         With its Hessian Σ x xᵀ (columns, columns) the codes keep w x near (GPTQ, arXiv:2210.17323).
         """
-        found = []
-        by_shape: dict[torch.Size, list[tuple[int, tuple[Tensor, Tensor, Tensor]]]] = {}
+        by_shape: dict[torch.Size, list[tuple]] = {}
         for i, (w, hessian) in enumerate(matrices):
-            if hessian is None and self.STATES == 1:
-                found.append(self.nearest(w))
-                continue
             if hessian is None:
                 hessian = torch.eye(w.size(1), device=w.device)
             factor, curvature = gptq_factor(hessian.double())
@@ -2936,22 +2923,22 @@ class Quantizer:
             in_scales = w.double() / column_scales / scales_of(exponents)[:, None].clamp(min=1e-30)
             # The factor of the inputs times their scales.
             problem = in_scales, self.prune(w) != 0, factor / column_scales
-            by_shape.setdefault(w.shape, []).append((i, problem))
-            found.append(QuantizedTensor(w, exponents, column_exponents, self.STATES))
+            by_shape.setdefault(w.shape, []).append((i, exponents, column_exponents, *problem))
+        found = {}
         for problems in by_shape.values():
-            places, parts = zip(*problems, strict=True)
-            codes = self._gptq(*map(torch.stack, zip(*parts, strict=True)))
-            for i, each in zip(places, codes, strict=True):
-                found[i] = found[i]._replace(codes=each)
-        return found
+            places, exponents, column_exponents, *parts = zip(*problems, strict=True)
+            codes = self._gptq(*map(torch.stack, parts))
+            for i, *each in zip(places, codes, exponents, column_exponents, strict=True):
+                found[i] = QuantizedTensor(*each, self.STATES)
+        return [found[i] for i in range(len(matrices))]
 
     def _gptq(self, w: Tensor, kept: Tensor, factor: Tensor) -> Tensor:
         """Choose codes column by column; the columns that are left make up for each error.
 
         For each state of the trellis a row keeps the cheapest codes that lead into it, a path, with
-        the errors of its own (Viterbi's algorithm). What the cheapest path of a row has WINDOW
-        columns before is final: paths with another code there end. With one state this is plain
-        GPTQ.
+        the errors of its own (Viterbi's algorithm). After WINDOW more columns a code is final: the
+        row takes that of its cheapest path, and drops the paths that differ there. With one state
+        this is plain GPTQ.
 
         w (count, rows, columns) is float64 in units of the scales; codes must be 0 where `kept` is
         False; `factor` (count, columns, columns) is that of gptq_factor.
@@ -2961,10 +2948,10 @@ class Quantizer:
         lane = torch.arange(lanes, device=w.device).view(count, rows)
         parity = torch.arange(2, device=w.device)[:, None, None]
         state = torch.arange(self.STATES, device=w.device)[:, None, None, None]
-        # Of all pairs of a state and the parity of a code, the two that lead into each state.
+        # Row t has the two pairs, 2 · state + parity of the code, that lead into state t.
         into = next_state(state, parity, self.STATES).flatten().argsort(stable=True).view(-1, 2)
         half = (state & 1) / 2
-        zero, most = torch.zeros_like(parity), (self.largest - parity) // 2
+        most = (self.largest - parity) // 2
         diagonal = factor.diagonal(dim1=1, dim2=2)
         weights = diagonal.pow(-2).t()[..., None]  # (columns, count, 1)
         factor = factor / diagonal[..., None]
@@ -2980,8 +2967,10 @@ class Quantizer:
             target = (target - (paths * factor[:, None, ring, j]).sum(-1))[:, None]
             size = target.abs()
             # The nearest code of each parity, (states, 2, count, rows).
-            found = (size + (half - parity - self.DEAD_ZONE)).div(2).round().clamp(zero, most)
-            found = (found * 2 + parity) * kept[..., j]
+            found = (size + (half - parity - self.DEAD_ZONE)).div(2).round().clamp(min=0)
+            found = (found.minimum(most) * 2 + parity) * kept[..., j]
+            # In an odd state 0 may be nearer than 1.5, the next level of an even code.
+            found[1::2, :1] *= size[1::2] > (2.25 + 4 * self.DEAD_ZONE) / 3
             error = size - (found - half).clamp(min=0)
             cost = error.square().add(found, alpha=2 * self.DEAD_ZONE) * weights[j]
             cost = cost.where(kept[..., j] | (parity == 0), math.inf)
@@ -2993,21 +2982,23 @@ class Quantizer:
                 final = paths[..., slot].gather(0, costs.min(0, keepdim=True).indices)
                 costs = costs.masked_fill(paths[..., slot] != final, math.inf)
                 errors[..., last] = final[0]
-            latest = (error * torch.ones_like(target).copysign(target)).view(-1, lanes)
+            latest = error.where(target >= 0, -error).view(-1, lanes)
             paths[..., slot] = latest[origin, lane]
             ring[slot] = j
         best = costs.min(0, keepdim=True).indices[..., None].expand(-1, -1, -1, window)
         errors[..., ring] = paths.gather(0, best)[0]
-        return codes_of_levels(w - errors @ factor, self.STATES)
+        # A code is its level rounded away from zero: only odd states have halves.
+        halves = ((w - errors @ factor) * 2).round()  # without the rounding errors of the product
+        return ((halves.abs() / 2).ceil() * halves.sign()).to(torch.int8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SensitivityQuantizer(Quantizer):
     """Quantization in which rounding costs the same for every value: `loss_per_value` nats a token.
 
-    An error has a mean square of s²/16 for a scale s, costs half of that times the curvature of the
-    loss, and four times as much for every bit less: so the loss is least where that cost is equal
-    everywhere.
+    At a scale s the mean squared error is about s²/16 (measured; s²/12 without a trellis). It costs
+    half of that times the curvature of the loss. A bit less makes it four times as large, so the
+    loss is least where the cost is equal everywhere.
     """
 
     bits: int = 8
@@ -3374,6 +3365,7 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
     """Yield name and values of every tensor of an artifact, in float32."""
     stored = read_groups(header["groups"], body)
     left = 2**26  # values that may still be read, whatever they take in the file
+    trellis_columns = 2**18  # that may still be read: each takes a step of Python
     for name, shape, groups in header["tensors"]:
         parts = []
         for group, count in zip(groups, element_counts(shape, groups), strict=True):
@@ -3390,6 +3382,9 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
             rows, *columns = [scale.argsort(stable=True).argsort() for scale in exponents]
             values = values[rows][:, columns[0]] if columns else values[rows]
             states = TRELLIS_STATES if "trellis" in groups[0].split() else 1
+            trellis_columns -= shape[1] if states > 1 else 0
+            if trellis_columns < 0:
+                raise ValueError("its trellis codes have too many columns")
             values = QuantizedTensor(values, *exponents, states=states).dequantize()
         if not values.isfinite().all():
             raise ValueError(f"{name} is not finite")
@@ -4266,7 +4261,9 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         calibration = calibration._replace(sensitivities=None)
         start = time.perf_counter()
         blob = dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
-        build_seconds = 2 * (time.perf_counter() - start)  # a trellis of 8 states takes longer
+        build_seconds = time.perf_counter() - start
+        if h.quantizer == "sensitivity":
+            build_seconds *= 2  # this artifact had no trellis, which takes longer
         run.log(f"projected artifact {describe_size(h, len(blob))}")
         stage = "evaluation from the artifact"
         rebuilt = model_from_artifact(h, blob, dist)

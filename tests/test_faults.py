@@ -376,6 +376,10 @@ FORGED: dict[str, Callable[[Container], bytes]] = {
     "a bomb for a header": lambda c: c.blob(text=bomb()),
     "a bomb for a block": bomb_in_block,
     "1 KB that asks for 100 GB": lambda c: with_table(c, [160_000] * 2, "x codes", b"\x06"),
+    "an hour of trellis codes": lambda c: c.blob(
+        blocks={"x trellis codes": [b"\x06"], "x exponents": [b"\x06"]},
+        tensors=[["x", [0, 2**25], ["x trellis codes", "x exponents"]]],
+    ),
     "a product over 64 bits": lambda c: with_table(c, [2**25] * 9, "x codes", b"\x06"),
     "not finite": lambda c: with_table(c, [2], "x float16", NOT_FINITE),
     "a block of negative size": lambda c: c.blob(groups=[["x", [-5, 5]]]),
