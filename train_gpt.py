@@ -498,7 +498,8 @@ def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> li
     changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
     reads_rms = h.quantizer == "rms" or h.late_qat_threshold or not h.gptq_calib_batches
     has_sensitivities = h.quantizer == "sensitivity" and h.gptq_calib_batches
-    start = h.distill_start_frac
+    start, preset = h.distill_start_frac, environment.get("PRESET")
+    trains = not (h.eval_only or h.export_only)
     faults = {
         "{NUM_HEADS} must divide {MODEL_DIM}": h.model_dim % h.num_heads,
         "{NUM_KV_HEADS} must divide {NUM_HEADS}": h.num_heads % h.num_kv_heads,
@@ -528,9 +529,7 @@ def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> li
             h.loss_per_value != SETTINGS["loss_per_value"].default and not has_sensitivities
         ),
         "EVAL_ONLY=1 and EXPORT_ONLY=1 are two tasks": h.eval_only and h.export_only,
-        "PRESET has no place beside EVAL_ONLY and EXPORT_ONLY, which bring settings": (
-            environment.get("PRESET") and (h.eval_only or h.export_only)
-        ),
+        "EVAL_ONLY and EXPORT_ONLY bring settings; unset PRESET": preset and not trains,
         "EVAL_ONLY=1 and MODEL_PATH, the artifact, need each other": (
             h.eval_only != bool(h.model_path)
         ),

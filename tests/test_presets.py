@@ -76,7 +76,9 @@ def test_what_the_environment_says_wins(presets, variables, columns):
 
 def test_beside_an_artifact_or_a_checkpoint_a_preset_is_refused(presets):
     for task, path in (("EVAL_ONLY", "MODEL_PATH"), ("EXPORT_ONLY", "CHECKPOINT_PATH")):
-        with pytest.raises(UserError, match="PRESET has no place beside EVAL_ONLY"):
+        with pytest.raises(
+            UserError, match="EVAL_ONLY and EXPORT_ONLY bring settings; unset PRESET"
+        ):
             load_settings({"PRESET": "a", task: "1", path: "a"})
 
 
