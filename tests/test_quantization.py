@@ -399,6 +399,20 @@ def test_a_trellis_costs_less_at_equal_bytes(request):
     assert with_trellis < bits_at_a_cost() - 0.1
 
 
+def test_more_loss_per_value_takes_fewer_bytes_and_little_takes_all_codes():
+    w, x = torch.nn.Parameter(normal(60, 80).float()), correlated_inputs(1000, 80)
+    sizes, costs = [], []
+    for loss in (1e-12, 1e-4, 1e-3, 1e-2, 1e-1):
+        codes = quantize(by_sensitivity(w, torch.ones(60).double(), loss), w, x.T @ x)
+        errors = (codes.dequantize() - w).detach()
+        sizes.append(train_gpt.entropy_bytes(codes.codes))
+        costs.append((x @ errors.double().T).square().sum().item())
+        if loss == 1e-12:  # nothing is clipped, whatever GPTQ adds
+            assert 100 <= codes.codes.abs().max() <= 127
+    assert sizes == sorted(sizes, reverse=True)
+    assert costs == sorted(costs)
+
+
 def test_columns_have_no_scales_where_these_would_not_pay():
     """In a matrix of few rows, with columns that matter alike, and by root mean squares."""
     x = correlated_inputs(300, 60) * torch.logspace(-1, 1, 60)
