@@ -2611,12 +2611,11 @@ def identify(h: Hyperparameters, tokenizer: Tokenizer, dist: Distributed) -> dic
         "source": hashlib.sha256(SOURCE).hexdigest(),
         "processes": str(dist.world_size),
         "dtype": str(resolve_dtype(h, dist.on_cuda)),
-        "versions": json.dumps(VERSIONS),
     }
     paths = ("run_id", "output_dir", "distill_from", "model_path", "checkpoint_path", *LOCATIONS)
     settings = h.as_dict() | {name: bool(getattr(h, name)) for name in paths}
     mine = identity | {name.upper(): value for name, value in settings.items()}
-    mine |= {"packed code": code_bytes(), "kind of device": dist.device.type}
+    mine |= {"versions": VERSIONS, "packed code": code_bytes(), "kind of device": dist.device.type}
     for name, value in dist.broadcast_object(mine).items():
         if mine[name] != value:
             raise UserError(f"process {dist.rank} has another {name} than process 0")
@@ -2909,7 +2908,11 @@ class Quantizer:
         With its Hessian Σ x xᵀ (columns, columns) the codes keep w x near (GPTQ, arXiv:2210.17323).
         """
         by_shape: dict[torch.Size, list[tuple]] = {}
+        found = {}
         for i, (w, hessian) in enumerate(matrices):
+            if hessian is None and self.STATES == 1:  # nothing to make up for, no path to find
+                found[i] = self.nearest(w)
+                continue
             if hessian is None:
                 hessian = torch.eye(w.size(1), device=w.device)
             factor, curvature = gptq_factor(hessian.double())
@@ -2923,7 +2926,6 @@ class Quantizer:
             # The factor of the inputs times their scales.
             problem = in_scales, self.prune(w) != 0, factor / column_scales
             by_shape.setdefault(w.shape, []).append((i, exponents, column_exponents, *problem))
-        found = {}
         for problems in by_shape.values():
             places, exponents, column_exponents, *parts = zip(*problems, strict=True)
             codes = self._gptq(*map(torch.stack, parts))
@@ -4372,12 +4374,16 @@ def log_inputs(run: Run, data: TrainingData, saved: Checkpoint | None) -> None:
     held_out = len(data.held_out) * h.train_seq_len
     if held_out < h.eval_seq_len:
         run.log(f"warning: fewer held-out tokens ({held_out}) than EVAL_SEQ_LEN: one window")
-    if saved and saved.identity["source"] != run.identity["source"]:
+    if saved is None:
+        return
+    if saved.identity["source"] != run.identity["source"]:
         run.log("warning: the script has changed since the checkpoint was written")
+    before = saved.identity | {"versions": saved.versions}
+    now = run.identity | {"versions": VERSIONS}
     for name in ("processes", "dtype", "versions"):
-        if saved and saved.identity.get(name) != run.identity[name]:
-            before = f"the checkpoint was written with {name} {saved.identity.get(name)}"
-            run.log(f"warning: {before}, the run goes on with {run.identity[name]}")
+        if before.get(name) != now[name]:
+            written = f"the checkpoint was written with {name} {before.get(name)}"
+            run.log(f"warning: {written}, the run goes on with {now[name]}")
 
 
 def train_model(

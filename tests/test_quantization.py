@@ -31,6 +31,12 @@ def quantize(quantizer, w, hessian=None) -> train_gpt.QuantizedTensor:
     return quantizer.quantize([(w, hessian)])[0]
 
 
+def as_read(value: train_gpt.QuantizedTensor | torch.Tensor) -> torch.Tensor:
+    """Return the values of a tensor that an artifact gives back."""
+    is_coded = isinstance(value, train_gpt.QuantizedTensor)
+    return value.dequantize() if is_coded else value.half().float()
+
+
 def correlated_inputs(n: int, dim: int, seed: int = 0) -> torch.Tensor:
     """Return (n, dim) float64 inputs as layers see them.
 
@@ -578,9 +584,7 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exporte
     stored = train_gpt.quantize_model(model, quantizers, calibration.hessians)
     assert tensors.keys() == stored.keys()
     for name, value in stored.items():
-        is_coded = isinstance(value, train_gpt.QuantizedTensor)
-        exact = value.dequantize() if is_coded else value.half().float()
-        assert torch.equal(tensors[name], exact), name
+        assert torch.equal(tensors[name], as_read(value)), name
     nearest = quantize(quantizers[Role.MATRIX], model.blocks[3].mlp.proj.lora.B).dequantize()
     assert not torch.equal(tensors["blocks.3.mlp.proj.lora.B"], nearest)
 
@@ -627,8 +631,7 @@ def test_artifacts_give_back_every_value(monkeypatch, block):
     assert (max(len(lengths) for _, lengths in header["groups"]) > 1) == (block < 1000)
     assert set(tensors) == set(expected)
     for name, tensor in expected.items():
-        is_coded = isinstance(tensor, train_gpt.QuantizedTensor)
-        exact = tensor.dequantize() if is_coded else tensor.half().float()
+        exact = as_read(tensor)
         assert tensors[name].dtype is torch.float32
         assert torch.equal(tensors[name], exact), name
         assert tensors[name].shape == exact.shape, name
