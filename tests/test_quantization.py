@@ -448,7 +448,9 @@ def packed_at(loss: float, bits: int = 0, jump: int = 0) -> train_gpt.Artifact:
     """
     codes = max(100, round(4000 - 500 * np.log2(loss / 1e-8))) + jump * (loss < 1e-8)
     sizes = {"weight codes": codes, "mask bits": bits}
-    return train_gpt.Artifact(b"0" * (codes + bits), sizes, {}, loss)
+    values = torch.zeros(80, 100, dtype=torch.int8)
+    tensors = {"weight": train_gpt.QuantizedTensor(values, torch.zeros(80, dtype=torch.uint8))}
+    return train_gpt.Artifact(b"0" * (codes + bits), sizes, tensors, loss)
 
 
 @pytest.mark.parametrize(
@@ -696,6 +698,6 @@ def test_an_artifact_must_say_all_that_its_model_depends_on(exported, processes)
     header, tensors = train_gpt.read_artifact(blob)
     for name in ("logit_softcap", "xsa_last_n"):
         part = {key: value for key, value in header["model"].items() if key != name}
-        other, _ = train_gpt.write_artifact(header | {"model": part}, tensors, 4)
+        other, _ = train_gpt.write_artifact(header | {"model": part}, tensors)
         with pytest.raises(train_gpt.UserError, match="not those of one model"):
             train_gpt.model_from_artifact(h, other, processes)

@@ -363,7 +363,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(data_settings, run_of, tmp_
         "fingerprint": teacher.fingerprint(),
         "tokenizer": run.tokenizer.sha256,
     }
-    path.write_bytes(train_gpt.write_artifact(header, teacher.state_dict(), 4)[0])
+    path.write_bytes(train_gpt.write_artifact(header, teacher.state_dict())[0])
     assert train_gpt.load_teacher(run).fingerprint() == teacher.fingerprint()
     run.tokenizer.sha256 = "1" * 64
     with pytest.raises(train_gpt.UserError, match="the teacher has another tokenizer"):
