@@ -1234,6 +1234,15 @@ class Embedding(QuantizedModule):
         self.dtype = dtype
         self.proj = proj
 
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Return the row that each token of ids (B, T) reads, (B, T)."""
+        return ids
+
+    def frequencies(self, ids: Tensor) -> Tensor:
+        """Return how often a token of ids (B, T) reads each row, (vocabulary,) float64, never 0."""
+        counts = self.rows_of(ids).flatten().bincount(minlength=len(self.weight)).double() + 1
+        return counts / counts.sum()
+
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ids (...), (..., out)."""
         x = F.embedding(ids, self.weight).to(self.dtype)
@@ -1265,12 +1274,14 @@ class BigramTable(Embedding):
         super().__init__(rows, dim, 0.0, dtype, proj)
         self.signs = nn.ModuleDict(signs)  # previous and current, or nothing
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Look up each token with the one before it: ids (B, T) -> (B, T, out)."""
+    def rows_of(self, ids: Tensor) -> Tensor:
         last = len(self.weight) - 1  # for the first position, whose previous token counts as 0
         buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
-        buckets = F.pad(buckets, (1, 0), value=last)
-        x = F.embedding(buckets, self.weight).to(self.dtype)  # (B, T, dim)
+        return F.pad(buckets, (1, 0), value=last)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up each token with the one before it: ids (B, T) -> (B, T, out)."""
+        x = F.embedding(self.rows_of(ids), self.weight).to(self.dtype)  # (B, T, dim)
         tokens = {"previous": F.pad(ids[:, :-1], (1, 0)), "current": ids}
         for name, signs in self.signs.items():
             x = x * signs(tokens[name]).to(x.dtype)
@@ -3151,7 +3162,7 @@ def collect_hessians(
 
 
 def collect_sensitivities(
-    model: LanguageModel, batches: Iterable[Tensor], dist: Distributed
+    model: LanguageModel, batches: Iterable[Tensor], text: Tensor, dist: Distributed
 ) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Module, Tensor]]:
     """Return the Fisher information of what is stored as codes.
 
@@ -3159,10 +3170,11 @@ def collect_sensitivities(
     predictions: a batch's squared gradient is then an unbiased estimate of the sum over positions
     (arXiv:1412.1193). Each process uses its own batches of tokens (B, T).
 
-    The first table has for each parameter the mean over each row's values, (rows,) float64; a row
-    of an embedding has 5% of its mean added, since the calibration text may lack its token. The
-    second has for each embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients:
-    GPTQ's Hessian, by lookups and by the tied head together.
+    The first table has for each parameter the mean over each row's values, (rows,) float64. Those
+    of an embedding are its sum in the proportion in which `text` (B, T), the same on all processes,
+    reads its rows: the batches are too few to tell rare rows apart. The second has for each
+    embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian, by
+    lookups and by the tied head together.
     """
     groups = tensors_by_role(model)
     params = [p for role in CODED_ROLES for p in groups[role].values()]
@@ -3189,7 +3201,7 @@ def collect_sensitivities(
         module.set_frozen(True)
     dist.all_reduce(tokens)
     rows = {p: dist.all_reduce(total) / tokens for p, total in rows.items()}
-    rows |= {p: rows[p] + 0.05 * rows[p].mean() for p in embeddings}
+    rows |= {p: rows[p].sum() * module.frequencies(text) for p, module in embeddings.items()}
     return rows, {module: dist.all_reduce(total) / tokens for module, total in hessians.items()}
 
 
@@ -3202,6 +3214,12 @@ def calibration_batches(
     rounds = -(-h.gptq_calib_batches // dist.world_size)
     for i in range(dist.rank, rounds * dist.world_size, dist.world_size):
         yield data.sequences(first + i * size, size)[:, :-1].to(dist.device)
+
+
+def calibration_text(h: Hyperparameters, data: TrainingData, step: int) -> Tensor:
+    """Return up to 2^20 tokens (n, T) of training from a step on, the same on all processes."""
+    count = min(len(data.positions), 2**20 // h.train_seq_len)
+    return data.sequences(step * (h.train_batch_tokens // h.train_seq_len), count)[:, :-1]
 
 
 def for_gradients(batches: list[Tensor]) -> list[Tensor]:
@@ -3226,13 +3244,19 @@ class Calibration(NamedTuple):
 
 
 def calibrate(
-    h: Hyperparameters, model: LanguageModel, dist: Distributed, batches: list[Tensor]
+    h: Hyperparameters,
+    model: LanguageModel,
+    dist: Distributed,
+    batches: list[Tensor],
+    text: Tensor,
 ) -> Calibration:
-    """Calibrate by this process's batches (B, T) and those of the others."""
+    """Calibrate by this process's batches (B, T), those of the others, and the tokens of `text`."""
     hessians = collect_hessians(model, batches, dist)
     if h.quantizer == "rms" or not batches:
         return Calibration(hessians, None)
-    sensitivities, of_embeddings = collect_sensitivities(model, for_gradients(batches), dist)
+    sensitivities, of_embeddings = collect_sensitivities(
+        model, for_gradients(batches), text.to(dist.device), dist
+    )
     if not all(each.isfinite().all() for each in sensitivities.values()):
         raise UserError("the loss's sensitivity to the weights is not finite")  # rows of zeros
     return Calibration(hessians | of_embeddings, sensitivities)
@@ -3564,7 +3588,7 @@ def export(
     """
     h, dist = run.h, run.dist
     batches = list(calibration_batches(h, dist, data, step))
-    calibration = calibrate(h, model, dist, batches)
+    calibration = calibrate(h, model, dist, batches, calibration_text(h, data, step))
     number, some = (dist.world_size * len(part) for part in (batches, for_gradients(batches)))
     scales = "root mean squares" if calibration.sensitivities is None else "sensitivity"
     run.log(f"scales by {scales}; calibration batches: {number}, for gradients: {some}")
@@ -4273,7 +4297,7 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         batches = list(calibration_batches(h, dist, data, 0))
         some = [batch[: max(1, 2048 // h.train_seq_len)] for batch in batches[:1]]
         start = time.perf_counter()
-        calibration = calibrate(h, trial, dist, some)
+        calibration = calibrate(h, trial, dist, some, calibration_text(h, data, 0))
         seconds = time.perf_counter() - start
         # The export takes gradients, three quarters of this time, of a part of the batches.
         calibration_seconds = seconds * sum(map(len, batches)) / max(sum(map(len, some)), 1)

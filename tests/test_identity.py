@@ -328,7 +328,7 @@ def test_sensitivities_that_are_not_finite_are_refused(settings, processes, monk
     ruined = {model.embedding.weight: torch.tensor(math.inf)}
     monkeypatch.setattr(train_gpt, "collect_sensitivities", lambda *_: (ruined, {}))
     with pytest.raises(train_gpt.UserError, match=r"sensitivity .* is not finite"):
-        train_gpt.calibrate(settings(), model, processes, [tokens(2, 16)])
+        train_gpt.calibrate(settings(), model, processes, [tokens(2, 16)], tokens(2, 16))
 
 
 def test_lost_tokens_and_a_damaged_manifest_are_refused(base, corpus, tmp_path):

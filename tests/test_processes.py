@@ -200,7 +200,7 @@ def test_sensitivities_are_of_the_text_of_all(on_ranks, settings, random_model, 
     def collect(dist):
         own = copy.deepcopy(model)
         ids = tokens(2, 16, seed=dist.rank)
-        rows, tables = train_gpt.collect_sensitivities(own, [ids], dist)
+        rows, tables = train_gpt.collect_sensitivities(own, [ids], tokens(8, 16), dist)
         by_name = {name: rows[p] for name, p in own.named_parameters() if p in rows}
         return by_name | {name: tables[m] for name, m in own.named_modules() if m in tables}
 

@@ -221,11 +221,11 @@ def test_calibration_leaves_no_trace_and_takes_every_table_by_its_own_gradients(
     data_settings, random_model, processes
 ):
     """Also where maps are frozen: what is stored of them is quantized, too."""
-    model, batches = random_model(data_settings()), [tokens(2, 16)]
+    model, batches, text = random_model(data_settings()), [tokens(2, 16)], tokens(8, 16)
     model.blocks[0].mlp.fc.set_frozen(True)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    calibration = train_gpt.calibrate(data_settings(), model, processes, batches)
-    rows, tables = train_gpt.collect_sensitivities(model, batches, processes)
+    calibration = train_gpt.calibrate(data_settings(), model, processes, batches, text)
+    rows, tables = train_gpt.collect_sensitivities(model, batches, text, processes)
     assert rows[model.blocks[0].mlp.fc.lora.B].min() > 0
     assert rows[model.embedding.weight].min() > 0, "also what the text does not show"
     assert set(tables) == {model.embedding, model.bigram, model.value_embedding}
@@ -273,7 +273,7 @@ def test_sensitivities_are_the_fisher_information(processes):
         for p in model.parameters():
             p.normal_(std=0.4) if p.ndim > 1 else p
     ids = tokens(4, 8) % 16
-    rows, _ = train_gpt.collect_sensitivities(model, [ids] * 100, processes)
+    rows, _ = train_gpt.collect_sensitivities(model, [ids] * 100, ids, processes)
     parameters = [model.embedding.weight, model.bigram.proj.weight]
     parameters += [model.blocks[0].mlp.fc.lora.A, model.blocks[0].attention.v.lora.B]
     by_hand = [0.0] * 4
@@ -281,9 +281,23 @@ def test_sensitivities_are_the_fisher_information(processes):
         gradients = torch.autograd.grad(log, parameters, retain_graph=True)
         squares = [log.exp().item() * g.square().mean(1) / ids.numel() for g in gradients]
         by_hand = [total + square for total, square in zip(by_hand, squares, strict=True)]
-    by_hand[0] += 0.05 * by_hand[0].mean()  # the text may lack a token of a table
+    counts = (
+        ids.flatten().bincount(minlength=16) + 1.0
+    )  # rows of a table by how often they are read
+    by_hand[0] = by_hand[0].sum() * counts / counts.sum()
     for p, expected in zip(parameters, by_hand, strict=True):
         assert (rows[p] - expected).norm() < 0.15 * expected.norm()
+
+
+def test_rows_of_a_table_matter_as_often_as_text_reads_them(data_settings, random_model, processes):
+    """Text that the gradients do not see counts; pairs count in the rows that they share."""
+    model, text = random_model(data_settings()), tokens(400, 16)
+    text[:, ::2] = 7
+    rows, _ = train_gpt.collect_sensitivities(model, [tokens(2, 16)], text, processes)
+    for table, selected in ((model.embedding, text), (model.bigram, model.bigram.rows_of(text))):
+        counts = selected.flatten().bincount(minlength=len(table.weight)) + 1.0
+        found = rows[table.weight] / rows[table.weight].sum()
+        torch.testing.assert_close(found, (counts / counts.sum()).double())
 
 
 def by_sensitivity(p, sensitivity, loss=1e-6) -> train_gpt.SensitivityQuantizer:
@@ -579,9 +593,11 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exporte
     blob, model, h = exported
     _, tensors = train_gpt.read_artifact(blob)
     size = h.train_batch_tokens // h.train_seq_len
-    rows = train_gpt.TrainingData(h).sequences(3 * size, h.gptq_calib_batches * size)
-    batches = list(rows[:, :-1].split(size))
-    calibration = train_gpt.calibrate(h, model, processes, batches)
+    data = train_gpt.TrainingData(h)
+    rows = data.sequences(3 * size, h.gptq_calib_batches * size)
+    batches, text = list(rows[:, :-1].split(size)), train_gpt.calibration_text(h, data, 3)
+    assert torch.equal(text[: len(rows)], rows[: len(text), :-1]), "much more of the same text"
+    calibration = train_gpt.calibrate(h, model, processes, batches, text)
     quantizers = calibration.quantizers(h, h.loss_per_value)
     stored = train_gpt.quantize_model(model, quantizers, calibration.hessians)
     assert tensors.keys() == stored.keys()
