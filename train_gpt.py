@@ -2530,6 +2530,12 @@ class TrainingData:
         self.ahead = {(step + 1, dist): read(step + 1, dist)}
         return self.split(rows.result(), dist)
 
+    @functools.cached_property
+    def sample(self) -> Tensor:
+        """2^20 to 2^21 tokens (n, T) from all over the training text, or all of it; read once."""
+        every = max(1, len(self.positions) * self.h.train_seq_len // 2**20)
+        return self.read(self.positions[::every])[:, :-1]
+
     def held_out_stream(self) -> Tensor:
         """Return the held-out training text as one stream of tokens."""
         rows = self.read(self.held_out)
@@ -3227,12 +3233,6 @@ def calibration_batches(
         yield data.sequences(first + i * size, size)[:, :-1].to(dist.device)
 
 
-def calibration_text(h: Hyperparameters, data: TrainingData) -> Tensor:
-    """Return 2^20 to 2^21 tokens (n, T) from all over the training text, or all of it."""
-    every = max(1, len(data.positions) * h.train_seq_len // 2**20)
-    return data.read(data.positions[::every])[:, :-1]
-
-
 def for_gradients(batches: list[Tensor]) -> list[Tensor]:
     """Return the quarter of the batches that gradients take: one takes three times as long."""
     return batches[: len(batches[::4])]
@@ -3599,7 +3599,7 @@ def export(
     """
     h, dist = run.h, run.dist
     batches = list(calibration_batches(h, dist, data, step))
-    calibration = calibrate(h, model, dist, batches, calibration_text(h, data))
+    calibration = calibrate(h, model, dist, batches, data.sample)
     number, some = (dist.world_size * len(part) for part in (batches, for_gradients(batches)))
     scales = "root mean squares" if calibration.sensitivities is None else "sensitivity"
     run.log(f"scales by {scales}; calibration batches: {number}, for gradients: {some}")
@@ -4305,7 +4305,7 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
             nn.init.normal_(p, std=0.02)  # codes of zeros would compress to nothing
     stage = "export"
     try:
-        batches, text = list(calibration_batches(h, dist, data, 0)), calibration_text(h, data)
+        batches, text = list(calibration_batches(h, dist, data, 0)), data.sample
         some = [batch[: max(1, 2048 // h.train_seq_len)] for batch in batches[:1]]
         start = time.perf_counter()
         calibration = calibrate(h, trial, dist, some, text)

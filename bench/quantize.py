@@ -79,8 +79,7 @@ class Case:
             way = h.quantizer, h.gptq_calib_batches
             if way not in calibrations:
                 batches = list(t.calibration_batches(h, self.dist, self.data, self.steps))
-                text = t.calibration_text(h, self.data)
-                calibrations[way] = t.calibrate(h, self.model, self.dist, batches, text)
+                calibrations[way] = t.calibrate(h, self.model, self.dist, batches, self.data.sample)
             calibration = calibrations[way]
             quantizers = calibration.quantizers(h, h.loss_per_value)
             codes = t.quantize_model(self.model, quantizers, calibration.hessians)

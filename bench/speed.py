@@ -603,8 +603,7 @@ def build_export(h: t.Hyperparameters, dist: t.Distributed) -> Callable[[], Fact
 
     def work() -> Facts:
         batches = list(t.calibration_batches(h, dist, data, 0))
-        text = t.calibration_text(h, data)
-        calibrating, calibration = timed(lambda: t.calibrate(h, model, dist, batches, text))
+        calibrating, calibration = timed(lambda: t.calibrate(h, model, dist, batches, data.sample))
         quantizers = calibration.quantizers(h, h.loss_per_value)
         quantizing, tensors = timed(
             lambda: t.quantize_model(model, quantizers, calibration.hessians)

@@ -606,7 +606,7 @@ def test_the_artifact_holds_the_codes_of_gptq_on_the_calibration_batches(exporte
     size = h.train_batch_tokens // h.train_seq_len
     data = train_gpt.TrainingData(h)
     rows = data.sequences(3 * size, h.gptq_calib_batches * size)
-    batches, text = list(rows[:, :-1].split(size)), train_gpt.calibration_text(h, data)
+    batches, text = list(rows[:, :-1].split(size)), data.sample
     calibration = train_gpt.calibrate(h, model, processes, batches, text)
     quantizers = calibration.quantizers(h, h.loss_per_value)
     stored = train_gpt.quantize_model(model, quantizers, calibration.hessians)
