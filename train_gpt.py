@@ -154,6 +154,7 @@ class Hyperparameters:
     ln_scale: int = model_setting(1, "1: scale each pre-norm by 1/sqrt(layer + 1)", 0, 1)
     bigram_vocab_size: int = model_setting(2048, "rows of the bigram hash; under 2: none", 0, 2**24)
     bigram_dim: int = model_setting(128, "width of the bigram embedding", 1, 4096)
+    bigram_gate: int = model_setting(0, "1: tokens decide how much of their bigram to read", 0, 1)
     ve_enabled: int = model_setting(1, "1: value embedding, shared by VE_LAYERS", 0, 1)
     ve_dim: int = model_setting(128, "width of the value embedding", 1, 4096)
     ve_layers: str = model_setting("-2,-1", "layers with the value embedding; -1 is the last")
@@ -1265,26 +1266,32 @@ class BigramTable(Embedding):
 
     Without signs, the pairs of a row read the mean of what they want. With signs, each reads it
     times a frozen random vector of its own, S₁[previous] ⊙ S₂[current] of ±1: what one pair writes
-    is noise of mean zero to the others (signed hashing, arXiv:0902.2206).
+    is noise of mean zero to the others (signed hashing, arXiv:0902.2206). With a gate, the two
+    tokens decide how much of that noisy row to read: 2σ(w₁·ê[previous] + w₂·ê[current]).
     """
 
     def __init__(
-        self, rows: int, dim: int, dtype: torch.dtype, proj: Linear, signs: Mapping[str, FrozenRows]
+        self, h: Hyperparameters, dtype: torch.dtype, proj: Linear, signs: Mapping[str, FrozenRows]
     ) -> None:
-        super().__init__(rows, dim, 0.0, dtype, proj)
+        super().__init__(h.bigram_vocab_size, h.bigram_dim, 0.0, dtype, proj)
         self.signs = nn.ModuleDict(signs)  # previous and current, or nothing
+        self.gates = nn.Parameter(torch.zeros(2, h.model_dim)) if h.bigram_gate else None
 
     def rows_of(self, ids: Tensor) -> Tensor:
         last = len(self.weight) - 1  # for the first position, whose previous token counts as 0
         buckets = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])) % last
         return F.pad(buckets, (1, 0), value=last)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Look up each token with the one before it: ids (B, T) -> (B, T, out)."""
+    def forward(self, ids: Tensor, embedded: Tensor) -> Tensor:
+        """Look up each token with the one before it: ids (B, T), embedded and out (B, T, d)."""
         x = F.embedding(self.rows_of(ids), self.weight).to(self.dtype)  # (B, T, dim)
         tokens = {"previous": F.pad(ids[:, :-1], (1, 0)), "current": ids}
         for name, signs in self.signs.items():
             x = x * signs(tokens[name]).to(x.dtype)
+        if self.gates is not None:
+            previous, current = F.linear(norm(embedded), self.gates.to(x.dtype)).unbind(-1)
+            gate = 2 * torch.sigmoid(F.pad(previous[:, :-1], (1, 0)) + current)  # (B, T)
+            x = x * gate.unsqueeze(-1)
         return self.proj(x)
 
 
@@ -2019,8 +2026,7 @@ class GPT(LanguageModel):
         if h.bigram_vocab_size > 1:
             names = [name for name in BIGRAM_SIGNS if prefix + name in self.table]
             signs = {name.split(".")[-1]: FrozenRows(self.table[prefix + name]) for name in names}
-            rows, proj = h.bigram_vocab_size, linear("bigram.proj")
-            self.bigram = BigramTable(rows, h.bigram_dim, dtype, proj, signs)
+            self.bigram = BigramTable(h, dtype, linear("bigram.proj"), signs)
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
         self.value_layers = h.value_layers
@@ -2053,7 +2059,7 @@ class GPT(LanguageModel):
             ids = ids.reshape(1, -1)
         x = self.embedding(ids)
         if self.bigram is not None:
-            x = x + self.bigram(ids) * self.bigram_scale.to(x.dtype)
+            x = x + self.bigram(ids, x) * self.bigram_scale.to(x.dtype)
         x = norm(x)
         if self.smear_gate is not None:  # SmearGate: a mix with the previous position, per channel
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))
@@ -3275,7 +3281,7 @@ def calibrate(
 
 # ---- Artifact ----------------------------------------------------------------------------------
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 7
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"RANDMAPS", 8
 BLOCK_BYTES = 2**22  # a group is compressed in blocks of this size, all at the same time
 # How a model was scored; an evaluation of its artifact scores it in the same way unless asked.
 SCORING = ("eval_seq_len", "eval_stride", "eval_mode", "eval_batch_tokens")

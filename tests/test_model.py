@@ -103,6 +103,10 @@ class Restated:
             if signs:
                 rows = rows * signs["previous"].weight[[0, *row[:-1]]]
                 rows = rows * signs["current"].weight[row]
+            if self.h.bigram_gate:
+                z = rms_normalized(x) @ p["bigram.gates"].T
+                z = torch.cat([0 * z[:1, 0], z[:-1, 0]]) + z[:, 1]
+                rows = rows * (2 / (1 + torch.exp(-z)))[:, None]
             x = x + p["bigram_scale"] * self.linear("bigram.proj", rows)
         x = rms_normalized(x)
         if self.h.smear_enabled:
@@ -172,6 +176,7 @@ class Restated:
         {"map_basis": "learned"},
         {"map_basis": "attention.v@1-2=orthogonal"},
         {"map_basis": "orthogonal,bigram.signs=rademacher"},
+        {"map_basis": "learned,bigram.signs=rademacher", "map_adapter": "none", "bigram_gate": 1},
         {"map_basis": "orthogonal,bigram=gaussian,value_embedding=orthogonal"},
         {"map_adapter": "sparse:0.2+lora:4", "map_scale": "row", "map_gate": "mlp=0.5"},
         {"mlp_gated": 1, "map_adapter": "vera:3", "map_scale": "map", "map_gate": "mlp=0.5"},

@@ -1,6 +1,6 @@
-"""Signs of pairs on the bigram table: what they are, and what they leave as it was.
+"""Signs and gate of the bigram table: what they are, and what they leave as it was.
 
-The model with signs stands in test_model.py, test_streaming.py and test_variants.py.
+The model with both stands in test_model.py, test_streaming.py and test_variants.py.
 """
 
 from __future__ import annotations
@@ -33,3 +33,20 @@ def test_the_table_without_signs_is_the_published_one(settings, random_model):
     for signs in signed.bigram.signs.values():
         signs.weight.fill_(1)
     assert torch.equal(published.predict(tokens(2, 20)), signed.predict(tokens(2, 20)))
+
+
+def test_a_gate_begins_open_and_asks_the_token_and_the_one_before(settings, random_model):
+    """Gates of 0 read every row as it is; one that answers to a token weakens its two pairs."""
+    plain = random_model(settings(map_basis=SIGNED))
+    gated = random_model(settings(map_basis=SIGNED, bigram_gate=1))
+    ids, mark = torch.arange(20)[None], 7
+    with torch.no_grad():
+        gated.bigram.gates.zero_()
+        assert torch.equal(plain.predict(ids), gated.predict(ids))
+        for gates, position in ((gated.bigram.gates[0], mark + 1), (gated.bigram.gates[1], mark)):
+            embedded = torch.zeros(1, 20, gates.numel())
+            embedded[0, mark, 0] = 1
+            gates[0] = -1000
+            read = gated.bigram(ids, embedded)[0].norm(dim=-1)
+            gates.zero_()
+            assert (read == 0).nonzero().flatten().tolist() == [position]

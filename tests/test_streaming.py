@@ -30,7 +30,7 @@ def streaming(settings):
         {"num_layers": 1},  # whose bigrams and smear reach beyond the row above
         {"recur_layers": "1-2", "recur_times": 2},
         {"mlp_gated": 1, "num_kv_heads": 4, "parallel_from": 2},
-        {"map_basis": "learned,bigram.signs=rademacher", "map_adapter": "none"},
+        {"map_basis": "learned,bigram.signs=rademacher", "map_adapter": "none", "bigram_gate": 1},
     ],
 )
 def test_one_pass_is_attention_over_the_last_positions(

@@ -68,7 +68,11 @@ VARIANTS = {
         "MAP_ADAPTER": "sparse:0.1+lora:4",
         "MAP_SCALE": "map",
     },
-    "signed": {"MAP_BASIS": "learned,bigram.signs=rademacher", "MAP_ADAPTER": "none"},
+    "signed": {
+        "MAP_BASIS": "learned,bigram.signs=rademacher",
+        "MAP_ADAPTER": "none",
+        "BIGRAM_GATE": "1",
+    },
     "mask": {"MAP_BASIS": "rademacher", "MAP_ADAPTER": "mask", "MAP_SCALE": "row"},
 }
 
