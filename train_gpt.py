@@ -3627,6 +3627,8 @@ def rebuild_model(
     settings, which `h` includes), `fingerprint` and `versions`.
     """
     with untrusted_input("the stored model"):
+        if missing := ", ".join(sorted(h.model_settings().keys() - stored["model"].keys())):
+            raise UserError(f"the stored model is of a script without {missing}; use that script")
         # Checked before any map is generated: a forged header could ask for a huge one.
         widths = [len(tensors[name]) for name in tensors if name.endswith(".mlp_scale")]
         expected = [h.model_dim] * (h.num_layers * h.ensemble)
