@@ -3627,13 +3627,13 @@ def rebuild_model(
     settings, which `h` includes), `fingerprint` and `versions`.
     """
     with untrusted_input("the stored model"):
-        if missing := ", ".join(sorted(h.model_settings().keys() - stored["model"].keys())):
-            raise UserError(f"the stored model is of a script without {missing}; use that script")
         # Checked before any map is generated: a forged header could ask for a huge one.
         widths = [len(tensors[name]) for name in tensors if name.endswith(".mlp_scale")]
         expected = [h.model_dim] * (h.num_layers * h.ensemble)
-        if stored["model"] != h.model_settings() or widths != expected:
-            raise ValueError("its settings and tensors are not those of one model")
+        differing = sorted(dict(stored["model"].items() ^ h.model_settings().items()))
+        if differing or widths != expected:
+            problem = "its settings and tensors are not those of one model, or of another script"
+            raise ValueError(f"{problem}; settings that differ: {', '.join(differing) or 'none'}")
         model = make_model(h, resolve_dtype(h, dist.on_cuda))
         here, there = model.fingerprint(), stored["fingerprint"]
         if here != there:
