@@ -49,7 +49,7 @@ run_speed() {
 run_comparison() {
     local books=${BOOKS:-$root/data/datasets/books_sp1024}
     if [ -f "$books/books_train.jsonl.xz" ]; then
-        "$python" "$root/data/prepare.py" --out "$out/books" text "$books/books_train.jsonl.xz" --name books \
+        "$python" "$root/data/prepare.py" text "$books/books_train.jsonl.xz" --out "$out/books" --name books \
             --val "$books/val4.jsonl.xz" --tokenizer "$books/sp1024_bpe.model"
         books=$out/books/datasets/books_sp1024
     fi

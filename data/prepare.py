@@ -717,7 +717,6 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here, help="folder to write below")
     commands = parser.add_subparsers(required=True)
     docs = commands.add_parser("docs", help="the English that comes with every Python")
     text = commands.add_parser("text", help="your own text, in files of many kinds")
@@ -725,6 +724,7 @@ def build_parser() -> argparse.ArgumentParser:
     functions = {docs: prepare_docs, text: prepare_text, fineweb: prepare_fineweb}
     for command, function in functions.items():
         command.set_defaults(prepare=function)
+        command.add_argument("--out", type=Path, default=here, help="folder to write below")
         command.add_argument("--name", default="", help="first part of the dataset's name")
     for command in (docs, text):
         add = command.add_argument

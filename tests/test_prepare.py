@@ -54,7 +54,7 @@ def run_well(capsys):
     """run_well(out, *arguments): the lines that a call prints which must succeed."""
 
     def call(out: Path, *args: object) -> list[str]:
-        code = prepare.main(["--out", str(out), *map(str, args)])
+        code = prepare.main([*map(str, args), "--out", str(out)])
         shown = capsys.readouterr()
         assert code == 0, shown.err
         return shown.out.splitlines()
@@ -68,7 +68,7 @@ def refusal(capsys):
 
     def call(out: Path, *args: object) -> str:
         before = contents(out)
-        assert prepare.main(["--out", str(out), *map(str, args)]) == 1
+        assert prepare.main([*map(str, args), "--out", str(out)]) == 1
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("error: ") and contents(out) == before
         return last
@@ -424,7 +424,7 @@ def test_fineweb_of_two_repositories_is_never_mixed(hub, run_well, refusal, tmp_
     assert found in refusal(out, *other)
     (out / "datasets" / NAME).rename(tmp_path / "away")
     hub.files["datasets/tokenizers/fineweb_1024_bpe.model"] += b"\0"
-    assert prepare.main(["--out", str(out), *map(str, other)]) == 1
+    assert prepare.main([*map(str, other), "--out", str(out)]) == 1
     assert not (out / "datasets" / NAME / "manifest.json").exists()
 
 
@@ -435,7 +435,7 @@ def test_fineweb_carries_on_after_a_shard_did_not_come(hub, run_well, capsys, tm
     good = hub.files.pop(path)
     if wrong is not None:
         hub.files[path] = wrong
-    assert prepare.main(["--out", str(tmp_path), *FINEWEB, "2"]) == 1
+    assert prepare.main([*FINEWEB, "2", "--out", str(tmp_path)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert SHARDS[2] in last and "run the command again" in last
     assert ("connection lost" if wrong is None else "is not a shard") in last
