@@ -508,6 +508,7 @@ def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> li
         "{ROPE_DIMS} is over the {head_dim} dimensions of a head": h.rope_dims > h.head_dim,
         "{MLP_MULT} gives the MLP no hidden unit": h.mlp_dim < 1,
         "{changed} would do nothing; QUANTIZER=rms uses them": changed and not reads_rms,
+        "BIGRAM_GATE=1 needs BIGRAM_VOCAB_SIZE over 1": h.bigram_gate and h.bigram_vocab_size < 2,
         "TARGET_BYTES needs QUANTIZER=sensitivity and GPTQ_CALIB_BATCHES over 0": (
             h.target_bytes and not has_sensitivities
         ),
@@ -531,9 +532,7 @@ def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> li
         ),
         "EVAL_ONLY=1 and EXPORT_ONLY=1 are two tasks": h.eval_only and h.export_only,
         "EVAL_ONLY and EXPORT_ONLY bring settings; unset PRESET": preset and not trains,
-        "EVAL_ONLY=1 and MODEL_PATH, the artifact, need each other": (
-            h.eval_only != bool(h.model_path)
-        ),
+        "EVAL_ONLY=1 and MODEL_PATH need each other": h.eval_only != bool(h.model_path),
         "EXPORT_ONLY=1 and CHECKPOINT_PATH need each other": (
             h.export_only != bool(h.checkpoint_path)
         ),

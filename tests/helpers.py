@@ -166,7 +166,7 @@ def make_corpus(folder: Path) -> Corpus:
     validation = texts[:8] + UNUSUAL_DOCUMENTS
     train = write_jsonl(folder / "train.jsonl", texts[8:])
     val = write_jsonl(folder / "val.jsonl", validation)
-    command = ["--out", folder, "text", train, "--val", val, "--vocab", 512]
+    command = ["text", train, "--val", val, "--vocab", 512, "--out", folder]
     assert prepare.main([str(part) for part in command]) == 0
     (dataset,) = (folder / "datasets").iterdir()
     (tokenizer,) = (folder / "tokenizers").glob("*.model")

@@ -343,6 +343,7 @@ SIGNED = "orthogonal,bigram.signs=rademacher"
         ),
         ({"WARMDOWN_ITERS": 400, "WARMDOWN_FRAC": 0.667}, "WARMDOWN_FRAC=0.667 unset"),
         ({"MATRIX_BITS": 5}, "MATRIX_BITS QUANTIZER=rms"),
+        ({"BIGRAM_GATE": 1, "BIGRAM_VOCAB_SIZE": 0}, "BIGRAM_GATE=1 BIGRAM_VOCAB_SIZE"),
     ],
 )
 def test_impossible_combination_is_refused(variables, says):
