@@ -3632,7 +3632,8 @@ def rebuild_model(
         differing = sorted(dict(stored["model"].items() ^ h.model_settings().items()))
         if differing or widths != expected:
             problem = "its settings and tensors are not those of one model, or of another script"
-            raise ValueError(f"{problem}; settings that differ: {', '.join(differing) or 'none'}")
+            names = ", ".join(differing) or "none"
+            raise ValueError(f"{problem} (use that script); settings that differ: {names}")
         model = make_model(h, resolve_dtype(h, dist.on_cuda))
         here, there = model.fingerprint(), stored["fingerprint"]
         if here != there:

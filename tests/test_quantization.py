@@ -725,5 +725,6 @@ def test_an_artifact_must_say_all_that_its_model_depends_on(exported, processes)
     for name in ("logit_softcap", "xsa_last_n"):
         part = {key: value for key, value in header["model"].items() if key != name}
         other, _ = train_gpt.write_artifact(header | {"model": part}, tensors)
-        with pytest.raises(train_gpt.UserError, match=f"not those of one model.*{name}"):
+        says = f"not those of one model.*use that script.*{name}"
+        with pytest.raises(train_gpt.UserError, match=says):
             train_gpt.model_from_artifact(h, other, processes)
