@@ -4619,8 +4619,10 @@ def write_results(run: Run, metrics: dict[str, Any], model_bytes: int) -> None:
         return
     h = run.h
     values = h.as_dict().items()
+    adapters = {spec.adapter for spec in build_map_table(h).values()} - {"none"}
+    network = [f"{h.num_layers} x {h.model_dim}", f"maps {h.map_basis}", *sorted(adapters)]
     results = {
-        "model": f"{h.num_layers} x {h.model_dim}, maps {h.map_basis}, {h.map_adapter}",
+        "model": ", ".join(network),
         "date": time.strftime("%F"),
         "versions": VERSIONS,
         "eval_dtype": run.identity["dtype"].removeprefix("torch."),
