@@ -26,7 +26,7 @@ Glossary:
     progress    the fraction of training that is over, by steps or by the clock
     candidate   weights that may be exported: the last ones, their EMA, their SWA
     fingerprint SHA-256 of everything that seeds generate; equal ones prove equal maps
-    code, scale a quantized value is an int8 code times its row's scale, a power of 2^(1/8)
+    code, scale the level of a value's int8 code times scales of its row and column, 2^(n/8)
     window      EVAL_SEQ_LEN tokens of the validation stream, read at once (plan_windows)
 """
 
@@ -306,16 +306,16 @@ class Hyperparameters:
 
 
 SETTINGS = {f.name: f for f in dataclasses.fields(Hyperparameters) if f.metadata}
-# Groups of settings in --help and the documentation, each with its first setting.
+# Headings of --help, each by the setting that it stands above.
 SETTING_GROUPS = {
-    "Run": "run_id",
-    "Data": "data_path",
-    "Model": "vocab_size",
-    "Map table": "map_basis",
-    "Training": "iterations",
-    "Optimizers": "matrix_lr",
-    "Quantization and artifact": "quantizer",
-    "Evaluation": "eval_seq_len",
+    "run_id": "Run",
+    "data_path": "Data",
+    "vocab_size": "Model",
+    "map_basis": "Map table",
+    "iterations": "Training",
+    "matrix_lr": "Optimizers",
+    "quantizer": "Quantization and artifact",
+    "eval_seq_len": "Evaluation",
 }
 
 
@@ -404,8 +404,7 @@ UNSUPPORTED_BY_REASON = {
     " TTT_MOMENTUM=0.9 TTT_OPTIMIZER=sgd",
     "embeddings are tied here, without a separate head; set TIED_EMBED_LR": "EMBED_LR=0.6"
     " HEAD_LR=0.008 TIE_EMBEDDINGS=1",
-    "it is gone, because it made no run faster or better": "COMPILE_MUON=0 EMBEDDING_DIM=512"
-    " FUSE_QKV=1 MAP_TWIST=none MIX_ORDER_REDUCTION=0",
+    "it is gone, because it made no run better": "EMBEDDING_DIM=512",
     "the module that owns a tensor decides how it is quantized": "CONTROL_TENSOR_NAME_PATTERNS"
     " INT6_LAYERS INT6_STEP=4 INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
     "MATRIX_CLIP_SIGMAS decides where codes clip": "QAT_CLIP_PCT=0.9995",
@@ -497,8 +496,8 @@ def wrong_combinations(h: Hyperparameters, environment: Mapping[str, str]) -> li
     restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
     by_rms = ("matrix_bits", "embed_bits", "matrix_clip_sigmas", "embed_clip_sigmas")
     changed = [name.upper() for name in by_rms if getattr(h, name) != SETTINGS[name].default]
-    reads_rms = h.quantizer == "rms" or h.late_qat_threshold or not h.gptq_calib_batches
     has_sensitivities = h.quantizer == "sensitivity" and h.gptq_calib_batches
+    reads_rms = h.late_qat_threshold or not has_sensitivities
     start, preset = h.distill_start_frac, environment.get("PRESET")
     trains = not (h.eval_only or h.export_only)
     faults = {
@@ -726,12 +725,11 @@ def allowed_values(f: dataclasses.Field) -> str:
 
 def settings_help() -> str:
     """Return all settings with defaults, meanings and ranges, in groups, for --help."""
-    headings = {first: title for title, first in SETTING_GROUPS.items()}
     lines = ["Settings are environment variables, such as NUM_LAYERS=6 python train_gpt.py."]
     lines += ["PRESET=NAME adds those of presets/NAME.env, on a CPU of presets/cpu/NAME.env."]
     for name, f in SETTINGS.items():
-        if name in headings:
-            lines += ["", f"{headings[name]}:"]
+        if name in SETTING_GROUPS:
+            lines += ["", f"{SETTING_GROUPS[name]}:"]
         default = f"({f.default})" if f.default != "" else "(empty)"
         meaning = f"{f.metadata['meaning']}{allowed_values(f)}"
         lines.append(f"  {name.upper():<28} {default:<14} {meaning}")
@@ -1976,10 +1974,6 @@ class LanguageModel(nn.Module):
             if isinstance(model, GPT):
                 model.recurs = enabled
 
-    def random_maps(self) -> list[MapSpec]:
-        """Return the rows of the map table whose map is random."""
-        return [spec for spec in self.table.values() if spec.is_random]
-
     def linear_maps(self) -> dict[str, Linear]:
         """Return the modules of the map table by name, without the signs of pairs."""
         names = [name for name, spec in self.table.items() if spec.kind not in BIGRAM_SIGNS]
@@ -2133,8 +2127,9 @@ def adapter_ratios(model: LanguageModel) -> dict[str, float]:
     return ratios
 
 
-def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
+def memory_of_model(h: Hyperparameters) -> int:
     """Return about how many bytes of memory building the model takes."""
+    table = build_map_table(h)
     sizes = [math.prod(spec.shape) for spec in table.values()]
     embeddings = h.vocab_size * (h.model_dim + h.ve_dim) + h.bigram_vocab_size * h.bigram_dim
     # Weights in float32, and 64 bytes per entry while the largest map is generated.
@@ -2155,7 +2150,7 @@ def memory_of_model(h: Hyperparameters, table: Mapping[str, MapSpec]) -> int:
 
 def make_model(h: Hyperparameters, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """Return a new model. UserError over MODEL_LIMIT_BYTES: an artifact may ask for anything."""
-    need = memory_of_model(h, build_map_table(h))
+    need = memory_of_model(h)
     if need > h.model_limit_bytes:
         limit = f"MODEL_LIMIT_BYTES={h.model_limit_bytes}"
         raise UserError(f"{limit}, but the model needs {need:,} bytes; raise it or build less")
@@ -2485,7 +2480,7 @@ class TrainingData:
     def __init__(self, h: Hyperparameters) -> None:
         self.h = h
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self.ahead: dict[tuple[int, Distributed], Future[Tensor]] = {}  # the next step's sequences
+        self.ahead: dict[int, Future[Tensor]] = {}  # the next step's sequences
         self.shards = read_shards(h.data_path, "train")
         length = h.train_seq_len
         positions = []  # (shard, start) of every sequence
@@ -2531,8 +2526,8 @@ class TrainingData:
     def micro_batches(self, step: int, dist: Distributed) -> list[tuple[Tensor, Tensor]]:
         """Return this process's micro-batches, and read the next step's while it computes."""
         read = functools.partial(self.reader.submit, self.step_sequences)
-        rows = self.ahead.pop((step, dist), None) or read(step, dist)
-        self.ahead = {(step + 1, dist): read(step + 1, dist)}
+        rows = self.ahead.pop(step, None) or read(step, dist)
+        self.ahead = {step + 1: read(step + 1, dist)}
         return self.split(rows.result(), dist)
 
     @functools.cached_property
@@ -3192,9 +3187,9 @@ def collect_sensitivities(
     predictions: a batch's squared gradient is then an unbiased estimate of the sum over positions
     (arXiv:1412.1193). Each process uses its own batches of tokens (B, T).
 
-    The first table has for each parameter the mean over each row's values, (rows,) float64. Those
-    of an embedding are its sum in the proportion in which `text` (B, T), the same on all processes,
-    reads its rows: the batches are too few to tell rare rows apart. The second has for each
+    The first table has for each parameter the mean over each row's values, (rows,) float64. An
+    embedding's sum is shared among its rows by how often `text` (B, T), the same on all processes,
+    reads each: the batches are too few to tell rare rows apart. The second has for each
     embedding Σ g gᵀ (columns, columns) float64 over its rows g of gradients: GPTQ's Hessian, by
     lookups and by the tied head together.
     """
@@ -3367,11 +3362,8 @@ def decompress(packed: bytes, limit: int) -> bytearray:
     return raw
 
 
-def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the header, and every tensor by name in float32. UserError if the file is damaged.
-
-    Nothing in the file is executed, and no length is used before it is checked.
-    """
+def read_header(blob: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return an artifact's header and the bytes of its tensors. UserError if it is damaged."""
     if len(blob) < 48 or blob[:8] != ARTIFACT_MAGIC:
         found = f"{len(blob)} bytes that begin with {bytes(blob[:8])!r}"
         raise UserError(f"not an artifact of this project: {found}")
@@ -3381,8 +3373,17 @@ def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if version != ARTIFACT_VERSION:
         raise UserError(f"the artifact has format {version}, this script reads {ARTIFACT_VERSION}")
     with untrusted_input("the artifact"):
-        header = json.loads(decompress(blob[16 : 16 + size], 2**22))
-        return header, dict(read_tensors(header, blob[16 + size : -32]))
+        return json.loads(decompress(blob[16 : 16 + size], 2**22)), blob[16 + size : -32]
+
+
+def read_artifact(blob: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the header, and every tensor by name in float32. UserError if the file is damaged.
+
+    Nothing in the file is executed, and no length is used before it is checked.
+    """
+    header, body = read_header(blob)
+    with untrusted_input("the artifact"):
+        return header, dict(read_tensors(header, body))
 
 
 def read_groups(groups: list, body: bytes) -> dict[str, Tensor]:
@@ -3424,7 +3425,7 @@ def element_counts(shape: list[int], groups: list[str]) -> list[int]:
 def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Tensor]]:
     """Yield name and values of every tensor of an artifact, in float32."""
     stored = read_groups(header["groups"], body)
-    left = 2**26  # values that may still be read, whatever they take in the file
+    left = 2**27  # values that may still be read: of one bit each, they fill the challenge's 16 MB
     trellis_columns = 2**18  # that may still be read: each takes a step of Python
     for name, shape, groups in header["tensors"]:
         parts = []
@@ -3434,7 +3435,7 @@ def read_tensors(header: dict[str, Any], body: bytes) -> Iterator[tuple[str, Ten
         values, *exponents = parts
         left -= max([math.prod(shape), *shape])
         if left < 0:
-            raise ValueError("its tensors would need more than 256 MiB")
+            raise ValueError("its tensors would need more than 512 MiB")
         if groups[0].endswith("bits"):
             values = torch.from_numpy(np.unpackbits(values.numpy(), count=math.prod(shape)))
         values = values.view(shape)
@@ -3807,7 +3808,7 @@ class Checkpoint:
             if not previous.exists():
                 raise
             saved = cls.read(previous)
-            # Else the next one to be saved would take it for the one before.
+            # Else the next save would keep the damaged file as the previous one.
             damaged = newest.replace(folder / "checkpoint.damaged.pt")
             log(f"warning: {error}; it is {damaged.name} now, and the one before it is taken")
             return saved
@@ -3846,12 +3847,12 @@ def check_identity(h: Hyperparameters, saved: Checkpoint, identity: Mapping[str,
 
 
 # Settings that may change when a run continues: locations, logging, memory and size limits.
-RESUME_OVERRIDES = (
+RESUME_OVERRIDES = {
     *("run_id", "resume", "output_dir", "data_path", "tokenizer_path", "distill_from"),
     *("device", "compile", "checkpoint_seconds", "timeout_seconds", "train_log_every"),
     *("allow_unknown", "micro_batch_tokens", "eval_batch_tokens"),
     *("model_limit_bytes", "artifact_limit_bytes"),
-)
+}
 # What EXPORT_ONLY may set anew: the quantizer, the artifact and the evaluation, the last settings.
 EXPORT_OVERRIDES = {"export_only", "checkpoint_path", "dtype"}
 EXPORT_OVERRIDES |= {*list(SETTINGS)[list(SETTINGS).index("quantizer") :]}
@@ -4254,7 +4255,7 @@ class Trainer:
         self.last_save = f"{self.run.folder}/checkpoint.pt of step {self.step}"
         self.saved_at = self.clock.elapsed
         # All processes wait here until rank 0 has written.
-        (self.save_seconds,), _ = self.dist.sync_from_rank0(time.perf_counter() - began)
+        self.save_seconds = self.dist.broadcast_object(time.perf_counter() - began)
 
 
 # ---- Main --------------------------------------------------------------------------------------
@@ -4318,15 +4319,16 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
         start = time.perf_counter()
         calibration = calibrate(h, trial, dist, some, text)
         seconds = time.perf_counter() - start
-        # The export takes gradients, three quarters of this time, of a part of the batches.
         calibration_seconds = seconds * sum(map(len, batches)) / max(sum(map(len, some)), 1)
-        calibration_seconds *= (1 + 3 * len(for_gradients(batches)) / max(len(batches), 1)) / 4
-        # What the loss feels before training says nothing about what it feels later.
+        has_gradients = calibration.sensitivities is not None
+        if has_gradients:  # three quarters of this time; the export takes them of a part
+            calibration_seconds *= (1 + 3 * len(for_gradients(batches)) / len(batches)) / 4
+        # Sensitivities before training say nothing about those after it.
         calibration = calibration._replace(sensitivities=None)
         start = time.perf_counter()
         blob = dist.from_rank0(lambda: build_artifact(run, trial, calibration, math.nan).blob)
         build_seconds = time.perf_counter() - start
-        if h.quantizer == "sensitivity":
+        if has_gradients:
             build_seconds *= 2  # this artifact had no trellis, which takes longer
         run.log(f"projected artifact {describe_size(h, len(blob))}")
         stage = "evaluation from the artifact"
@@ -4359,10 +4361,11 @@ def preflight(run: Run, model: LanguageModel, data: TrainingData) -> float:
 def reserve_for_export(run: Run, estimate: float) -> float:
     """Return the seconds kept for the export: GPTQ_RESERVE_SECONDS, or up to half of the time."""
     h = run.h
-    (estimate,), _ = run.dist.sync_from_rank0(estimate)
+    estimate = run.dist.broadcast_object(estimate)
     most = h.max_wallclock_seconds / 2 or math.inf
     reserve = max(h.gptq_reserve_seconds, min(1.25 * estimate, most))
-    run.log(f"export: about {estimate:.1f} s, {reserve:.1f} s are kept for it")
+    kept = f", {reserve:.1f} s are kept for it" if h.max_wallclock_seconds else ""
+    run.log(f"export: about {estimate:.1f} s{kept}")
     return reserve
 
 
@@ -4375,7 +4378,7 @@ def load_teacher(run: Run, saved: Checkpoint | None = None) -> LanguageModel | N
             raise UserError(f"DISTILL_FROM is empty, but the run began with {began_with}; unset it")
         return None
     blob = run.dist.from_rank0(lambda: read_file("DISTILL_FROM", path))
-    header, _ = read_artifact(blob)
+    header, _ = read_header(blob)
     if header.get("tokenizer") != run.tokenizer.sha256:
         raise UserError(f"DISTILL_FROM={path}: the teacher has another tokenizer")
     sha256 = hashlib.sha256(blob).hexdigest()
@@ -4412,10 +4415,9 @@ def log_start(run: Run, model: LanguageModel) -> dict[str, Any]:
     rows = map_rows(model)
     log(describe_rows(rows))
     trained = sum(p.numel() for p in model.parameters())
-    maps = model.random_maps()
-    frozen = sum(math.prod(spec.shape) for spec in maps)
+    frozen = sum(row["frozen"] for row in rows)
     log(f"{trained:,} trained and {frozen:,} frozen parameters, the latter in 0 bytes")
-    log(f"{len(maps)} of {len(model.table)} maps are random")
+    log(f"{sum(row['frozen'] > 0 for row in rows)} of {len(rows)} maps are random")
     device = f"{run.dist.device_name}, {torch.get_num_threads()} threads"
     log(f"versions {json.dumps(VERSIONS)} device {device}")
     if run.dist.on_cuda:
@@ -4480,15 +4482,15 @@ def export_best(
 ) -> tuple[bytes, dict[str, Any]]:
     """Return the artifact whose loss on held-out text is the least, and its metrics.
 
-    The first candidate is exported in any case, the others while `seconds` last. Rounding harms
-    averages less than the last weights, but improves none: a candidate whose loss before it, in
-    `losses`, is above that of an artifact is left out. `step` steps of training are done.
+    The first candidate is exported in any case, the others while `seconds` last. Rounding lowers no
+    loss: a candidate whose loss before it, in `losses`, is above that of a finished artifact is
+    skipped. `step` steps of training are done.
     """
     tokens = data.held_out_stream()
     exported: dict[str, Artifact] = {}
     scores: dict[str, tuple[bool, bool, float]] = {}  # too large, not finite, held-out loss
     start, took = None, 0.0
-    (seconds,), _ = run.dist.sync_from_rank0(seconds)  # the processes must stop together
+    seconds = run.dist.broadcast_object(seconds)  # the processes must stop together
     for name, weights in candidates.items():
         if scores and seconds < 1.25 * took:  # it may take a little longer than the last one
             run.log(f"no time is left to export {name}")
@@ -4506,14 +4508,13 @@ def export_best(
         loss = evaluate(model, tokens, run.h, run.dist, run.h.eval_seq_len)
         scores[name] = len(blob) > largest_model(run.h), not math.isfinite(loss), loss
         run.log(f"quantized {name}:{loss:.4f} model {len(blob):,} bytes")
-        (took,), _ = run.dist.sync_from_rank0(time.perf_counter() - began)
+        took = run.dist.broadcast_object(time.perf_counter() - began)
         seconds -= took
     best = min(scores, key=scores.get)
     blob, sizes = exported[best].blob, exported[best].sizes
     codes = code_rows(model, exported[best])
     text = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     run.log(f"exported:{best}\n{describe_rows(codes)}\nartifact bytes: {text}")
-    run.log(f"artifact {describe_size(run.h, len(blob))}")
     check_size(run.h, len(blob))
     quantized = {f"holdout_loss_quantized_{name}": loss for name, (*_, loss) in scores.items()}
     groups = [{"group": name, "bytes": size} for name, size in sizes.items()]
@@ -4531,7 +4532,7 @@ def train_and_export(run: Run, saved: Checkpoint | None) -> tuple[bytes, dict[st
     if is_finished:
         metrics = saved.metrics
         scored_in = saved.settings["eval_seq_len"], saved.identity.get("dtype")
-        if scored_in != (h.eval_seq_len, run.identity["dtype"]):  # no artifact's score is like them
+        if scored_in != (h.eval_seq_len, run.identity["dtype"]):  # not comparable
             metrics = {k: v for k, v in metrics.items() if not re.search("before|holdout", k)}
         candidates = saved.training.get("candidates", {"last": saved.weights})
     else:
@@ -4572,7 +4573,7 @@ def time_limit_exceeded(run: Run, metrics: Mapping[str, Any]) -> bool:
 def evaluate_artifact(run: Run, blob: bytes) -> dict[str, Any]:
     """Score an artifact from its bytes alone; log and return the metrics."""
     h, log = run.h, run.log
-    header, _ = read_artifact(blob)
+    header, _ = read_header(blob)
     if header.get("tokenizer") != run.tokenizer.sha256:
         problem = f"TOKENIZER_PATH={h.tokenizer_path} is not the tokenizer of the artifact"
         raise UserError(f"{problem}; set TOKENIZER_PATH and DATA_PATH to those of its training")
@@ -4650,10 +4651,9 @@ def settings_from_artifact(h: Hyperparameters, blob: bytes) -> Hyperparameters:
     """Return the settings of the artifact's model, scored as it was unless somebody set it."""
     source = f"MODEL_PATH={h.model_path}"
     with untrusted_input(source):
-        header, _ = read_artifact(blob)
+        header, _ = read_header(blob)
         stored = {name: header["model"][name] for name in h.model_settings()}
-        scoring = header.get("evaluation", {})
-        stored |= {name: scoring[name] for name in SCORING if name in scoring}
+        stored |= {name: header["evaluation"][name] for name in SCORING}
         return adopt_settings(h, stored, source, SCORING)
 
 
@@ -4662,9 +4662,9 @@ def settings_from_checkpoint(h: Hyperparameters, saved: Checkpoint) -> Hyperpara
     source = f"CHECKPOINT_PATH={h.checkpoint_path}"
     with untrusted_input(source):
         own = {*LOCATIONS, "eval_batch_tokens", "distill_from", "artifact_limit_bytes"}
-        kept = {*RESUME_OVERRIDES} - own
-        stored = {name: value for name, value in saved.settings.items() if name not in kept}
-        overridable = EXPORT_OVERRIDES | {*RESUME_OVERRIDES} - {"distill_from"}
+        of_this_start = RESUME_OVERRIDES - own
+        stored = {k: value for k, value in saved.settings.items() if k not in of_this_start}
+        overridable = EXPORT_OVERRIDES | RESUME_OVERRIDES - {"distill_from"}
         return adopt_settings(h, stored, source, overridable)
 
 
@@ -4689,7 +4689,7 @@ def decide_start(
         stored = resumed.settings | {"timeout_seconds": h.timeout_seconds}  # the group is open
         # After training nothing else would notice another teacher.
         own = {"distill_from"} if resumed.finished else set()
-        h = adopt_settings(h, stored, str(folder), {*RESUME_OVERRIDES} - own)
+        h = adopt_settings(h, stored, str(folder), RESUME_OVERRIDES - own)
         saved = resumed
     elif resumed and not resumed.settings["export_only"]:
         raise UserError(f"{folder} is an unfinished run; choose a new RUN_ID for the export")

@@ -178,7 +178,7 @@ def test_a_new_model_computes_as_its_bare_maps_do_and_saves_what_is_learned(
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     bare = train_gpt.make_model(variant(map_basis="uniform")).double()
     own = {name for name, _ in bare.named_parameters()}
-    assert not {f"{spec.name}.weight" for spec in model.random_maps()} & own
+    assert not {f"{spec.name}.weight" for spec in model.table.values() if spec.is_random} & own
     bare.load_state_dict({name: value for name, value in model.state_dict().items() if name in own})
     with torch.no_grad():
         expected, actual = (head_input(each, tokens(2, 16)) for each in (bare, model))

@@ -386,6 +386,7 @@ def test_each_step_of_each_process_drops_out_units_of_its_own(
         trainer.dist.rank, trainer.dist.world_size = rank, 2
         trainer.dist.all_reduce = alone.all_reduce
         trainer.dist.sync_from_rank0 = alone.sync_from_rank0
+        trainer.dist.broadcast_object = alone.broadcast_object
         trainer.train()
     assert sorted(seed for seed in seeds if seed >= 100) == [100 + i for i in range(6)]
 

@@ -176,7 +176,7 @@ def test_the_estimate_of_memory_covers_what_a_model_takes(settings):
     h = load({"MAP_ADAPTER": "lora:4"} | settings if settings in LARGE.values() else settings)
     model = train_gpt.make_model(h)
     held = {p.data_ptr(): p.nbytes for p in [*model.parameters(), *model.buffers()]}
-    assert train_gpt.memory_of_model(h, train_gpt.build_map_table(h)) >= sum(held.values())
+    assert train_gpt.memory_of_model(h) >= sum(held.values())
 
 
 # ---- What each promises --------------------------------------------------------------------------

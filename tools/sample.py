@@ -155,7 +155,7 @@ def open_writer(args: argparse.Namespace) -> Iterator[Writer]:
         problem = f"no results.json beside {path} says where the tokenizer lies"
         raise UserError(f"{problem}; name it with --tokenizer")
     tokenizer = train_gpt.Tokenizer(name, h.vocab_size)
-    header, _ = train_gpt.read_artifact(blob)
+    header, _ = train_gpt.read_header(blob)
     if tokenizer.sha256 != header.get("tokenizer"):
         raise UserError(f"{name} is not the tokenizer of the artifact; name it with --tokenizer")
     with train_gpt.Distributed(h) as dist:
