@@ -285,9 +285,9 @@ def test_a_preflight_finds_what_would_fail_at_the_end(
 def test_a_preflight_estimates_the_export_and_the_choice(
     data_settings, run_of, monkeypatch, seconds
 ):
-    """One batch of 5 s, artifacts of 7 s, three candidates and an artifact at 2 s each.
+    """Batches of 5 s, artifacts of 7 s, three candidates and an artifact at 2 s each.
 
-    With the trellis of the export artifacts take twice as long.
+    With the trellis of the export artifacts take twice as long; QUANTIZER=rms has none.
     """
     build_artifact, evaluate = train_gpt.build_artifact, train_gpt.evaluate
     calibrate = train_gpt.calibrate
@@ -307,10 +307,14 @@ def test_a_preflight_estimates_the_export_and_the_choice(
     monkeypatch.setattr(train_gpt, "calibrate", slow_calibration)
     monkeypatch.setattr(train_gpt, "build_artifact", slow_build)
     monkeypatch.setattr(train_gpt, "evaluate", slow_evaluation)
-    for target, exports in ((0, 1), (300_000, 3)):  # a target takes about three
-        h = data_settings(target_bytes=target, gptq_calib_batches=1)
+    for changes, expected in (
+        ({"gptq_calib_batches": 1}, 5 + 14 + 4 * 2),
+        ({"gptq_calib_batches": 1, "target_bytes": 300_000}, 5 + 3 * 14 + 4 * 2),  # about three
+        ({"gptq_calib_batches": 3, "quantizer": "rms"}, 3 * 5 + 7 + 4 * 2),
+    ):
+        h = data_settings(**changes)
         model, data = train_gpt.make_model(h), train_gpt.TrainingData(h)
-        assert train_gpt.preflight(run_of(h), model, data) == 5 + exports * 14 + 4 * 2
+        assert train_gpt.preflight(run_of(h), model, data) == expected
 
 
 def test_a_preflight_leaves_the_training_as_it_was(data_settings, run_of):
