@@ -160,6 +160,9 @@ class Hyperparameters:
     ve_layers: str = model_setting("-2,-1", "layers with the value embedding; -1 is the last")
     vrl_enabled: int = model_setting(1, "1: later layers add layer 0's values", 0, 1)
     smear_enabled: int = model_setting(1, "1: mix each embedding with the previous one", 0, 1)
+    induction: int = model_setting(
+        0, "tokens that frozen induction heads compare at most; 0: none", 0, 16
+    )
     skips_enabled: int = model_setting(1, "1: U-Net skips from first to second half", 0, 1)
     skip_gates_enabled: int = model_setting(0, "1: a sigmoid gate mixes in each skip", 0, 1)
     mlp_gated: int = model_setting(0, "1: GEGLU instead of LeakyReLU(0.5)²", 0, 1)
@@ -1807,6 +1810,43 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - along).flatten(2, 3)
 
 
+class InductionPattern(nn.Module):
+    """The weights of frozen induction heads (arXiv:2209.11895): look at what came next last time.
+
+    Position i looks back at each earlier j whose tokens before it are the last ones of i. With
+    N = INDUCTION, w_ij = Σ_n a_n [x_{i-n+1}, …, x_i = x_{j-n}, …, x_{j-1}] for n = 1 to N, and the
+    weights are w_ij / (1 + Σ_j w_ij): 0 where nothing repeats. Only the strengths a are learned.
+    """
+
+    def __init__(self, longest: int) -> None:
+        super().__init__()
+        self.log_strengths = nn.Parameter(torch.arange(longest) - 1.0)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype, streaming: bool) -> Tensor:
+        """Return weights (B, T, T) for ids (B, T); streaming: (B, T, 2T), the row above first."""
+        batch, length = ids.shape
+        stream = ids.reshape(1, -1) if streaming else ids
+        strengths = self.log_strengths.exp()
+        weights: Tensor | float = 0.0
+        for n in reversed(range(len(strengths))):  # n tokens before those of the first comparison
+            query = F.pad(stream, (n, 0), value=-1)[:, : stream.size(1)].reshape(batch, -1)
+            key = F.pad(stream, (n + 1, 0), value=-2)[:, : stream.size(1)].reshape(batch, -1)
+            if streaming:
+                key = torch.cat([F.pad(key[:-1], (0, 0, 1, 0), value=-2), key], 1)
+            weights = (query.unsqueeze(2) == key.unsqueeze(1)) * (strengths[n] + weights)
+        above = key.size(1) - length
+        weights = weights.tril(above - 1).triu(above - length + 1)  # the last T - 1 positions
+        return (weights / (1 + weights.sum(-1, keepdim=True))).to(dtype)
+
+
+def sum_by_pattern(pattern: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Return the sums of v (B, T, H_kv, D) with weights (B, n, T or 2T), (B, n, H, D)."""
+    if pattern.size(2) > v.size(1):  # streaming: the values of the row above first
+        v = torch.cat([F.pad(v[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), v], 1)
+    sums = (pattern @ v.flatten(2)).unflatten(2, v.shape[2:])
+    return sums.repeat_interleave(heads // v.size(2), 2)
+
+
 def keep_last(x: Tensor, n: int | None) -> Tensor:
     """Return the last n positions of x (B, T, ...), or all of them for None."""
     return x if n is None else x[:, -n:]
@@ -1821,6 +1861,7 @@ class AttentionContext(NamedTuple):
     num_queries: int | None = None  # n, how many of the last positions attend; None: all
     value_embed: Tensor | None = None  # (B, T, kv_dim), added to the values
     v0: Tensor | None = None  # (B, T, kv_dim), layer 0's own values; None in layer 0
+    pattern: Tensor | None = None  # of InductionPattern
 
 
 class Attention(nn.Module):
@@ -1840,6 +1881,9 @@ class Attention(nn.Module):
         self.head_dim = h.head_dim
         self.heads = [h.num_heads, h.num_kv_heads]
         self.widths = [h.model_dim + h.kv_dim, h.kv_dim]  # of q with k, and of v
+        self.induction_gain = None
+        if h.induction:
+            self.induction_gain = nn.Parameter(torch.full((h.num_heads, 1), 0.3))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Attend: q (B, T, H, D), k, v (B, T, H_kv, D) -> (B, n, H, D) by the kernel that fits."""
@@ -1869,6 +1913,9 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, context)
         if self.use_xsa:
             y = exclude_self(y, keep_last(v, context.num_queries))
+        if self.induction_gain is not None:
+            pattern = keep_last(context.pattern, context.num_queries)
+            y = y + self.induction_gain.to(y.dtype) * sum_by_pattern(pattern, v, self.heads[0])
         return self.proj(y.flatten(2), out_scale), own_v
 
 
@@ -2022,6 +2069,7 @@ class GPT(LanguageModel):
             self.bigram = BigramTable(h, dtype, linear("bigram.proj"), signs)
             self.bigram_scale = nn.Parameter(torch.tensor([0.05]))
         self.smear_gate = nn.Parameter(torch.zeros(d)) if h.smear_enabled else None
+        self.induction = InductionPattern(h.induction) if h.induction else None
         self.value_layers = h.value_layers
         if self.value_layers:
             proj = linear("value_embedding.proj")
@@ -2074,6 +2122,8 @@ class GPT(LanguageModel):
         cos, sin = (self.rotary(length) if rope is None else rope).to(x0)
         row_shift = (cos[length], -sin[length]) if streaming else None
         context = AttentionContext(cos[:length], sin[:length], row_shift)
+        if self.induction is not None:
+            context = context._replace(pattern=self.induction(ids, x0.dtype, streaming))
         embedded = self.value_embedding(ids) if self.value_layers else None
         skips: dict[int, Tensor] = {}  # the stream after each layer of the first half
         order = self.block_orders[self.recurs]

@@ -266,7 +266,7 @@ ELSEWHERE = """
     smear_enabled skips_enabled skip_gates_enabled mlp_gated parallel_from recur_layers recur_times
     logit_softcap map_basis map_seed map_seed_stride map_scale map_gate distill_alpha
     distill_temperature recur_frac distill_from self_distill distill_start_frac distill_end_frac
-    warmdown_iters warmdown_frac min_lr checkpoint_seconds bigram_gate
+    warmdown_iters warmdown_frac min_lr checkpoint_seconds bigram_gate induction
 """
 
 

@@ -134,8 +134,19 @@ class Restated:
                 own = v[:, theirs]
                 share = (y * own).sum(1) / (own * own).sum(1)
                 y = y - share[:, None] * own
+            if h.induction:
+                y = y + p[f"{at}.induction_gain"][head] * self.followed(row) @ v[:, theirs]
             heads.append(y)
         return self.linear(f"{at}.proj", torch.hstack(heads)), own_values
+
+    def followed(self, row):
+        """Return how much each position looks at each of those that followed the same tokens."""
+        weights = torch.zeros(len(row), len(row), dtype=torch.float64)
+        for i, j in itertools.product(range(len(row)), repeat=2):
+            for n, log_strength in enumerate(self.p["induction.log_strengths"], start=1):
+                if n <= j < i and row[j - n : j] == row[i - n + 1 : i + 1]:
+                    weights[i, j] += log_strength.exp()
+        return weights / (1 + weights.sum(1, keepdim=True))
 
     def one_head(self, gain, q, k, v):
         outputs, keys = [], []
@@ -160,6 +171,8 @@ class Restated:
         {"smear_enabled": 0},
         {"skips_enabled": 0},
         {"skip_gates_enabled": 1},
+        {"induction": 1},
+        {"induction": 3, "parallel_from": 0},
         {"ve_enabled": 0},
         {"ve_layers": "3,1"},
         {"ln_scale": 0},
@@ -186,6 +199,7 @@ class Restated:
 def test_logits_are_those_of_the_restated_model(settings, random_model, changes):
     """And the switch is no dummy: its logits are not those of the model that has everything on."""
     h, ids = settings(**changes), tokens(2, 9)
+    ids[:, 5:8] = ids[:, 1:4]
     model = random_model(h, torch.float64)
     with torch.no_grad():
         logits, restated = model.predict(ids), Restated(h, model)

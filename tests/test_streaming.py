@@ -31,6 +31,7 @@ def streaming(settings):
         {"recur_layers": "1-2", "recur_times": 2},
         {"mlp_gated": 1, "num_kv_heads": 4, "parallel_from": 2},
         {"map_basis": "learned,bigram.signs=rademacher", "map_adapter": "none", "bigram_gate": 1},
+        {"induction": 2},
     ],
 )
 def test_one_pass_is_attention_over_the_last_positions(
@@ -41,6 +42,14 @@ def test_one_pass_is_attention_over_the_last_positions(
     model = random_model(h, torch.float64)
     loss = train_gpt.evaluate(model, stream, h, processes, h.eval_stride)
     monkeypatch.setattr(train_gpt, "causal_attention", functools.partial(attention, span=WINDOW))
+    forward = train_gpt.InductionPattern.forward
+
+    def of_the_window(*args):
+        shares = forward(*args)
+        weights = (shares / (1 - shares.sum(-1, keepdim=True))).triu(1 - WINDOW)
+        return weights / (1 + weights.sum(-1, keepdim=True))
+
+    monkeypatch.setattr(train_gpt.InductionPattern, "forward", of_the_window)
     logits = model.predict(stream[None, :-1], count - 1)
     expected = F.cross_entropy(logits[0], stream[1:]).item()
     assert loss == pytest.approx(expected, abs=10 * 2 * 30 * 2**-24)
