@@ -163,22 +163,6 @@ def test_processes_calibrate_on_the_batches_of_one(on_ranks, data_settings, proc
     assert all(torch.equal(*pair) for pair in zip(alone, interleaved, strict=True))
 
 
-def test_an_export_says_how_many_batches_all_processes_calibrated_on(
-    on_ranks, data_settings, run_of
-):
-    """3 would not divide among 2 processes, and each takes a gradient."""
-    h = data_settings(gptq_calib_batches=3)
-
-    def export(dist):
-        run = run_of(h)
-        run.dist = dist
-        train_gpt.export(run, train_gpt.make_model(h), train_gpt.TrainingData(h), 0)
-        return run.log.lines
-
-    expected = "scales by sensitivity; calibration batches: 4, for gradients: 2"
-    assert expected in on_ranks(2, export)[0]
-
-
 def test_hessians_are_summed_over_the_processes(on_ranks, settings, random_model, processes):
     model = random_model(settings(num_layers=1))
     batches = [tokens(2, 16, seed=rank) for rank in range(2)]

@@ -53,11 +53,6 @@ def test_published_command_is_accepted():
     assert h.seed == 42
 
 
-def test_the_environment_is_the_process_own(monkeypatch):
-    monkeypatch.setenv("NUM_LAYERS", "12")
-    assert load_settings().num_layers == 12
-
-
 def test_keywords_win_over_the_environment():
     """What a keyword replaces need not even be valid."""
     assert load_settings({"NUM_LAYERS": "99999"}, num_layers=12).num_layers == 12

@@ -105,9 +105,3 @@ def test_what_a_score_needs_compiles_into_one_graph(settings, random_model, scor
         given = ids, ids[:, -scored:], streams
         compiled = torch.compile(model.token_losses, fullgraph=True, dynamic=False, backend="eager")
         torch.testing.assert_close(compiled(*given), model.token_losses(*given))
-
-
-def test_windows_that_do_not_overlap_are_exact(streaming):
-    h = streaming()
-    found = [train_gpt.is_streaming(h, stride, 9 * WINDOW) for stride in (1, WINDOW - 1, WINDOW)]
-    assert found == [True, True, False]

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import re
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -470,20 +468,6 @@ def test_a_continued_run_is_the_one_that_was_not_stopped(data_settings, trainer_
 def without_times(trainer: train_gpt.Trainer) -> dict:
     """Return the state of a trainer but for what its clock measured."""
     return {name: value for name, value in trainer.state_dict().items() if name != "clock"}
-
-
-def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
-    """Else a power failure leaves an empty file where the checkpoint was."""
-    calls, replace = [], Path.replace
-    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
-    monkeypatch.setattr(
-        Path, "replace", lambda path, to: calls.append(f"to {to.name}") or replace(path, to)
-    )
-    (tmp_path / "new").write_bytes(b"old")
-    train_gpt.write_file(tmp_path / "new", b"new", tmp_path / "kept")
-    assert calls == ["fsync", "to kept", "to new"]
-    assert (tmp_path / "new").read_bytes() == b"new"
-    assert (tmp_path / "kept").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(("asked", "save_seconds", "every"), [(5, 0.0, 5), (5, 0.08, 8), (0, 0, 0)])
