@@ -26,7 +26,10 @@ setup() {
         "$system" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
             fail "Python 3.10 or newer is needed; PYTHON=/path/to/python3 bash run.sh uses another one"
         echo "creating $venv"
-        "$system" -m venv "$venv" || fail "cannot create $venv; on Debian: apt install python3-venv"
+        "$system" -m venv --clear "$venv" || {
+            rm -rf "$venv" # or the next start would take it for a whole one
+            fail "cannot create $venv; on Debian: apt install python3-venv"
+        }
     fi
     for file in "$@"; do
         grep -qsxF "$(cksum <"$file")" "$stamp" || changed+=("$file")
@@ -45,7 +48,7 @@ if [ "${1:-}" = test ]; then
     setup "$root/requirements.txt" "$root/tools/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
     # Two at a time; tests of one file share what they need, so one process runs the whole file.
-    exec "$python" -m pytest -q -n 2 --dist loadfile tests "${@:2}"
+    exec "$python" -m pytest -q -n 2 --dist loadfile "${@:2}"
 fi
 
 setup "$root/requirements.txt"

@@ -32,8 +32,9 @@ run_main() {
     local size="ITERATIONS=25 WARMUP_STEPS=3 TRAIN_BATCH_TOKENS=98304 TRAIN_LOG_EVERY=5"
     [ -z "$smoke" ] || size="ITERATIONS=3 WARMUP_STEPS=1 TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=128 NUM_LAYERS=2
         MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=2 HOLDOUT_TOKENS=1024 EVAL_SEQ_LEN=128 EVAL_STRIDE=128 GPTQ_CALIB_BATCHES=1"
+    rm -rf "$out/runs/main" # of an earlier call
     # shellcheck disable=SC2086  # words of a list
-    env DATA_PATH="$data" TOKENIZER_PATH="$tokenizer" OUTPUT_DIR="$out/runs" RUN_ID=main RESUME=0 $size \
+    env DATA_PATH="$data" TOKENIZER_PATH="$tokenizer" OUTPUT_DIR="$out/runs" RUN_ID=main $size \
         "$python" -m torch.distributed.run --standalone --nproc_per_node=1 "$root/train_gpt.py"
     rm -f "$out"/runs/main/checkpoint*.pt
 }
@@ -65,7 +66,7 @@ run_comparison() {
 for name in $parts; do
     case $name in
     run) command=run_main ;;
-    tests) command="$python -m pytest -q -p no:cacheprovider -m gpu $root/tests/test_gpu.py" ;;
+    tests) command='"$python" -m pytest -q -p no:cacheprovider -m gpu "$root/tests/test_gpu.py"' ;;
     speed) command=run_speed ;;
     comparison) command=run_comparison ;;
     *) echo "no such part: $name; --list names them" >&2 && continue ;;

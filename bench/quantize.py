@@ -3,8 +3,8 @@
     DATA_PATH=... TOKENIZER_PATH=... python bench/quantize.py --checkpoints a.pt b.pt
 
 Every artifact is written, read back and scored on the first --tokens of the validation stream, in
-windows of EVAL_SEQ_LEN that do not overlap. `rms` is QUANTIZER=rms, once as it is and once with
-both numbers of clip sigmas times the given factor; `rms, nearest` is the same without GPTQ.
+windows of EVAL_SEQ_LEN that do not overlap. `rms` is QUANTIZER=rms with both numbers of clip
+sigmas divided by each of FACTORS; `rms, nearest` is the same without GPTQ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt as t
 
-FACTORS = (1.4, 1.0, 0.7)  # divide both clip sigmas: a scale becomes finer
+FACTORS = (1.4, 1.0, 0.7)  # divide both clip sigmas: a larger one makes scales finer
 LOSSES = (1e-9, 1.5e-9, 3e-9, 5e-9, 8e-9, 12e-9)
 
 
@@ -59,7 +59,7 @@ class Case:
         self.h = t.settings_from_checkpoint(h, saved)
         self.dist = t.Distributed(self.h)
         self.data, self.steps = t.TrainingData(self.h), saved.metrics["steps"]
-        self.val = t.ValidationStream(self.h, t.Tokenizer(h.tokenizer_path, h.vocab_size))
+        self.val = t.ValidationStream(self.h, t.Tokenizer(self.h.tokenizer_path, self.h.vocab_size))
         self.tokens = self.val.tokens[:tokens]
         with self.dist:
             self.model = t.rebuild_model(self.h, vars(saved), saved.weights, self.dist)

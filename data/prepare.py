@@ -332,6 +332,8 @@ def open_file(path: Path) -> Source:
     """Return the file if it is read here, or its rows, which `datasets` reads."""
     packed = path.suffix.lower() == ".zst"  # which Python cannot unpack
     form = "json" if packed and kind(path) == ".jsonl" else TABLE_FORMATS.get(kind(path))
+    if form is None and packed:
+        raise PrepareError(f"{path}: unpack it first; of .zst files only .jsonl.zst is read")
     if form is None:
         return path
     options = {"keep_default_na": False} if form == "csv" else {}  # "NA" is a text, too
@@ -524,8 +526,8 @@ def write_dataset(
     tokenizer_path = out / "tokenizers" / f"{name}_{vocab}_bpe.model"
     if folder.exists():
         raise PrepareError(
-            f"{folder} is there already, made from something else or with other options;"
-            f" move it and {tokenizer_path} away, or choose another --name"
+            f"{folder} is there already; to make it anew, move it and {tokenizer_path} away,"
+            " or choose another --name"
         )
     refuse_another_tokenizer(tokenizer_path, model)
     part = folder.with_name(folder.name + ".part")

@@ -320,8 +320,11 @@ class Runner:
         self.devices.put(device)
         if code:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            last = lines[-1].strip() if lines else "no output"
-            raise RunFailed(f"exit status {code}: {last}")
+            # torchrun's own report comes after the error.
+            errors = (
+                [line for line in lines if line.startswith("error: ")] or lines or ["no output"]
+            )
+            raise RunFailed(f"exit status {code}: {errors[-1].strip()}")
 
     def run(self, variant: Variant, seed: int) -> dict[str, Any]:
         """Make a run unless its folder is complete; return the columns that it fills in."""
@@ -544,7 +547,7 @@ def compare(frame: pd.DataFrame, a: str, b: str) -> str:
     scores = good.pivot(index="seed", columns="name", values="val_bpb_sliding")
     pairs = scores.reindex(columns=[a, b]).dropna().to_numpy(float).T
     if not pairs.size:
-        raise UserError(f"--compare: {a!r} and {b!r} share no seed; there are: {', '.join(scores)}")
+        return f"--compare: {a!r} and {b!r} share no seed; there are: {', '.join(scores)}"
     difference = pd.Series(pairs[0] - pairs[1])
     text = with_deviation(difference.mean(), difference.std())
     text = f"{a} − {b}: {text} bpb, n = {len(difference)}"

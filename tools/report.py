@@ -92,7 +92,10 @@ class Run:
         """What repeats the run; empty if its results do not hold its settings."""
         settings = self.results.get("settings") or {}
         # Somebody will run it, so nothing but settings may come from the file.
-        settings = {name: str(text) for name, text in settings.items() if name.isidentifier()}
+        own = ("RUN_ID", "RESUME")  # a finished run is not repeated under its name
+        settings = {
+            k: str(text) for k, text in settings.items() if k.isidentifier() and k not in own
+        }
         return check.command_of(settings, self.results.get("hardware")) if settings else ""
 
 
@@ -136,8 +139,8 @@ def read_run(folder: Path, unfinished: bool) -> Run:
     for name in NUMBERS:
         metrics[name] = pd.to_numeric(metrics.get(name), errors="coerce")
     metrics["is_validation"] = metrics["val_bpb"].notna()
-    # A run that was continued takes some steps again.
-    metrics = metrics.drop_duplicates(["step", "is_validation"], keep="last").sort_values("step")
+    # The step at which a run was continued may stand there twice.
+    metrics = metrics.drop_duplicates(["step", "is_validation"], keep="last")
     phases = records[is_phase].reindex(columns=["step", "text"]).drop_duplicates()
     try:
         results = json.loads(read_text(path)) if path.exists() else {}
@@ -149,13 +152,13 @@ def read_run(folder: Path, unfinished: bool) -> Run:
 
 
 def read_runs(folders: list[Path], unfinished: bool) -> list[Run]:
-    """Return the runs; those whose folders have one name get that of the parent, too."""
+    """Return the runs; those whose folders have one name get what their paths differ in."""
     distinct = list(dict.fromkeys(folder.resolve() for folder in folders))
     runs = [read_run(folder, unfinished) for folder in distinct]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
-            run.name = f"{run.folder.parent.name}/{run.name}"
+            run.name = os.path.relpath(run.folder, os.path.commonpath(distinct))
     return runs
 
 
