@@ -160,9 +160,7 @@ class Hyperparameters:
     ve_layers: str = model_setting("-2,-1", "layers with the value embedding; -1 is the last")
     vrl_enabled: int = model_setting(1, "1: later layers add layer 0's values", 0, 1)
     smear_enabled: int = model_setting(1, "1: mix each embedding with the previous one", 0, 1)
-    induction: int = model_setting(
-        0, "tokens that frozen induction heads compare at most; 0: none", 0, 16
-    )
+    induction: int = model_setting(0, "longest match of frozen induction heads; 0: none", 0, 16)
     skips_enabled: int = model_setting(1, "1: U-Net skips from first to second half", 0, 1)
     skip_gates_enabled: int = model_setting(0, "1: a sigmoid gate mixes in each skip", 0, 1)
     mlp_gated: int = model_setting(0, "1: GEGLU instead of LeakyReLU(0.5)²", 0, 1)
@@ -1811,11 +1809,12 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 
 
 class InductionPattern(nn.Module):
-    """The weights of frozen induction heads (arXiv:2209.11895): look at what came next last time.
+    """The weights of frozen induction heads: look at what came next last time.
 
-    Position i looks back at each earlier j whose tokens before it are the last ones of i. With
-    N = INDUCTION, w_ij = Σ_n a_n [x_{i-n+1}, …, x_i = x_{j-n}, …, x_{j-1}] for n = 1 to N, and the
-    weights are w_ij / (1 + Σ_j w_ij): 0 where nothing repeats. Only the strengths a are learned.
+    Networks learn such heads (arXiv:2209.11895); here they are hard-wired, as the n-gram heads of
+    arXiv:2401.12973. Position i looks back at each earlier j before which the last tokens of i
+    stand. With N = INDUCTION, w_ij = Σ_n a_n [x_{i-n+1}, …, x_i = x_{j-n}, …, x_{j-1}] for n = 1 to
+    N, and the weights are w_ij / (1 + Σ_j w_ij): 0 where nothing repeats. Only a is learned.
     """
 
     def __init__(self, longest: int) -> None:
