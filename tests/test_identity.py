@@ -308,12 +308,6 @@ def test_all_processes_write_into_the_folder_that_rank_0_names(settings, process
     assert folder == tmp_path
 
 
-def test_a_basis_of_the_signs_alone_is_refused(settings):
-    """Every other map would be learned in silence."""
-    with pytest.raises(train_gpt.UserError, match=r"write learned,bigram.signs=rademacher or "):
-        settings(map_basis="bigram.signs=rademacher", map_adapter="none")
-
-
 @pytest.mark.parametrize("asked", [1, 4, 5, 9])
 def test_a_streaming_batch_has_as_many_rows_as_asked_for(asked):
     """But at least one more than what only warms up; 4 rows were warm-up, once at a quarter."""

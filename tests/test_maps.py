@@ -196,6 +196,19 @@ def test_seeds_are_those_of_the_published_system():
     }
 
 
+def test_signs_are_those_of_their_seeds_and_nothing_of_them_is_stored(settings):
+    """Each sign is ±1 from the Philox stream of MAP_SEED + 30 and 31, and only seeds know it."""
+    h = settings(map_basis="learned,bigram.signs=rademacher", map_seed=5)
+    model = train_gpt.GPT(h)
+    for name, seed in (("previous", 35), ("current", 36)):
+        words = train_gpt.random_uint64(seed, h.vocab_size * h.bigram_dim)
+        expected = [1.0 if word < 2**63 else -1.0 for word in words.tolist()]
+        assert model.bigram.signs[name].weight.flatten().tolist() == expected
+    assert not [name for name in model.state_dict() if "signs" in name]
+    other = train_gpt.GPT(settings(map_basis="learned,bigram.signs=rademacher", map_seed=6))
+    assert model.fingerprint() != other.fingerprint()
+
+
 def test_the_fingerprint_is_the_hash_of_the_maps_in_their_order(settings, random_model):
     """Whatever is learned, and whatever is switched on around the maps, it proves the maps."""
     model = train_gpt.GPT(settings())

@@ -433,11 +433,11 @@ def test_dropout_is_of_training_alone(settings, random_model, parallel):
 
 def test_initial_values_are_the_references(settings):
     torch.manual_seed(0)
-    h = settings(num_layers=5, vocab_size=512, model_dim=64)
+    h = settings(num_layers=5, vocab_size=512, model_dim=64, bigram_gate=1)
     values = {name: p.detach() for name, p in train_gpt.GPT(h).named_parameters()}
     constants = {"q_gain": 1.5, "attention_scale": 1, "mlp_scale": 1, "bigram_scale": 0.05}
     constants |= {"skip_weights": 1, "smear_gate": 0, "value_gate": 0}
-    constants |= {"lora.A": 0, "bigram.weight": 0}
+    constants |= {"lora.A": 0, "bigram.weight": 0, "bigram.gates": 0}
     for ending, constant in constants.items():
         found = [p.flatten() for name, p in values.items() if name.endswith(ending)]
         assert torch.cat(found).unique().tolist() == pytest.approx([constant]), ending

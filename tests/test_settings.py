@@ -377,6 +377,10 @@ def test_impossible_column_is_refused(name, value, says):
         ({"MAP_BASIS": "learned", "MAP_ADAPTER": "mlp.fc=lora:4"}, "mlp.fc is learned in full"),
         ({"MAP_BASIS": "orthogonal,bigram.signs=learned"}, "bigram.signs are none or random"),
         (
+            {"MAP_BASIS": "bigram.signs=rademacher", "MAP_ADAPTER": "none"},
+            "write learned,bigram.signs=rademacher or ",
+        ),
+        (
             {"MAP_BASIS": "shared", "MAP_GAIN": "mlp.fc@1=2"},
             "mlp.fc is shared: MAP_GAIN and MAP_INIT must be the same in its layers",
         ),

@@ -72,6 +72,7 @@ VARIANTS = {
         "MAP_BASIS": "learned,bigram.signs=rademacher",
         "MAP_ADAPTER": "none",
         "BIGRAM_GATE": "1",
+        "INDUCTION": "3",
     },
     "mask": {"MAP_BASIS": "rademacher", "MAP_ADAPTER": "mask", "MAP_SCALE": "row"},
 }
