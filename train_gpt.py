@@ -1808,6 +1808,12 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - along).flatten(2, 3)
 
 
+def after_row_above(x: Tensor, fill: int) -> Tensor:
+    """Put what the row above has before each row of x: (B, T, ...) -> (B, 2T, ...)."""
+    above = torch.cat([torch.full_like(x[:1], fill), x[:-1]])
+    return torch.cat([above, x], 1)
+
+
 class InductionPattern(nn.Module):
     """The weights of frozen induction heads: look at what came next last time.
 
@@ -1830,8 +1836,7 @@ class InductionPattern(nn.Module):
         for n in reversed(range(len(strengths))):  # n tokens before those of the first comparison
             query = F.pad(stream, (n, 0), value=-1)[:, : stream.size(1)].reshape(batch, -1)
             key = F.pad(stream, (n + 1, 0), value=-2)[:, : stream.size(1)].reshape(batch, -1)
-            if streaming:
-                key = torch.cat([F.pad(key[:-1], (0, 0, 1, 0), value=-2), key], 1)
+            key = after_row_above(key, fill=-2) if streaming else key
             weights = (query.unsqueeze(2) == key.unsqueeze(1)) * (strengths[n] + weights)
         above = key.size(1) - length
         weights = weights.tril(above - 1).triu(above - length + 1)  # the last T - 1 positions
@@ -1840,8 +1845,8 @@ class InductionPattern(nn.Module):
 
 def sum_by_pattern(pattern: Tensor, v: Tensor, heads: int) -> Tensor:
     """Return the sums of v (B, T, H_kv, D) with weights (B, n, T or 2T), (B, n, H, D)."""
-    if pattern.size(2) > v.size(1):  # streaming: the values of the row above first
-        v = torch.cat([F.pad(v[:-1], (0, 0, 0, 0, 0, 0, 1, 0)), v], 1)
+    if pattern.size(2) > v.size(1):  # streaming
+        v = after_row_above(v, fill=0)
     sums = (pattern @ v.flatten(2)).unflatten(2, v.shape[2:])
     return sums.repeat_interleave(heads // v.size(2), 2)
 
